@@ -1,0 +1,126 @@
+"""Every error actcache raises on purpose, each with the remedy in its message.
+
+All derive from `ActCacheError` and from the standard class a caller would expect, so
+``except KeyError`` and ``except ac.ActCacheError`` both work.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class ActCacheError(Exception):
+    """Base of every error that actcache raises on purpose."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument, which would quote a whole sentence.
+        return " ".join(str(a) for a in self.args)
+
+
+class UnknownModuleError(ActCacheError, KeyError):
+    """A module path, pattern or object that this model does not have."""
+
+
+class UnknownSiteError(ActCacheError, KeyError):
+    """A site name that is not part of the vocabulary."""
+
+
+class SiteUnavailableError(ActCacheError, ValueError):
+    """A known site that this architecture does not have, or whose identity fails on it."""
+
+
+class LayerRangeError(ActCacheError, IndexError):
+    """A layer or position outside the model or the cache."""
+
+
+class MissedModuleError(ActCacheError, RuntimeError):
+    """A module or site was asked for and never ran inside the capture block."""
+
+
+class UnknownKeyError(ActCacheError, KeyError):
+    """A key that a cache does not hold."""
+
+
+class OptionError(ActCacheError, ValueError):
+    """An option whose value is not one of the valid choices."""
+
+
+class PromptError(ActCacheError, ValueError):
+    """A prompt, or a list of prompts, that cannot be extracted as it stands."""
+
+
+class PromptTypeError(ActCacheError, TypeError):
+    """A prompt that is neither text, nor token ids, nor chat messages."""
+
+
+class ModelLoadError(ActCacheError, FileNotFoundError):
+    """A model that cannot be found or lacks files it needs."""
+
+
+class TokenizerError(ActCacheError, ValueError):
+    """A tokenizer is needed and none was given or found."""
+
+
+class ForeignHooksError(ActCacheError, RuntimeError):
+    """A live model carries hooks that are not ours and could change what is stored."""
+
+
+class AdditivityError(ActCacheError, RuntimeError):
+    """The residual identities of this model do not hold, so its sites would be mislabelled."""
+
+
+class StoreAccessError(ActCacheError, PermissionError):
+    """A store's folder cannot be created, read or written."""
+
+
+class DiskFullError(ActCacheError, OSError):
+    """The disk that holds the store has no room for what was to be written."""
+
+
+class FormatError(ActCacheError, ValueError):
+    """A file that is not a segment of ours, or a damaged one."""
+
+
+class NotCachedError(ActCacheError, LookupError):
+    """Something was to be read from a cache that does not hold it."""
+
+
+class AmbiguousVariantError(ActCacheError, ValueError):
+    """A model name that matches several variants where exactly one is needed."""
+
+
+class PartialWarmupError(ActCacheError, RuntimeError):
+    """A warm-up that stored all but some prompts.
+
+    Attributes: `stats` (the `WarmupStats` of the run) and `failed`, a list of
+    ``(prompt index, reason)``.
+    """
+
+    def __init__(self, message: str, *, stats: object, failed: Sequence[tuple[int, str]]) -> None:
+        super().__init__(message)
+        self.stats = stats
+        self.failed = list(failed)
+
+
+class MissingExtraError(ActCacheError, ImportError):
+    """An optional package is needed; the message says how to install it."""
+
+
+def nearest(value: str, choices: Iterable[str], *, limit: int = 3) -> list[str]:
+    """The `limit` choices most like `value`, best first; empty when nothing is close."""
+    return difflib.get_close_matches(value, list(choices), n=limit, cutoff=0.5)
+
+
+def did_you_mean(value: str, choices: Iterable[str]) -> str:
+    """`` Did you mean 'a' or 'b'?``, or an empty string when nothing is close."""
+    near = nearest(value, choices)
+    return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def require_choice(value: object, choices: Sequence[str], what: str) -> str:
+    """`value` when it is one of `choices`; otherwise an `OptionError` that names them."""
+    if isinstance(value, str) and value in choices:
+        return value
+    hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+    raise OptionError(f"unknown {what} {value!r}: expected one of {', '.join(map(repr, choices))}.{hint}")
