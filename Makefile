@@ -1,0 +1,67 @@
+# `make` alone shows what there is.
+
+PYTHON ?= python3
+# Any pip requirement or arguments: a version, a wheel, an index of other builds.
+TORCH ?= torch==2.13.0
+# The other supported generation of transformers.
+TF4 ?= transformers==4.57.6
+
+VENV := .venv
+VENV_TF4 := .venv-tf4
+PY := $(VENV)/bin/python
+PY_TF4 := $(VENV_TF4)/bin/python
+
+# The tests whose outcome can depend on the version of transformers.
+TF4_TESTS = $(sort $(wildcard $(foreach subject,anatomy capture demo extract hooks identity loading sites unified,tests/test_*$(subject)*.py)))
+BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py))
+
+export PYTHON
+# The model of the demo and of the tests is part of the package: nothing may reach for a model hub.
+offline := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv venv-tf4 demo test test-all lint types bench format clean
+
+help: ## show this list
+	@echo "make TARGET [PYTHON=python3] [TORCH=torch==2.13.0]"
+	@echo
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'
+
+venv: ## make the virtual environment .venv (quick when it is up to date)
+	@scripts/make_venv.sh $(VENV) "$(TORCH)" -e ".[dev]"
+
+venv-tf4:
+	@scripts/make_venv.sh $(VENV_TF4) "$(TORCH)" "$(TF4)" -e ".[dev]"
+
+demo: venv ## run the main job on the shipped model: extract, keep, read back, probe
+	@echo "==> actcache demo"
+	@$(offline) $(VENV)/bin/actcache demo
+
+test: venv ## the fast tests (under 10 minutes)
+	@echo "==> fast tests"
+	@$(offline) $(PY) -m pytest -q -m "not slow"
+
+test-all: venv venv-tf4 ## all tests, and once more those that depend on transformers with 4.57 (under 60 minutes)
+	@status=0; \
+	echo "==> tests that depend on transformers, with $(TF4)"; \
+	$(offline) $(PY_TF4) -m pytest -q -m "not slow" $(TF4_TESTS) || status=1; \
+	echo "==> all tests"; \
+	$(offline) $(PY) -m pytest || status=1; \
+	exit $$status
+
+lint: venv ## check format and style (ruff)
+	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff check .
+
+types: venv ## check types (mypy, strict for src/)
+	@$(PY) -m mypy
+
+format: venv ## put the code into its format and fix what can be fixed
+	@$(PY) -m ruff format .
+	@$(PY) -m ruff check --fix .
+
+bench: venv ## run the benchmarks: tables of ratios against a reference in the same run
+	@for file in $(BENCHMARKS); do echo "==> $$file"; $(offline) $(PY) $$file || exit 1; done
+
+clean: ## remove the virtual environments and what tools left behind
+	rm -rf $(VENV) $(VENV_TF4) .pytest_cache .mypy_cache .ruff_cache .hypothesis
