@@ -1,0 +1,112 @@
+"""The `actcache` command: its verbs, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+import click
+
+from actcache._version import __version__
+from actcache.cli.options import Settings, debug_option
+from actcache.errors import ActCacheError, OptionError, did_you_mean
+
+# Verb -> what the list of verbs says of it. Kept here so that plain --help imports no verb.
+VERBS = {
+    "demo": "Run the main job on the model that is part of the package.",
+    "warmup": "Extract and store what is not yet stored.",
+    "plan": "Say what a warm-up would compute and write.",
+    "info": "Report on the store: models, prompts, sizes.",
+    "list": "List the prompts that are stored for a model.",
+    "show": "Show what is stored for one prompt.",
+    "sites": "List the places of a model that can be read.",
+    "clear": "Delete what is stored, for a model or altogether.",
+    "version": "Print versions.",
+}
+
+
+class Verbs(click.Group):
+    """A group that imports the module of a verb when the verb is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command = import_module(f"actcache.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            raise click.UsageError(f"no verb {args[0]!r}.{did_you_mean(args[0], VERBS)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(
+    cls=Verbs,
+    invoke_without_command=True,
+    subcommand_metavar="VERB ...",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit status: 0 done, 1 failed, 2 wrong usage. `actcache VERB --help` says more about a verb.",
+)
+@click.version_option(__version__, message="actcache %(version)s")
+@debug_option
+@click.pass_context
+def app(ctx: click.Context) -> None:
+    """Capture language-model activations once, keep them safe, and read them back at memory speed."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def run(args: Sequence[str]) -> int:
+    """Run the command on `args`; the exit status."""
+    settings = Settings()
+    try:
+        result = app.main(list(args), prog_name="actcache", standalone_mode=False, obj=settings)
+        # A full pipe or disk shows itself here and not while Python shuts down.
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except BrokenPipeError:
+        # The reader (`| head`) has gone: nothing failed, and nothing may be printed any more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("stopped. Batches that were finished are stored.", 1)
+    except click.UsageError as error:
+        verb = error.ctx.command_path if error.ctx else "actcache"
+        return _fail(f"{error.format_message()} See `{verb} --help`.", 2)
+    except click.ClickException as error:
+        return _fail(error.format_message(), 1)
+    except Exception as error:
+        if settings.debug:
+            raise
+        if isinstance(error, ActCacheError):
+            return _fail(str(error), 2 if isinstance(error, OptionError) else 1)
+        return _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _fail(message: str, status: int) -> int:
+    click.echo(f"actcache: {' '.join(message.split())}", err=True)
+    return status
+
+
+def main() -> NoReturn:
+    """The entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        # A prompt may hold characters that the terminal's encoding lacks.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,124 @@
+"""Options that several verbs share. They carry the names of the Python parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from actcache.store.store import Store
+    from actcache.unified import UnifiedCache
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass
+class Settings:
+    """What holds for the whole run of the command."""
+
+    debug: bool = False
+
+
+def _set_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(Settings).debug = True
+
+
+# Accepted before and after the verb, since both are typed.
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_set_debug, help="Show tracebacks."
+)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+store_option = click.option(
+    "--store",
+    metavar="PATH",
+    help="Folder of the store. [default: $ACTCACHE_BACKEND, $ACTCACHE_DIR, or the user's cache folder]",
+)
+
+
+def _parse_layers(_ctx: click.Context, _param: click.Parameter, value: str) -> str | list[int]:
+    text = value.strip()
+    if text in ("all", "last", "middle"):
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is none of all, last, middle, or numbers like 0,5,-1.") from None
+
+
+def _parse_names(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in value.split(",") if part.strip())
+    if not names:
+        raise click.BadParameter("name at least one site, as in resid_post,attn_out.")
+    return names
+
+
+_MODEL_OPTIONS = (
+    click.option(
+        "--layers",
+        default="all",
+        show_default=True,
+        callback=_parse_layers,
+        metavar="SPEC",
+        help="all, last, middle, or block numbers such as 0,5,-1.",
+    ),
+    click.option(
+        "--sites",
+        default="resid_post",
+        show_default=True,
+        callback=_parse_names,
+        metavar="NAMES",
+        help="What to read in each block, such as resid_post,attn_out (see `actcache sites`).",
+    ),
+    click.option(
+        "--pooling",
+        default="last_token",
+        show_default=True,
+        metavar="NAME",
+        help="One vector per prompt: last_token, first_token, mean, max or min.",
+    ),
+    click.option(
+        "--no-cache-pooled",
+        "--raw",
+        "raw",
+        is_flag=True,
+        help="Store the vectors of every token instead of one per prompt.",
+    ),
+    click.option("--dtype", metavar="NAME", help="float32, float16 or bfloat16. [default: float32]"),
+    click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1, mps."),
+    click.option(
+        "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Most prompts in a batch."
+    ),
+    click.option("--max-batch-tokens", type=click.IntRange(min=1), help="Most tokens in a batch. [default: by device]"),
+    click.option("--tokenizer", metavar="NAME", help="Tokenizer to use when it is not the model's own."),
+    click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the Hub."),
+    click.option("--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2, ..."),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+    store_option,
+)
+
+
+def model_options(command: F) -> F:
+    """Add the options of `UnifiedCache` to a verb, which gets them as keyword arguments for `unified_cache`."""
+    for option in reversed(_MODEL_OPTIONS):
+        command = option(command)
+    return command
+
+
+def unified_cache(model: str, *, raw: bool, store: str | None, **options: Any) -> UnifiedCache:
+    """The cache that the options of `model_options` describe."""
+    from actcache.unified import UnifiedCache
+
+    return UnifiedCache(model, cache_pooled=not raw, store=open_store(store), **options)
+
+
+def open_store(location: str | None) -> Store:
+    """The store at `location`, or the process's default store."""
+    from actcache.store.default import default_store, store_at
+
+    return default_store() if location is None else store_at(location)

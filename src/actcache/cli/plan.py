@@ -1,0 +1,40 @@
+"""`actcache plan`: what a warm-up with the same arguments would do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from actcache.cli.options import debug_option, json_option, model_options, unified_cache
+from actcache.cli.prompts import prompt_arguments, read_prompts
+
+
+@click.command("plan")
+@click.argument("model")
+@prompt_arguments
+@model_options
+@json_option
+@debug_option
+def command(
+    model: str,
+    files: tuple[str, ...],
+    texts: tuple[str, ...],
+    column: str | None,
+    file_format: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Say what `actcache warmup` with the same arguments would compute and write; nothing is computed."""
+    prompts = read_prompts(files, texts, column=column, file_format=file_format)
+    plan = unified_cache(model, **options).plan(prompts)
+
+    from actcache.cli.output import duration, print_json, size
+
+    if as_json:
+        print_json(plan)
+        return
+    click.echo(f"stored already   {plan.cached:,} prompts")
+    click.echo(f"to extract       {plan.missing:,} prompts, {plan.tokens:,} tokens")
+    click.echo(f"to write         {size(plan.bytes_to_write)} ({size(plan.bytes_free)} free)")
+    click.echo(f"time, roughly    {duration(plan.seconds)}")

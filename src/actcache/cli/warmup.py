@@ -1,0 +1,46 @@
+"""`actcache warmup`: extract and store what is not yet stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from actcache.cli.options import debug_option, json_option, model_options, unified_cache
+from actcache.cli.prompts import prompt_arguments, read_prompts
+
+
+@click.command("warmup")
+@click.argument("model")
+@prompt_arguments
+@model_options
+@json_option
+@debug_option
+def command(
+    model: str,
+    files: tuple[str, ...],
+    texts: tuple[str, ...],
+    column: str | None,
+    file_format: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Extract activations of MODEL for the prompts in FILES and store those that are not stored yet.
+
+    MODEL is a folder made by save_pretrained or an id on the Hugging Face Hub. FILES are text (a prompt a line), JSONL
+    or CSV; - is standard input.
+    """
+    prompts = read_prompts(files, texts, column=column, file_format=file_format)
+    stats = unified_cache(model, **options).warmup(prompts)
+
+    from actcache.cli.output import duration, print_json, size
+
+    if as_json:
+        print_json(stats)
+        return
+    speed = f", {stats.tokens_per_second:,.0f} tokens per second" if stats.activations_extracted else ""
+    click.echo(
+        f"{stats.total_prompts:,} prompts: {stats.activations_cached:,} were stored, "
+        f"{stats.activations_extracted:,} extracted in {duration(stats.elapsed_seconds)}{speed}; "
+        f"{size(stats.bytes_written)} written."
+    )

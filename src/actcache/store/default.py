@@ -1,0 +1,143 @@
+"""The process's default store, and the functions that act on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actcache.config import default_store_path, local_folder
+from actcache.errors import AmbiguousVariantError, NotCachedError, OptionError, did_you_mean
+from actcache.store.store import Store
+
+if TYPE_CHECKING:
+    from actcache.store.store import CachedPromptInfo, CacheInfo, SpaceInfo
+
+_lock = threading.Lock()
+_chosen: Store | None = None
+_environment: tuple[Path, Store] | None = None
+
+
+def default_store() -> Store:
+    """The store that is used where none is given: the one chosen last, else the one the environment names.
+
+    A change of ``ACTCACHE_BACKEND`` or ``ACTCACHE_DIR`` takes effect at the next call.
+    """
+    global _environment
+    with _lock:
+        if _chosen is not None:
+            return _chosen
+        location = default_store_path()
+        if _environment is None or _environment[0] != location:
+            _environment = location, Store(location)
+        return _environment[1]
+
+
+def store_at(location: str | Path | Store | None) -> Store:
+    """A store as callers name it: a folder, a `Store`, or None for the default one.
+
+    Raises:
+        OptionError: a URL, or anything else that is not a folder.
+        StoreAccessError: the folder cannot be made or read.
+    """
+    if location is None:
+        return default_store()
+    if isinstance(location, Store):
+        return location
+    if isinstance(location, str | Path):
+        return Store(local_folder(location, "store"))
+    raise OptionError(f"store is a {type(location).__name__}: expected a folder, a Store, or None for the default.")
+
+
+def set_cache_backend(backend: str | Path | Store | None = None) -> None:
+    """Choose the default store of this process: a folder, a `Store`, or None for what the environment says.
+
+    Raises `OptionError` for a URL: object stores are not supported yet.
+    """
+    global _chosen
+    chosen = None if backend is None else store_at(backend)
+    with _lock:
+        _chosen = chosen
+
+
+def cache_info(model: str | Path | None = None) -> CacheInfo:
+    """What the default store holds: folder, sizes, and one `ModelCacheInfo` per model variant.
+
+    With `model`, only that model's variants (none of them stored: an empty list).
+    """
+    info = default_store().info()
+    return info if model is None else only_model(info, model_label(model))
+
+
+def only_model(info: CacheInfo, name: str) -> CacheInfo:
+    """The part of a report that is about one model; sizes are of that part."""
+    models = [m for m in info.models if m.model_name == name]
+    return dataclasses.replace(info, models=models, total_size_bytes=sum(m.size_bytes for m in models))
+
+
+def discover_cached(model_name: str | Path, prompt: Any) -> CachedPromptInfo | None:
+    """What the default store holds for one prompt of a model, without loading the model; None when nothing.
+
+    `prompt` is text, token ids or chat messages. Of several variants the newest is described, the others are listed.
+    """
+    return default_store().discover(model_label(model_name), prompt)
+
+
+def clear_cache(model: str | Path | None = None) -> int:
+    """Delete what the default store holds for `model`, or everything; the number of entries deleted.
+
+    Never touches a file that actcache did not write.
+    """
+    return default_store().clear(None if model is None else model_label(model))
+
+
+def invalidate_extraction_cache(
+    model_name: str | Path,
+    prompts: Sequence[Any] | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    space: str | None = None,
+) -> int:
+    """Forget stored prompts of one variant of a model (all of them without `prompts`), so that they are computed again.
+
+    Returns the number of entries forgotten.
+
+    Raises:
+        NotCachedError: nothing is stored under that name, or no variant agrees with `revision`, `dtype`, `space`.
+        AmbiguousVariantError: several variants agree; the message lists them.
+    """
+    store = default_store()
+    chosen = one_variant(store, model_label(model_name), revision=revision, dtype=dtype, space=space)
+    return store.invalidate(chosen.space, prompts)
+
+
+def one_variant(
+    store: Store, name: str, *, revision: str | None = None, dtype: str | None = None, space: str | None = None
+) -> SpaceInfo:
+    """The one variant of model `name` that agrees with what is given; errors as `invalidate_extraction_cache`."""
+    spaces = store.spaces()
+    named = [s for s in spaces if s.model_name == name]
+    if not named:
+        names = sorted({s.model_name for s in spaces})
+        raise NotCachedError(
+            f"nothing is stored for {name!r}.{did_you_mean(name, names)} "
+            + (f"Stored: {', '.join(names)}." if names else "The store is empty.")
+        )
+    wanted = {"revision": revision, "dtype": dtype, "space": space}
+    given = {key: value for key, value in wanted.items() if value is not None}
+    agree = [s for s in named if all(getattr(s, key) == value for key, value in given.items())]
+    if len(agree) == 1:
+        return agree[0]
+    listed = "; ".join(f"space={s.space!r} (revision {s.revision}, {s.dtype}, {s.num_prompts} prompts)" for s in named)
+    if not agree:
+        raise NotCachedError(f"no variant of {name!r} has {given}. Stored: {listed}.")
+    raise AmbiguousVariantError(f"{name!r} is stored in {len(agree)} variants; choose one: {listed}.")
+
+
+def model_label(model: str | Path) -> str:
+    """The name under which a store knows `model`: a folder by its full path, a Hub id as it is."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else str(model)
