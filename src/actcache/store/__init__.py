@@ -1,0 +1,1 @@
+"""The durable cache: packed segments on disk, found by prompt, read by mapping."""

@@ -1,0 +1,140 @@
+"""The safetensors container: encoding and strict parsing of a header.
+
+The library's own writer sorts tensors by dtype and name; we need index tensors first and data in the
+order of sites, so the header is made here. Reading is stricter than the library where that keeps
+hostile files out, and never looser.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from actcache.errors import FormatError
+
+ALIGN = 64
+MAX_HEADER = 64 << 20
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I16": np.dtype("<i2"), "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2"), "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}  # fmt: skip
+CODES: dict[np.dtype[Any], str] = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def code_of(dtype: np.dtype[Any]) -> str:
+    """The safetensors name of a numpy dtype; FormatError for one that has none."""
+    try:
+        return CODES[np.dtype(dtype).newbyteorder("<")]
+    except (KeyError, TypeError):
+        raise FormatError(f"dtype {dtype} cannot be stored: expected one of {', '.join(DTYPES)}") from None
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One entry of a header. `start` and `stop` are bytes from the beginning of the file."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+def encode(
+    metadata: Mapping[str, str], tensors: Iterable[tuple[str, np.dtype[Any], tuple[int, ...]]]
+) -> tuple[bytes, dict[str, Tensor]]:
+    """The first bytes of a file (length and header) and where each tensor goes.
+
+    Every tensor starts at a multiple of 64 bytes of the file: the header is padded with spaces, gaps are
+    covered by ``pad.N`` tensors since the container allows no holes.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    placed: list[tuple[str, np.dtype[Any], tuple[int, ...], int, int]] = []
+    at = pads = 0
+    for name, dtype, shape in tensors:
+        gap = -at % ALIGN
+        if gap:
+            entries[f"pad.{pads}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [at, at + gap]}
+            pads += 1
+            at += gap
+        size = math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": code_of(dtype), "shape": list(shape), "data_offsets": [at, at + size]}
+        placed.append((name, dtype, shape, at, at + size))
+        at += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGN)
+    base = len(text) + 8
+    head = len(text).to_bytes(8, "little") + text
+    return head, {n: Tensor(n, d, s, base + a, base + b) for n, d, s, a, b in placed}
+
+
+def parse(head: bytes, file_size: int) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a header given as the first ``8 + N`` bytes of a file of `file_size` bytes.
+
+    Refuses (FormatError) anything but tensors of known dtypes that tile the rest of the file exactly.
+    """
+    try:
+        entries = json.loads(head[8:].decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"header is not JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise FormatError("header is not a JSON object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError("__metadata__ is not a table of strings")
+    base = len(head)
+    tensors = [_tensor(name, entry, base) for name, entry in entries.items()]
+    at = base
+    for tensor in sorted(tensors, key=lambda t: (t.start, t.stop)):
+        if tensor.start != at:
+            raise FormatError(f"tensor {tensor.name!r} overlaps another or leaves a gap")
+        at = tensor.stop
+    if at != file_size:
+        raise FormatError(f"file has {file_size} bytes, its header describes {at}")
+    return metadata, {t.name: t for t in tensors}
+
+
+def header_size(first8: bytes, file_size: int) -> int:
+    """Size of length field and header together, from the first 8 bytes; FormatError when impossible."""
+    if len(first8) < 8:
+        raise FormatError(f"file of {file_size} bytes is too short for a header")
+    size = int.from_bytes(first8, "little")
+    if size > MAX_HEADER or size + 8 > file_size:
+        raise FormatError(f"header of {size} bytes does not fit a file of {file_size} bytes")
+    return size + 8
+
+
+def _tensor(name: str, entry: Any, base: int) -> Tensor:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise FormatError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if dtype is None:
+        raise FormatError(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(x) is int and 0 <= x < 1 << 62 for x in numbers):
+            raise FormatError(f"tensor {name!r} has a wrong shape or wrong offsets")
+    if len(offsets) != 2 or len(shape) > 32 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+        raise FormatError(f"tensor {name!r}: shape {shape} does not match its offsets {offsets}")
+    return Tensor(name, dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return table

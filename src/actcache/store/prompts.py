@@ -1,0 +1,187 @@
+"""Prompts packed in arrays, and the keys they are found by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+IDS, TEXT, CHAT = 0, 1, 2
+"""Kinds of prompt: token ids only, text, and chat messages as canonical JSON."""
+
+Bytes = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
+
+
+def token_keys(flat: npt.NDArray[np.int32], offset: Ints) -> Bytes:
+    """uint8 ``[n, 16]``: the key of each prompt's token ids ``flat[offset[i]:offset[i + 1]]``."""
+    data = np.ascontiguousarray(flat, dtype="<i4").tobytes()
+    ends = (np.asarray(offset, dtype=np.int64) * 4).tolist()
+    digest = xxhash.xxh3_128_digest
+    return _pack([digest(b"t" + data[a:b]) for a, b in pairwise(ends)])
+
+
+def text_keys(texts: Sequence[str], kinds: Sequence[int] | npt.NDArray[Any] | int, context: str) -> Bytes:
+    """uint8 ``[n, 16]``: the key of each text under `context` (tokenizer and its options) and its kind.
+
+    Chat prompts come as canonical JSON with kind 2, so that no text can pass for a conversation.
+    """
+    return _pack(_text_digests([_encode(t) for t in texts], kinds, context))
+
+
+def _text_digests(data: Sequence[bytes], kinds: Sequence[int] | npt.NDArray[Any] | int, context: str) -> list[bytes]:
+    digest = xxhash.xxh3_128_digest
+    salt = digest(_encode(context))
+    prefixes = [salt + bytes([kind]) for kind in (IDS, TEXT, CHAT)]
+    if isinstance(kinds, (int, np.integer)):
+        prefix = prefixes[int(kinds)]
+        return [digest(prefix + t) for t in data]
+    return [digest(prefixes[k] + t) for k, t in zip(np.asarray(kinds).tolist(), data, strict=True)]
+
+
+def _encode(text: str) -> bytes:
+    # Lone surrogates are legal in str and must not make a prompt unkeyable.
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _pack(digests: list[bytes]) -> Bytes:
+    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 16)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptTable:
+    """`n` prompts: their token ids and, where given, the text they came from.
+
+    `token_ids` int32 ``[total]`` with `token_offset` int64 ``[n + 1]``; `kind` uint8 ``[n]`` (0 ids only,
+    1 text, 2 chat as canonical JSON); `text` uint8 UTF-8 bytes with `text_offset` int64 ``[n + 1]``;
+    `text_context` names the tokenizer and the options under which text became these ids ("" without text).
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    token_offset: Ints
+    kind: Bytes
+    text: Bytes
+    text_offset: Ints
+    text_context: str = ""
+    _token_key: Bytes | None = field(default=None, repr=False)
+    _text_key: Bytes | None = field(default=None, repr=False)
+
+    @classmethod
+    def build(
+        cls,
+        token_ids: Sequence[Sequence[int] | npt.NDArray[Any]],
+        texts: Sequence[str | None] | None = None,
+        kinds: Sequence[int] | None = None,
+        text_context: str = "",
+    ) -> PromptTable:
+        """Pack prompts. `kinds` defaults to text where a text is given and to ids elsewhere."""
+        n = len(token_ids)
+        parts = [np.asarray(ids, dtype=np.int32).reshape(-1) for ids in token_ids]
+        token_offset = _offsets([len(p) for p in parts])
+        flat = np.concatenate(parts) if parts else np.empty(0, np.int32)
+        if texts is None:
+            texts = [None] * n
+        if len(texts) != n:
+            raise ValueError(f"{len(texts)} texts for {n} prompts")
+        data = [b"" if t is None else _encode(t) for t in texts]
+        kind = np.array([IDS if t is None else TEXT for t in texts] if kinds is None else kinds, dtype=np.uint8)
+        if len(kind) != n or (n and int(kind.max()) > CHAT):
+            raise ValueError("kinds: one of 0 (ids), 1 (text), 2 (chat) for each prompt")
+        return cls(
+            flat, token_offset, kind, np.frombuffer(b"".join(data), np.uint8), _offsets([len(d) for d in data]),
+            text_context if kind.any() else "",
+        )  # fmt: skip
+
+    @classmethod
+    def concatenate(cls, tables: Sequence[PromptTable]) -> PromptTable:
+        """The prompts of all `tables`, in order; tables with text must agree in `text_context`."""
+        if len(tables) == 1:
+            return tables[0]
+        contexts = {t.text_context for t in tables if t.text_context} or {""}
+        if len(contexts) > 1:
+            raise ValueError(f"prompts of different text contexts cannot be joined: {sorted(contexts)}")
+        return cls(
+            np.concatenate([t.token_ids for t in tables]),
+            _join_offsets([t.token_offset for t in tables]),
+            np.concatenate([t.kind for t in tables]),
+            np.concatenate([t.text for t in tables]),
+            _join_offsets([t.text_offset for t in tables]),
+            contexts.pop(),
+            np.concatenate([t.token_key for t in tables]),
+            np.concatenate([t.text_key for t in tables]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    @property
+    def lengths(self) -> Ints:
+        """Number of tokens of each prompt."""
+        return np.diff(self.token_offset)
+
+    @cached_property
+    def token_key(self) -> Bytes:
+        """uint8 ``[n, 16]``."""
+        return token_keys(self.token_ids, self.token_offset) if self._token_key is None else self._token_key
+
+    @cached_property
+    def text_key(self) -> Bytes:
+        """uint8 ``[n, 16]``; zeros for prompts given as ids."""
+        if self._text_key is not None:
+            return self._text_key
+        keys = np.zeros((len(self), 16), np.uint8)
+        some = np.flatnonzero(self.kind)
+        if len(some):
+            data, ends = self.text.tobytes(), self.text_offset.tolist()
+            given = [data[ends[i] : ends[i + 1]] for i in some.tolist()]
+            keys[some] = _pack(_text_digests(given, self.kind[some], self.text_context))
+        return keys
+
+    def tokens(self, i: int) -> npt.NDArray[np.int32]:
+        """Token ids of prompt `i`, int32 ``[T]``."""
+        i = range(len(self))[i]
+        return self.token_ids[self.token_offset[i] : self.token_offset[i + 1]]
+
+    def text_of(self, i: int) -> str | None:
+        """The text of prompt `i` (canonical JSON for chat); None when it came as ids."""
+        i = range(len(self))[i]
+        if self.kind[i] == IDS:
+            return None
+        return self.text[self.text_offset[i] : self.text_offset[i + 1]].tobytes().decode("utf-8", "surrogatepass")
+
+    def select(self, indices: npt.ArrayLike) -> PromptTable:
+        """The prompts at `indices` (integers or a boolean mask), in that order."""
+        index = np.asarray(indices)
+        index = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64).reshape(-1)
+        index = np.arange(len(self), dtype=np.int64)[index]
+        tokens, token_offset = gather_ragged(self.token_ids, self.token_offset, index)
+        text, text_offset = gather_ragged(self.text, self.text_offset, index)
+        kind = self.kind[index]
+        return PromptTable(
+            tokens, token_offset, kind, text, text_offset, self.text_context if kind.any() else "",
+            self.token_key[index], self.text_key[index],
+        )  # fmt: skip
+
+
+def gather_ragged(flat: npt.NDArray[Any], offset: Ints, index: Ints) -> tuple[npt.NDArray[Any], Ints]:
+    """The pieces ``flat[offset[i]:offset[i + 1]]`` for `i` in `index`, joined, and their new offsets."""
+    lengths = offset[index + 1] - offset[index]
+    ends = _offsets(lengths)
+    take = np.arange(int(ends[-1]), dtype=np.int64) + np.repeat(offset[index] - ends[:-1], lengths)
+    return flat[take], ends
+
+
+def _offsets(lengths: Sequence[int] | Ints) -> Ints:
+    ends = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=ends[1:])
+    return ends
+
+
+def _join_offsets(parts: Sequence[Ints]) -> Ints:
+    return _offsets(np.concatenate([np.diff(p) for p in parts]))
