@@ -13,28 +13,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from actcache import errors as errors
-    from actcache._version import __version__ as __version__
-    from actcache.capture.cache import ActivationCache as ActivationCache
-    from actcache.capture.entry import Entry as Entry
-    from actcache.capture.hooks import capture as capture
-    from actcache.capture.hooks import run_with_cache as run_with_cache
-    from actcache.errors import ActCacheError as ActCacheError
-    from actcache.extract.extractor import ActivationExtractor as ActivationExtractor
-    from actcache.extract.extractor import CachedExtractor as CachedExtractor
-    from actcache.extract.plan import Plan as Plan
-    from actcache.model.sites import Site as Site
+    from actcache import errors
+    from actcache._version import __version__
+    from actcache.capture.cache import ActivationCache
+    from actcache.capture.entry import Entry
+    from actcache.capture.hooks import capture, run_with_cache
+    from actcache.errors import ActCacheError
+    from actcache.extract.cached import CachedExtractor
+    from actcache.extract.extractor import ActivationExtractor
+    from actcache.extract.plan import Plan
+    from actcache.model.sites import Site
     from actcache.model.sites import list_sites as sites
-    from actcache.store.default import cache_info as cache_info
-    from actcache.store.default import clear_cache as clear_cache
-    from actcache.store.default import discover_cached as discover_cached
-    from actcache.store.default import invalidate_extraction_cache as invalidate_extraction_cache
-    from actcache.store.default import new_space as new_space
-    from actcache.store.default import set_cache_backend as set_cache_backend
-    from actcache.store.store import Store as Store
-    from actcache.unified import UnifiedCache as UnifiedCache
-    from actcache.unified import WarmupStats as WarmupStats
-    from actcache.unified import activations as activations
+    from actcache.store.default import (
+        cache_info,
+        clear_cache,
+        discover_cached,
+        invalidate_extraction_cache,
+        new_space,
+        set_cache_backend,
+    )
+    from actcache.store.store import Store
+    from actcache.unified import UnifiedCache, WarmupStats, activations
 
 # Public name -> (module, name there; "" for the module itself).
 _PUBLIC: dict[str, tuple[str, str]] = {
@@ -51,7 +50,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     # Many prompts
     "activations": ("unified", "activations"),
     "ActivationExtractor": ("extract.extractor", "ActivationExtractor"),
-    "CachedExtractor": ("extract.extractor", "CachedExtractor"),
+    "CachedExtractor": ("extract.cached", "CachedExtractor"),
     "UnifiedCache": ("unified", "UnifiedCache"),
     "WarmupStats": ("unified", "WarmupStats"),
     "Plan": ("extract.plan", "Plan"),
@@ -65,7 +64,30 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "set_cache_backend": ("store.default", "set_cache_backend"),
 }
 
-__all__ = [*_PUBLIC]  # noqa: PLE0604 - the names are strings
+__all__ = [
+    "ActCacheError",
+    "ActivationCache",
+    "ActivationExtractor",
+    "CachedExtractor",
+    "Entry",
+    "Plan",
+    "Site",
+    "Store",
+    "UnifiedCache",
+    "WarmupStats",
+    "__version__",
+    "activations",
+    "cache_info",
+    "capture",
+    "clear_cache",
+    "discover_cached",
+    "errors",
+    "invalidate_extraction_cache",
+    "new_space",
+    "run_with_cache",
+    "set_cache_backend",
+    "sites",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,27 @@
+"""`actcache demo`: the main job on the shipped model."""
+
+from __future__ import annotations
+
+import click
+
+from actcache.cli.options import debug_option
+
+
+@click.command("demo")
+@click.option("--keep", is_flag=True, help="Keep the demo's cache folder, to look around in it.")
+@click.option("--model-path", is_flag=True, help="Only print the folder of the shipped model, to use it as MODEL.")
+@debug_option
+def command(keep: bool, model_path: bool) -> None:
+    """Run the main job on the model that is part of the package.
+
+    Extracts 240 prompts, finds them again, reads them back, trains a probe on each layer and reads a fact out of the
+    layers. Uses a cache folder of its own, which it names and removes.
+    """
+    if model_path:
+        from actcache.demo import model_path as shipped
+
+        click.echo(shipped())
+        return
+    from actcache.demo.run import run
+
+    run(keep=keep)

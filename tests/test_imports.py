@@ -1,0 +1,79 @@
+"""The face: public names are loaded lazily, and importing the package costs next to nothing."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import actcache as ac
+
+HEAVY = ("torch", "transformers", "numpy", "rich", "click", "huggingface_hub", "safetensors")
+FACE = Path(ac.__file__)
+
+
+def python(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    loaded = python("-c", "import sys, actcache; print(*sys.modules)").split()
+    assert "actcache" in loaded
+    assert not set(HEAVY) & set(loaded)
+
+
+def test_asking_for_the_cache_report_imports_no_torch() -> None:
+    loaded = python("-c", "import sys, actcache; actcache.cache_info(); print(*sys.modules)").split()
+    assert "actcache.store.store" in loaded
+    assert not {"torch", "transformers"} & set(loaded)
+
+
+@pytest.mark.slow
+def test_importing_the_package_is_quick() -> None:
+    def seconds(statement: str) -> float:
+        started = time.perf_counter()
+        python("-c", statement)
+        return time.perf_counter() - started
+
+    rounds = [(seconds("pass"), seconds("import actcache")) for _ in range(11)]
+    assert statistics.median(with_it - without for without, with_it in rounds) < 0.060
+
+
+@pytest.mark.parametrize("name", ac.__all__)
+def test_every_public_name_loads_and_is_described(name: str) -> None:
+    value = getattr(ac, name)
+    assert name in dir(ac)
+    if name != "__version__":
+        assert inspect.getdoc(value)
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse(FACE.read_text())
+    block = next(n for n in tree.body if isinstance(n, ast.If))
+    seen = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        for alias in node.names:
+            seen[alias.asname or alias.name] = (node.module, alias.name)
+    assert sorted(seen) == sorted(ac.__all__) == sorted(ac._PUBLIC)
+    for name, (module, attribute) in seen.items():
+        loaded = sys.modules.get(f"{module}.{attribute}") or getattr(__import__(str(module), fromlist=["x"]), attribute)
+        if name != "capture":
+            assert getattr(ac, name) is loaded
+
+
+def test_capture_stays_callable_when_its_room_is_imported() -> None:
+    python("-c", "import actcache.capture.hooks; import actcache as ac; assert callable(ac.capture)")
+    python("-c", "import actcache as ac; ac.capture; import actcache.capture.hooks as h; assert callable(ac.capture)")
+
+
+def test_unknown_name_suggests_the_nearest() -> None:
+    with pytest.raises(AttributeError, match="Did you mean 'UnifiedCache'"):
+        _ = ac.UnifedCache  # type: ignore[attr-defined]
