@@ -1,0 +1,1 @@
+"""One forward pass into memory: hooks on, values out, hooks off."""

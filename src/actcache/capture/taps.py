@@ -1,0 +1,210 @@
+"""The one mechanism that reads modules: a tap on the call of a module.
+
+`nn.Module.__call__` looks `_call_impl` up on the instance, so an object put there sees the call from outside all hooks:
+what it hands on is the value after every hook of the caller, in whatever order they were added, also during the block.
+It costs less than a forward hook, since a module without hooks keeps its short path. One tap serves every reader of
+a module, and goes when its last reader goes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from types import MethodType
+from typing import Any, Protocol
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+OnOutput = Callable[[Any], None]
+
+_SLOT = "_call_impl"
+_lock = threading.Lock()
+
+
+class Listener(Protocol):
+    """A reader of inputs, with the output that belongs to them."""
+
+    def begin(self, inputs: Inputs) -> Any:
+        """Told what the forward is about to see, after all pre-hooks; returns a token for `end` or `fail`."""
+
+    def end(self, token: Any, output: Any) -> None:
+        """Told what the call returned."""
+
+    def fail(self, token: Any) -> None:
+        """Told that the call raised."""
+
+
+class Guard(Protocol):
+    """Stands around the call of a module and may catch what it raises."""
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+
+class Tap:
+    """Stands in for one module's `_call_impl` while somebody reads the module."""
+
+    __slots__ = ("call", "compiled", "guards", "listeners", "module", "outputs", "previous")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.previous: Any = module.__dict__.get(_SLOT)
+        self.call: Callable[..., Any] = self.previous or MethodType(type(module)._call_impl, module)
+        self.compiled: Any = module.__dict__.get("_compiled_call_impl")
+        # Tuples, replaced as a whole: a reader may come or go while the module runs.
+        self.outputs: tuple[OnOutput, ...] = ()
+        self.listeners: tuple[Listener, ...] = ()
+        self.guards: tuple[Guard, ...] = ()
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        if self.listeners or self.guards:
+            output = self._full_call(args, kwargs)
+        else:
+            output = self.call(*args, **kwargs)
+        for read in self.outputs:
+            read(output)
+        return output
+
+    def _full_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self.call
+        if self.listeners:
+            call = self._listened_call
+        for guard in self.guards:
+            call = _guarded(guard, call)
+        return call(*args, **kwargs)
+
+    def _listened_call(self, /, *args: Any, **kwargs: Any) -> Any:
+        listeners = self.listeners
+        tokens: list[Any] = []
+        try:
+            module = self.module
+            if module._forward_pre_hooks or torch_module._global_forward_pre_hooks:
+                output = self._call_behind_hooks(listeners, tokens, args, kwargs)
+            else:
+                tokens.extend(listener.begin((args, kwargs)) for listener in listeners)
+                output = self.call(*args, **kwargs)
+        except BaseException:
+            for listener, token in zip(listeners, tokens, strict=False):
+                listener.fail(token)
+            raise
+        for listener, token in zip(listeners, tokens, strict=True):
+            listener.end(token, output)
+        return output
+
+    def _call_behind_hooks(
+        self, listeners: tuple[Listener, ...], tokens: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call with a pre-hook of our own behind the caller's, for this one call: it sees what the forward will see."""
+
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # Gone before the forward runs, so that a nested call of the same module does not meet it.
+            handle.remove()
+            tokens.extend(listener.begin((args, kwargs)) for listener in listeners)
+
+        handle = self.module.register_forward_pre_hook(read, with_kwargs=True)
+        try:
+            return self.call(*args, **kwargs)
+        finally:
+            handle.remove()
+
+    @property
+    def idle(self) -> bool:
+        return not (self.outputs or self.listeners or self.guards)
+
+    def install(self) -> None:
+        self.module.__dict__[_SLOT] = self
+        if self.compiled is not None:
+            # A module compiled in place would otherwise run its compiled call, which knows no tap.
+            self.module.__dict__["_compiled_call_impl"] = None
+
+    def uninstall(self) -> None:
+        slots = self.module.__dict__
+        if slots.get(_SLOT) is not self:
+            return
+        if self.previous is None:
+            del slots[_SLOT]
+        else:
+            slots[_SLOT] = self.previous
+        if self.compiled is not None:
+            slots["_compiled_call_impl"] = self.compiled
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # A copy of the model made inside a block is a plain model: it must not call the original's modules.
+        import copy
+
+        module = copy.deepcopy(self.module, memo)
+        return MethodType(type(module)._call_impl, module)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.module, _SLOT)
+
+
+def _guarded(guard: Guard, call: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return guard(call, args, kwargs)
+
+    return run
+
+
+class Taps:
+    """The taps of one reader: what it adds it takes away again, all at once."""
+
+    __slots__ = ("_guards", "_listeners", "_outputs")
+
+    def __init__(self) -> None:
+        self._outputs: list[tuple[nn.Module, OnOutput]] = []
+        self._listeners: list[tuple[nn.Module, Listener]] = []
+        self._guards: list[tuple[nn.Module, Guard]] = []
+
+    def add(
+        self,
+        outputs: Iterable[tuple[nn.Module, OnOutput]] = (),
+        listeners: Iterable[tuple[nn.Module, Listener]] = (),
+        guards: Iterable[tuple[nn.Module, Guard]] = (),
+    ) -> None:
+        with _lock:
+            for module, read in outputs:
+                tap = _tap(module)
+                tap.outputs = (*tap.outputs, read)
+                self._outputs.append((module, read))
+            for module, listener in listeners:
+                tap = _tap(module)
+                tap.listeners = (*tap.listeners, listener)
+                self._listeners.append((module, listener))
+            for module, guard in guards:
+                tap = _tap(module)
+                tap.guards = (*tap.guards, guard)
+                self._guards.append((module, guard))
+
+    def remove(self) -> None:
+        with _lock:
+            for module, read in self._outputs:
+                if (tap := _installed(module)) is not None:
+                    tap.outputs = tuple(r for r in tap.outputs if r is not read) if len(tap.outputs) > 1 else ()
+                    if tap.idle:
+                        tap.uninstall()
+            for module, listener in self._listeners:
+                if (tap := _installed(module)) is not None:
+                    tap.listeners = tuple(r for r in tap.listeners if r is not listener)
+                    if tap.idle:
+                        tap.uninstall()
+            for module, guard in self._guards:
+                if (tap := _installed(module)) is not None:
+                    tap.guards = tuple(g for g in tap.guards if g is not guard)
+                    if tap.idle:
+                        tap.uninstall()
+            self._outputs, self._listeners, self._guards = [], [], []
+
+
+def _installed(module: nn.Module) -> Tap | None:
+    tap = module.__dict__.get(_SLOT)
+    return tap if type(tap) is Tap else None
+
+
+def _tap(module: nn.Module) -> Tap:
+    tap = _installed(module)
+    if tap is None:
+        tap = Tap(module)
+        tap.install()
+    return tap

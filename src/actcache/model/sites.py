@@ -1,0 +1,290 @@
+"""Site names: one vocabulary for the values of a forward pass, the same on every architecture.
+
+Nothing here needs torch: a warm run resolves its layers and sites from the model's config alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import total_ordering
+from typing import TYPE_CHECKING, Any, Protocol
+
+from actcache.errors import LayerRangeError, OptionError, SiteUnavailableError, UnknownSiteError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Name -> shape as shown to people, in the order of a forward pass.
+PER_LAYER = {
+    "resid_pre": "[B, S, D]",
+    "attn_in": "[B, S, D]",
+    "q": "[B, S, H, hd]",
+    "k": "[B, S, H_kv, hd]",
+    "v": "[B, S, H_kv, hd]",
+    "pattern": "[B, H, S, S]",
+    "z": "[B, S, H, hd]",
+    "head_out": "[B, S, H, D]",
+    "attn_out": "[B, S, D]",
+    "cross_attn_out": "[B, S, D]",
+    "mixer_out": "[B, S, D]",
+    "resid_mid": "[B, S, D]",
+    "mlp_in": "[B, S, D]",
+    "router_logits": "[B, S, E]",
+    "mlp_act": "[B, S, D_mlp]",
+    "mlp_out": "[B, S, D]",
+    "resid_post": "[B, S, D]",
+}
+WHOLE_MODEL = {"embed": "[B, S, D]", "final_norm": "[B, S, D]", "logits": "[B, S, V]"}
+SITE_NAMES = ("embed", *PER_LAYER, "final_norm", "logits")
+PER_HEAD = ("pattern", "head_out")
+STACKS = ("encoder", "decoder")
+_HEAD_SHAPES = {"pattern": "[B, S, S]", "head_out": "[B, S, D]"}
+
+# Names other libraries use -> ours; `{}` is the layer.
+_HOOK_POINTS = {
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_mid": "resid_mid",
+    "hook_resid_post": "resid_post",
+    "hook_attn_out": "attn_out",
+    "hook_mlp_out": "mlp_out",
+    "attn.hook_q": "q",
+    "attn.hook_k": "k",
+    "attn.hook_v": "v",
+    "attn.hook_z": "z",
+    "attn.hook_pattern": "pattern",
+    "attn.hook_result": "head_out",
+    "mlp.hook_post": "mlp_act",
+}
+_UNDERSCORED = {
+    "resid_out": "resid_post",
+    "resid_in": "resid_pre",
+    "resid_mid": "resid_mid",
+    "resid_pre": "resid_pre",
+    "resid_post": "resid_post",
+    "attn_out": "attn_out",
+    "mlp_out": "mlp_out",
+    "attn_in": "attn_in",
+    "mlp_in": "mlp_in",
+    "values": "v",
+    "pattern": "pattern",
+    "avg_attn_pattern": "pattern",
+    "head_out": "head_out",
+    "layer": "resid_post",
+}
+_CANONICAL = re.compile(
+    r"(?:(?P<stack>encoder|decoder)\.)?(?P<name>[a-z_]+)(?:\.(?P<layer>-?\d+)(?:\.(?P<head>\d+))?)?"
+)
+_BLOCKS = re.compile(r"blocks\.(?P<layer>-?\d+)\.(?P<point>[a-z0-9_.]+)")
+_SUFFIXED = re.compile(r"(?P<name>[a-z_]+?)_L?(?P<layer>\d+)(?:H(?P<head>\d+))?")
+
+
+@total_ordering
+@dataclass(frozen=True)
+class Site:
+    """One named value of a forward pass.
+
+    `layer` is None for values a model has once (and for a name that still waits for its layers),
+    `head` is set only for one head's part of `pattern` or `head_out`, `stack` ("encoder" or
+    "decoder") only for encoder-decoder models.
+    """
+
+    name: str
+    layer: int | None = None
+    head: int | None = None
+    stack: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in PER_LAYER and self.name not in WHOLE_MODEL:
+            raise UnknownSiteError(
+                f"unknown site {self.name!r}: expected one of {', '.join(SITE_NAMES)}."
+                f"{did_you_mean(self.name, SITE_NAMES)}"
+            )
+        if self.name in WHOLE_MODEL and self.layer is not None:
+            raise UnknownSiteError(
+                f"site {self.name!r} belongs to the whole model and takes no layer: write {self.name!r}"
+            )
+        if self.head is not None and self.name not in PER_HEAD:
+            raise UnknownSiteError(f"site {self.name!r} has no single heads: only {' and '.join(PER_HEAD)} take one")
+        if self.stack is not None and self.stack not in STACKS:
+            raise UnknownSiteError(f"unknown stack {self.stack!r}: expected one of {', '.join(STACKS)}")
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """Read a site name: ours ("resid_post.5", "encoder.resid_post.3", "pattern.5.3", "logits"),
+        TransformerLens' ("blocks.5.hook_resid_post") or the underscored ones ("resid_out_5", "pattern_L5H3").
+
+        A name without its layer ("resid_post") gives a site that waits for layers. Raises `UnknownSiteError`.
+        """
+        if not isinstance(text, str):
+            raise UnknownSiteError(f"a site is named by a string such as 'resid_post.5', not {type(text).__name__}")
+        found = _CANONICAL.fullmatch(text)
+        if found and (found["name"] in PER_LAYER or found["name"] in WHOLE_MODEL):
+            return cls(found["name"], _number(found["layer"]), _number(found["head"]), found["stack"])
+        found = _BLOCKS.fullmatch(text)
+        if found and found["point"] in _HOOK_POINTS:
+            return cls(_HOOK_POINTS[found["point"]], int(found["layer"]))
+        found = _SUFFIXED.fullmatch(text)
+        if found and found["name"] in _UNDERSCORED:
+            return cls(_UNDERSCORED[found["name"]], int(found["layer"]), _number(found["head"]))
+        raise _unknown(text)
+
+    @classmethod
+    def looks_like(cls, text: str) -> bool:
+        """Whether `text` reads as a site."""
+        try:
+            cls.parse(text)
+        except UnknownSiteError:
+            return False
+        return True
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether each block has one of these."""
+        return self.name in PER_LAYER
+
+    @property
+    def complete(self) -> bool:
+        """Whether this names one value, with no layer left to choose."""
+        return self.layer is not None or not self.per_layer
+
+    @property
+    def shape(self) -> str:
+        """The value's shape in words, such as ``[B, S, D]``."""
+        if self.head is not None:
+            return _HEAD_SHAPES[self.name]
+        return PER_LAYER.get(self.name) or WHOLE_MODEL[self.name]
+
+    def __str__(self) -> str:
+        parts = (self.stack, self.name, self.layer, self.head)
+        return ".".join(str(p) for p in parts if p is not None)
+
+    def __lt__(self, other: object) -> bool:
+        if not isinstance(other, Site):
+            return NotImplemented
+        return self._order() < other._order()
+
+    def _order(self) -> tuple[str, str, int, int]:
+        none = -(1 << 62)
+        return (
+            self.stack or "",
+            self.name,
+            none if self.layer is None else self.layer,
+            none if self.head is None else self.head,
+        )
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """Where a site is read: module `path`, `side` ("output" or "input" of that module), `shape` in words."""
+
+    site: Site
+    path: str
+    side: str
+    shape: str
+
+
+class HasSites(Protocol):
+    """What `expand_sites` needs to know of a model: an `Anatomy`, or a stand-in that knows the depth."""
+
+    @property
+    def n_layers(self) -> int: ...
+
+    def require(self, site: Site) -> None:
+        """Raise `SiteUnavailableError` for a complete site that this model lacks."""
+
+
+def expand_sites(anatomy: HasSites, sites: str | Site | Sequence[str | Site], layers: Any = None) -> list[Site]:
+    """Complete sites, in the order asked: each name that needs a layer is combined with `layers`
+    (int, list, "all", "last", "middle"; None means all). Complete names are kept whatever `layers` says.
+
+    Negative layers count from the end; duplicates are dropped. Raises `UnknownSiteError`, `SiteUnavailableError`
+    or `LayerRangeError`.
+    """
+    named = [sites] if isinstance(sites, (str, Site)) else list(sites)
+    if not named:
+        raise OptionError("sites is empty: name at least one, such as 'resid_post'")
+    wanted: dict[Site, None] = {}
+    for item in named:
+        site = item if isinstance(item, Site) else Site.parse(item)
+        if not site.per_layer:
+            wanted[site] = None
+        elif site.layer is not None:
+            wanted[replace(site, layer=resolve_layers(site.layer, anatomy.n_layers)[0])] = None
+        else:
+            for layer in resolve_layers("all" if layers is None else layers, anatomy.n_layers):
+                wanted[replace(site, layer=layer)] = None
+    for site in wanted:
+        anatomy.require(site)
+    return list(wanted)
+
+
+def resolve_layers(spec: Any, n_layers: int) -> list[int]:
+    """Layer numbers from an int, a list of ints, "all", "last" or "middle" (the middle third).
+
+    Order is kept, duplicates are dropped, negative numbers count from the end. Raises `LayerRangeError` for a layer
+    the model does not have and `OptionError` for anything else.
+    """
+    if isinstance(spec, str):
+        if spec == "all":
+            return list(range(n_layers))
+        if spec == "last":
+            return [n_layers - 1]
+        if spec == "middle":
+            return list(range(n_layers // 3, n_layers - n_layers // 3))
+        raise OptionError(
+            f"unknown layers {spec!r}: expected an int, a list of ints, 'all', 'last' or 'middle'."
+            f"{did_you_mean(spec, ['all', 'last', 'middle'])}"
+        )
+    items = [spec] if _is_int(spec) else spec
+    try:
+        listed = list(items)
+    except TypeError:
+        raise OptionError(f"layers is {spec!r}: expected an int, a list of ints, 'all', 'last' or 'middle'") from None
+    if not listed:
+        raise OptionError("layers is empty: name at least one layer")
+    resolved: dict[int, None] = {}
+    for item in listed:
+        if not _is_int(item):
+            raise OptionError(f"layers holds {item!r}: expected ints only (or 'all', 'last', 'middle' alone)")
+        layer = int(item)
+        if not -n_layers <= layer < n_layers:
+            raise LayerRangeError(
+                f"layer {layer} is out of range: the model has {n_layers} layers (0 to {n_layers - 1})"
+            )
+        resolved[layer % n_layers] = None
+    return list(resolved)
+
+
+def list_sites(model: nn.Module) -> list[SiteInfo]:
+    """Every site this model has, with the module and side it is read at. Runs the identity check once per model."""
+    from actcache.model.anatomy import describe
+
+    anatomy = describe(model)
+    anatomy.verify()
+    infos = []
+    for site in anatomy.sites():
+        try:
+            point = anatomy.read_point(site)
+        except SiteUnavailableError:
+            continue
+        infos.append(SiteInfo(site, point.path, point.side, site.shape))
+    return infos
+
+
+def _number(text: str | None) -> int | None:
+    return None if text is None else int(text)
+
+
+def _is_int(value: object) -> bool:
+    # numpy integers and 0-d tensors count; bools are ints in Python and never meant as layers.
+    return hasattr(value, "__index__") and not isinstance(value, bool) and getattr(value, "shape", ()) == ()
+
+
+def _unknown(text: str) -> UnknownSiteError:
+    base = re.sub(r"[._]?-?L?\d.*$", "", text)
+    hint = did_you_mean(base, SITE_NAMES) or did_you_mean(text, SITE_NAMES)
+    return UnknownSiteError(
+        f"unknown site {text!r}: expected one of {', '.join(SITE_NAMES)} (with '.layer' where it has one).{hint}"
+    )

@@ -1,0 +1,142 @@
+"""Find the parts of a Hugging Face model from its structure and from what transformers offers."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from actcache.errors import SiteUnavailableError
+from actcache.model.families import FINAL_NORM
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Paths of a model's parts ("" is the model itself, None is absent) and the numbers that describe it."""
+
+    backbone: str
+    blocks: str
+    n_layers: int
+    embed: str | None
+    final_norm: str | None
+    head: str | None
+    d_model: int
+    vocab_size: int
+    context_length: int | None
+    takes_position_ids: bool
+
+
+def find_structure(model: nn.Module) -> Structure:
+    """The structure of `model`; raises `SiteUnavailableError` when no list of blocks can be made out."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    config = text_config(model)
+    lists = {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
+    blocks = _block_list(model, config, lists)
+    backbone = _backbone(model, lists[blocks], paths)
+    embed = _accessor(model, "get_input_embeddings")
+    head = _accessor(model, "get_output_embeddings")
+    holder = blocks.rpartition(".")[0]
+    return Structure(
+        backbone=backbone,
+        blocks=blocks,
+        n_layers=len(lists[blocks]),
+        embed=paths.get(id(embed)),
+        final_norm=_final_norm(model.get_submodule(holder), holder),
+        head=paths.get(id(head)),
+        d_model=_d_model(config, embed),
+        vocab_size=int(getattr(config, "vocab_size", 0) or getattr(embed, "num_embeddings", 0)),
+        context_length=_context_length(config),
+        takes_position_ids="position_ids" in inspect.signature(model.get_submodule(backbone).forward).parameters,
+    )
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config that describes the language model, also inside a multimodal one; None for a plain module."""
+    config = getattr(model, "config", None)
+    getter = getattr(config, "get_text_config", None)
+    return getter() if callable(getter) else config
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether `module` can be called at all (a ModuleList cannot)."""
+    return type(module).forward is not nn.Module.forward or "forward" in module.__dict__
+
+
+def _block_list(model: nn.Module, config: Any, lists: dict[str, nn.ModuleList]) -> str:
+    depth = getattr(config, "num_hidden_layers", None)
+    recorded = _recorded_classes(model)
+    by_recorder = [path for path, layers in lists.items() if recorded and all(isinstance(m, recorded) for m in layers)]
+    by_length = [path for path, layers in lists.items() if depth and len(layers) == depth]
+    # A list of experts may be as long as the list of blocks, but lies deeper.
+    candidates = sorted(by_recorder or by_length, key=lambda path: path.count("."))
+    if not candidates:
+        raise SiteUnavailableError(
+            f"cannot make out the blocks of {type(model).__name__}: no module list "
+            + (f"of num_hidden_layers = {depth}" if depth else "and no config.num_hidden_layers")
+            + "; capture by module path works on any model"
+        )
+    if len(candidates) > 1 and candidates[0].count(".") == candidates[1].count("."):
+        raise SiteUnavailableError(
+            f"{type(model).__name__} has several stacks of blocks ({', '.join(candidates[:3])}): sites are not defined "
+            "for it; capture by module path works on any model"
+        )
+    return candidates[0]
+
+
+def _recorded_classes(model: nn.Module) -> tuple[type, ...]:
+    """Classes whose outputs transformers itself records as hidden states."""
+    classes: list[type] = []
+    for module in model.modules():
+        recorders = getattr(module, "_can_record_outputs", None) if hasattr(module, "config") else None
+        entry = recorders.get("hidden_states") if isinstance(recorders, dict) else None
+        for recorder in entry if isinstance(entry, (list, tuple)) else [entry]:
+            target = getattr(recorder, "target_class", recorder)
+            if isinstance(target, type):
+                classes.append(target)
+    return tuple(classes)
+
+
+def _backbone(model: nn.Module, blocks: nn.Module, paths: dict[int, str]) -> str:
+    """The smallest of what transformers calls decoder or base model that holds the blocks and the embeddings."""
+    decoder = _accessor(model, "get_decoder")
+    for candidate in (decoder, getattr(model, "base_model", None)):
+        if not isinstance(candidate, nn.Module) or candidate is model or id(candidate) not in paths:
+            continue
+        if has_forward(candidate) and any(m is blocks for m in candidate.modules()):
+            return paths[id(candidate)]
+    return ""
+
+
+def _final_norm(holder: nn.Module, path: str) -> str | None:
+    children = dict(holder.named_children())
+    for name in FINAL_NORM:
+        if name in children:
+            return f"{path}.{name}" if path else name
+    return None
+
+
+def _d_model(config: Any, embed: Any) -> int:
+    width = getattr(config, "hidden_size", None)
+    if isinstance(width, int):
+        return width
+    return int(getattr(embed, "embedding_dim", 0))
+
+
+def _context_length(config: Any) -> int | None:
+    length = getattr(config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def _accessor(model: nn.Module, name: str) -> nn.Module | None:
+    method = getattr(model, name, None)
+    if not callable(method):
+        return None
+    try:
+        found = method()
+    except (NotImplementedError, AttributeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
