@@ -24,7 +24,7 @@ TEMP_NAME = re.compile(r"[0-9a-f]{32}\.tmp")
 SPACE_NAME = re.compile(r"[0-9a-f]{32}")
 
 SIGNATURE = b'{"__metadata__":{"format":"actcache-'
-"""What every file of ours has after its 8 bytes of length."""
+"""What every file of ours begins with, the binary ones after 8 bytes of length."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
@@ -125,7 +125,7 @@ def is_ours(path: Path, pattern: re.Pattern[str], *, may_be_empty: bool = False)
         return False
     finally:
         os.close(fd)
-    return head[8:] == SIGNATURE or (may_be_empty and not head)
+    return SIGNATURE in (head[8:], head[: len(SIGNATURE)]) or (may_be_empty and not head)
 
 
 def remove(path: Path) -> int:

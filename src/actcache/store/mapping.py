@@ -177,6 +177,24 @@ class Segment:
         both = self._moments[first : first + 2 * dim]
         return Moments(self.info.rows, both[:dim].copy(), both[dim:].copy())
 
+    def holds(self, what: str, prompts: Ints, content: list[bytes]) -> npt.NDArray[np.bool_]:
+        """Whether the "token" ids or the "text" of `prompts` are exactly `content`, bool ``[len(prompts)]``."""
+        offset, name = (
+            (self.prompts.token_offset, "token_ids") if what == "token" else (self.prompts.text_offset, "text")
+        )
+        tensor = self._tensors[name]
+        width = tensor.dtype.itemsize
+        starts = offset[prompts] * width + tensor.start
+        stops = offset[prompts + 1] * width + tensor.start
+        neighbours = len(prompts) > 1 and bool((starts[1:] == stops[:-1]).all())
+        # In order, the usual case: one comparison for all, if each has the right length.
+        same_lengths = neighbours and (stops - starts).tolist() == list(map(len, content))
+        if same_lengths and self.map[int(starts[0]) : int(stops[-1])] == b"".join(content):
+            return np.ones(len(prompts), bool)
+        data = self.map
+        pieces = zip(starts.tolist(), stops.tolist(), content, strict=True)
+        return np.fromiter((data[a:b] == c for a, b, c in pieces), bool, len(prompts))
+
     def verify(self, site: str, starts: Ints, stops: Ints) -> npt.NDArray[np.bool_]:
         """Whether the rows ``starts[i]:stops[i]`` of `site` are intact, bool ``[len(starts)]``.
 

@@ -32,21 +32,22 @@ def text_keys(texts: Sequence[str], kinds: Sequence[int] | npt.NDArray[Any] | in
 
     Chat prompts come as canonical JSON with kind 2, so that no text can pass for a conversation.
     """
-    return _pack(_text_digests([_encode(t) for t in texts], kinds, context))
+    return text_digests([encode_text(t) for t in texts], kinds, context)
 
 
-def _text_digests(data: Sequence[bytes], kinds: Sequence[int] | npt.NDArray[Any] | int, context: str) -> list[bytes]:
+def text_digests(data: Sequence[bytes], kinds: Sequence[int] | npt.NDArray[Any] | int, context: str) -> Bytes:
+    """`text_keys` of texts that are encoded already."""
     digest = xxhash.xxh3_128_digest
-    salt = digest(_encode(context))
+    salt = digest(encode_text(context))
     prefixes = [salt + bytes([kind]) for kind in (IDS, TEXT, CHAT)]
     if isinstance(kinds, (int, np.integer)):
         prefix = prefixes[int(kinds)]
-        return [digest(prefix + t) for t in data]
-    return [digest(prefixes[k] + t) for k, t in zip(np.asarray(kinds).tolist(), data, strict=True)]
+        return _pack([digest(prefix + t) for t in data])
+    return _pack([digest(prefixes[k] + t) for k, t in zip(np.asarray(kinds).tolist(), data, strict=True)])
 
 
-def _encode(text: str) -> bytes:
-    # Lone surrogates are legal in str and must not make a prompt unkeyable.
+def encode_text(text: str) -> bytes:
+    """UTF-8; lone surrogates are legal in str and must not make a prompt unkeyable."""
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -89,7 +90,7 @@ class PromptTable:
             texts = [None] * n
         if len(texts) != n:
             raise ValueError(f"{len(texts)} texts for {n} prompts")
-        data = [b"" if t is None else _encode(t) for t in texts]
+        data = [b"" if t is None else encode_text(t) for t in texts]
         kind = np.array([IDS if t is None else TEXT for t in texts] if kinds is None else kinds, dtype=np.uint8)
         if len(kind) != n or (n and int(kind.max()) > CHAT):
             raise ValueError("kinds: one of 0 (ids), 1 (text), 2 (chat) for each prompt")
@@ -140,7 +141,7 @@ class PromptTable:
         if len(some):
             data, ends = self.text.tobytes(), self.text_offset.tolist()
             given = [data[ends[i] : ends[i + 1]] for i in some.tolist()]
-            keys[some] = _pack(_text_digests(given, self.kind[some], self.text_context))
+            keys[some] = text_digests(given, self.kind[some], self.text_context)
         return keys
 
     def tokens(self, i: int) -> npt.NDArray[np.int32]:

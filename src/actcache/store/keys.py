@@ -1,0 +1,124 @@
+"""Sorted keys in memory: which segment and row holds a 128-bit key, for many keys at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+
+
+@dataclass
+class _Run:
+    """Keys sorted by their first word; `segment` and `row` say where each is."""
+
+    high: Words
+    low: Words
+    segment: npt.NDArray[np.int32]
+    row: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.high)
+
+    def keep(self, mask: npt.NDArray[np.bool_]) -> _Run:
+        return _Run(self.high[mask], self.low[mask], self.segment[mask], self.row[mask])
+
+
+class KeyTable:
+    """Keys of many segments; of two segments with the same key the one with the greater age rank wins.
+
+    Runs of sorted keys are merged when a newer one is half as long, so adding N segments costs N log N and
+    a look-up visits few runs. 24 bytes per key.
+    """
+
+    def __init__(self) -> None:
+        self._runs: list[_Run] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._runs))
+
+    def add(self, segment: int, keys: npt.NDArray[np.uint8], live: npt.NDArray[np.bool_] | None = None) -> None:
+        """Add the `keys` uint8 ``[n, 16]`` of a segment; rows where `live` is False are left out."""
+        words = np.ascontiguousarray(keys).view(np.uint64)
+        rows = np.arange(len(words), dtype=np.int32)
+        if live is not None:
+            words, rows = words[live], rows[live]
+        self._runs.append(_sorted(words[:, 0], words[:, 1], np.full(len(rows), segment, np.int32), rows))
+
+    def drop(self, segment: int) -> None:
+        """Forget all keys of a segment."""
+        self._settle()
+        self._runs = [run.keep(run.segment != segment) for run in self._runs]
+
+    def find(self, keys: npt.NDArray[np.uint8], rank: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int32], Ints]:
+        """Segment and row of each of `keys` uint8 ``[m, 16]``; segment -1 where absent.
+
+        `rank[segment]` orders segments by age; the highest wins.
+        """
+        self._settle()
+        words = np.ascontiguousarray(keys).view(np.uint64)
+        high, low = words[:, 0], words[:, 1]
+        segment = np.full(len(high), -1, np.int32)
+        row = np.full(len(high), -1, np.int64)
+        if len(high) > 64:
+            # Looking up in sorted order walks the run once, which the processor's cache likes.
+            order = np.argsort(high)
+            high, low = high[order], low[order]
+        for run in self._runs:
+            if len(run):
+                _search(run, high, low, rank, segment, row)
+        if len(high) > 64:
+            back_segment, back_row = np.empty_like(segment), np.empty_like(row)
+            back_segment[order], back_row[order] = segment, row
+            return back_segment, back_row
+        return segment, row
+
+    def _settle(self) -> None:
+        # Many adds in a row (opening a store) are sorted once.
+        while len(self._runs) > 1:
+            total, start = len(self._runs[-1]), len(self._runs) - 1
+            while start and len(self._runs[start - 1]) <= 2 * total:
+                start -= 1
+                total += len(self._runs[start])
+            if start == len(self._runs) - 1:
+                return
+            joined = self._runs[start:]
+            self._runs[start:] = [
+                _sorted(
+                    np.concatenate([r.high for r in joined]),
+                    np.concatenate([r.low for r in joined]),
+                    np.concatenate([r.segment for r in joined]),
+                    np.concatenate([r.row for r in joined]),
+                )
+            ]
+
+
+def _sorted(high: Words, low: Words, segment: npt.NDArray[np.int32], row: npt.NDArray[np.int32]) -> _Run:
+    order = np.argsort(high)
+    return _Run(high[order], low[order], segment[order], row[order])
+
+
+def _search(
+    run: _Run, high: Words, low: Words, rank: npt.NDArray[Any], segment: npt.NDArray[np.int32], row: Ints
+) -> None:
+    at = np.searchsorted(run.high, high)
+    last = len(run) - 1
+    active = np.flatnonzero(run.high[np.minimum(at, last)] == high)
+    active = active[at[active] <= last]
+    at = at[active]
+    # Duplicates of a prompt, and first words that agree by chance, lie side by side.
+    while len(active):
+        found = run.low[at] == low[active]
+        new = run.segment[at]
+        old = segment[active]
+        better = found & ((old < 0) | (rank[new] > rank[old]))
+        segment[active[better]] = new[better]
+        row[active[better]] = run.row[at[better]]
+        at = at + 1
+        more = at <= last
+        more[more] = run.high[at[more]] == high[active[more]]
+        active, at = active[more], at[more]
