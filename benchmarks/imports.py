@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 from _measure import Ratio
@@ -29,10 +31,24 @@ COMMANDS = {
 BOUNDS = {"import actcache": (True, 0.060), "actcache --help": (False, 0.400)}
 
 
-def seconds(arguments: list[str]) -> float:
+def seconds(arguments: list[str], environment: dict[str, str]) -> float:
     started = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
     return time.perf_counter() - started
+
+
+def measure(rounds: int) -> dict[str, list[float]]:
+    """Seconds of each command in each round; the store is an empty folder."""
+    taken: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "ACTCACHE_DIR": folder}
+        for turn in range(-1, rounds):
+            for name, arguments in COMMANDS.items():
+                spent = seconds(arguments, environment)
+                # The first round fills Python's caches of compiled files.
+                if turn >= 0:
+                    taken[name].append(spent)
+    return taken
 
 
 def main() -> int:
@@ -41,13 +57,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
-    taken: dict[str, list[float]] = {name: [] for name in COMMANDS}
-    for turn in range(-1, options.rounds):
-        for name, arguments in COMMANDS.items():
-            spent = seconds(arguments)
-            if turn >= 0:
-                taken[name].append(spent)
-
+    taken = measure(options.rounds)
     results = []
     ok = True
     for name, times in taken.items():

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
         clear_cache,
         discover_cached,
         invalidate_extraction_cache,
-        new_space,
         set_cache_backend,
     )
+    from actcache.store.spaces import new_space
     from actcache.store.store import Store
     from actcache.unified import UnifiedCache, WarmupStats, activations
 
@@ -60,7 +60,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "clear_cache": ("store.default", "clear_cache"),
     "discover_cached": ("store.default", "discover_cached"),
     "invalidate_extraction_cache": ("store.default", "invalidate_extraction_cache"),
-    "new_space": ("store.default", "new_space"),
+    "new_space": ("store.spaces", "new_space"),
     "set_cache_backend": ("store.default", "set_cache_backend"),
 }
 

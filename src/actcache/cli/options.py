@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from actcache.store.store import Store
     from actcache.unified import UnifiedCache
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -114,11 +113,4 @@ def unified_cache(model: str, *, raw: bool, store: str | None, **options: Any) -
     """The cache that the options of `model_options` describe."""
     from actcache.unified import UnifiedCache
 
-    return UnifiedCache(model, cache_pooled=not raw, store=open_store(store), **options)
-
-
-def open_store(location: str | None) -> Store:
-    """The store at `location`, or the process's default store."""
-    from actcache.store.default import default_store, store_at
-
-    return default_store() if location is None else store_at(location)
+    return UnifiedCache(model, cache_pooled=not raw, store=store, **options)

@@ -8,6 +8,7 @@ import click
 
 from actcache.cli.options import debug_option, json_option, model_options, unified_cache
 from actcache.cli.prompts import prompt_arguments, read_prompts
+from actcache.errors import PartialWarmupError
 
 
 @click.command("warmup")
@@ -31,12 +32,22 @@ def command(
     or CSV; - is standard input.
     """
     prompts = read_prompts(files, texts, column=column, file_format=file_format)
-    stats = unified_cache(model, **options).warmup(prompts)
+    cache = unified_cache(model, **options)
+    try:
+        stats = cache.warmup(prompts)
+    except PartialWarmupError as error:
+        # All others are stored: say so before the failure is reported.
+        _print(error.stats, as_json)
+        raise
+    _print(stats, as_json)
 
-    from actcache.cli.output import duration, print_json, size
+
+def _print(stats: Any, as_json: bool) -> None:
+    from actcache.cli.output import duration, plain, print_json, size
 
     if as_json:
-        print_json(stats)
+        rates = {"cache_hit_rate": stats.cache_hit_rate, "tokens_per_second": stats.tokens_per_second}
+        print_json({**plain(stats), **rates})
         return
     speed = f", {stats.tokens_per_second:,.0f} tokens per second" if stats.activations_extracted else ""
     click.echo(

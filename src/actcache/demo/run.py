@@ -107,9 +107,9 @@ def _extract(out: Console, store: Store) -> None:
         "", "stored before", "extracted", "time", "tokens/s", "model loaded", right=("stored before", "extracted")
     )
     for name, stats, cache in (("first run", first, cold), ("second run", second, warm)):
-        rows.add_row(name, *_cells(stats), "yes" if _loaded(cache) else "no")
+        rows.add_row(name, *_cells(stats), "yes" if cache.model_loaded else "no")
     out.print(rows)
-    if second.activations_extracted or _loaded(warm):
+    if second.activations_extracted or warm.model_loaded:
         raise RuntimeError("the second warm-up did not find everything: please report this")
     speedup = first.elapsed_seconds / max(second.elapsed_seconds, 1e-9)
     out.print(f"   The second run found all {PROMPTS} prompts and loaded no weights: {speedup:,.0f} times faster.")
@@ -118,10 +118,6 @@ def _extract(out: Console, store: Store) -> None:
 def _cells(stats: WarmupStats) -> tuple[str, str, str, str]:
     speed = f"{stats.tokens_per_second:,.0f}" if stats.activations_extracted else ""
     return str(stats.activations_cached), str(stats.activations_extracted), duration(stats.elapsed_seconds), speed
-
-
-def _loaded(cache: UnifiedCache) -> bool:
-    return cache.extractor.source.loaded
 
 
 def _read_back(out: Console, store: Store) -> None:
@@ -172,7 +168,7 @@ def _probe(out: Console, store: Store) -> None:
     cache.warmup(texts)
     activations, _ = cache.get_activations(texts)
     labels = [item.label for item in items]
-    layers = activations.unflatten(1, (cache.extractor.source.n_layers, -1)).numpy()
+    layers = activations.unflatten(1, (len(cache.sites), -1)).numpy()
     out.print(
         f"   A logistic regression per layer on the last token: {len(train)} statements to learn from, "
         f"{len(test)} about other facts to test on"
@@ -206,14 +202,14 @@ def _lens(out: Console, store: Store) -> None:
     cache = _last_token(store)
     cache.warmup([prompt])
     activations, _ = cache.get_activations([prompt])
-    layers = activations.unflatten(1, (cache.extractor.source.n_layers, -1))[0]
+    layers = activations.unflatten(1, (len(cache.sites), -1))[0]
 
     import torch
 
     from actcache.model.anatomy import describe
 
-    anatomy = describe(cache.extractor.source.model())
-    tokenizer = cache.extractor.source.tokenizer()
+    anatomy = describe(cache.model)
+    tokenizer = cache.tokenizer
     assert anatomy.final_norm is not None
     assert anatomy.head is not None
     with torch.no_grad():
