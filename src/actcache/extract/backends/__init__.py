@@ -1,0 +1,57 @@
+"""What an extraction backend must offer: run token sequences, hand back rows per site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+Pooling = str | Callable[[Any], Any] | None
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What is kept of a site's values `[B, S, D]`, decided on the model's device before any copy.
+
+    Attributes:
+        pooling: one row per prompt by this rule; None keeps every chosen token.
+        positions: which real tokens count (`positions.resolve_positions`); "all" keeps every one.
+    """
+
+    pooling: Pooling = None
+    positions: Any = "all"
+
+
+class Rows(Protocol):
+    """The rows of one batch, perhaps still on their way from the device."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether `wait` returns at once."""
+
+    def wait(self) -> Mapping[str, torch.Tensor]:
+        """Per site a CPU tensor: `[b, D]` pooled, else `[sum of kept tokens, D]`, prompts in batch order."""
+
+
+class Session(Protocol):
+    """A model made ready to run batches for a fixed set of sites."""
+
+    def run(self, sequences: Sequence[npt.NDArray[np.int32]]) -> Rows:
+        """One forward pass over `sequences` (token ids of each prompt); they may differ in length."""
+
+
+class Backend(Protocol):
+    """Runs a model somewhere."""
+
+    @property
+    def device(self) -> str:
+        """Where the model runs, as torch names it."""
+
+    def session(self, sites: Sequence[str], reduction: Reduction) -> AbstractContextManager[Session]:
+        """Load and check the model, read `sites` on it until the block ends, then leave it as it was."""

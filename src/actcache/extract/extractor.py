@@ -1,0 +1,225 @@
+"""ActivationExtractor: many prompts through a model, in good batches, no cache involved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actcache.errors import OptionError, require_choice
+from actcache.extract.activations import Activations
+from actcache.extract.backends import Backend, Pooling, Reduction, Rows, Session
+from actcache.extract.batching import Batch, check_limits, make_batches, token_budget
+from actcache.extract.prompts import Prompt, check_tokens, read_prompts, tokenize
+from actcache.model.loading import open_source
+from actcache.model.options import LoadOptions
+from actcache.model.sites import Site, resolve_layers
+from actcache.progress import progress
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import torch
+
+    from actcache.model.loading import ModelSource
+
+BatchRows = Mapping[str, "torch.Tensor"]
+POOLINGS = ("last_token", "first_token", "mean", "max", "min")
+
+
+class ActivationExtractor:
+    """Runs prompts through a model and hands back the activations of chosen sites.
+
+    Args:
+        model: Hub id, local folder, or a loaded transformers model.
+        tokenizer: an object, folder or Hub id; by default the model's own.
+        sites: site names (`ac.sites(model)` lists them), e.g. ``"resid_post"`` or ``["attn_out.3", "logits"]``.
+        layers: which blocks for names without a layer: int, list, ``"all"``, ``"last"`` or ``"middle"``.
+        pooling: None for every token, or ``"last_token"``, ``"first_token"``, ``"mean"``, ``"max"``, ``"min"``,
+            or a function ``tensor[T, D] -> tensor[D]``.
+        positions: which tokens count, before pooling; real tokens only (`resolve_positions`).
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...; a loaded model stays where it is.
+        dtype: compute dtype; None means float32 (a loaded model keeps its own).
+        batch_size: upper bound on prompts per batch; None leaves it to the token budget.
+        max_batch_tokens: padded tokens per batch; None takes what suits the device.
+        add_special_tokens: whether text gets the tokenizer's special tokens.
+        allow_hooks: names of hooks on a loaded model that are known not to change what is read.
+
+    Raises:
+        OptionError, ModelLoadError, UnknownSiteError, LayerRangeError: before any weights are read.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        tokenizer: Any = None,
+        sites: str | Sequence[str] = "resid_post",
+        layers: Any = "all",
+        pooling: Pooling = None,
+        positions: Any = "all",
+        device: str = "auto",
+        dtype: Any = None,
+        revision: str | None = None,
+        batch_size: int | None = None,
+        max_batch_tokens: int | None = None,
+        backend: str = "local",
+        trust_remote_code: bool = False,
+        token: str | bool | None = None,
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+        quantization_config: Any = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        add_special_tokens: bool = True,
+        allow_hooks: Sequence[str] = (),
+    ) -> None:
+        require_choice(backend, ("local",), "backend")
+        check_limits(batch_size, max_batch_tokens)
+        if pooling is not None and not callable(pooling):
+            require_choice(pooling, POOLINGS, "pooling")
+        options = LoadOptions(
+            dtype=dtype,
+            device=str(device),
+            revision=revision,
+            token=token,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            device_map=device_map,
+            quantization_config=quantization_config,
+            model_kwargs=dict(model_kwargs or {}),
+            allow_hooks=tuple(allow_hooks),
+        )
+        self.source: ModelSource = open_source(model, options, tokenizer)
+        self.reduction = Reduction(pooling, positions)
+        self.batch_size = batch_size
+        self.max_batch_tokens = max_batch_tokens
+        self.add_special_tokens = add_special_tokens
+        self.site_names = complete_sites(sites, layers, lambda: self.source.n_layers)
+
+    @property
+    def sites(self) -> list[str]:
+        """Every complete site name that is read, in the order asked."""
+        return list(dict.fromkeys(name for names in self.site_names.values() for name in names))
+
+    def extract(self, prompts: Prompt | Iterable[Prompt]) -> Activations:
+        """Activations of `prompts` (text, token ids or chats; one string counts as a list of one).
+
+        Raises:
+            PromptError, PromptTypeError, TokenizerError: a prompt that cannot be run, before any is.
+        """
+        read = read_prompts(prompts)
+        everything = range(len(read))
+        tokenize(read, everything, self.source, add_special_tokens=self.add_special_tokens)
+        check_tokens(read, everything, self.source)
+        ids = [i for i in read.ids if i is not None]
+        parts: dict[str, list[torch.Tensor | None]] = {site: [None] * len(ids) for site in self.sites}
+        with progress(len(ids), "extracting") as bar:
+            for batch, rows in self.batches(ids, self.sites):
+                counts = [len(ids[i]) for i in batch.indices]
+                for site, tensor in rows.items():
+                    for i, part in zip(batch.indices, self._split(tensor, counts), strict=True):
+                        parts[site][i] = part
+                bar.update(len(batch.indices))
+        return self._gather(parts, ids)
+
+    def _split(self, tensor: torch.Tensor, counts: list[int]) -> Iterable[torch.Tensor]:
+        if self.reduction.pooling is not None:
+            return tensor.split(1)
+        if isinstance(self.reduction.positions, str) and self.reduction.positions == "all":
+            return tensor.split(counts)
+        from actcache.capture.positions import resolve_positions
+
+        return tensor.split([len(resolve_positions(self.reduction.positions, n)) for n in counts])
+
+    def _gather(self, parts: Mapping[str, list[Any]], ids: list[npt.NDArray[np.int32]]) -> Activations:
+        import torch
+
+        data = {site: torch.cat(rows) for site, rows in parts.items()}
+        counts = [len(part) for part in next(iter(parts.values()))]
+        offset = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return Activations(data, offset, self.reduction.pooling is not None, ids)
+
+    def backend(self) -> Backend:
+        """The backend that runs the model."""
+        from actcache.extract.backends.local import LocalBackend
+
+        return LocalBackend(self.source)
+
+    def batches(
+        self,
+        ids: Sequence[npt.NDArray[np.int32]],
+        sites: Sequence[str],
+        on_failure: Callable[[Batch, Exception], None] | None = None,
+    ) -> Iterator[tuple[Batch, BatchRows]]:
+        """Run `ids` in batches and yield each batch with its rows per site, while the next one runs on the device.
+
+        A batch that fails is passed to `on_failure` and the rest goes on; without it the error is raised.
+        Too little device memory halves a batch before it counts as failed.
+        """
+        backend = self.backend()
+        budget = self.max_batch_tokens or token_budget(backend.device)
+        todo = make_batches([len(i) for i in ids], max_tokens=budget, batch_size=self.batch_size)
+        with backend.session(sites, self.reduction) as session:
+            in_flight: list[tuple[Batch, Rows]] = []
+            for batch in todo:
+                for part, rows in _run(session, batch, ids, on_failure):
+                    in_flight.append((part, rows))
+                    # A copy still under way is waited for while the next batch runs; rows that are
+                    # here go out at once, so that a kill loses no finished batch.
+                    while in_flight and (in_flight[0][1].ready or len(in_flight) > 1):
+                        done, arrived = in_flight.pop(0)
+                        yield done, arrived.wait()
+            for done, arrived in in_flight:
+                yield done, arrived.wait()
+
+
+def _run(
+    session: Session,
+    batch: Batch,
+    ids: Sequence[npt.NDArray[np.int32]],
+    on_failure: Callable[[Batch, Exception], None] | None,
+) -> Iterator[tuple[Batch, Rows]]:
+    from torch.cuda import OutOfMemoryError
+
+    try:
+        rows = session.run([ids[i] for i in batch.indices])
+    except OutOfMemoryError as error:
+        if len(batch.indices) == 1:
+            _fail(batch, error, on_failure)
+            return
+        half = len(batch.indices) // 2
+        for part in (batch.indices[:half], batch.indices[half:]):
+            lengths = [len(ids[i]) for i in part]
+            yield from _run(session, Batch(part, max(lengths), len(set(lengths)) > 1), ids, on_failure)
+    except Exception as error:
+        _fail(batch, error, on_failure)
+    else:
+        yield batch, rows
+
+
+def _fail(batch: Batch, error: Exception, on_failure: Callable[[Batch, Exception], None] | None) -> None:
+    if on_failure is None:
+        raise error
+    on_failure(batch, error)
+
+
+def complete_sites(sites: str | Sequence[str], layers: Any, n_layers: Callable[[], int]) -> dict[str, list[str]]:
+    """Complete site names by the name asked for: ``{"resid_post": ["resid_post.0", ...], "logits": ["logits"]}``.
+
+    Raises:
+        UnknownSiteError, LayerRangeError, OptionError.
+    """
+    asked = [sites] if isinstance(sites, str) else list(sites)
+    if not asked:
+        raise OptionError("sites is empty: expected at least one site, for example 'resid_post'.")
+    complete: dict[str, list[str]] = {}
+    for text in asked:
+        site = Site.parse(text)
+        if not site.per_layer or site.layer is not None:
+            if site.layer is not None:
+                site = Site(site.name, resolve_layers(site.layer, n_layers())[0], site.head, site.stack)
+            complete.setdefault(str(site), [str(site)])
+            continue
+        chosen = resolve_layers("all" if layers is None else layers, n_layers())
+        complete[text] = [str(Site(site.name, layer, site.head, site.stack)) for layer in chosen]
+    return complete

@@ -1,0 +1,166 @@
+"""Which prompts of a request are stored, found by text first and by token ids second, and reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actcache.capture.positions import pool_numpy
+from actcache.errors import NotCachedError
+from actcache.extract.prompts import PromptList, prompt_table, tokenize
+from actcache.store.prompts import IDS
+from actcache.store.records import TOKENS
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from actcache.model.loading import ModelSource
+    from actcache.store.store import Placement, Store
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a store.
+
+    Attributes:
+        names: complete site names; one result column each, in this order.
+        layout: `TOKENS` for every token, else the pooling's name.
+        check: verify the checksums of all that would be read (damage then counts as missing).
+    """
+
+    store: Store
+    space: str
+    names: Sequence[str]
+    layout: str
+    check: bool = True
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some prompts of a request and where they are stored."""
+
+    placement: Placement
+    local: npt.NDArray[np.intp]
+    at: npt.NDArray[np.intp]
+    full_rows: bool
+
+
+@dataclass
+class Lookup:
+    """The answer: what is there, and how to read it.
+
+    Attributes:
+        found: bool `[n]`, whether every asked site of a prompt is stored.
+        missing: for each prompt that is not, the names still to be computed.
+    """
+
+    question: Question
+    found: npt.NDArray[np.bool_]
+    missing: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    _pieces: list[_Piece] = field(default_factory=list)
+
+    def add(self, placement: Placement, at: npt.NDArray[np.intp], *, full_rows: bool) -> None:
+        """Note the prompts of `placement` (its prompt `k` is prompt `at[k]` here) that are stored whole."""
+        local = np.flatnonzero(placement.found & ~self.found[at])
+        if len(local):
+            self._pieces.append(_Piece(placement, local, at[local], full_rows))
+            self.found[at[local]] = True
+
+    def note_missing(self, placement: Placement, at: npt.NDArray[np.intp]) -> None:
+        """For prompts of `placement` still not found: the names that are not there."""
+        each = placement.found_each
+        names = np.asarray(self.question.names, object)
+        for k in np.flatnonzero(~self.found[at]):
+            self.missing[int(at[k])] = tuple(names[~each[k]])
+
+    def pooled(self) -> npt.NDArray[Any]:
+        """One row per prompt and site, `[n, sites, D]`, in a new array."""
+        self._require_all()
+        n = len(self.found)
+        first = self._pieces[0]
+        if len(self._pieces) == 1 and len(first.local) == n and not first.full_rows:
+            return first.placement.take()
+        result: npt.NDArray[Any] | None = None
+        for piece in self._pieces:
+            values = self._pooled_rows(piece) if piece.full_rows else piece.placement.take(index=piece.local)
+            if result is None:
+                result = np.empty((n, *values.shape[1:]), values.dtype)
+            result[piece.at] = values
+        assert result is not None
+        return result
+
+    def _pooled_rows(self, piece: _Piece) -> npt.NDArray[Any]:
+        pooling = self.question.layout
+        return np.stack([[pool_numpy(rows, pooling) for rows in piece.placement.rows(int(k))] for k in piece.local])
+
+    def rows(self) -> list[list[npt.NDArray[Any]]]:
+        """For each prompt one read-only array `[T, D]` per site."""
+        self._require_all()
+        result: list[list[npt.NDArray[Any]]] = [[] for _ in range(len(self.found))]
+        for piece in self._pieces:
+            for k, i in zip(piece.local, piece.at, strict=True):
+                result[i] = piece.placement.rows(int(k))
+        return result
+
+    def padded(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+        """`([n, S, sites * D], mask [n, S])`, right-padded with zeros."""
+        self._require_all()
+        n = len(self.found)
+        if len(self._pieces) == 1 and len(self._pieces[0].local) == n:
+            values, mask = self._pieces[0].placement.take_padded()
+            return values, mask.astype(bool, copy=False)
+        rows = self.rows()
+        longest = max(len(r[0]) for r in rows)
+        width = sum(r.shape[1] for r in rows[0])
+        values = np.zeros((n, longest, width), rows[0][0].dtype)
+        mask = np.zeros((n, longest), bool)
+        for i, parts in enumerate(rows):
+            mask[i, : len(parts[0])] = True
+            start = 0
+            for part in parts:
+                values[i, : len(part), start : start + part.shape[1]] = part
+                start += part.shape[1]
+        return values, mask
+
+    def _require_all(self) -> None:
+        if not self.found.all():
+            absent = np.flatnonzero(~self.found)
+            raise NotCachedError(f"{len(absent)} of {len(self.found)} prompts are not stored, the first is prompt {absent[0]}.")
+
+
+def look_up(
+    question: Question, prompts: PromptList, source: ModelSource, context: str, *, add_special_tokens: bool
+) -> Lookup:
+    """Find `prompts`. A prompt known by its text is not tokenised; the others are, and are found by their ids.
+
+    A pooled question is also answered by stored full sequences.
+    """
+    n = len(prompts)
+    answer = Lookup(question, np.zeros(n, bool))
+    everything = np.arange(n)
+    layouts = [question.layout] if question.layout in (TOKENS,) or ":" in question.layout else [question.layout, TOKENS]
+    store, names = question.store, list(question.names)
+    by_text = np.flatnonzero(prompts.kinds != IDS)
+    if len(by_text):
+        texts = [prompts.texts[i] or "" for i in by_text] if len(by_text) < n else [t or "" for t in prompts.texts]
+        kinds = prompts.kinds[by_text]
+        for layout in layouts:
+            placement = store.locate(
+                question.space, texts=texts, kinds=kinds, text_context=context, sites=names, layout=layout, check=question.check
+            )
+            answer.add(placement, by_text, full_rows=layout == TOKENS and question.layout != TOKENS)
+            if answer.found.all():
+                return answer
+    left = everything[~answer.found]
+    tokenize(prompts, left.tolist(), source, add_special_tokens=add_special_tokens)
+    table = prompt_table(prompts, left.tolist(), context)
+    for layout in layouts:
+        placement = store.locate(question.space, table=table, sites=names, layout=layout, check=question.check)
+        answer.add(placement, left, full_rows=layout == TOKENS and question.layout != TOKENS)
+        if layout == question.layout:
+            asked = placement
+    answer.note_missing(asked, left)
+    return answer

@@ -1,0 +1,83 @@
+"""What a warm-up would do, before it does it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from actcache.errors import DiskFullError
+from actcache.model.host_memo import host_memo
+
+if TYPE_CHECKING:
+    from actcache.model.loading import ModelSource
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is cached, what is missing and what that will cost.
+
+    Attributes:
+        cached: prompts of the request that are stored already.
+        missing: different prompts that must go through the model.
+        tokens: tokens of the missing prompts.
+        bytes_to_write: bytes of activations they will add to the store.
+        bytes_free: bytes free where the store lives.
+        seconds: estimated time; from earlier runs of this model on this host, else from its size.
+    """
+
+    cached: int
+    missing: int
+    tokens: int
+    bytes_to_write: int
+    bytes_free: int
+    seconds: float
+
+    def require_room(self, place: Path) -> None:
+        """Raise `DiskFullError` when `bytes_to_write` is more than is free."""
+        if self.bytes_to_write > self.bytes_free:
+            raise DiskFullError(
+                f"the activations need {self.bytes_to_write / 2**30:.2f} GiB and {str(place)!r} has "
+                f"{self.bytes_free / 2**30:.2f} GiB free: make room, choose fewer layers or pooling, or another store."
+            )
+
+
+def bytes_free(place: Path) -> int:
+    """Free bytes of the disk that holds `place`, which need not exist yet."""
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def remember_speed(space: str, device: str, tokens: int, seconds: float) -> None:
+    """Note the measured speed of a run, for later estimates on this host."""
+    if tokens >= 1_000 and seconds > 0:
+        host_memo().put("tokens_per_second", f"{space}\0{device}", f"{tokens / seconds:.6g}")
+
+
+def estimate_seconds(source: ModelSource, space: str, device: str, tokens: int, *, depth: float) -> float:
+    """Seconds that `tokens` will take: by an earlier run's speed, else by arithmetic (2 operations per weight and token).
+
+    `depth` is the fraction of the blocks that runs.
+    """
+    if tokens == 0:
+        return 0.0
+    known = host_memo().get("tokens_per_second", f"{space}\0{device}")
+    if known is not None:
+        return tokens / float(known)
+    # Half of a matrix product's peak is what a whole forward pass reaches, roughly.
+    return 2.0 * (source.weight_bytes / 4) * depth * tokens / (0.5 * _operations_per_second(device))
+
+
+def _operations_per_second(device: str) -> float:
+    import torch
+
+    a = torch.ones(512, 512, device=device)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(4):
+        b = a @ a
+    float(b[0, 0])
+    return 4 * 2 * 512.0**3 / max(1e-9, time.perf_counter() - start)

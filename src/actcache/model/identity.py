@@ -1,0 +1,211 @@
+"""What makes two activations the same: weights, configuration, dtype, attention, options (DESIGN rule 1).
+
+Everything here is computed without loading a model from disk: files are digested with xxh3-128 and the
+digest is remembered by path, inode, size, mtime and ctime; a Hub model is its commit. A model that is
+already in memory is digested by its parameters and buffers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from actcache.model.host_memo import HostMemo, host_memo
+
+if TYPE_CHECKING:
+    import torch
+
+IDENTITY_VERSION = 1
+
+# Values of a config that name things or steer what is returned, and change no activation.
+CONFIG_LABELS = frozenset(
+    {
+        "_name_or_path",
+        "name_or_path",
+        "_commit_hash",
+        "transformers_version",
+        "architectures",
+        "torch_dtype",
+        "dtype",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "use_cache",
+        "output_hidden_states",
+        "output_attentions",
+        "return_dict",
+        "return_dict_in_generate",
+        "torchscript",
+        "id2label",
+        "label2id",
+        "task_specific_params",
+    }
+)
+
+_CHUNK = 8 << 20
+# A file changed this recently could change again without its time stamps moving on.
+_RACY_NS = 2_000_000_000
+
+
+def digest_json(value: Any) -> str:
+    """Hex digest (32 digits) of a JSON value, independent of key order."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """Digest of the values of a model config that can change numbers."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(k): strip(v) for k, v in value.items() if k not in CONFIG_LABELS}
+        if isinstance(value, list | tuple):
+            return [strip(v) for v in value]
+        return value
+
+    return digest_json(strip(config))
+
+
+def file_digest(path: Path, memo: HostMemo | None = None) -> str:
+    """Hex digest of a file's bytes; read again only when its inode, size or time stamps changed."""
+    memo = memo or host_memo()
+    real = path.resolve()
+    before = real.stat()
+    key = f"{real}\0{before.st_ino}\0{before.st_size}\0{before.st_mtime_ns}\0{before.st_ctime_ns}"
+    known = memo.get("file", key)
+    if known is not None:
+        return known
+    hasher = xxhash.xxh3_128()
+    with real.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            hasher.update(chunk)
+    after = real.stat()
+    unchanged = (before.st_mtime_ns, before.st_size, before.st_ino) == (after.st_mtime_ns, after.st_size, after.st_ino)
+    if unchanged and time.time_ns() - max(after.st_mtime_ns, after.st_ctime_ns) > _RACY_NS:
+        memo.put("file", key, hasher.hexdigest())
+    return hasher.hexdigest()
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """Digest of several files: their names and their bytes."""
+    return digest_json({path.name: file_digest(path) for path in paths})
+
+
+def stat_signature(paths: Iterable[Path]) -> tuple[tuple[str, int, int, int, int], ...]:
+    """What tells whether any of these files was replaced or changed, for the price of a stat each."""
+    signature = []
+    for path in paths:
+        stat = path.stat()
+        signature.append((str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return tuple(signature)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files that transformers loads from a local folder, in name order; empty when there are none."""
+    found: set[Path] = set()
+    for single, index in (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        if (folder / single).is_file():
+            found.add(folder / single)
+        elif (folder / index).is_file():
+            found.add(folder / index)
+            shards = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+            found.update(folder / shard for shard in set(shards))
+        if found:
+            break
+    else:
+        found.update(p for pattern in ("*.safetensors", "*.bin", "*.pt", "*.gguf") for p in folder.glob(pattern))
+    found.update(p for p in (folder / "adapter_config.json", *folder.glob("adapter_model.*")) if p.is_file())
+    return sorted(found)
+
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a local folder that decide how text becomes token ids; empty when there are none."""
+    named = [folder / name for name in _TOKENIZER_FILES]
+    return sorted(
+        p for p in (*named, *folder.glob("*.model"), *folder.glob("additional_chat_templates/*")) if p.is_file()
+    )
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of a tokenizer object: its rules, special tokens and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        # Left over from the last call, and overridden by every call of ours.
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+    else:
+        rules = {"vocab": tokenizer.get_vocab(), "settings": getattr(tokenizer, "init_kwargs", {})}
+    special = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
+    return digest_json(
+        {
+            "class": type(tokenizer).__name__,
+            "rules": rules,
+            "special": special,
+            "chat": getattr(tokenizer, "chat_template", None),
+            "bos": getattr(tokenizer, "add_bos_token", None),
+            "eos": getattr(tokenizer, "add_eos_token", None),
+        }
+    )
+
+
+_live: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
+
+
+def live_weights_digest(model: torch.nn.Module) -> str:
+    """Digest of all parameters and buffers of a model in memory: names, shapes, dtypes and bytes.
+
+    Computed once per state of the weights. The state is recognised by every tensor's `data_ptr` and
+    `_version`, and by a sample of its values, since a write through ``.data`` moves no version.
+    """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    state = tuple((name, t.data_ptr(), t._version, tuple(t.shape), str(t.dtype), _sample(t)) for name, t in named)
+    known = _live.get(model)
+    if known is not None and known[0] == state:
+        return known[1]
+    hasher = xxhash.xxh3_128()
+    for name, tensor in named:
+        hasher.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        hasher.update(_bytes_of(tensor))
+    _live[model] = (state, hasher.hexdigest())
+    return hasher.hexdigest()
+
+
+def _sample(tensor: torch.Tensor) -> int:
+    flat = tensor.detach()
+    if flat.numel() == 0 or flat.is_meta or not flat.is_contiguous():
+        return 0
+    flat = flat.view(-1)
+    step = max(1, flat.numel() // 64)
+    return xxhash.xxh3_64_intdigest(_bytes_of(flat[::step]))
+
+
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    import torch
+
+    if tensor.is_meta:
+        return b""
+    flat = tensor.detach().to("cpu").contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""

@@ -1,0 +1,73 @@
+"""How a model is to be loaded and run; checked before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from actcache.errors import OptionError, require_choice
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+_DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Options of loading that reach transformers, with the compute dtype and the device made explicit."""
+
+    dtype: str | None = None
+    device: str = "auto"
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+    device_map: Any = None
+    quantization_config: Any = None
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    allow_hooks: tuple[str, ...] = ()
+
+
+def dtype_name(dtype: str | torch.dtype | None) -> str | None:
+    """The canonical name of a compute dtype (``"bfloat16"`` for ``torch.bfloat16`` and ``"bf16"``), or None.
+
+    Raises `OptionError` for anything that is not a floating dtype a model can run in.
+    """
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return require_choice(_DTYPE_ALIASES.get(name, name), DTYPES, "dtype")
+
+
+def resolve_device(device: str | torch.device) -> str:
+    """`device`, with ``"auto"`` resolved to the accelerator that is there, else the CPU.
+
+    Raises `OptionError` for a device torch does not know or that is not there.
+    """
+    import torch
+
+    if str(device) == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise OptionError(f"unknown device {device!r}: expected 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'.") from error
+    missing = (resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count()) or (
+        resolved.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise OptionError(f"device {str(device)!r} is not available here; use device='cpu' or device='auto'.")
+    return str(resolved)
+
+
+def check_device_name(device: object) -> None:
+    """Refuse a device that cannot be one, without importing torch."""
+    kind = str(device).split(":")[0]
+    if kind == "auto":
+        return
+    require_choice(kind, ("cpu", "cuda", "mps", "xpu", "auto"), "device")

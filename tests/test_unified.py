@@ -1,0 +1,399 @@
+"""UnifiedCache: computed once, read afterwards, and never a stale or foreign value."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from reference import alone, relative_error
+
+import actcache as ac
+from actcache import errors
+from actcache.testing import tiny
+
+FLOAT32 = 5e-6
+TEXTS = ["the cat sat on the mat", "a", "dogs and cats and dogs", "the mat sat", "on a mat the cat sat and sat"]
+CHAT = [{"role": "user", "content": "the cat sat"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A gpt2-like model with a tokenizer, as save_pretrained leaves them."""
+    folder = tmp_path_factory.mktemp("models") / "gpt2"
+    tiny.gpt2(seed=1).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def own_folder(folder, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(folder, tmp_path / "model")
+
+
+def reference(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def ids_of(folder, text):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+
+
+def misses(cache, prompts=TEXTS):
+    return cache.plan(prompts).missing
+
+
+class TestValues:
+    def test_pooled(self, folder):
+        cache = ac.UnifiedCache(folder, layers=[2, 0])
+        values, mask = cache.get_activations(TEXTS)
+        model = reference(folder)
+        width = model.config.n_embd
+        assert mask is None
+        assert values.shape == (len(TEXTS), 2 * width)
+        for row, text in zip(values, TEXTS, strict=True):
+            expected = [alone(model, ids_of(folder, text), f"resid_post.{layer}")[-1] for layer in (2, 0)]
+            assert relative_error(row, torch.cat(expected)) < FLOAT32
+
+    def test_full_sequences(self, folder):
+        cache = ac.UnifiedCache(folder, layers=[0, 1], cache_pooled=False)
+        values, mask = cache.get_activations(TEXTS)
+        model = reference(folder)
+        for i, text in enumerate(TEXTS):
+            ids = ids_of(folder, text)
+            assert mask[i].sum() == len(ids)
+            assert mask[i, : len(ids)].all()
+            expected = torch.cat([alone(model, ids, f"resid_post.{layer}") for layer in (0, 1)], dim=1)
+            assert relative_error(values[i][mask[i]], expected) < FLOAT32
+            assert not values[i][~mask[i]].any()
+
+    def test_the_same_from_storage_by_another_object(self, folder):
+        first = ac.UnifiedCache(folder).get_activations(TEXTS)[0]
+        again = ac.UnifiedCache(folder)
+        assert torch.equal(again.get_activations(TEXTS)[0], first)
+        assert not again.model_loaded
+
+    def test_any_order_duplicates_and_subsets(self, folder):
+        cache = ac.UnifiedCache(folder)
+        straight = cache.get_activations(TEXTS)[0]
+        order = [3, 0, 3, 4, 0]
+        assert torch.equal(cache.get_activations([TEXTS[i] for i in order])[0], straight[order])
+
+    def test_several_sites_give_a_dict_and_one_by_name(self, folder):
+        cache = ac.UnifiedCache(folder, layers=[0, 1], sites=("resid_post", "mlp_out", "logits"))
+        answers = cache.get_activations(TEXTS)
+        model = reference(folder)
+        assert set(answers) == {"resid_post", "mlp_out", "logits"}
+        assert answers["logits"][0].shape == (len(TEXTS), model.config.vocab_size)
+        assert torch.equal(cache.get_activations(TEXTS, site="mlp_out")[0], answers["mlp_out"][0])
+        for i, text in enumerate(TEXTS):
+            ids = ids_of(folder, text)
+            assert relative_error(answers["logits"][0][i], alone(model, ids, "logits")[-1]) < FLOAT32
+            expected = torch.cat([alone(model, ids, f"mlp_out.{layer}")[-1] for layer in (0, 1)])
+            assert relative_error(answers["mlp_out"][0][i], expected) < FLOAT32
+
+    def test_layers_of_a_call_come_in_its_order(self, folder):
+        cache = ac.UnifiedCache(folder, layers="all")
+        width = reference(folder).config.n_embd
+        both = cache.get_activations(TEXTS, layers=[2, 0])[0]
+        assert torch.equal(both[:, :width], cache.get_activations(TEXTS, layers=2)[0])
+        assert torch.equal(both[:, width:], cache.get_activations(TEXTS, layers=0)[0])
+
+    def test_positions_of_full_sequences(self, folder):
+        cache = ac.UnifiedCache(folder, layers=1, cache_pooled=False)
+        full, mask = cache.get_activations(TEXTS)
+        last, one = cache.get_activations(TEXTS, positions="last")
+        assert one.all()
+        for i in range(len(TEXTS)):
+            assert torch.equal(last[i, 0], full[i][mask[i]][-1])
+
+    def test_pooled_is_answered_from_full_sequences(self, folder):
+        ac.UnifiedCache(folder, cache_pooled=False).warmup(TEXTS)
+        for pooling in ("last_token", "mean", "max", "min", "first_token"):
+            pooled = ac.UnifiedCache(folder, pooling=pooling)
+            assert misses(pooled) == 0
+            values = pooled.get_activations(TEXTS)[0]
+            assert not pooled.model_loaded
+            model = reference(folder)
+            rows = torch.cat(
+                [alone(model, ids_of(folder, TEXTS[4]), f"resid_post.{layer}") for layer in range(3)], dim=1
+            )
+            expected = {
+                "last_token": rows[-1],
+                "first_token": rows[0],
+                "mean": rows.double().mean(0),
+                "max": rows.amax(0),
+                "min": rows.amin(0),
+            }[pooling]
+            assert relative_error(values[4], expected) < FLOAT32
+
+    def test_bfloat16_is_kept_as_it_was_computed(self, folder):
+        cache = ac.UnifiedCache(folder, dtype="bfloat16", cache_pooled=False, layers=1)
+        stored, mask = cache.get_activations(TEXTS)
+        direct = ac.ActivationExtractor(folder, dtype="bfloat16", layers=1, batch_size=8).extract(TEXTS)
+        assert stored.dtype is torch.bfloat16
+        for i in range(len(TEXTS)):
+            assert torch.equal(stored[i][mask[i]], direct["resid_post.1"][i])
+
+    def test_one_liner(self, folder):
+        values = ac.activations(folder, TEXTS, layers=[0, 2])
+        assert isinstance(values, np.ndarray)
+        assert values.shape[:2] == (len(TEXTS), 2)
+        rows = ac.activations(folder, TEXTS, layers=[0, 2], pooling=None)
+        assert [len(r) for r in rows] == [len(ids_of(folder, t)) for t in TEXTS]
+        assert np.array_equal(rows[1][-1], values[1])
+
+    def test_results_can_be_written_to_without_changing_the_store(self, folder):
+        cache = ac.UnifiedCache(folder)
+        first = cache.get_activations(TEXTS)[0]
+        kept = first.clone()
+        first.zero_()
+        assert torch.equal(cache.get_activations(TEXTS)[0], kept)
+
+
+class TestHits:
+    def test_everything_is_a_hit_the_second_time(self, folder):
+        cache = ac.UnifiedCache(folder)
+        cold = cache.warmup([*TEXTS, TEXTS[0]])
+        warm = ac.UnifiedCache(folder)
+        stats = warm.warmup(TEXTS)
+        assert (cold.activations_cached, cold.activations_extracted) == (0, len(TEXTS))
+        assert (stats.activations_cached, stats.activations_extracted) == (len(TEXTS), 0)
+        assert stats.cache_hit_rate == 1.0
+        assert not warm.model_loaded
+
+    def test_a_warm_run_does_not_even_tokenise(self, folder, monkeypatch):
+        ac.UnifiedCache(folder).warmup(TEXTS)
+        warm = ac.UnifiedCache(folder)
+        monkeypatch.setattr(type(warm.extractor.source), "tokenizer", lambda self: pytest.fail("tokenised"))
+        warm.get_activations(TEXTS)
+
+    def test_text_and_its_ids_are_one_entry(self, folder):
+        ac.UnifiedCache(folder).warmup(TEXTS)
+        ids = [ids_of(folder, t) for t in TEXTS]
+        assert misses(ac.UnifiedCache(folder), ids) == 0
+        cache = ac.UnifiedCache(folder)
+        assert torch.equal(cache.get_activations(ids)[0], cache.get_activations(TEXTS)[0])
+
+    def test_ids_first_then_text(self, folder):
+        ac.UnifiedCache(folder).warmup([ids_of(folder, t) for t in TEXTS])
+        assert misses(ac.UnifiedCache(folder)) == 0
+        assert ac.UnifiedCache(folder).warmup(TEXTS).activations_extracted == 0
+
+    def test_the_same_model_loaded_twice(self, folder):
+        tokenizer = tiny.tokenizer()
+        ac.UnifiedCache(reference(folder), tokenizer=tokenizer).warmup(TEXTS)
+        assert misses(ac.UnifiedCache(reference(folder), tokenizer=tiny.tokenizer())) == 0
+
+    def test_only_missing_layers_are_computed(self, folder):
+        ac.UnifiedCache(folder, layers=[0, 1]).warmup(TEXTS)
+        cache = ac.UnifiedCache(folder, layers="all")
+        written = cache.warmup(TEXTS).bytes_written
+        model = reference(folder)
+        assert written == len(TEXTS) * (model.config.n_layer - 2) * model.config.n_embd * 4
+        assert torch.equal(
+            cache.get_activations(TEXTS)[0], torch.cat([cache.get_activations(TEXTS, layers=i)[0] for i in range(3)], dim=1)
+        )
+
+    def test_a_mix_of_stored_and_new_and_kinds(self, folder):
+        cache = ac.UnifiedCache(folder)
+        cache.warmup(TEXTS[:2])
+        cache.warmup([ids_of(folder, TEXTS[2])])
+        mixed = [TEXTS[3], TEXTS[2], ids_of(folder, TEXTS[0]), TEXTS[1], [3, 1, 2], TEXTS[3]]
+        values = cache.get_activations(mixed)[0]
+        model = reference(folder)
+        for row, prompt in zip(values, mixed, strict=True):
+            ids = prompt if isinstance(prompt, list) else ids_of(folder, prompt)
+            assert relative_error(row[-model.config.n_embd :], alone(model, ids, "resid_post.2")[-1]) < FLOAT32
+
+    def test_chat_goes_through_the_template_once(self, own_folder):
+        tokenizer = tiny.tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+        tokenizer.save_pretrained(own_folder)
+        cache = ac.UnifiedCache(own_folder, layers="last")
+        values = cache.get_activations([CHAT])[0]
+        ids = tokenizer("user the cat sat ", add_special_tokens=False)["input_ids"]
+        assert relative_error(values[0], alone(reference(own_folder), ids, "resid_post.2")[-1]) < FLOAT32
+        assert misses(ac.UnifiedCache(own_folder, layers="last"), [CHAT]) == 0
+
+
+class TestMisses:
+    """Whatever changes a number is a miss."""
+
+    def test_other_weights_under_the_same_path(self, own_folder):
+        cache = ac.UnifiedCache(own_folder)
+        before = cache.get_activations(TEXTS)[0]
+        tiny.gpt2(seed=99).save_pretrained(own_folder)
+        assert misses(ac.UnifiedCache(own_folder)) == len(TEXTS)
+        # The object made before the change notices too, and loads the new weights.
+        after = cache.get_activations(TEXTS)[0]
+        assert not torch.equal(before, after)
+        assert relative_error(
+            after[0, -32:], alone(reference(own_folder), ids_of(own_folder, TEXTS[0]), "resid_post.2")[-1][-32:]
+        ) < FLOAT32
+
+    def test_another_dtype(self, folder):
+        ac.UnifiedCache(folder).warmup(TEXTS)
+        assert misses(ac.UnifiedCache(folder, dtype="bfloat16")) == len(TEXTS)
+        assert misses(ac.UnifiedCache(folder, dtype="float32")) == 0
+
+    def test_another_attention_implementation(self, folder):
+        ac.UnifiedCache(folder, attn_implementation="sdpa").warmup(TEXTS)
+        assert misses(ac.UnifiedCache(folder, attn_implementation="eager")) == len(TEXTS)
+
+    def test_the_default_attention_implementation_is_its_name(self, folder):
+        default = reference(folder).config._attn_implementation
+        ac.UnifiedCache(folder).warmup(TEXTS)
+        assert misses(ac.UnifiedCache(folder, attn_implementation=default)) == 0
+
+    def test_a_config_value(self, own_folder):
+        ac.UnifiedCache(own_folder).warmup(TEXTS)
+        path = own_folder / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "layer_norm_epsilon": 1e-3}))
+        assert misses(ac.UnifiedCache(own_folder)) == len(TEXTS)
+
+    def test_special_tokens(self, own_folder):
+        tiny.tokenizer(bos=True).save_pretrained(own_folder)
+        ac.UnifiedCache(own_folder, add_special_tokens=False).warmup(TEXTS)
+        assert misses(ac.UnifiedCache(own_folder, add_special_tokens=True)) == len(TEXTS)
+        assert misses(ac.UnifiedCache(own_folder, add_special_tokens=False)) == 0
+
+    def test_a_live_model_that_was_trained_on(self, folder):
+        model = reference(folder)
+        cache = ac.UnifiedCache(model, tokenizer=tiny.tokenizer())
+        cache.warmup(TEXTS)
+        with torch.no_grad():
+            model.transformer.h[0].mlp.c_fc.bias.add_(0.5)
+        assert misses(cache) == len(TEXTS)
+        ids = ids_of(folder, TEXTS[0])
+        values = cache.get_activations(TEXTS, layers=2)[0]
+        assert relative_error(values[0], alone(model, ids, "resid_post.2")[-1]) < FLOAT32
+
+    def test_another_tokenizer_that_gives_other_ids(self, own_folder):
+        ac.UnifiedCache(own_folder).warmup(TEXTS)
+        tiny.tokenizer(bos=True).save_pretrained(own_folder)
+        assert misses(ac.UnifiedCache(own_folder)) == len(TEXTS)
+
+    def test_pooling_of_another_kind(self, folder):
+        ac.UnifiedCache(folder, pooling="mean").warmup(TEXTS)
+        assert misses(ac.UnifiedCache(folder, pooling="last_token")) == len(TEXTS)
+
+
+class TestPlan:
+    def test_counts_and_sizes(self, folder):
+        ac.UnifiedCache(folder, layers=[0, 1], cache_pooled=False).warmup(TEXTS[:2])
+        cache = ac.UnifiedCache(folder, layers=[0, 1], cache_pooled=False)
+        plan = cache.plan([*TEXTS, TEXTS[4]])
+        tokens = sum(len(ids_of(folder, t)) for t in TEXTS[2:])
+        width = reference(folder).config.n_embd
+        assert (plan.cached, plan.missing, plan.tokens) == (2, 3, tokens)
+        assert plan.bytes_to_write == tokens * 2 * width * 4
+        assert plan.bytes_free > 0
+        assert plan.seconds > 0
+        assert cache.warmup(TEXTS).bytes_written == plan.bytes_to_write
+
+    def test_planning_writes_nothing(self, folder, tmp_path):
+        ac.UnifiedCache(folder, store=tmp_path / "store").plan(TEXTS)
+        assert not (tmp_path / "store").exists()
+
+    def test_a_warmup_that_does_not_fit_is_refused_before_any_work(self, folder, monkeypatch):
+        import actcache.extract.cached as cached
+
+        monkeypatch.setattr(cached, "bytes_free", lambda place: 100)
+        cache = ac.UnifiedCache(folder)
+        with pytest.raises(errors.DiskFullError, match="GiB free"):
+            cache.warmup(TEXTS)
+        assert not cache.model_loaded
+
+
+class TestFailures:
+    def test_a_batch_that_fails_does_not_stop_the_others(self, folder):
+        model = reference(folder)
+        original = model.transformer.wte.forward
+        bad = 7
+
+        def broken(ids):
+            if (ids == bad).any():
+                raise RuntimeError("no such luck")
+            return original(ids)
+
+        model.transformer.wte.forward = broken
+        cache = ac.UnifiedCache(model, batch_size=1)
+        prompts = [[1, 2], [3, bad, 1], [4]]
+        with pytest.raises(errors.PartialWarmupError, match="prompt 1: RuntimeError: no such luck") as caught:
+            cache.warmup(prompts)
+        assert caught.value.failed[0][0] == 1
+        assert caught.value.stats.activations_extracted == 2
+        assert misses(cache, prompts) == 1
+
+    def test_layers_that_are_not_kept(self, folder):
+        cache = ac.UnifiedCache(folder, layers=[0])
+        with pytest.raises(errors.OptionError, match=r"resid_post\.1"):
+            cache.get_activations(TEXTS, layers=1)
+        with pytest.raises(errors.UnknownSiteError, match="mlp_out"):
+            cache.get_activations(TEXTS, site="mlp_out")
+
+    def test_positions_of_a_pooled_cache(self, folder):
+        with pytest.raises(errors.OptionError, match="cache_pooled=False"):
+            ac.UnifiedCache(folder).get_activations(TEXTS, positions="last")
+
+    def test_a_folder_that_is_no_model(self, tmp_path):
+        with pytest.raises(errors.ModelLoadError, match=r"config\.json"):
+            ac.UnifiedCache(tmp_path)
+        with pytest.raises(errors.ModelLoadError, match="does not exist"):
+            ac.UnifiedCache(str(tmp_path / "absent"))
+
+    def test_a_model_without_weights(self, own_folder):
+        (own_folder / "model.safetensors").unlink()
+        with pytest.raises(errors.ModelLoadError, match="no weights"):
+            ac.UnifiedCache(own_folder).warmup(TEXTS)
+
+    def test_a_model_without_tokenizer(self, own_folder):
+        for path in own_folder.glob("*token*"):
+            path.unlink()
+        with pytest.raises(errors.TokenizerError, match="tokenizer="):
+            ac.UnifiedCache(own_folder).warmup(TEXTS)
+        ac.UnifiedCache(own_folder).warmup([[1, 2]])
+        ac.UnifiedCache(own_folder, tokenizer=tiny.tokenizer()).warmup(TEXTS)
+
+    def test_a_store_that_cannot_be_written(self, folder, tmp_path):
+        (tmp_path / "file").write_text("")
+        cache = ac.UnifiedCache(folder, store=tmp_path / "file" / "store")
+        with pytest.raises(errors.StoreAccessError):
+            cache.warmup(TEXTS)
+        assert not cache.model_loaded
+
+
+class TestCachedExtractor:
+    def test_returns_activations_and_mask(self, folder):
+        extractor = ac.ActivationExtractor(folder, layers=[0, 1])
+        values, mask = ac.CachedExtractor(extractor).extract(TEXTS)
+        expected, expected_mask = extractor.extract(TEXTS).padded()
+        assert torch.equal(mask, expected_mask)
+        assert relative_error(values, expected) < FLOAT32
+
+    def test_cache_only_and_invalidate(self, folder):
+        extractor = ac.ActivationExtractor(folder, layers=[0], pooling="mean")
+        cached = ac.CachedExtractor(extractor)
+        assert cached.extract(TEXTS, cache_only=True) is None
+        request = cached.request(TEXTS, extractor.sites)
+        assert request.to_compute == 0
+        values, mask = cached.extract(TEXTS, invalidate_cache=True)
+        assert values.shape == (len(TEXTS), 1, reference(folder).config.n_embd)
+        assert mask.all()
+
+    def test_positions_belong_to_reading(self, folder):
+        with pytest.raises(errors.OptionError, match="get_activations"):
+            ac.CachedExtractor(ac.ActivationExtractor(folder, positions="last"))
+
+    def test_a_pooling_without_a_stable_name(self, folder):
+        with pytest.raises(errors.OptionError, match="module-level"):
+            ac.CachedExtractor(ac.ActivationExtractor(folder, pooling=lambda h: h[0]))
