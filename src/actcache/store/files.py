@@ -21,6 +21,7 @@ log = logging.getLogger("actcache.store")
 SEGMENT_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 TOMB_NAME = re.compile(r"([0-9a-f]{32})-[0-9a-f]{16}\.tomb")
 TEMP_NAME = re.compile(r"[0-9a-f]{32}\.tmp")
+SPACE_FILE = re.compile(r"space\.json")
 SPACE_NAME = re.compile(r"[0-9a-f]{32}")
 
 SIGNATURE = b'{"__metadata__":{"format":"actcache-'

@@ -85,20 +85,20 @@ class SpaceIndex:
         tombs = {n for n in names if TOMB_NAME.fullmatch(n)}
         if not self._loaded:
             self._loaded = True
-            for info in self._catalog.load(self.folder.name):
-                if info.name in segments:
-                    self._insert(info)
+            for known in self._catalog.load(self.folder.name):
+                if known.name in segments:
+                    self._insert(known)
         gone = [name for name in self._numbers if name not in segments]
         new = [info for name in sorted(segments - self._numbers.keys() - self._refused) if (info := self._read(name))]
         self._refused &= segments
         for name in gone:
             self._remove(name)
-        for info in new:
-            self._insert(info)
+        for fresh in new:
+            self._insert(fresh)
         self._catalog.record(self.folder.name, new, gone)
-        known = {t for held in self._tombs.values() for t in held}
-        if tombs != known:
-            self._update_tombs(tombs - known, known - tombs)
+        buried = {t for held in self._tombs.values() for t in held}
+        if tombs != buried:
+            self._update_tombs(tombs - buried, buried - tombs)
         elif new:
             self._bury({info.name for info in new})
 
@@ -150,7 +150,7 @@ class SpaceIndex:
         live = self.live(number)
         if kind == "text":
             # Prompts given as ids have no text key; zeros would make them one another's duplicates.
-            given = info.text_key.any(axis=1)
+            given: Mask = np.asarray(info.text_key.any(axis=1))
             return info.text_key, given if live is None else given & live
         return info.prompt_key, live
 
@@ -226,6 +226,9 @@ class SpaceIndex:
 
     # -- looking up ------------------------------------------------------------------------------------
 
+    def all_groups(self) -> list[Group]:
+        return [g for g in self._groups.values() if g.members]
+
     def groups(self, layout: str) -> list[Group]:
         return [g for g in self._groups.values() if g.layout == layout and g.members]
 
@@ -250,6 +253,14 @@ class SpaceIndex:
     def segments(self) -> Iterator[tuple[int, SegmentInfo]]:
         """Number and description of every segment."""
         return ((n, i) for n, i in enumerate(list(self._infos)) if i is not None)
+
+    def info(self, number: int) -> SegmentInfo | None:
+        return self._infos[number]
+
+    def contexts(self) -> list[str]:
+        """Every text context that a segment of this space has."""
+        with self.lock:
+            return sorted({i.text_context for _, i in self.segments()} - {""})
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

@@ -53,7 +53,7 @@ class Query:
             return np.zeros(len(members), bool)
         same = segment.holds("text", prompts, [self.content[i] for i in members.tolist()])
         assert self.kinds is not None
-        return same & (segment.prompts.kind[prompts] == self.kinds[members])
+        return np.asarray(same & (segment.prompts.kind[prompts] == self.kinds[members]))
 
 
 class _Changed(Exception):

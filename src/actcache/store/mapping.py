@@ -54,6 +54,7 @@ class Segment:
             raise FormatError(f"{path}: {error}") from None
         finally:
             os.close(fd)
+        self._raw = memoryview(self.map)
         self._bytes = np.frombuffer(self.map, np.uint8)
         try:
             self._read_index(head)
@@ -103,7 +104,7 @@ class Segment:
         stored = self._array("digest")
         if int(stored[0]) != xxhash.xxh3_64_intdigest(head):
             raise FormatError("header is damaged (its digest does not match)")
-        if int(stored[1]) != xxhash.xxh3_64_intdigest(self._bytes[digest.stop : start]):
+        if int(stored[1]) != xxhash.xxh3_64_intdigest(self._raw[digest.stop : start]):
             raise FormatError("index is damaged (its digest does not match)")
         self._data = data
         self._check_index()
@@ -237,7 +238,7 @@ class Segment:
             return state
         tensor, first = self._data[site], self._first_block[site]
         self._populate(tensor, wanted)
-        data, digest = self._bytes, xxhash.xxh3_64_intdigest
+        data, digest = self._raw, xxhash.xxh3_64_intdigest
         expected = self._checksum[first + wanted].tolist()
         for block, checksum in zip(wanted.tolist(), expected, strict=True):
             start = tensor.start + block * BLOCK

@@ -44,7 +44,7 @@ class Placement:
         self.num_tokens: Ints = np.full(n, -1, np.int64)
         for part in parts:
             self.found_each[:, list(part.sites)] = (part.segment >= 0)[:, None]
-        self.found: npt.NDArray[np.bool_] = self.found_each.all(axis=1)
+        self.found: npt.NDArray[np.bool_] = np.asarray(self.found_each.all(axis=1))
         for part in parts[:1]:
             for number, members in self._by_segment(part.segment, np.flatnonzero(self.found)):
                 prompts = part.prompt[members]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -78,7 +79,7 @@ class PromptTable:
         cls,
         token_ids: Sequence[Sequence[int] | npt.NDArray[Any]],
         texts: Sequence[str | None] | None = None,
-        kinds: Sequence[int] | None = None,
+        kinds: Sequence[int] | npt.NDArray[Any] | None = None,
         text_context: str = "",
     ) -> PromptTable:
         """Pack prompts. `kinds` defaults to text where a text is given and to ids elsewhere."""
@@ -100,11 +101,18 @@ class PromptTable:
         )  # fmt: skip
 
     @classmethod
-    def concatenate(cls, tables: Sequence[PromptTable]) -> PromptTable:
-        """The prompts of all `tables`, in order; tables with text must agree in `text_context`."""
+    def concatenate(cls, tables: Sequence[PromptTable], *, mixed: bool = False) -> PromptTable:
+        """The prompts of all `tables`, in order; tables with text must agree in `text_context`.
+
+        With `mixed` they need not: the result has the keys of its parts and an empty context.
+        """
         if len(tables) == 1:
             return tables[0]
+        if not tables:
+            return cls.build([])
         contexts = {t.text_context for t in tables if t.text_context} or {""}
+        if len(contexts) > 1 and mixed:
+            contexts = {""}
         if len(contexts) > 1:
             raise ValueError(f"prompts of different text contexts cannot be joined: {sorted(contexts)}")
         return cls(
@@ -186,3 +194,8 @@ def _offsets(lengths: Sequence[int] | Ints) -> Ints:
 
 def _join_offsets(parts: Sequence[Ints]) -> Ints:
     return _offsets(np.concatenate([np.diff(p) for p in parts]))
+
+
+def canonical_chat(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Chat messages as the one JSON text they are keyed by."""
+    return json.dumps([dict(m) for m in messages], ensure_ascii=False, sort_keys=True, separators=(",", ":"))

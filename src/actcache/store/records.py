@@ -23,7 +23,7 @@ INDEX_TENSORS = (
     "digest", "row_offset", "token_offset", "text_offset", "checksum", "moments",
     "prompt_key", "text_key", "token_ids", "kind", "text",
 )  # fmt: skip
-_LAYOUT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:+-]*")
+_LAYOUT = re.compile(r"\w[\w.:+-]*")
 
 
 @dataclass
@@ -108,7 +108,7 @@ class SegmentInfo:
 
 def flat_bytes(array: npt.NDArray[Any]) -> memoryview:
     """The bytes of a contiguous array."""
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def is_layout(name: str) -> bool:

@@ -50,7 +50,7 @@ def new_space(model_name: str, **identity: Any) -> SpaceInfo:
     Pass it to `Store.write`; the same arguments name the same space again.
     """
     full = {"model_name": model_name, "source": "external", **identity}
-    label = {k: full[k] for k in ("model_name", "revision", "dtype") if k in full}
+    label: dict[str, Any] = {k: full[k] for k in ("model_name", "revision", "dtype") if k in full}
     return SpaceInfo(space_id(full), full, label)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import uuid
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from actcache._version import __version__
 from actcache.store import container
 from actcache.store.files import atomic_file, write_all
 from actcache.store.prompts import PromptTable
@@ -97,7 +97,7 @@ def write_columns(
         "text": prompts.text,
     }
     metadata = {
-        "format": FORMAT, "version": VERSION, "writer": _writer(), "space": space, "layout": layout,
+        "format": FORMAT, "version": VERSION, "writer": f"actcache {__version__}", "space": space, "layout": layout,
         "created_ns": str(created_ns), "text_context": prompts.text_context,
     }  # fmt: skip
     if replaces:
@@ -158,13 +158,3 @@ def _write_column(fd: int, column: Column, tensor: container.Tensor, moment: Mom
     if at != tensor.stop:
         raise ValueError(f"{column.site}: {at - tensor.start} bytes of data for {tensor.nbytes}")
     return hasher.finish()
-
-
-@functools.cache
-def _writer() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"actcache {version('actcache')}"
-    except PackageNotFoundError:
-        return "actcache"

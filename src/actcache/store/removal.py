@@ -1,0 +1,94 @@
+"""Taking things out: single prompts by tombs, whole spaces by deleting our own files."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from actcache.store.files import SEGMENT_NAME, SPACE_FILE, TEMP_NAME, TOMB_NAME, is_ours, log, remove, translated
+from actcache.store.index import SpaceIndex
+from actcache.store.spaces import FILE
+from actcache.store.tombs import is_member, write_tomb
+
+Keys = npt.NDArray[np.uint8]
+
+_ATTEMPTS = 64
+
+
+def invalidate(index: SpaceIndex, keys: Keys | None) -> int:
+    """Declare the prompts with these token keys (None: all) gone from every segment; how many there were.
+
+    Durable when it returns. A segment that another process merges meanwhile is followed to where it went.
+    """
+    gone: list[Keys] = []
+    for _ in range(_ATTEMPTS):
+        index.refresh(force=True)
+        with index.lock:
+            targets = []
+            for number, info in index.segments():
+                hit = np.ones(info.prompts, bool) if keys is None else is_member(info.prompt_key, keys)
+                live = index.live(number)
+                if live is not None:
+                    hit &= live
+                if hit.any():
+                    targets.append((info.name, info.prompt_key[hit]))
+        if not targets:
+            break
+        for name, found in targets:
+            with translated(index.folder):
+                write_tomb(index.folder, name, found)
+            gone.append(found)
+        # Without `keys` only what is there now is meant, not what others go on to write.
+        keys = np.concatenate([keys, *gone]) if keys is not None else np.concatenate(gone)
+    return count_distinct(gone)
+
+
+def count_distinct(keys: list[Keys]) -> int:
+    """How many different keys there are."""
+    if not keys:
+        return 0
+    words = np.ascontiguousarray(np.concatenate(keys)).view(np.uint64)
+    if not len(words):
+        return 0
+    order = np.lexsort((words[:, 1], words[:, 0]))
+    return 1 + int((words[order[1:]] != words[order[:-1]]).any(axis=1).sum())
+
+
+def clear_space(folder: Path) -> None:
+    """Delete every file of ours in a space's folder, and the folder when nothing else is in it.
+
+    A file goes only if it carries our name pattern and our header; unfinished files of living writers stay.
+    """
+    with translated(folder):
+        try:
+            entries = sorted(os.scandir(folder), key=lambda e: TOMB_NAME.fullmatch(e.name) is not None)
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            path = folder / entry.name
+            if is_ours(path, SEGMENT_NAME) or is_ours(path, TOMB_NAME):
+                remove(path)
+            elif is_ours(path, TEMP_NAME, may_be_empty=True):
+                _remove_unless_locked(path)
+            elif entry.name != FILE:
+                log.info("leaving %s: it was not written by actcache", path)
+        if not any(SEGMENT_NAME.fullmatch(e.name) for e in os.scandir(folder)):
+            if is_ours(folder / FILE, SPACE_FILE):
+                remove(folder / FILE)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _remove_unless_locked(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        finally:
+            os.close(fd)

@@ -1,0 +1,163 @@
+"""Between torch tensors and stored arrays, for `Store.write` and `Store.read`. torch is imported when used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from actcache.errors import LayerRangeError, OptionError, PromptError, PromptTypeError
+from actcache.store.prompts import CHAT, IDS, TEXT, PromptTable, canonical_chat, text_keys
+from actcache.store.records import Records
+
+if TYPE_CHECKING:
+    import torch
+
+    from actcache.store.placement import Placement
+
+
+def to_array(value: Any) -> npt.NDArray[Any]:
+    """A tensor or array as a numpy array; bfloat16 by its bits."""
+    if not hasattr(value, "detach"):
+        return np.asarray(value)
+    import torch
+
+    tensor = value.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        bits: npt.NDArray[Any] = tensor.view(torch.int16).numpy()
+        return bits.view(ml_dtypes.bfloat16)
+    array: npt.NDArray[Any] = tensor.numpy()
+    return array
+
+
+def to_tensor(array: npt.NDArray[Any], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A writable tensor that shares memory with `array` where `array` is writable."""
+    import torch
+
+    if not array.flags.writeable or not array.flags.c_contiguous:
+        array = np.array(array)
+    if array.dtype == ml_dtypes.bfloat16:
+        tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    else:
+        tensor = torch.from_numpy(array)
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def torch_dtype(dtype: Any) -> torch.dtype | None:
+    """A dtype given as a torch dtype, a name or None."""
+    if dtype is None:
+        return None
+    import torch
+
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise OptionError(f"unknown dtype {dtype!r}: expected a torch dtype, 'float32', 'float16', 'bfloat16', ...")
+    return found
+
+
+def prompt_table(prompts: Any, context: str, lengths: Sequence[int]) -> PromptTable:
+    """Prompts from outside: token ids, texts or chats; `lengths` are the rows of each.
+
+    Without a tokenizer the ids of a text are unknown: negative numbers made from its digest stand for them.
+    """
+    if isinstance(prompts, PromptTable):
+        return prompts
+    ids: list[Any] = []
+    texts, kinds = [], []
+    for i, prompt in enumerate(prompts):
+        kind, text = kind_of(prompt, i)
+        kinds.append(kind)
+        texts.append(text)
+        ids.append(prompt if text is None else _stand_in(kind, text, lengths[i]))
+    return PromptTable.build(ids, texts, kinds, context)
+
+
+def _stand_in(kind: int, text: str, length: int) -> npt.NDArray[np.int32]:
+    words = text_keys([text], kind, "").view(np.int32).reshape(-1)
+    return np.resize(words | np.int32(-(2**31)), length)
+
+
+def as_list(prompts: Any) -> list[Any]:
+    """Prompts as a list: a single text counts as one; PromptError when there are none."""
+    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not given:
+        raise PromptError("the list of prompts is empty: expected at least one prompt.")
+    return given
+
+
+def kind_of(prompt: Any, position: int = 0) -> tuple[int, str | None]:
+    """Kind and text of a prompt; PromptTypeError or PromptError when it is none."""
+    if isinstance(prompt, str):
+        if not prompt:
+            raise PromptError(f"prompt {position} is empty: remove it from the list.")
+        return TEXT, prompt
+    if not hasattr(prompt, "__len__") or isinstance(prompt, (bytes, Mapping)):
+        raise PromptTypeError(
+            f"prompt {position} is a {type(prompt).__name__}: expected text, token ids or chat messages."
+        )
+    if not len(prompt):
+        raise PromptError(f"prompt {position} is empty: remove it from the list.")
+    if isinstance(prompt[0], Mapping):
+        return CHAT, canonical_chat(prompt)
+    return IDS, None
+
+
+def records(prompts: Any, values: Mapping[str, Sequence[Any]], pooling: str | None, context: str) -> Records:
+    """Records of ``{site: [tensor [T, D] or [D], ...]}`` as `Store.write` takes them."""
+    if not isinstance(prompts, PromptTable):
+        prompts = as_list(prompts)
+    n = len(prompts)
+    arrays: dict[str, list[npt.NDArray[Any]]] = {}
+    for site, given in values.items():
+        if len(given) != n:
+            raise ValueError(f"{site}: {len(given)} values for {n} prompts")
+        arrays[site] = [to_array(v) for v in given]
+    if not arrays:
+        raise ValueError("nothing to write: expected {site: [tensor, ...]}")
+    first = next(iter(arrays.values()))
+    lengths = [4 if pooling or a.ndim == 0 else len(a) for a in first]
+    table = prompt_table(prompts, context, lengths)
+    for site, parts in arrays.items():
+        for i, array in enumerate(parts):
+            tokens = int(table.token_offset[i + 1] - table.token_offset[i])
+            if array.ndim != (1 if pooling else 2) or not (pooling or len(array) == tokens):
+                expected = "[D]" if pooling else f"[{tokens}, D], a row for each token"
+                raise ValueError(f"{site}, prompt {i}: shape {list(array.shape)}, expected {expected}")
+    if pooling:
+        return Records.pooled(table, pooling, {site: np.stack(parts) for site, parts in arrays.items()})
+    return Records.tokens(table, {site: np.concatenate(parts) for site, parts in arrays.items()})
+
+
+def cut(rows: npt.NDArray[Any], positions: Any) -> npt.NDArray[Any]:
+    """Rows of one prompt at `positions` (an int, a ``(start, stop)`` pair, a list of ints, None for all)."""
+    if positions is None or positions == "all":
+        return rows
+    if positions in ("last", "first"):
+        positions = -1 if positions == "last" else 0
+    if isinstance(positions, tuple):
+        return rows[slice(*positions)]
+    chosen = np.atleast_1d(np.asarray(positions, np.int64))
+    if len(chosen) and not (-len(rows) <= chosen.min() and chosen.max() < len(rows)):
+        raise LayerRangeError(f"position {positions} is outside a prompt of {len(rows)} tokens")
+    return rows[chosen]
+
+
+def stack_pooled(located: Sequence[tuple[Placement, npt.NDArray[np.int64]]], n: int, out: Any, dtype: Any) -> Any:
+    """The vectors of all located prompts in one tensor ``[n, D]``."""
+    first = located[0][0]
+    if len(located) == 1 and out is None:
+        return to_tensor(first.take()[:, 0], dtype)
+    parts = [(p, members, np.flatnonzero(p.found)) for p, members in located]
+    taken = [(members[local], to_tensor(p.take(index=local)[:, 0])) for p, members, local in parts if len(local)]
+    if out is None:
+        import torch
+
+        out = torch.empty((n, taken[0][1].shape[1]), dtype=dtype or taken[0][1].dtype)
+    if tuple(out.shape) != (n, taken[0][1].shape[1]):
+        raise ValueError(f"out has shape {list(out.shape)}, expected {[n, taken[0][1].shape[1]]}")
+    for at, values in taken:
+        out[at] = values.to(out.dtype)
+    return out
