@@ -1,1 +1,28 @@
-"""One forward pass into memory: hooks on, values out, hooks off."""
+"""One forward pass into memory: hooks on, values out, hooks off.
+
+This room shares its name with its main function, and stands for it: ``ac.capture(...)`` is `hooks.capture`.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _CallableRoom(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from actcache.capture.hooks import capture
+
+        return capture(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> Any:
+        from inspect import signature
+
+        from actcache.capture.hooks import capture
+
+        return signature(capture)
+
+
+sys.modules[__name__].__class__ = _CallableRoom

@@ -1,21 +1,150 @@
-"""Read values of a running model: `observe`, inline and without copies."""
+"""Read values of a running model: `capture` and `run_with_cache` into a cache, `observe` inline and without copies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from actcache.capture.taps import Inputs, Taps
-from actcache.model.anatomy import ReadPoint
+from actcache.capture.inputs import Inputs, prepare
+from actcache.capture.positions import check_positions, each_prompt, resolve_positions
+from actcache.capture.recording import OnInput, Recording, StopForward
+from actcache.capture.requests import Modules, every_module, resolve_modules
+from actcache.capture.taps import Taps
+from actcache.capture.values import read_device, read_dtype
+from actcache.errors import OptionError, SiteUnavailableError
+from actcache.model.anatomy import Anatomy, ReadPoint, check_identities, describe, original
+from actcache.model.sites import Site, expand_sites
+
+if TYPE_CHECKING:
+    from actcache.capture.cache import ActivationCache
+
+__all__ = ["Observation", "StopForward", "capture", "observe", "run_with_cache"]
 
 K = TypeVar("K", bound=Hashable)
 
 
-class StopForward(Exception):
-    """Raised inside a forward pass to end it: everything that was asked for has been read."""
+def capture(
+    model: nn.Module,
+    modules: Modules | None = None,
+    *,
+    sites: str | Site | Sequence[str | Site] | None = None,
+    layers: Any = None,
+    include_output: bool = True,
+    include_inputs: bool = False,
+    device: str | torch.device | None = "cpu",
+    dtype: str | torch.dtype | None = None,
+    detach: bool = True,
+    copy: bool = True,
+    positions: Any = "all",
+    stop_after_last: bool = False,
+) -> Recording:
+    """Record what modules of `model` return (and are given) while the block is open.
+
+        with ac.capture(model, ["transformer.h.0", "transformer.h.*.attn"], sites=["resid_post"]) as cache:
+            model(**inputs)
+        cache["transformer.h.0"].output, cache["resid_post.3"]
+
+    `modules`: paths, patterns (``*`` within one name, ``**`` across) or module objects; None with no `sites` means
+    every module that runs. `sites` (with `layers`) are names that mean the same on every architecture. What is kept is after
+    all hooks, detached (`detach`), on `device` (None: where it is), floating tensors in `dtype`, in memory of its own
+    (`copy`; modules that hand the same tensor on share one copy). `positions` counts real tokens of each pass and cuts
+    before the copy. `stop_after_last` ends each pass once everything asked for has run; the call then returns None.
+
+    Raises, before any pass, `UnknownModuleError`, `UnknownSiteError`, `SiteUnavailableError`, `AdditivityError`,
+    `LayerRangeError` or `OptionError`; and `MissedModuleError` when the block closes and something asked for never
+    ran (also listed in ``cache.missed``).
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"capture needs a torch.nn.Module, not {type(model).__name__}")
+    if not include_output and not include_inputs and (sites is None or modules is not None):
+        raise OptionError("include_output and include_inputs are both off: there would be nothing to record")
+    if layers is not None and sites is None:
+        raise OptionError("layers chooses among sites: name some, such as sites='resid_post'")
+    check_positions(positions)
+    model = original(model)
+    named: dict[str, nn.Module] = {}
+    points: dict[Site, ReadPoint] = {}
+    anatomy: Anatomy | None = None
+    if sites is not None:
+        anatomy = describe(model)
+        wanted = expand_sites(anatomy, sites, layers)
+        check_identities(model, sites=wanted)
+        points = {site: anatomy.read_point(site) for site in wanted}
+    elif stop_after_last or positions not in (None, "all"):
+        anatomy = _anatomy_if_any(model)
+    if modules is not None:
+        named = resolve_modules(model, modules)
+    elif sites is None:
+        named = every_module(model)
+        if stop_after_last:
+            raise OptionError("stop_after_last needs to know what is last: name modules or sites")
+    return Recording(
+        model,
+        named,
+        points,
+        anatomy=anatomy,
+        required=[*(named if modules is not None else ()), *map(str, points)],
+        include_output=include_output,
+        include_inputs=include_inputs,
+        keep={"device": read_device(device), "dtype": read_dtype(dtype), "detach": detach, "copy": copy},
+        positions="all" if positions is None else positions,
+        stop_after_last=stop_after_last,
+    )
+
+
+def run_with_cache(
+    model: nn.Module,
+    inputs: Inputs,
+    modules: Modules | None = None,
+    *,
+    tokenizer: Any = None,
+    sites: str | Site | Sequence[str | Site] | None = None,
+    layers: Any = None,
+    include_output: bool = True,
+    include_inputs: bool = False,
+    device: str | torch.device | None = "cpu",
+    dtype: str | torch.dtype | None = None,
+    detach: bool = True,
+    copy: bool = True,
+    positions: Any = "all",
+    stop_after_last: bool = False,
+) -> tuple[Any, ActivationCache]:
+    """Run one forward pass in evaluation mode and return ``(output, cache)``.
+
+    `inputs`: a text, a list of texts, token ids (one list, a list of lists, or a tensor), or a dict of tensors. Texts
+    and ids are padded on the right behind a mask made from their lengths, so each prompt's values are those it has alone.
+    `tokenizer` is found by the model's name when it is needed and not given. The other arguments are those of
+    `capture`; with ``detach=False`` the pass keeps its graph. ``cache.input_ids``, ``attention_mask`` and ``tokens``
+    say what each position is, ``cache.rows(key)`` leaves the padding out.
+    """
+    block = capture(
+        model,
+        modules,
+        sites=sites,
+        layers=layers,
+        include_output=include_output,
+        include_inputs=include_inputs,
+        device=device,
+        dtype=dtype,
+        detach=detach,
+        copy=copy,
+        positions=positions,
+        stop_after_last=stop_after_last,
+    )
+    prepared = prepare(original(model), inputs, tokenizer)
+    block.track_tokens()
+    with _evaluating(model), torch.set_grad_enabled(not detach and torch.is_grad_enabled()), block as cache:
+        output = model(**prepared.kwargs)
+    if prepared.tokens is not None:
+        cache.tokens = [
+            [row[p] for p in at]
+            for row, at in zip(prepared.tokens, _per_prompt(positions, prepared.tokens), strict=True)
+        ]
+    return output, cache
 
 
 class Observation:
@@ -60,12 +189,12 @@ def observe(
         return read
 
     outputs: list[tuple[nn.Module, Callable[[Any], None]]] = []
-    inputs: list[tuple[nn.Module, _OnInput]] = []
+    inputs: list[tuple[nn.Module, OnInput]] = []
     for key, point in points.items():
         if point.side == "output":
             outputs.append((point.module, reader(key, point)))
         else:
-            inputs.append((point.module, _OnInput(reader(key, point))))
+            inputs.append((point.module, OnInput(reader(key, point))))
     taps = Taps()
     try:
         taps.add(outputs, inputs)
@@ -74,19 +203,25 @@ def observe(
         taps.remove()
 
 
-class _OnInput:
-    """A listener that only reads what a module is called with."""
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
-    __slots__ = ("read",)
 
-    def __init__(self, read: Callable[[Inputs], None]) -> None:
-        self.read = read
+def _per_prompt(positions: Any, tokens: list[list[str]]) -> list[list[int]]:
+    choices = each_prompt(positions, len(tokens))
+    return [resolve_positions(choice, len(row)) for choice, row in zip(choices, tokens, strict=True)]
 
-    def begin(self, inputs: Inputs) -> None:
-        self.read(inputs)
 
-    def end(self, token: Any, output: Any) -> None:
-        return None
-
-    def fail(self, token: Any) -> None:
+def _anatomy_if_any(model: nn.Module) -> Anatomy | None:
+    try:
+        return describe(model)
+    except SiteUnavailableError:
         return None

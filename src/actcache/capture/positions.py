@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+_EXPECTED = "'all', 'last', 'first', an int, (start, stop), or a non-empty list of these"
 POOLINGS = ("last_token", "first_token", "mean", "max", "min")
 
 
@@ -65,10 +66,9 @@ def pool_numpy(rows: np.ndarray[Any, Any], pooling: str) -> np.ndarray[Any, Any]
 
     require_choice(pooling, POOLINGS, "pooling")
     _some(rows.shape[0])
-    if pooling == "last_token":
-        return rows[-1]
-    if pooling == "first_token":
-        return rows[0]
+    if pooling in ("last_token", "first_token"):
+        end: np.ndarray[Any, Any] = rows[-1 if pooling == "last_token" else 0]
+        return end
     wide = np.float64 if rows.dtype == np.float64 else np.float32
     if pooling == "mean":
         pooled = rows.sum(0, dtype=wide) / wide(rows.shape[0])
@@ -79,33 +79,51 @@ def pool_numpy(rows: np.ndarray[Any, Any], pooling: str) -> np.ndarray[Any, Any]
     return result
 
 
+def check_positions(positions: Any) -> None:
+    """Raise `OptionError` for what can name no position, whatever the prompt's length; None means "all"."""
+    if isinstance(positions, str):
+        require_choice(positions, ("all", "last", "first"), "position")
+    elif isinstance(positions, list) and positions:
+        for item in positions:
+            check_positions(item)
+    elif isinstance(positions, tuple):
+        if len(positions) != 2 or not all(_is_int(p) for p in positions):
+            raise OptionError(f"position {positions!r} is not a pair (start, stop); write a list for several positions")
+    elif positions is not None and not _is_int(positions):
+        raise OptionError(f"positions is {positions!r}: expected {_EXPECTED}")
+
+
+def each_prompt(positions: Any, n_prompts: int) -> list[Any]:
+    """The positions of each prompt: a list of lists is one list per prompt, anything else holds for all of them."""
+    if isinstance(positions, list) and positions and all(isinstance(item, list) for item in positions):
+        if len(positions) != n_prompts:
+            raise OptionError(f"positions holds a list for each of {len(positions)} prompts, there are {n_prompts}")
+        return positions
+    return [positions] * n_prompts
+
+
 def resolve_positions(positions: Any, length: int) -> list[int]:
     """Real-token positions of one prompt of `length` tokens: "all", "last", "first", an int (negative from the end), a
     pair ``(start, stop)`` as a tuple (`stop` excluded, both may be negative), or a list of these, in the order asked.
+    None means "all".
 
     Raises `LayerRangeError` (an `IndexError`) for a position outside the prompt, `OptionError` for anything else.
     """
+    check_positions(positions)
     if isinstance(positions, str):
-        require_choice(positions, ("all", "last", "first"), "position")
         if positions == "all":
             return list(range(length))
         return [_inside(-1 if positions == "last" else 0, length)]
     if _is_int(positions):
         return [_inside(int(positions), length)]
     if isinstance(positions, tuple):
-        if len(positions) != 2 or not all(_is_int(p) for p in positions):
-            raise OptionError(f"position {positions!r} is not a pair (start, stop); write a list for several positions")
         start, stop = (int(p) + length if p < 0 else int(p) for p in positions)
         if not 0 <= start < stop <= length:
             raise LayerRangeError(f"positions {positions!r} are out of range: the prompt has {length} tokens")
         return list(range(start, stop))
     if isinstance(positions, list):
-        if not positions:
-            raise OptionError("positions is empty: name at least one")
         return [p for item in positions for p in resolve_positions(item, length)]
-    raise OptionError(
-        f"positions is {positions!r}: expected 'all', 'last', 'first', an int, (start, stop), or a list of these"
-    )
+    return list(range(length))
 
 
 def _inside(position: int, length: int) -> int:

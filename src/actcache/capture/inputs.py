@@ -1,0 +1,143 @@
+"""From what a person passes (text, token ids, tensors) to the arguments of one forward pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actcache.errors import PromptError, PromptTypeError, TokenizerError
+from actcache.model.structure import text_config
+
+Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
+
+
+@dataclass
+class Prepared:
+    """Arguments of one forward pass, and the strings of its tokens where a tokenizer is at hand."""
+
+    kwargs: dict[str, Any]
+    tokens: list[list[str]] | None
+
+
+def prepare(model: nn.Module, inputs: Inputs, tokenizer: Any) -> Prepared:
+    """Arguments for ``model(**kwargs)``: right padding, mask from lengths, position ids where the model takes them.
+
+    A mapping is passed on as it is, moved to the model's device, with position ids that follow its mask when it has
+    none of its own. Raises `PromptError`, `PromptTypeError` or `TokenizerError`.
+    """
+    device = _device(model)
+    if isinstance(inputs, Mapping):
+        kwargs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        mask = kwargs.get("attention_mask")
+        fresh = "position_ids" not in kwargs and kwargs.get("past_key_values") is None
+        if fresh and isinstance(mask, Tensor) and mask.ndim == 2 and _takes(model, "position_ids"):
+            kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+        ids = kwargs.get("input_ids")
+        rows = None
+        if isinstance(ids, Tensor) and ids.ndim == 2:
+            real = mask if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids)
+            rows = [row[here.bool()].tolist() for row, here in zip(ids, real, strict=True)]
+        return Prepared(kwargs, _strings(rows, tokenizer))
+    prompts, tokenizer = _token_ids(model, inputs, tokenizer)
+    _check(model, prompts)
+    longest = max(map(len, prompts))
+    lengths = torch.tensor([len(ids) for ids in prompts])
+    # Any id will do behind the mask; 0 exists in every vocabulary.
+    padded = torch.tensor([[*ids, *([0] * (longest - len(ids)))] for ids in prompts])
+    positions = torch.arange(longest).expand(len(prompts), -1)
+    kwargs = {"input_ids": padded, "attention_mask": (positions < lengths[:, None]).long()}
+    if _takes(model, "position_ids"):
+        kwargs["position_ids"] = positions.contiguous()
+    kwargs = {key: value.to(device) for key, value in kwargs.items()}
+    if _takes(model, "use_cache"):
+        kwargs["use_cache"] = False
+    return Prepared(kwargs, _strings(prompts, tokenizer))
+
+
+def find_tokenizer(model: nn.Module) -> Any:
+    """The tokenizer saved beside this model, by the name it was loaded from; raises `TokenizerError`."""
+    name = getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        raise TokenizerError(
+            f"this {type(model).__name__} was not loaded from a name or path, so its tokenizer is unknown: pass tokenizer="
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise TokenizerError(f"no tokenizer was found at {name!r}: pass tokenizer= ({type(error).__name__})") from error
+
+
+def _token_ids(model: nn.Module, inputs: Any, tokenizer: Any) -> tuple[list[list[int]], Any]:
+    if isinstance(inputs, str):
+        inputs = [inputs]
+    if isinstance(inputs, Tensor):
+        if inputs.is_floating_point() or inputs.ndim not in (1, 2):
+            raise PromptTypeError(
+                f"token ids must be an integer tensor [S] or [B, S], not {inputs.dtype} {list(inputs.shape)}"
+            )
+        return (inputs[None] if inputs.ndim == 1 else inputs).tolist(), tokenizer
+    try:
+        items = list(inputs)
+    except TypeError:
+        items = []
+    if not items:
+        raise PromptError("there is no prompt: pass a text, a list of texts, token ids, or a dict of tensors")
+    if all(isinstance(item, str) for item in items):
+        for i, text in enumerate(items):
+            if not text:
+                raise PromptError(f"prompt {i} is empty: every prompt needs at least one token")
+        tokenizer = find_tokenizer(model) if tokenizer is None else tokenizer
+        return [list(ids) for ids in tokenizer(items, padding=False, truncation=False)["input_ids"]], tokenizer
+    if all(hasattr(item, "__index__") and getattr(item, "shape", ()) == () for item in items):
+        return [[int(item) for item in items]], tokenizer
+    rows = []
+    for i, item in enumerate(items):
+        if isinstance(item, (str, bytes)) or not hasattr(item, "__iter__"):
+            raise PromptTypeError(f"prompt {i} is {item!r}: expected texts only, or lists of token ids only")
+        rows.append([int(token) for token in item])
+    return rows, tokenizer
+
+
+def _check(model: nn.Module, prompts: list[list[int]]) -> None:
+    config = text_config(model)
+    limit = getattr(config, "max_position_embeddings", None)
+    size = getattr(config, "vocab_size", None)
+    for i, ids in enumerate(prompts):
+        if not ids:
+            raise PromptError(f"prompt {i} has no tokens: every prompt needs at least one")
+        if isinstance(limit, int) and len(ids) > limit > 0:
+            raise PromptError(f"prompt {i} has {len(ids)} tokens, the model's context is {limit}: shorten it")
+        if isinstance(size, int) and not 0 <= min(ids) <= max(ids) < size:
+            bad = next(t for t in ids if not 0 <= t < size)
+            raise PromptError(f"prompt {i} holds token id {bad}, the model's vocabulary is 0 to {size - 1}")
+
+
+def _strings(prompts: list[list[int]] | None, tokenizer: Any) -> list[list[str]] | None:
+    if prompts is None or tokenizer is None:
+        return None
+    return [[str(token) for token in tokenizer.convert_ids_to_tokens(ids)] for ids in prompts]
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether the model hands an argument of this name on to something that uses it."""
+    parameters = inspect.signature(model.forward).parameters
+    if name in parameters:
+        return True
+    base = getattr(model, "base_model", model)
+    if base is model or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return False
+    return name in inspect.signature(base.forward).parameters
+
+
+def _device(model: nn.Module) -> torch.device:
+    embed = getattr(model, "get_input_embeddings", lambda: None)()
+    weights = list(embed.parameters())[:1] if isinstance(embed, nn.Module) else []
+    weight = weights[0] if weights else next(model.parameters(), None)
+    return weight.device if weight is not None else torch.device("cpu")

@@ -1,0 +1,116 @@
+"""Attribute access to what was captured: ``cache.transformer.h[0].output``."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from actcache.capture.entry import Entry
+from actcache.errors import LayerRangeError, UnknownKeyError, did_you_mean
+
+_OF_ENTRY = ("output", "inputs", "input", "hidden")
+
+
+class Node:
+    """One module path within a cache: its entry when it was captured, and the way to what lies below it.
+
+    ``node.name`` and ``node[2]`` go down, ``node["h.0"]`` goes down several steps, ``node.output`` and the like read
+    the module's own entry. Where a module holds no numbered modules, ``node[i]`` is the visit ``i``.
+    """
+
+    __slots__ = ("_data", "_model", "_path")
+
+    def __init__(self, data: Mapping[str, Any], path: str, model: weakref.ref[nn.Module] | None) -> None:
+        self._data = data
+        self._path = path
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in _OF_ENTRY:
+            return getattr(self._entry(), name)
+        child = self._child(name)
+        if child is None:
+            names = sorted(self._names())
+            raise AttributeError(
+                f"{name!r} was not captured below {self._path or 'model'!r}, which has "
+                f"{', '.join(names[:6]) or 'nothing captured below it'}.{did_you_mean(name, names)}"
+            )
+        return child
+
+    def __getitem__(self, index: int | str) -> Any:
+        if isinstance(index, str):
+            node: Node | None = self
+            for name in index.split("."):
+                node = node._child(name) if node is not None else None
+            if node is None:
+                raise UnknownKeyError(f"{index!r} was not captured below {self._path or 'model'!r}")
+            return node
+        numbers = [int(name) for name in self._names() if name.isdigit()]
+        if not numbers:
+            entry = self._data.get(self._path)
+            if isinstance(entry, Entry):
+                return entry[index]
+            raise UnknownKeyError(f"{self._path or 'model'!r} holds no numbered modules")
+        size = self._size(numbers)
+        if not -size <= index < size:
+            raise LayerRangeError(f"index {index} is out of range: {self._path!r} holds {size} modules")
+        child = self._child(str(index % size))
+        if child is None:
+            raise LayerRangeError(
+                f"{self._path}.{index % size} was not captured: there are {', '.join(map(str, numbers))}"
+            )
+        return child
+
+    def __len__(self) -> int:
+        return len(self._entry())
+
+    def __iter__(self) -> Iterator[Any]:
+        numbers = sorted(int(name) for name in self._names() if name.isdigit())
+        return (self[i] for i in numbers) if numbers else iter(self._entry())
+
+    def __dir__(self) -> list[str]:
+        return sorted({*_OF_ENTRY, *self._names()})
+
+    def __repr__(self) -> str:
+        entry = self._data.get(self._path)
+        return (
+            f"Node({self._path or 'model'!r}, {entry!r})" if entry is not None else f"Node({self._path or 'model'!r})"
+        )
+
+    def _entry(self) -> Entry:
+        entry = self._data.get(self._path)
+        if not isinstance(entry, Entry):
+            raise UnknownKeyError(f"{self._path or 'model'!r} itself was not captured, only modules below it")
+        return entry
+
+    def _child(self, name: str) -> Node | None:
+        path = f"{self._path}.{name}" if self._path else name
+        if self._holds(path):
+            return Node(self._data, path, self._model)
+        if name == "model" and not self._path:
+            return self
+        return None
+
+    def _holds(self, path: str) -> bool:
+        below = path + "."
+        return any(
+            key == path or key.startswith(below) for key, value in self._data.items() if isinstance(value, Entry)
+        )
+
+    def _names(self) -> set[str]:
+        start = self._path + "." if self._path else ""
+        entries = (key for key, value in self._data.items() if isinstance(value, Entry))
+        return {key[len(start) :].partition(".")[0] for key in entries if key.startswith(start) and key != self._path}
+
+    def _size(self, numbers: list[int]) -> int:
+        """How many modules the captured model holds here; what was captured tells when the model is gone."""
+        model = self._model() if self._model is not None else None
+        try:
+            return len(model.get_submodule(self._path)._modules) if model is not None else max(numbers) + 1
+        except AttributeError:
+            return max(numbers) + 1

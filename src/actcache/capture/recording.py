@@ -1,0 +1,353 @@
+"""The capture block itself: what is read while it is open, and what it leaves when it closes."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actcache.capture.cache import ActivationCache
+from actcache.capture.entry import MISSING, Entry
+from actcache.capture.passes import Passes, group, join_batches, join_steps, tokens_of
+from actcache.capture.taps import Inputs, Taps
+from actcache.capture.values import make_keeper, map_tensors
+from actcache.errors import MissedModuleError
+from actcache.model.anatomy import Anatomy, ReadPoint
+from actcache.model.sites import Site
+
+Keep = Callable[[Any], Any]
+
+
+class StopForward(Exception):
+    """Raised inside a forward pass to end it: everything that was asked for has been read."""
+
+    def __init__(self, owner: object = None) -> None:
+        super().__init__("the forward pass was ended: everything asked for has been read")
+        self.owner = owner
+
+
+class Recording:
+    """A context manager that records one model; made by `capture`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        points: Mapping[Site, ReadPoint],
+        *,
+        anatomy: Anatomy | None,
+        required: Iterable[str],
+        include_output: bool,
+        include_inputs: bool,
+        keep: dict[str, Any],
+        positions: Any,
+        stop_after_last: bool,
+    ) -> None:
+        self._model = model
+        self._modules = modules
+        self._points = points
+        self._anatomy = anatomy
+        self._required = required
+        self._sides = (include_output, include_inputs)
+        self._keep = keep
+        self._positions = positions
+        self._stop = stop_after_last
+        self._track = False
+        self._taps: Taps | None = None
+
+    def track_tokens(self) -> None:
+        """Note token ids and masks even when nothing but the caller needs them."""
+        self._track = True
+
+    def __enter__(self) -> ActivationCache:
+        if self._taps is not None:
+            raise RuntimeError("this capture block is already open: call capture() again for another one")
+        recorder = _Recorder(self._anatomy, self._required)
+        keep: Keep = make_keeper(**self._keep)
+        outputs: list[tuple[nn.Module, Callable[[Any], None]]] = []
+        listeners: list[tuple[nn.Module, Any]] = []
+        guards: list[tuple[nn.Module, Any]] = []
+        # A pass may begin at the model itself or at its backbone.
+        tops = (self._model, self._anatomy.backbone) if self._anatomy is not None else (self._model,)
+        cuts = not (isinstance(self._positions, str) and self._positions == "all")
+        if self._points or cuts or self._track:
+            recorder.passes = Passes(self._positions)
+            listeners += recorder.passes.listeners(tops)
+        stopper = _Stopper(len(self._modules) + len(self._points)) if self._stop else None
+        if stopper is not None:
+            guards += [(module, stopper.guard) for module in {id(m): m for m in tops}.values()]
+        self._read_modules(recorder, keep, stopper, outputs, listeners)
+        self._read_points(recorder, keep, stopper, outputs, listeners)
+        cache = ActivationCache()
+        cache._begin(recorder, self._model, self._anatomy)
+        taps = self._taps = Taps()
+        try:
+            taps.add(outputs, listeners, guards)
+            _eager.enter()
+        except BaseException:
+            taps.remove()
+            self._taps = None
+            raise
+        self._cache = cache
+        return cache
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        assert self._taps is not None
+        self._taps.remove()
+        self._taps = None
+        _eager.leave()
+        missed = self._cache._end()
+        del self._cache
+        stopped = isinstance(error, StopForward) and getattr(error.owner, "total", None) is not None
+        if missed and (kind is None or stopped):
+            some = ", ".join(repr(key) for key in missed[:5]) + (", ..." if len(missed) > 5 else "")
+            raise MissedModuleError(
+                f"{len(missed)} of the requested modules or sites did not run inside the block: {some}. "
+                "Run the model inside the block, or ask only for what it runs; the rest was captured and can be read."
+            )
+        return stopped
+
+    def _read_modules(
+        self, recorder: _Recorder, keep: Keep, stopper: _Stopper | None, outputs: list[Any], listeners: list[Any]
+    ) -> None:
+        include_output, include_inputs = self._sides
+        passes = recorder.passes
+        if passes is not None and passes.cuts:
+            keep = _cutting(keep, passes)
+        for key, module in self._modules.items():
+            if include_inputs:
+                pair = _Pair(keep, include_output, None if stopper is None else stopper.counter(key))
+                recorder.entries[key] = Entry(pair.outputs, pair.inputs)
+                listeners.append((module, pair))
+            else:
+                values: list[Any] = []
+                recorder.entries[key] = Entry(values, None)
+                outputs.append(
+                    (module, _reader(values.append, keep, None if stopper is None else stopper.counter(key)))
+                )
+
+    def _read_points(
+        self, recorder: _Recorder, keep: Keep, stopper: _Stopper | None, outputs: list[Any], listeners: list[Any]
+    ) -> None:
+        for site, point in self._points.items():
+            values: list[tuple[int, Tensor]] = []
+            recorder.sites[str(site)] = values
+            assert recorder.passes is not None
+            counter = None if stopper is None else stopper.counter(site)
+            read = _site_reader(values, point.extract, keep, recorder.passes, counter)
+            if point.side == "output":
+                outputs.append((point.module, read))
+            else:
+                listeners.append((point.module, OnInput(read)))
+
+
+class _Recorder:
+    """What the taps of one block fill, and the form in which the cache takes it over."""
+
+    def __init__(self, anatomy: Anatomy | None, required: Iterable[str]) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.sites: dict[str, list[tuple[int, Tensor]]] = {}
+        self.passes: Passes | None = None
+        self._required = required
+        self._published: dict[str, int] = {}
+        self._anatomy = anatomy
+
+    def publish(self, items: dict[str, Any]) -> None:
+        """Put what is new since the last call into `items`."""
+        published = self._published
+        for key, entry in self.entries.items():
+            if key not in published and len(entry):
+                published[key] = 1
+                items[key] = entry
+        for key, values in self.sites.items():
+            if values and published.get(key) != len(values):
+                published[key] = len(values)
+                items[key] = self._joined(values)
+
+    def missed(self) -> list[str]:
+        return [key for key in self._required if not (self.sites.get(key) or len(self.entries.get(key, ())))]
+
+    def tokens(self) -> tuple[Tensor | None, Tensor | None]:
+        """Token ids and mask of the passes so far."""
+        passes = self.passes.passes if self.passes is not None else []
+        return tokens_of(passes, group(passes), _end_tokens(self._anatomy)) if passes else (None, None)
+
+    def _joined(self, values: list[tuple[int, Tensor]]) -> Tensor:
+        assert self.passes is not None
+        # A block that runs again in the same pass (recomputed for the gradient) gave the same value already.
+        first: dict[int, Tensor] = {}
+        for index, value in values:
+            first.setdefault(index, value)
+        passes = self.passes.passes
+        if len(first) == 1 or not passes:
+            return join_batches(list(first.values()))
+        joined = []
+        for sequences in group(passes):
+            steps = [(passes[i], first[i]) for i in sequences.steps if i in first]
+            if steps:
+                joined.append(join_steps(steps, sequences))
+        return join_batches(joined)
+
+
+class _Pair:
+    """Records inputs and the outputs that belong to them, also when a module calls itself."""
+
+    __slots__ = ("_count", "_keep", "inputs", "outputs")
+
+    def __init__(self, keep: Keep, include_output: bool, count: Callable[[], None] | None) -> None:
+        self.inputs: list[Inputs] = []
+        self.outputs: list[Any] | None = [] if include_output else None
+        self._keep = keep
+        self._count = count
+
+    def begin(self, inputs: Inputs) -> Inputs:
+        args, kwargs = inputs
+        # Kept now: the forward may change its inputs in place.
+        return self._keep(args), self._keep(kwargs)
+
+    def end(self, token: Inputs, output: Any) -> None:
+        if self.outputs is not None:
+            self.outputs.append(self._keep(output))
+        self.inputs.append(token)
+        if self._count is not None:
+            self._count()
+
+    def fail(self, token: Inputs) -> None:
+        if self.outputs is not None:
+            self.outputs.append(MISSING)
+        self.inputs.append(token)
+
+
+class OnInput:
+    """A listener that reads what a module is called with."""
+
+    __slots__ = ("read",)
+
+    def __init__(self, read: Callable[[Inputs], None]) -> None:
+        self.read = read
+
+    def begin(self, inputs: Inputs) -> None:
+        self.read(inputs)
+
+    def end(self, token: Any, output: Any) -> None:
+        return None
+
+    def fail(self, token: Any) -> None:
+        return None
+
+
+class _Stopper:
+    """Ends the pass once everything was seen in it, and makes the interrupted call return None."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._seen: set[Any] = set()
+        self._depth = 0
+
+    def counter(self, key: Any) -> Callable[[], None]:
+        def count() -> None:
+            self._seen.add(key)
+            if len(self._seen) == self.total:
+                self._seen.clear()
+                raise StopForward(self)
+
+        return count
+
+    def guard(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._depth == 0:
+            self._seen.clear()
+        self._depth += 1
+        try:
+            return call(*args, **kwargs)
+        except StopForward as stop:
+            if stop.owner is self and self._depth == 1:
+                return None
+            raise
+        finally:
+            self._depth -= 1
+
+
+class _Eager:
+    """While any block is open, compiled models run their original code: taps added after compilation do not fire."""
+
+    def __init__(self) -> None:
+        self._open = 0
+        self._stance: Any = None
+        self._lock = threading.Lock()
+
+    def enter(self) -> None:
+        with self._lock:
+            self._open += 1
+            if self._open == 1 and "torch._dynamo" in sys.modules:
+                stance = getattr(torch.compiler, "set_stance", None)
+                if stance is not None:
+                    self._stance = stance("force_eager")
+                    self._stance.__enter__()
+
+    def leave(self) -> None:
+        with self._lock:
+            self._open -= 1
+            if self._open == 0 and self._stance is not None:
+                stance, self._stance = self._stance, None
+                stance.__exit__(None, None, None)
+
+
+_eager = _Eager()
+
+
+def _reader(put: Callable[[Any], None], keep: Keep, count: Callable[[], None] | None) -> Callable[[Any], None]:
+    if count is None:
+
+        def read(output: Any) -> None:
+            put(keep(output))
+
+        return read
+
+    def read_and_count(output: Any) -> None:
+        put(keep(output))
+        count()
+
+    return read_and_count
+
+
+def _site_reader(
+    values: list[tuple[int, Tensor]],
+    extract: Callable[[Any], Tensor],
+    keep: Keep,
+    passes: Passes,
+    count: Callable[[], None] | None,
+) -> Callable[[Any], None]:
+    def read(raw: Any) -> None:
+        tensor = extract(raw)
+        if passes.cuts:
+            tensor = passes.cut(tensor)
+        values.append((passes.current, keep(tensor)))
+        if count is not None:
+            count()
+
+    return read
+
+
+def _cutting(keep: Keep, passes: Passes) -> Keep:
+    def cut(tensor: Tensor) -> Tensor:
+        # With four dimensions the second may be heads as well as positions.
+        return passes.cut(tensor) if tensor.ndim in (2, 3) else tensor
+
+    return lambda value: keep(map_tensors(value, cut))
+
+
+def _end_tokens(anatomy: Anatomy | None) -> frozenset[int]:
+    if anatomy is None:
+        return frozenset()
+    for holder in (getattr(anatomy.model, "generation_config", None), getattr(anatomy.model, "config", None)):
+        end = getattr(holder, "eos_token_id", None)
+        if end is not None:
+            return frozenset(end if isinstance(end, (list, tuple)) else [end])
+    return frozenset()

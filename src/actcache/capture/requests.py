@@ -1,0 +1,121 @@
+"""From what a caller names (objects, paths, patterns) to the modules to read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from actcache.errors import OptionError, UnknownModuleError, did_you_mean, nearest
+from actcache.model.structure import has_forward
+
+Modules = str | nn.Module | Sequence[str | nn.Module]
+
+
+def module_table(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module for every module of `model`, "" first; a module with two names goes by its first."""
+    table: dict[str, nn.Module] = {"": model}
+    seen = {id(model)}
+
+    def walk(parent: nn.Module, prefix: str) -> None:
+        for name, child in parent._modules.items():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                path = prefix + name
+                table[path] = child
+                if child._modules:
+                    walk(child, path + ".")
+
+    walk(model, "")
+    return table
+
+
+def every_module(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module for every module that can be called."""
+    return {path: module for path, module in module_table(model).items() if has_forward(module)}
+
+
+def resolve_modules(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
+    """Path -> module, in the order asked.
+
+    Strings are paths as in ``model.named_modules()`` or patterns (``*`` within one name, ``**`` across names, ``?``,
+    ``[...]``); "model" or "" is the root. Raises `UnknownModuleError` that names the nearest paths.
+    """
+    wanted: dict[str, nn.Module] = {}
+    table: dict[str, nn.Module] | None = None
+    for item in [modules] if isinstance(modules, (str, nn.Module)) else modules:
+        if isinstance(item, str) and not _is_pattern(item):
+            path = _exact(model, item)
+            if path is not None:
+                wanted[path] = _runnable(model, path)
+                continue
+        table = module_table(model) if table is None else table
+        if isinstance(item, nn.Module):
+            path = next((p for p, module in table.items() if module is item), None)
+            if path is None:
+                raise UnknownModuleError(
+                    f"this {type(item).__name__} is not a module of the {type(model).__name__} to capture: "
+                    "pass modules of that same model object, or their paths"
+                )
+            wanted[path] = _runnable(model, path)
+        elif isinstance(item, str):
+            wanted.update(_matching(item, table, model))
+        else:
+            raise OptionError(f"modules holds {item!r}: expected paths or torch.nn.Module objects")
+    if not wanted:
+        raise OptionError("modules is empty: name at least one module, or pass None for every module that runs")
+    return wanted
+
+
+def _exact(model: nn.Module, path: str) -> str | None:
+    """`path` when it leads to a module, as written or without a leading "model."; None otherwise."""
+    for candidate in (path, "" if path == "model" else path.removeprefix("model.")):
+        module: nn.Module | None = model
+        for name in candidate.split(".") if candidate else ():
+            module = module._modules.get(name) if module is not None else None
+        if module is not None:
+            return candidate
+    return None
+
+
+def _runnable(model: nn.Module, path: str) -> nn.Module:
+    module = model.get_submodule(path)
+    if not has_forward(module):
+        inside = ", ".join(repr(f"{path}.{name}") for name, _ in list(module.named_children())[:3])
+        raise UnknownModuleError(
+            f"{path!r} is a {type(module).__name__}, which only holds modules: name those, such as {inside}"
+        )
+    return module
+
+
+def _is_pattern(text: str) -> bool:
+    return any(mark in text for mark in "*?[")
+
+
+def _matching(item: str, table: dict[str, nn.Module], model: nn.Module) -> dict[str, nn.Module]:
+    if _is_pattern(item):
+        for pattern in (item, item.removeprefix("model.")):
+            expression = _expression(pattern)
+            found = {p: m for p, m in table.items() if p and expression.fullmatch(p) and has_forward(m)}
+            if found:
+                return found
+        what = f"pattern {item!r} matches no module"
+    else:
+        what = f"no module {item!r}"
+    near = nearest(item, table)
+    hint = did_you_mean(item, table) if near else f" Its modules: {', '.join(list(table)[1:6])}, ..."
+    raise UnknownModuleError(f"{what} in this {type(model).__name__}.{hint}")
+
+
+_WILD = re.compile(r"\*\*|\*|\?|\[[^\]]*\]")
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    """`*` and `?` stay within one name of a path, `**` crosses dots."""
+    expression, end = "", 0
+    for wild in _WILD.finditer(pattern):
+        meaning = {"**": ".*", "*": "[^.]*", "?": "[^.]"}.get(wild[0]) or wild[0].replace("[!", "[^")
+        expression += re.escape(pattern[end : wild.start()]) + meaning
+        end = wild.end()
+    return re.compile(expression + re.escape(pattern[end:]))
