@@ -63,7 +63,7 @@ def test_standard_input_is_text_unless_told(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("a.jsonl", '"fine"\n{"prompt": oops}\n', None, r"a.jsonl, line 2: not JSON"),
         ("a.jsonl", "3\n", None, r"line 1: a prompt is a string, .* not 3"),
-        ("a.jsonl", '{"question": "x", "answer": "y"}\n', None, r"which of question, answer is the prompt\? .*--column"),
+        ("a.jsonl", '{"question": "x", "answer": "y"}\n', None, r"which of question, answer is the prompt\?.*--column"),
         ("a.csv", "question,answer\nx,y\n", "qestion", r"no 'qestion' among question, answer. Did you mean 'question'"),
         ("a.csv", "label,prompt\n1\n", None, r"line 2: the row is too short"),
         ("a.txt", "\n  \n", None, r"no prompts in .*a.txt: the file is empty"),

@@ -21,7 +21,7 @@ def command(model: str | None, yes: bool, store: str | None, as_json: bool) -> N
     Says what it will delete and asks first. Files that actcache did not write are never touched.
     """
     from actcache.cli.lookup import stored_name
-    from actcache.cli.output import print_json, size
+    from actcache.cli.output import count, print_json, size
     from actcache.store.default import only_model, store_at
 
     opened = store_at(store)
@@ -30,7 +30,9 @@ def command(model: str | None, yes: bool, store: str | None, as_json: bool) -> N
     if info.models and not yes:
         click.echo(f"in {info.cache_dir}:", err=True)
         for entry in info.models:
-            click.echo(f"  {entry.model_name}  {entry.num_prompts:,} prompts, {size(entry.size_bytes)}", err=True)
+            click.echo(
+                f"  {entry.model_name}  {count(entry.num_prompts, 'prompt')}, {size(entry.size_bytes)}", err=True
+            )
         if not sys.stdin.isatty():
             raise click.UsageError("nobody to ask here: give --yes to delete this.")
         click.confirm("Delete this?", abort=True, err=True)
@@ -38,4 +40,4 @@ def command(model: str | None, yes: bool, store: str | None, as_json: bool) -> N
     if as_json:
         print_json({"deleted": deleted})
     else:
-        click.echo(f"{deleted:,} entries deleted." if deleted else "nothing is stored.")
+        click.echo(f"{count(deleted, 'prompt')} deleted." if deleted else "nothing is stored.")

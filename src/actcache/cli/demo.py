@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from actcache.cli.options import debug_option
@@ -22,6 +24,8 @@ def command(keep: bool, model_path: bool) -> None:
 
         click.echo(shipped())
         return
+    # transformers has a bar for loading weights, which takes no time here.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from actcache.demo.run import run
 
     run(keep=keep)

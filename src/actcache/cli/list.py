@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import click
@@ -39,7 +40,7 @@ def command(model: str, store: str | None, as_json: bool) -> None:
             ]
         )
         return
-    width = click.get_terminal_size()[0] - 7 if sys.stdout.isatty() else None
+    width = shutil.get_terminal_size().columns - 7 if sys.stdout.isatty() else None
     for variant in variants:
         if len(variants) > 1:
             click.echo(f"# {variant.dtype}, revision {variant.revision}, space {variant.space}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actcache.errors import NotCachedError, did_you_mean
@@ -36,3 +37,23 @@ def readable(table: PromptTable) -> list[dict[str, Any]]:
         prompt: Any = tokens.tolist() if text is None else json.loads(text) if table.kind[i] == CHAT else text
         prompts.append({"prompt": prompt, "num_tokens": len(tokens)})
     return prompts
+
+
+def token_pieces(model_name: str, ids: list[int]) -> list[str] | None:
+    """The text of each token, by the model's own tokenizer file; None when it is not on this machine."""
+    path = Path(model_name, "tokenizer.json")
+    if not path.is_file():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            found = try_to_load_from_cache(model_name, "tokenizer.json")
+        except HFValidationError:
+            return None
+        if not isinstance(found, str):
+            return None
+        path = Path(found)
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    return [tokenizer.decode([i], skip_special_tokens=False) for i in ids]

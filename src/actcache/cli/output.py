@@ -55,7 +55,7 @@ def table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) 
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", show_edge=False)
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return made
@@ -83,6 +83,11 @@ def duration(seconds: float | None) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def count(number: int, noun: str) -> str:
+    """``1 prompt``, ``1,200 prompts``."""
+    return f"{number:,} {noun if number == 1 else noun + 's'}"
 
 
 def one_line(text: str, width: int | None = None) -> str:

@@ -29,12 +29,12 @@ def command(
     prompts = read_prompts(files, texts, column=column, file_format=file_format)
     plan = unified_cache(model, **options).plan(prompts)
 
-    from actcache.cli.output import duration, print_json, size
+    from actcache.cli.output import count, duration, print_json, size
 
     if as_json:
         print_json(plan)
         return
-    click.echo(f"stored already   {plan.cached:,} prompts")
-    click.echo(f"to extract       {plan.missing:,} prompts, {plan.tokens:,} tokens")
+    click.echo(f"stored already   {count(plan.cached, 'prompt')}")
+    click.echo(f"to extract       {count(plan.missing, 'prompt')}, {count(plan.tokens, 'token')}")
     click.echo(f"to write         {size(plan.bytes_to_write)} ({size(plan.bytes_free)} free)")
     click.echo(f"time, roughly    {duration(plan.seconds)}")

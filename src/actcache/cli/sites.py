@@ -44,7 +44,9 @@ def command(model: str, revision: str | None, trust_remote_code: bool, as_json: 
         blocks = (
             "" if first.site.layer is None else _ranges([i.site.layer for i in members if i.site.layer is not None])
         )
-        rows.add_row(str(first.site), blocks, first.shape.replace("[", r"\["), f"{first.side} of {first.path}")
+        rows.add_row(
+            str(first.site), blocks, first.shape.replace("[", r"\["), f"{first.side} of {first.path or 'the model'}"
+        )
     console().print(rows)
 
 

@@ -43,7 +43,7 @@ def command(
 
 
 def _print(stats: Any, as_json: bool) -> None:
-    from actcache.cli.output import duration, plain, print_json, size
+    from actcache.cli.output import count, duration, plain, print_json, size
 
     if as_json:
         rates = {"cache_hit_rate": stats.cache_hit_rate, "tokens_per_second": stats.tokens_per_second}
@@ -51,7 +51,7 @@ def _print(stats: Any, as_json: bool) -> None:
         return
     speed = f", {stats.tokens_per_second:,.0f} tokens per second" if stats.activations_extracted else ""
     click.echo(
-        f"{stats.total_prompts:,} prompts: {stats.activations_cached:,} were stored, "
+        f"{count(stats.total_prompts, 'prompt')}: {stats.activations_cached:,} were stored, "
         f"{stats.activations_extracted:,} extracted in {duration(stats.elapsed_seconds)}{speed}; "
         f"{size(stats.bytes_written)} written."
     )

@@ -1,0 +1,202 @@
+"""The verbs on the shipped model: what they print, what they return."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+
+import actcache as ac
+from actcache.cli.app import VERBS, app, run
+from actcache.demo import model_path
+
+MODEL = str(model_path())
+PROMPT = "The Eiffel Tower is in the city of"
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs the command in this process: exit status, standard output, standard error."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = run(arguments)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def the_json(answer: tuple[int, str, str]) -> object:
+    status, out, err = answer
+    assert status == 0, err
+    return json.loads(out)
+
+
+def test_help_lists_every_verb_as_its_module_describes_it(cli: Cli) -> None:
+    status, out, _ = cli("--help")
+    assert status == 0
+    for verb, text in VERBS.items():
+        assert f"  {verb} " in out
+        assert text in out
+        command = app.get_command(click.Context(app), verb)
+        assert command is not None
+        assert command.name == verb
+        assert command.help
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; from actcache.cli.app import run; run(['--help']); print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "transformers", "numpy", "rich", "actcache.cli.warmup"} & set(out.split("\n")[-2].split())
+
+
+def test_no_verb_shows_help(cli: Cli) -> None:
+    assert cli()[1] == cli("--help")[1]
+
+
+def test_a_warmup_computes_once_and_then_finds(cli: Cli) -> None:
+    first = the_json(cli("warmup", MODEL, "--prompt", PROMPT, "--prompt", "Snow is white.", "--json"))
+    again = the_json(cli("warmup", MODEL, "--prompt", "Snow is white.", "--json"))
+    assert isinstance(first, dict)
+    assert isinstance(again, dict)
+    assert (first["total_prompts"], first["activations_cached"], first["activations_extracted"]) == (2, 0, 2)
+    assert first["tokens_per_second"] > 0
+    assert (again["activations_cached"], again["activations_extracted"], again["cache_hit_rate"]) == (1, 0, 1.0)
+    status, out, _ = cli("warmup", MODEL, "--prompt", PROMPT)
+    assert status == 0
+    assert out.startswith("1 prompt: 1 were stored, 0 extracted")
+
+
+def test_plan_tells_what_warmup_then_does(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{PROMPT}\nSnow is white.\n")
+    arguments = (MODEL, str(file), "--layers", "0,-1", "--raw", "--json")
+    plan = the_json(cli("plan", *arguments))
+    stats = the_json(cli("warmup", *arguments))
+    assert isinstance(plan, dict)
+    assert isinstance(stats, dict)
+    assert (plan["cached"], plan["missing"]) == (0, 2)
+    assert plan["tokens"] == stats["tokens_extracted"]
+    assert plan["bytes_to_write"] == stats["bytes_written"]
+    after = the_json(cli("plan", *arguments))
+    assert isinstance(after, dict)
+    assert (after["cached"], after["missing"], after["bytes_to_write"]) == (2, 0, 0)
+
+
+def test_prompts_come_from_standard_input(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Snow is white.\nThe sky is blue.\n"))
+    stats = the_json(cli("warmup", MODEL, "-", "--layers", "last", "--json"))
+    assert isinstance(stats, dict)
+    assert stats["activations_extracted"] == 2
+
+
+def test_options_reach_the_cache(cli: Cli) -> None:
+    chosen = ("--layers", "1", "--sites", "resid_post,attn_out", "--pooling", "mean", "--dtype", "bfloat16")
+    assert cli("warmup", MODEL, "--prompt", PROMPT, *chosen)[0] == 0
+    info = ac.discover_cached(MODEL, PROMPT)
+    assert info is not None
+    assert info.sites == {"mean": ["attn_out.1", "resid_post.1"]}
+    assert info.variants[0].dtype == "bfloat16"
+
+
+def test_show_reports_what_is_stored(cli: Cli) -> None:
+    cli("warmup", MODEL, "--prompt", PROMPT, "--raw")
+    shown = the_json(cli("show", MODEL, PROMPT, "--json"))
+    assert isinstance(shown, dict)
+    assert "".join(shown["tokens"]) == PROMPT
+    # The same numbers by another way.
+    activations, _ = ac.UnifiedCache(MODEL, cache_pooled=False).get_activations([PROMPT])  # type: ignore[misc]
+    tokens = len(shown["token_ids"])
+    expected = np.linalg.norm(activations[0].reshape(tokens, len(shown["sites"]), -1).numpy(), axis=2).mean(0)
+    by_name = {entry["site"]: entry for entry in shown["sites"]}
+    for layer, norm in enumerate(expected):
+        entry = by_name[f"resid_post.{layer}"]
+        assert (entry["layout"], entry["dtype"], entry["vectors"]) == ("tokens", "float32", tokens)
+        assert entry["norm"] == pytest.approx(norm, rel=1e-5)
+    status, out, _ = cli("show", MODEL, PROMPT)
+    assert status == 0
+    assert "Eiffel" in out
+    assert "every token" in out
+
+
+def test_list_gives_prompts_as_they_were_given(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('"two\\nlines"\n[1, 2, 3]\n')
+    cli("warmup", MODEL, str(file), "--layers", "0")
+    (variant,) = the_json(cli("list", MODEL, "--json"))  # type: ignore[misc]
+    assert [p["prompt"] for p in variant["prompts"]] == ["two\nlines", [1, 2, 3]]
+    assert variant["prompts"][1]["num_tokens"] == 3
+    status, out, _ = cli("list", MODEL)
+    assert status == 0
+    assert [line.split(maxsplit=1)[1] for line in out.splitlines()] == ["two\\nlines", "[1, 2, 3]"]
+
+
+def test_list_keeps_variants_apart(cli: Cli) -> None:
+    for dtype in ("float32", "bfloat16"):
+        cli("warmup", MODEL, "--prompt", f"In {dtype}.", "--layers", "0", "--dtype", dtype)
+    variants = the_json(cli("list", MODEL, "--json"))
+    assert isinstance(variants, list)
+    assert [(v["dtype"], [p["prompt"] for p in v["prompts"]]) for v in variants] == [
+        ("float32", ["In float32."]),
+        ("bfloat16", ["In bfloat16."]),
+    ]
+
+
+def test_info_counts_models_and_prompts(cli: Cli, tmp_path: Path) -> None:
+    store = str(tmp_path / "elsewhere")
+    assert "nothing is stored" in cli("info", "--store", store)[1]
+    cli("warmup", MODEL, "--prompt", PROMPT, "--prompt", "Snow", "--store", store)
+    info = the_json(cli("info", "--store", store, "--json"))
+    assert isinstance(info, dict)
+    assert info["cache_dir"] == store
+    (model,) = info["models"]
+    assert (model["model_name"], model["num_prompts"], model["dtype"]) == (MODEL, 2, "float32")
+    assert the_json(cli("info", MODEL, "--store", store, "--json"))["models"] == info["models"]  # type: ignore[index]
+    # The default store is another one.
+    assert the_json(cli("info", "--json"))["models"] == []  # type: ignore[index]
+
+
+def test_sites_lists_each_site_with_its_module(cli: Cli) -> None:
+    listed = the_json(cli("sites", MODEL, "--json"))
+    assert isinstance(listed, list)
+    names = [entry["site"] for entry in listed]
+    assert {"embed", "resid_post.0", "attn_out.1", "final_norm", "logits"} <= set(names)
+    assert len(names) == len(set(names))
+    status, out, _ = cli("sites", MODEL)
+    assert status == 0
+    assert "[B, S, D]" in out
+
+
+def test_clear_names_what_it_deletes_and_wants_a_yes(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli("warmup", MODEL, "--prompt", PROMPT, "--layers", "0")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    status, _, err = cli("clear", MODEL)
+    assert status == 2
+    assert MODEL in err
+    assert "1 prompt," in err
+    assert "--yes" in err
+    assert ac.discover_cached(MODEL, PROMPT) is not None
+    assert the_json(cli("clear", MODEL, "--yes", "--json")) == {"deleted": 1}
+    assert ac.discover_cached(MODEL, PROMPT) is None
+    assert cli("clear", "--yes")[:2] == (0, "nothing is stored.\n")
+
+
+def test_version_names_what_matters_for_results(cli: Cli) -> None:
+    versions = the_json(cli("version", "--json"))
+    assert isinstance(versions, dict)
+    assert versions["actcache"] == ac.__version__
+    assert versions["torch"].startswith("2.")
+    assert cli("--version")[1] == f"actcache {ac.__version__}\n"
+
+
+def test_the_demo_tells_where_its_model_is(cli: Cli) -> None:
+    assert cli("demo", "--model-path") == (0, f"{MODEL}\n", "")
