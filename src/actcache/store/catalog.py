@@ -33,6 +33,7 @@ class Catalog:
         self._lock = threading.Lock()
         self._db: sqlite3.Connection | None = None
         self._tried = False
+        self._inherited: sqlite3.Connection | None = None
 
     def load(self, space: str) -> list[SegmentInfo]:
         """What is remembered of `space`; whoever asks checks it against the folder."""
@@ -71,6 +72,12 @@ class Catalog:
             if self._db is not None:
                 self._db.close()
             self._db, self._tried = None, False
+
+    def after_fork(self) -> None:
+        """In a child process: leave the parent's connection alone and open another one when needed."""
+        self._lock = threading.Lock()
+        self._inherited, self._db = self._db, None
+        self._tried = False
 
     def _connect(self) -> sqlite3.Connection | None:
         if self._db is None and not self._tried:

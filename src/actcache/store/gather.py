@@ -14,7 +14,7 @@ from actcache.store.statistics import as_float
 
 Ints = npt.NDArray[np.int64]
 
-_CHUNK_ROWS = 32
+_CHUNK_ROWS, _SCATTER_ROWS = 64, 64
 
 
 def gather(
@@ -25,7 +25,7 @@ def gather(
     `matrices` are ``[R, D]``, `out` is ``[n, sites, D]``. Every row is checked against its matrix first;
     nothing is ever clipped.
     """
-    if not len(rows):
+    if not len(rows) or not out.shape[2]:
         return
     low, high = int(rows.min()), int(rows.max())
     for matrix in matrices:
@@ -43,11 +43,15 @@ def gather(
         for start, stop in pairwise(edges):
             _copy_run(matrices, int(rows[start]), out, int(at[start]), stop - start, columns, convert)
         return
-    for start in range(0, len(rows), _CHUNK_ROWS):
-        chosen, target = rows[start : start + _CHUNK_ROWS], at[start : start + _CHUNK_ROWS]
+    if not convert and out.strides[2] == out.itemsize:
+        # A row as one opaque element: indexing moves it whole instead of number by number.
+        whole = np.dtype((np.void, out.shape[2] * out.itemsize))
+        matrices = [m.view(whole)[:, 0] for m in matrices]
+        out = out.view(whole)[:, :, 0]
+    for start in range(0, len(rows), _SCATTER_ROWS):
+        chosen, target = rows[start : start + _SCATTER_ROWS], at[start : start + _SCATTER_ROWS]
         for matrix, j in zip(matrices, columns, strict=True):
-            part = matrix[chosen]
-            out[target, j] = as_float(part) if convert else part
+            out[target, j] = as_float(matrix[chosen]) if convert else matrix[chosen]
 
 
 def _copy_run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from actcache.errors import FormatError
+from actcache.errors import FormatError, StoreAccessError
 from actcache.store.catalog import Catalog
 from actcache.store.files import SEGMENT_NAME, TOMB_NAME, log
 from actcache.store.keys import Ints, KeyTable
@@ -49,7 +50,7 @@ class SpaceIndex:
         self._infos: list[SegmentInfo | None] = []
         self._rank: Ints | None = None
         self._groups: dict[tuple[str, tuple[str, ...]], Group] = {}
-        self._tombs: dict[str, dict[str, Keys]] = {}
+        self._tombs: dict[str, dict[str, Keys | None]] = {}
         self._dead: dict[int, Mask] = {}
         self._damaged: dict[int, Mask] = {}
         self._refused: set[str] = set()
@@ -104,16 +105,34 @@ class SpaceIndex:
 
     def _read(self, name: str) -> SegmentInfo | None:
         try:
-            info = Segment(self.path(name)).info
+            info = self._mapped(name).info
             if info.space != self.folder.name:
                 raise FormatError(f"{self.path(name)} belongs to space {info.space!r}")
         except FileNotFoundError:
             return None
+        except StoreAccessError:
+            raise
         except (FormatError, OSError) as error:
             self._refuse(name, error)
             return None
         # Copies, so that the index does not keep every file mapped.
         return replace(info, prompt_key=info.prompt_key.copy(), text_key=info.text_key.copy())
+
+    def _mapped(self, name: str) -> Segment:
+        try:
+            return Segment(self.path(name))
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        self._open.clear()
+        try:
+            return Segment(self.path(name))
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            raise StoreAccessError(
+                f"too many open files while reading {self.folder}: raise the limit (ulimit -n) or call Store.merge()"
+            ) from error
 
     def _refuse(self, name: str, error: Exception) -> None:
         log.warning("ignoring a segment, what it held counts as absent: %s", error)
@@ -185,13 +204,13 @@ class SpaceIndex:
         for tomb in gone:
             self._tombs[tomb[:32]].pop(tomb, None)
         for tomb in new:
-            keys: Keys = np.empty((0, 16), np.uint8)
+            keys: Keys | None = None
             try:
                 keys = read_tomb(self.folder / tomb)
             except FileNotFoundError:
                 continue
             except (FormatError, OSError) as error:
-                log.warning("ignoring a tomb: %s", error)
+                log.warning("a tomb cannot be read, so all of its segment counts as gone: %s", error)
             self._tombs.setdefault(tomb[:32], {})[tomb] = keys
         heirs = {i.name for i in self._infos if i is not None and touched & i.replaces.keys()}
         self._bury(touched | heirs)
@@ -203,15 +222,19 @@ class SpaceIndex:
                 continue
             info = self._infos[number]
             assert info is not None
-            keys = list(self.tombs_of(info).values())
-            dead = is_member(info.prompt_key, np.concatenate(keys)) if keys else np.zeros(info.prompts, bool)
+            dead = np.zeros(info.prompts, bool)
+            for keys in self.tombs_of(info).values():
+                dead |= True if keys is None else is_member(info.prompt_key, keys)
             before = self._dead.get(number)
             if not np.array_equal(dead, before if before is not None else np.zeros(info.prompts, bool)):
                 self._dead[number] = dead
                 self._rekey(number)
 
-    def tombs_of(self, info: SegmentInfo) -> dict[str, Keys]:
-        """Tombs that count for a segment: its own, and later ones of the segments merged into it."""
+    def tombs_of(self, info: SegmentInfo) -> dict[str, Keys | None]:
+        """Tombs that count for a segment: its own, and later ones of the segments merged into it.
+
+        The keys of one that cannot be read are None.
+        """
         found = dict(self._tombs.get(info.name, {}))
         for source, applied in info.replaces.items():
             found.update({t: k for t, k in self._tombs.get(source, {}).items() if t not in applied})
@@ -277,6 +300,8 @@ class SpaceIndex:
             except FileNotFoundError:
                 self._forget(info.name)
                 return None
+            except StoreAccessError:
+                raise
             except (FormatError, OSError) as error:
                 self._refuse(info.name, error)
                 self._forget(info.name)
@@ -287,7 +312,7 @@ class SpaceIndex:
         return segment
 
     def _opened(self, info: SegmentInfo) -> Segment:
-        segment = Segment(self.path(info.name))
+        segment = self._mapped(info.name)
         same = segment.info.columns == info.columns and segment.info.prompts == info.prompts
         if not same or not np.array_equal(segment.info.prompt_key, info.prompt_key):
             raise FormatError(f"{segment.path} is not the file it was when it was indexed")

@@ -124,8 +124,11 @@ def _sources(index: SpaceIndex, numbers: Sequence[int]) -> list[_Source]:
             log.warning("%s: %d damaged prompts are dropped while merging", segment.path, int((~intact).sum()))
         with index.lock:
             live = index.live(number)
-            tombs = tuple(sorted(index.tombs_of(info)))
-        sources.append(_Source(number, info, segment, intact if live is None else intact & live, tombs))
+            tombs = index.tombs_of(info)
+        if any(keys is None for keys in tombs.values()):
+            # What an unreadable tomb named is unknown; its segment is left for a person to look at.
+            continue
+        sources.append(_Source(number, info, segment, intact if live is None else intact & live, tuple(sorted(tombs))))
     return sources
 
 

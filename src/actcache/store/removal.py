@@ -55,8 +55,13 @@ def count_distinct(keys: list[Keys]) -> int:
     words = np.ascontiguousarray(np.concatenate(keys)).view(np.uint64)
     if not len(words):
         return 0
-    order = np.lexsort((words[:, 1], words[:, 0]))
-    return 1 + int((words[order[1:]] != words[order[:-1]]).any(axis=1).sum())
+    words = words[np.argsort(words[:, 0])]
+    same = words[1:] == words[:-1]
+    if (same[:, 0] & ~same[:, 1]).any():
+        # First words that agree by chance: only a full sort brings equal keys together.
+        words = words[np.lexsort((words[:, 1], words[:, 0]))]
+        same = words[1:] == words[:-1]
+    return len(words) - int(same.all(axis=1).sum())
 
 
 def clear_space(folder: Path) -> None:

@@ -50,21 +50,20 @@ class Moments:
             self.count += n
             return
         step = max(1, _CHUNK_BYTES // (4 * dim))
-        wide = rows.dtype == np.float64
-        for start in range(0, n, step):
-            part = as_float(rows[start : start + step])
-            count = len(part)
-            with np.errstate(all="ignore"):
-                # Deviations from the chunk's own rounded mean: float32 sums of them lose nothing that
-                # matters, even where the mean is a thousand times the spread (outlier dimensions).
-                centre = part.mean(axis=0)
-                part = part - centre
-                shift = part.sum(axis=0, dtype=None) / count
-                np.multiply(part, part, out=part)
-                m2 = part.sum(axis=0).astype(np.float64)
-                if not wide:
-                    shift = shift.astype(np.float64)
-                self.merge(count, centre.astype(np.float64) + shift, np.maximum(m2 - count * shift * shift, 0))
+        kind = np.float64 if rows.dtype == np.float64 else np.float32
+        scratch = np.empty((min(step, n), dim), kind)
+        with np.errstate(all="ignore"):
+            for start in range(0, n, step):
+                part = as_float(rows[start : start + step])
+                count = len(part)
+                # Deviations from about the mean: float32 sums of them lose nothing that matters, even where
+                # the mean is a thousand times the spread (outlier dimensions).
+                centre = (self.mean if self.count else part.mean(axis=0)).astype(kind)
+                away = np.subtract(part, centre, out=scratch[:count])
+                shift = away.sum(axis=0).astype(np.float64) / count
+                np.multiply(away, away, out=away)
+                m2 = away.sum(axis=0).astype(np.float64) - count * shift * shift
+                self.merge(count, centre.astype(np.float64) + shift, np.maximum(m2, 0))
 
 
 def as_float(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:

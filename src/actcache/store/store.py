@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,7 @@ class Store:
         self._indexes: dict[str, SpaceIndex] = {}
         self._known: dict[str, SpaceInfo] = {}
         self._lock = threading.Lock()
+        _alive.add(self)
 
     def __repr__(self) -> str:
         return f"Store({str(self.location)!r})"
@@ -362,3 +364,22 @@ class Store:
         with self._lock:
             self._indexes.clear()
         self._catalog.close()
+
+    def _after_fork(self) -> None:
+        # Another thread of the parent may have held these locks; nobody will release them here.
+        self._lock = threading.Lock()
+        self._catalog.after_fork()
+        for index in self._indexes.values():
+            index.lock = threading.RLock()
+
+
+_alive: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for store in list(_alive):
+        store._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
