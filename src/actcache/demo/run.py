@@ -43,7 +43,7 @@ def run(*, keep: bool = False) -> None:
         _say(out, f"cache folder {folder} ({'kept' if keep else 'removed at the end'})")
         _import_libraries(out)
         # The index lies beside the store, so that nothing of the demo stays behind.
-        with closing(Store(folder / "store", index_dir=folder / "index")) as store:
+        with _one_thread(), closing(Store(folder / "store", index_dir=folder / "index")) as store:
             _extract(out, store)
             _read_back(out, store)
             _probe(out, store)
@@ -68,10 +68,26 @@ def _import_libraries(out: Console) -> None:
     """Import them now: what the first run is timed at should be its own work."""
     started = time.perf_counter()
     import sklearn.linear_model  # noqa: F401
-    import torch  # noqa: F401
-    from transformers import AutoModelForCausalLM  # noqa: F401
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    with torch.device("meta"):
+        # transformers imports the classes of a model when it is made; this makes one without memory.
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path()))
     _say(out, f"torch, transformers and scikit-learn imported in {duration(time.perf_counter() - started)}")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The model is so small that a second thread costs more than it brings, most of all on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _heading(out: Console, text: str) -> None:
