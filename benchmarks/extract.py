@@ -20,11 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from _measure import compare, print_table
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import actcache as ac
-from actcache.extract.cached import CachedExtractor
+from _measure import compare, print_table
 from actcache.extract.extractor import ActivationExtractor
 from actcache.store.prompts import PromptTable
 from actcache.store.records import Records
@@ -76,7 +75,9 @@ def cached_run(model: Any, prompts: list[list[int]], **options: Any) -> None:
 
 def speed(prompts: int, rounds: int) -> None:
     texts = log_normal_prompts(prompts)
-    print(f"\n{prompts} prompts, {sum(map(len, texts))} tokens, GPT-2 shape {LAYERS} x {WIDTH}, vocabulary {VOCABULARY}")
+    print(
+        f"\n{prompts} prompts, {sum(map(len, texts))} tokens, GPT-2 shape {LAYERS} x {WIDTH}, vocabulary {VOCABULARY}"
+    )
     middle = LAYERS // 2 - 1
     model, half = gpt2_shape(), gpt2_shape(torch.bfloat16)
     print_table(
@@ -84,7 +85,9 @@ def speed(prompts: int, rounds: int) -> None:
         compare(
             lambda: usual_script(model, texts, middle),
             {
-                "one layer at half depth, every token": lambda: cached_run(model, texts, layers=middle, cache_pooled=False),
+                "one layer at half depth, every token": lambda: cached_run(
+                    model, texts, layers=middle, cache_pooled=False
+                ),
                 "one layer at half depth, last token": lambda: cached_run(model, texts, layers=middle),
                 "last token of all layers": lambda: cached_run(model, texts),
                 "one layer at half depth, bfloat16": lambda: cached_run(half, texts, layers=middle, cache_pooled=False),
@@ -118,7 +121,11 @@ def overhead(prompts: int, rounds: int) -> None:
             f"what keying and storing add: {name}",
             compare(
                 lambda layers=layers, pooling=pooling: forward_only(layers, pooling),
-                {"with store": lambda layers=layers, pooled=pooled: cached_run(model, texts, layers=layers, cache_pooled=pooled)},
+                {
+                    "with store": lambda layers=layers, pooled=pooled: cached_run(
+                        model, texts, layers=layers, cache_pooled=pooled
+                    )
+                },
                 rounds,
                 reference_name="the same forward passes",
                 warmup=1,
@@ -136,7 +143,8 @@ n, folder = int(sys.argv[1]), sys.argv[2]
 torch.manual_seed(0)
 model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=128, n_head=4, vocab_size=1000, n_positions=256)).eval()
 rng = np.random.default_rng(0)
-prompts = [rng.integers(0, 1000, k).astype(np.int32) for k in np.clip(rng.lognormal(np.log(30), 0.7, n), 4, 200).astype(int)]
+lengths = np.clip(rng.lognormal(np.log(30), 0.7, n), 4, 200).astype(int)
+prompts = [rng.integers(0, 1000, k).astype(np.int32) for k in lengths]
 peak, running = 0, True
 def watch():
     global peak
@@ -157,10 +165,14 @@ def memory(rounds: int) -> None:
         peaks = {}
         for n in (1_000, 10_000):
             with tempfile.TemporaryDirectory(prefix="actcache-bench-") as folder:
-                run = subprocess.run([sys.executable, "-c", _MEMORY, str(n), folder], capture_output=True, text=True, check=True)
+                run = subprocess.run(
+                    [sys.executable, "-c", _MEMORY, str(n), folder], capture_output=True, text=True, check=True
+                )
                 peaks[n] = int(run.stdout.split()[-1]) / 1024
         ratios.append(peaks[10_000] / peaks[1_000])
-        print(f"  1,000 prompts {peaks[1_000]:8.1f} MiB   10,000 prompts {peaks[10_000]:8.1f} MiB   ratio {ratios[-1]:.3f}")
+        print(
+            f"  1,000 prompts {peaks[1_000]:.1f} MiB   10,000 prompts {peaks[10_000]:.1f} MiB   ratio {ratios[-1]:.3f}"
+        )
     print(f"  median ratio {sorted(ratios)[len(ratios) // 2]:.3f}   (floor: at most 1.10)")
 
 

@@ -18,7 +18,7 @@ def alone(model: torch.nn.Module, ids: Sequence[int], site: str) -> torch.Tensor
     model.eval()
     blocks = blocks_of(model)
     block = blocks[int(number)] if number else None
-    attention, mlp = (("attn", "mlp") if hasattr(model, "transformer") else ("self_attn", "mlp"))
+    attention, mlp = ("attn", "mlp") if hasattr(model, "transformer") else ("self_attn", "mlp")
     seen: list[torch.Tensor] = []
 
     def first(value):

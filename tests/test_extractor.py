@@ -7,11 +7,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from reference import alone, relative_error
 
 import actcache as ac
 from actcache import errors
 from actcache.testing import tiny
+from reference import alone, relative_error
 
 # Eight bits of float32 rounding over a few blocks of sums; measured errors are below 1e-6.
 FLOAT32 = 5e-6
@@ -59,14 +59,18 @@ def test_order_and_company_do_not_matter(model):
             assert relative_error(shuffled[site][k], straight[site][i]) < FLOAT32
 
 
-def test_a_batch_of_one_length_is_the_prompt_alone_bit_for_bit(model):
-    rng = random.Random(0)
-    prompts = [[rng.randrange(model.config.vocab_size) for _ in range(17)] for _ in range(6)]
-    ours = ac.ActivationExtractor(model, layers="last").extract(prompts)
-    one = ac.ActivationExtractor(model, layers="last", batch_size=1).extract(prompts)
-    (site,) = ours
-    for together, by_itself in zip(ours[site], one[site], strict=True):
-        assert relative_error(together, by_itself) < FLOAT32
+def test_only_batches_of_different_lengths_are_masked(model, monkeypatch):
+    from actcache.extract.backends.local import LocalSession
+
+    given = []
+    inputs = LocalSession._inputs
+    monkeypatch.setattr(LocalSession, "_inputs", lambda self, ids: given.append(inputs(self, ids)) or given[-1])
+    extractor = ac.ActivationExtractor(model, layers="last")
+    extractor.extract([[1, 2, 3], [4, 5, 6]])
+    extractor.extract([[1, 2, 3], [4]])
+    assert ["attention_mask" in g for g in given] == [False, True]
+    assert given[1]["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert all(g["position_ids"].tolist() == [[0, 1, 2]] * 2 for g in given)
 
 
 @pytest.mark.parametrize("pooling", ["last_token", "first_token", "mean", "max", "min"])
@@ -94,7 +98,9 @@ def test_pooling_by_a_function_gets_the_real_tokens_only(model):
         assert relative_error(ours[site][i], alone(model, prompt, site).norm(dim=0)) < FLOAT32
 
 
-@pytest.mark.parametrize(("positions", "index"), [("last", [-1]), ("first", [0]), (0, [0]), (-1, [-1]), ([0, -1], [0, -1])])
+@pytest.mark.parametrize(
+    ("positions", "index"), [("last", [-1]), ("first", [0]), (0, [0]), (-1, [-1]), ([0, -1], [0, -1])]
+)
 def test_positions_count_real_tokens(model, positions, index):
     prompts = prompts_for(model)
     ours = ac.ActivationExtractor(model, layers="last", positions=positions).extract(prompts)
@@ -182,7 +188,7 @@ def test_hooks_of_somebody_else_are_refused_unless_named():
 
 
 class TestBadInput:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def model(self):
         return tiny.gpt2()
 

@@ -11,8 +11,20 @@ from actcache.model.host_memo import HostMemo
 
 
 def test_config_digest_ignores_labels_and_key_order_but_no_number():
-    base = {"model_type": "gpt2", "n_layer": 2, "rope": {"theta": 1.0, "factor": 2.0}, "_name_or_path": "a", "use_cache": True}
-    same = {"use_cache": False, "_name_or_path": "b", "rope": {"factor": 2.0, "theta": 1.0}, "n_layer": 2, "model_type": "gpt2"}
+    base = {
+        "model_type": "gpt2",
+        "n_layer": 2,
+        "rope": {"theta": 1.0, "factor": 2.0},
+        "_name_or_path": "a",
+        "use_cache": True,
+    }
+    same = {
+        "use_cache": False,
+        "_name_or_path": "b",
+        "rope": {"factor": 2.0, "theta": 1.0},
+        "n_layer": 2,
+        "model_type": "gpt2",
+    }
     other = {**base, "rope": {"theta": 1.0, "factor": 4.0}}
     assert identity.config_digest(base) == identity.config_digest(same)
     assert identity.config_digest(base) != identity.config_digest(other)

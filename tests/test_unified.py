@@ -8,11 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from reference import alone, relative_error
 
 import actcache as ac
 from actcache import errors
 from actcache.testing import tiny
+from reference import alone, relative_error
 
 FLOAT32 = 5e-6
 TEXTS = ["the cat sat on the mat", "a", "dogs and cats and dogs", "the mat sat", "on a mat the cat sat and sat"]
@@ -199,7 +199,8 @@ class TestHits:
         model = reference(folder)
         assert written == len(TEXTS) * (model.config.n_layer - 2) * model.config.n_embd * 4
         assert torch.equal(
-            cache.get_activations(TEXTS)[0], torch.cat([cache.get_activations(TEXTS, layers=i)[0] for i in range(3)], dim=1)
+            cache.get_activations(TEXTS)[0],
+            torch.cat([cache.get_activations(TEXTS, layers=i)[0] for i in range(3)], dim=1),
         )
 
     def test_a_mix_of_stored_and_new_and_kinds(self, folder):
@@ -235,9 +236,12 @@ class TestMisses:
         # The object made before the change notices too, and loads the new weights.
         after = cache.get_activations(TEXTS)[0]
         assert not torch.equal(before, after)
-        assert relative_error(
-            after[0, -32:], alone(reference(own_folder), ids_of(own_folder, TEXTS[0]), "resid_post.2")[-1][-32:]
-        ) < FLOAT32
+        assert (
+            relative_error(
+                after[0, -32:], alone(reference(own_folder), ids_of(own_folder, TEXTS[0]), "resid_post.2")[-1][-32:]
+            )
+            < FLOAT32
+        )
 
     def test_another_dtype(self, folder):
         ac.UnifiedCache(folder).warmup(TEXTS)

@@ -59,7 +59,7 @@ class UnifiedCache:
 
     Args:
         model: Hub id, local folder, or a loaded transformers model (then pass `tokenizer`).
-        layers: int, list of ints, ``"all"``, ``"last"`` or ``"middle"`` (the middle third); negative counts from the end.
+        layers: int, list of ints, ``"all"``, ``"last"`` or ``"middle"`` (the middle third); negative from the end.
         pooling: how `cache_pooled` makes one vector of a prompt.
         cache_pooled: store one vector per prompt, site and layer; False stores every token's.
         sites: names of `ac.sites(model)`; names without a layer are taken at every one of `layers`.
@@ -259,7 +259,9 @@ class UnifiedCache:
             chosen[name] = next(iter(wanted.values()))
             absent = [n for n in chosen[name] if n not in stored]
             if absent:
-                raise OptionError(f"layers={layers!r} asks for {absent[0]!r}, and this cache holds {stored}: add it to layers=.")
+                raise OptionError(
+                    f"layers={layers!r} asks for {absent[0]!r}, and this cache holds {stored}: add it to layers=."
+                )
         return chosen
 
 

@@ -15,11 +15,19 @@ from actcache.errors import OptionError, PartialWarmupError
 from actcache.extract.extractor import ActivationExtractor
 from actcache.extract.lookup import Lookup, Question, look_up
 from actcache.extract.plan import Plan, bytes_free, estimate_seconds, remember_speed
-from actcache.extract.prompts import Prompt, PromptList, check_tokens, prompt_table, read_prompts, text_context, tokenize
+from actcache.extract.prompts import (
+    Prompt,
+    PromptList,
+    check_tokens,
+    prompt_table,
+    read_prompts,
+    text_context,
+    tokenize,
+)
 from actcache.progress import progress
 from actcache.store.default import store_at
 from actcache.store.records import TOKENS, Records
-from actcache.store.store import space_id
+from actcache.store.spaces import space_id
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -199,7 +207,10 @@ class CachedExtractor:
         start = time.perf_counter()
         identity = source.identity()
         space = self.store.open_space(identity.values, identity.label)
-        with self.store.writer(space) as writer, progress(request.to_compute, f"extracting {Path(source.name).name}") as bar:
+        with (
+            self.store.writer(space) as writer,
+            progress(request.to_compute, f"extracting {Path(source.name).name}") as bar,
+        ):
             for names, members in request.missing.items():
                 table = prompt_table(request.prompts, members, request.text_context)
 
@@ -243,7 +254,8 @@ def partial_failure(filled: Filled, *, stats: object) -> PartialWarmupError:
     shown = "; ".join(f"prompt {i}: {reason}" for i, reason in filled.failed[:3])
     more = f"; and {len(filled.failed) - 3} more" if len(filled.failed) > 3 else ""
     return PartialWarmupError(
-        f"{len(filled.failed)} prompts were not stored ({shown}{more}). The others are stored; run again to try these again.",
+        f"{len(filled.failed)} prompts were not stored ({shown}{more}). "
+        "The others are stored; run again to try these again.",
         stats=stats,
         failed=filled.failed,
     )
@@ -261,7 +273,9 @@ def layout_name(pooling: Any) -> str:
     name = f"{getattr(pooling, '__module__', '')}.{getattr(pooling, '__qualname__', '')}"
     code = getattr(pooling, "__code__", None)
     if "<" in name or code is None:
-        raise OptionError(f"pooling {pooling!r} cannot be cached: use a named module-level function, or a built-in pooling.")
+        raise OptionError(
+            f"pooling {pooling!r} cannot be cached: use a named module-level function, or a built-in pooling."
+        )
     from actcache.model.identity import digest_json
 
     return f"function:{name}:{digest_json(_code(code))[:16]}"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-    from actcache.model.loading import ModelSource
+    from actcache.model.source import ModelSource
 
 BatchRows = Mapping[str, "torch.Tensor"]
 POOLINGS = ("last_token", "first_token", "mean", "max", "min")
@@ -122,14 +122,16 @@ class ActivationExtractor:
                 bar.update(len(batch.indices))
         return self._gather(parts, ids)
 
-    def _split(self, tensor: torch.Tensor, counts: list[int]) -> Iterable[torch.Tensor]:
+    def _split(self, tensor: torch.Tensor, counts: list[int]) -> Sequence[torch.Tensor]:
+        import torch
+
         if self.reduction.pooling is not None:
-            return tensor.split(1)
+            return torch.split(tensor, 1)
         if isinstance(self.reduction.positions, str) and self.reduction.positions == "all":
-            return tensor.split(counts)
+            return torch.split(tensor, counts)
         from actcache.capture.positions import resolve_positions
 
-        return tensor.split([len(resolve_positions(self.reduction.positions, n)) for n in counts])
+        return torch.split(tensor, [len(resolve_positions(self.reduction.positions, n)) for n in counts])
 
     def _gather(self, parts: Mapping[str, list[Any]], ids: list[npt.NDArray[np.int32]]) -> Activations:
         import torch

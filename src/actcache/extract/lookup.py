@@ -17,7 +17,7 @@ from actcache.store.records import TOKENS
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from actcache.model.loading import ModelSource
+    from actcache.model.source import ModelSource
     from actcache.store.store import Placement, Store
 
 
@@ -128,7 +128,9 @@ class Lookup:
     def _require_all(self) -> None:
         if not self.found.all():
             absent = np.flatnonzero(~self.found)
-            raise NotCachedError(f"{len(absent)} of {len(self.found)} prompts are not stored, the first is prompt {absent[0]}.")
+            raise NotCachedError(
+                f"{len(absent)} of {len(self.found)} prompts are not stored, the first is prompt {absent[0]}."
+            )
 
 
 def look_up(
@@ -149,7 +151,13 @@ def look_up(
         kinds = prompts.kinds[by_text]
         for layout in layouts:
             placement = store.locate(
-                question.space, texts=texts, kinds=kinds, text_context=context, sites=names, layout=layout, check=question.check
+                question.space,
+                texts=texts,
+                kinds=kinds,
+                text_context=context,
+                sites=names,
+                layout=layout,
+                check=question.check,
             )
             answer.add(placement, by_text, full_rows=layout == TOKENS and question.layout != TOKENS)
             if answer.found.all():

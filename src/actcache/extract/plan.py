@@ -12,7 +12,7 @@ from actcache.errors import DiskFullError
 from actcache.model.host_memo import host_memo
 
 if TYPE_CHECKING:
-    from actcache.model.loading import ModelSource
+    from actcache.model.source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def remember_speed(space: str, device: str, tokens: int, seconds: float) -> None
 
 
 def estimate_seconds(source: ModelSource, space: str, device: str, tokens: int, *, depth: float) -> float:
-    """Seconds that `tokens` will take: by an earlier run's speed, else by arithmetic (2 operations per weight and token).
+    """Seconds that `tokens` will take: by an earlier run's speed, else by 2 operations per weight and token.
 
     `depth` is the fraction of the blocks that runs.
     """

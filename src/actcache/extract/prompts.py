@@ -15,7 +15,7 @@ from actcache.store.prompts import CHAT, IDS, TEXT, PromptTable
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from actcache.model.loading import ModelSource
+    from actcache.model.source import ModelSource
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Messages
@@ -55,7 +55,7 @@ def read_prompts(prompts: Prompt | Iterable[Prompt]) -> PromptList:
         prompts = [prompts]
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
         raise PromptTypeError(f"prompts is a {type(prompts).__name__}: expected a list of strings, token ids or chats.")
-    given = list(prompts)
+    given: list[Any] = list(prompts)
     if not given:
         raise PromptError("the list of prompts is empty: expected at least one prompt.")
     if all(type(p) is str for p in given):
@@ -95,7 +95,9 @@ def _read_one(i: int, prompt: Any) -> tuple[int, str | None, npt.NDArray[np.int3
         return CHAT, _canonical_chat(i, prompt), None
     if all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
         if min(prompt) < 0 or max(prompt) >= 2**31:
-            raise PromptError(f"prompt {i} has the token id {min(prompt) if min(prompt) < 0 else max(prompt)}: ids start at 0.")
+            raise PromptError(
+                f"prompt {i} has the token id {min(prompt) if min(prompt) < 0 else max(prompt)}: ids start at 0."
+            )
         return IDS, None, np.asarray(prompt, np.int32)
     raise PromptTypeError(f"prompt {i} mixes types ({prompt!r:.60}): expected only integers, or only chat messages.")
 
@@ -154,7 +156,9 @@ def tokenize(prompts: PromptList, indices: Sequence[int], source: ModelSource, *
 
 def _apply_template(tokenizer: Any, messages: Messages, i: int) -> npt.NDArray[np.int32]:
     if not getattr(tokenizer, "chat_template", None):
-        raise TokenizerError(f"prompt {i} is a chat and the tokenizer has no chat template: pass text, or a tokenizer that has one.")
+        raise TokenizerError(
+            f"prompt {i} is a chat and the tokenizer has no chat template: pass text, or a tokenizer that has one."
+        )
     encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
     return np.asarray(encoded["input_ids"], np.int32)
 
@@ -178,7 +182,9 @@ def check_tokens(prompts: PromptList, indices: Sequence[int], source: ModelSourc
         for i in indices:
             largest = int(_ids(prompts, i).max())
             if largest >= vocabulary:
-                raise PromptError(f"prompt {i} has the token id {largest}: {source.name!r} knows the ids 0 to {vocabulary - 1}.")
+                raise PromptError(
+                    f"prompt {i} has the token id {largest}: {source.name!r} knows the ids 0 to {vocabulary - 1}."
+                )
 
 
 def _ids(prompts: PromptList, i: int) -> npt.NDArray[np.int32]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from actcache.errors import AdditivityError, LayerRangeError, SiteUnavailableError
 from actcache.model.families import BLOCK_FORMS, BlockForm
-from actcache.model.sites import Site, SiteInfo, list_sites
-from actcache.model.structure import Structure, find_structure, text_config
+from actcache.model.sites import Site, SiteInfo, expand_sites, list_sites
+from actcache.model.structure import Structure, descend, find_structure, text_config
 
 __all__ = ["Anatomy", "ReadPoint", "SiteInfo", "check_identities", "describe", "list_sites", "original"]
 
 Side = Literal["output", "input"]
 _BRANCHES = ("resid_mid", "attn_out", "mlp_out")
+_BLOCK_SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+_READ = ("embed", *_BLOCK_SITES, "final_norm", "logits")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class Anatomy:
         self.takes_position_ids = structure.takes_position_ids
         self.block_paths = [f"{structure.blocks}.{layer}" for layer in range(structure.n_layers)]
         self._block_refs = [weakref.ref(block) for block in self.blocks]
+        self._list_names = structure.blocks.split(".")
+        self._read_points: dict[Site, tuple[tuple[str, ...], str, Side, Callable[[Any], Tensor]]] = {}
+        self._expanded: dict[Any, list[Site]] = {}
         self._forms = _matching_forms(self.blocks)
         self._form: BlockForm | None = None
         self._refused: dict[str, str] | None = None
@@ -92,8 +97,8 @@ class Anatomy:
     def current(self) -> bool:
         """Whether the model still has the blocks that were described."""
         try:
-            children = self.model.get_submodule(self.structure.blocks)._modules.values()
-        except AttributeError:
+            children = descend(self.model, self._list_names)._modules.values()
+        except KeyError:
             return False
         return len(children) == len(self._block_refs) and all(
             r() is m for r, m in zip(self._block_refs, children, strict=True)
@@ -101,11 +106,7 @@ class Anatomy:
 
     def sites(self) -> list[Site]:
         """Every complete site this model has, in the order of a forward pass. After `verify`, without those refused."""
-        names = [
-            name
-            for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-            if self._why_not(name) is None
-        ]
+        names = [name for name in _BLOCK_SITES if self._why_not(name) is None]
         found = [Site("embed")]
         found += [Site(name, layer) for layer in range(self.n_layers) for name in names]
         found += [Site(name) for name in ("final_norm", "logits") if self._why_not(name) is None]
@@ -125,31 +126,38 @@ class Anatomy:
             )
         why = self._why_not(site.name)
         if why is not None:
-            have = [
-                n
-                for n in (
-                    "embed",
-                    "resid_pre",
-                    "attn_out",
-                    "resid_mid",
-                    "mlp_out",
-                    "resid_post",
-                    "final_norm",
-                    "logits",
-                )
-                if self._why_not(n) is None
-            ]
             error = AdditivityError if self._refused and site.name in self._refused else SiteUnavailableError
-            raise error(f"site {site.name!r} is not available on {self._name()}: {why}. It has {', '.join(have)}.")
+            raise error(self._refusal(site.name, why))
 
     def read_point(self, site: Site) -> ReadPoint:
         """Where `site` is read. Raises `SiteUnavailableError` when the model has no such site and `AdditivityError`
         when its identity does not hold; both say why and what there is."""
-        if site.name in _BRANCHES:
-            self.verify()
-        self.require(site)
-        form = self._form if self._refused is not None else (self.forms[0] if self.forms else None)
-        return self.point_of(site, form)
+        known = self._read_points.get(site)
+        if known is None:
+            if site.name in _BRANCHES:
+                self.verify()
+            self.require(site)
+            form = self._form if self._refused is not None else (self.forms[0] if self.forms else None)
+            point = self.point_of(site, form)
+            if self._refused is not None:
+                names = tuple(point.path.split(".")) if point.path else ()
+                self._read_points[site] = names, point.path, point.side, point.extract
+            return point
+        names, path, side, extract = known
+        return ReadPoint(descend(self.model, names), path, side, extract)
+
+    def points(self, sites: str | Site | Sequence[str | Site], layers: Any = None) -> dict[Site, ReadPoint]:
+        """`expand_sites` and `read_point` in one, each site held against its identity. Raises what they raise."""
+        key = (sites if isinstance(sites, (str, Site)) else tuple(sites)), repr(layers)
+        wanted = self._expanded.get(key)
+        if wanted is None:
+            wanted = expand_sites(self, sites, layers)
+            refused = self.verify()
+            for site in wanted:
+                if site.name in refused:
+                    raise AdditivityError(self._refusal(site.name, refused[site.name]))
+            self._expanded[key] = wanted
+        return {site: self.read_point(site) for site in wanted}
 
     def point_of(self, site: Site, form: BlockForm | None) -> ReadPoint:
         """`read_point` under one claimed block form, with no check; used by the check itself."""
@@ -205,9 +213,13 @@ class Anatomy:
                     if form
                     else ("its blocks have no attention and MLP modules under a known name")
                 )
-        if name not in ("embed", "resid_pre", "resid_post", "final_norm", "logits", *_BRANCHES):
+        if name not in _READ:
             return "it is not among the values that are read on this architecture"
         return None
+
+    def _refusal(self, name: str, why: str) -> str:
+        have = ", ".join(name for name in _READ if self._why_not(name) is None)
+        return f"site {name!r} is not available on {self._name()}: {why}. It has {have}."
 
     def _name(self) -> str:
         return type(self.model).__name__
@@ -247,7 +259,7 @@ def check_identities(model: nn.Module, *, sites: Iterable[Site | str] | None = N
     named = refused if sites is None else [(Site.parse(s) if isinstance(s, str) else s).name for s in sites]
     for name in named:
         if name in refused:
-            raise AdditivityError(f"site {name!r} is not available on {type(anatomy.model).__name__}: {refused[name]}")
+            raise AdditivityError(anatomy._refusal(name, refused[name]))
 
 
 def original(model: nn.Module) -> nn.Module:

@@ -208,4 +208,4 @@ def _bytes_of(tensor: torch.Tensor) -> Any:
     if tensor.is_meta:
         return b""
     flat = tensor.detach().to("cpu").contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+    return flat.view(torch.uint8).numpy() if flat.numel() else b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,16 @@ def text_config(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     getter = getattr(config, "get_text_config", None)
     return getter() if callable(getter) else config
+
+
+def descend(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """The module behind a split path; quicker than ``get_submodule``. Raises `KeyError`."""
+    module: nn.Module | None = model
+    for name in names:
+        module = module._modules[name]  # type: ignore[union-attr]
+    if module is None:
+        raise KeyError(names)
+    return module
 
 
 def has_forward(module: nn.Module) -> bool:

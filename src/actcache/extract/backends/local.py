@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from actcache.model.sites import Site
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from actcache.model.loading import ModelSource
+    from actcache.model.source import ModelSource
 
 
 class LocalBackend:
@@ -75,10 +75,8 @@ class LocalSession:
         self._on_device = {}
         self._rows = {}
         self.observer.reset()
-        try:
+        with suppress(StopForward):
             self._module(**self._inputs(sequences))
-        except StopForward:
-            pass
         rows, self._rows = self._rows, {}
         return CopiedRows(rows)
 
@@ -140,7 +138,7 @@ class CopiedRows:
                 self._rows[site] = tensor.to("cpu")
         for device in devices:
             with torch.cuda.device(device):
-                event = torch.cuda.Event()
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record()
                 self._events.append(event)
 

@@ -1,0 +1,90 @@
+"""A warm-up that is killed in mid run loses no finished batch, and going on gives what one run would have given."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import actcache as ac
+from actcache.testing import tiny
+
+_DRIVER = """
+import sys, time
+import actcache as ac
+from actcache.extract.backends.local import LocalSession
+
+run = LocalSession.run
+def slowly(self, sequences):
+    time.sleep(0.03)
+    return run(self, sequences)
+LocalSession.run = slowly
+from test_resume import PROMPTS
+ac.UnifiedCache(sys.argv[1], store=sys.argv[2], batch_size=4, cache_pooled=False).warmup(PROMPTS)
+"""
+
+PROMPTS = [[(7 * i + k) % 50 for k in range(1 + i % 23)] for i in range(400)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "gpt2"
+    tiny.gpt2(seed=1).save_pretrained(folder)
+    return folder
+
+
+def stored(place):
+    return sum(space.num_prompts for space in ac.Store(place).spaces())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [0.1, 0.5, 0.9])
+def test_kill_and_go_on(folder, tmp_path, moment):
+    different = len({tuple(p) for p in PROMPTS})
+    place = tmp_path / "store"
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    child = subprocess.Popen([sys.executable, "-c", _DRIVER, str(folder), str(place)], env=environment)
+    deadline = time.monotonic() + 120
+    while stored(place) < moment * different:
+        assert child.poll() is None, "the warm-up ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+
+    finished = stored(place)
+    assert moment * different <= finished < different
+    cache = ac.UnifiedCache(folder, store=place, batch_size=4, cache_pooled=False)
+    stats = cache.warmup(PROMPTS)
+    assert stats.activations_extracted == different - finished
+
+    whole = ac.UnifiedCache(folder, store=tmp_path / "whole", batch_size=4, cache_pooled=False)
+    whole.warmup(PROMPTS)
+    resumed, mask = cache.get_activations(PROMPTS)
+    expected, expected_mask = whole.get_activations(PROMPTS)
+    assert torch.equal(mask, expected_mask)
+    # Company in a batch differs between the two runs, so the last bits may.
+    assert float((resumed - expected).abs().max() / expected.abs().max()) < 5e-6
+
+
+@pytest.mark.slow
+def test_interrupting_keeps_what_was_finished(folder, tmp_path):
+    place = tmp_path / "store"
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", _DRIVER, str(folder), str(place)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while stored(place) < 100:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    child.send_signal(signal.SIGINT)
+    error = child.communicate(timeout=60)[1]
+    assert "KeyboardInterrupt" in error
+    assert 100 <= stored(place) < len({tuple(p) for p in PROMPTS})
+    assert not [p for p in place.rglob("*") if p.is_file() and "tmp" in p.name]
