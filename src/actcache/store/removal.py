@@ -82,7 +82,8 @@ def clear_space(folder: Path) -> None:
                 _remove_unless_locked(path)
             elif entry.name != FILE:
                 log.info("leaving %s: it was not written by actcache", path)
-        if not any(SEGMENT_NAME.fullmatch(e.name) for e in os.scandir(folder)):
+        # Another process may have written meanwhile; its segment needs the description.
+        if not any(is_ours(folder / name, SEGMENT_NAME) for name in os.listdir(folder)):
             if is_ours(folder / FILE, SPACE_FILE):
                 remove(folder / FILE)
             with contextlib.suppress(OSError):

@@ -1,0 +1,370 @@
+"""Kills, full disks, other processes: what was reported stored stays, and nothing wrong is ever read."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actcache.errors import DiskFullError, StoreAccessError
+from actcache.store import files, merging, segment
+from actcache.store.store import Store
+from store_helpers import check_pooled, in_child, kill, make_store, pooled, segment_files, text, wait_for
+
+BATCH = 4
+
+
+def write_batches(folder: Path, start: int, count: int, report: int) -> None:
+    """Append batches one by one and tell `report` the number of each finished one; merge now and then."""
+    store, space = make_store(folder)
+    for k in range(start, start + count):
+        store.append(space, pooled(range(k * BATCH, (k + 1) * BATCH)))
+        os.write(report, k.to_bytes(4, "little"))
+        if k % 5 == 4:
+            store.merge(space)
+
+
+def finished(pipe: int) -> list[int]:
+    os.set_blocking(pipe, False)
+    data = b""
+    try:
+        while part := os.read(pipe, 65536):
+            data += part
+    except BlockingIOError:
+        pass
+    return [int.from_bytes(data[i : i + 4], "little") for i in range(0, len(data) - 3, 4)]
+
+
+def kills(folder: Path, rounds: int, writers: int) -> None:
+    rng = np.random.default_rng(rounds)
+    stored: set[int] = set()
+    for turn in range(rounds):
+        read, write = os.pipe()
+        pids = [in_child(partial(write_batches, folder, 10_000 * turn + 1000 * w, 900, write)) for w in range(writers)]
+        os.close(write)
+        time.sleep(float(rng.uniform(0.01, 0.12)))
+        for pid in pids:
+            kill(pid)
+        stored |= set(finished(read))
+        os.close(read)
+        # A fresh index sees only what is on disk; the surviving one must agree.
+        for store in (make_store(folder)[0], Store(folder / "store", index_dir=folder / f"new {turn}")):
+            space = store.open_space(
+                {"weights": "abc"}, {"model_name": "org/model", "revision": "r1", "dtype": "float32"}
+            )
+            asked = [i for k in sorted(stored) for i in range(k * BATCH, (k + 1) * BATCH)]
+            assert check_pooled(store, space, asked).all()
+            store.close()
+    assert stored
+    store, space = make_store(folder)
+    for path in segment_files(store, space):
+        assert segment.validate(path) == []
+    # Unfinished files are litter only until they are swept.
+    old = time.time() - 1000
+    for path in (store.root / space).glob("*.tmp"):
+        os.utime(path, (old, old))
+    files.sweep(store.root / space)
+    assert not list((store.root / space).glob("*.tmp"))
+
+
+def test_kill_at_random_instants(tmp_path: Path) -> None:
+    kills(tmp_path, 12, 1)
+
+
+@pytest.mark.slow
+def test_kill_three_writers_at_random_instants(tmp_path: Path) -> None:
+    kills(tmp_path, 60, 3)
+
+
+@pytest.mark.parametrize("call", ["pwritev", "fsync", "rename", "unlink"])
+def test_killed_at_every_single_call(tmp_path: Path, call: str) -> None:
+    """The writer dies before its k-th write, sync, rename or removal, for every k of an append and a merge."""
+    for k in range(1, 40):
+        folder = tmp_path / str(k)
+        store, space = make_store(folder)
+        store.append(space, pooled([1, 2]))
+        store.append(space, pooled([2, 3]))
+        store.close()
+
+        def work(folder: Path = folder, k: int = k) -> None:
+            original, left = getattr(os, call), [k]
+
+            def dying(*args: Any, **options: Any) -> Any:
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*args, **options)
+
+            setattr(os, call, dying)
+            if call == "unlink":
+                Path.unlink = lambda self, missing_ok=False: dying(self)  # type: ignore[method-assign]
+            store, space = make_store(folder)
+            store.append(space, pooled([4]))
+            store.merge(space)
+
+        status = wait_for(in_child(work))
+        again, space = make_store(folder)
+        assert check_pooled(again, space, [1, 2, 3]).all()
+        if status == 0:
+            assert check_pooled(again, space, [4]).all()
+            return
+        assert status == -signal.SIGKILL
+    pytest.fail("the work never ended")
+
+
+def test_two_processes_write_at_once(tmp_path: Path) -> None:
+    pids = []
+    for w in range(2):
+
+        def work(w: int = w) -> None:
+            store, space = make_store(tmp_path)
+            with store.writer(space, linger=0) as writer:
+                for k in range(15):
+                    writer.put(pooled([10 * k + i for i in range(10 - 3 * w)]))
+                    if k % 4 == 0:
+                        writer.flush()
+                        store.merge(space)
+
+        pids.append(in_child(work))
+    assert [wait_for(p) for p in pids] == [0, 0]
+    store, space = make_store(tmp_path)
+    assert check_pooled(store, space, range(150)).all()
+    assert store.spaces()[0].num_prompts == 150
+    store.merge(space)
+    assert len(segment_files(store, space)) == 1
+    assert segment.open(segment_files(store, space)[0]).info.prompts == 150
+
+
+def test_two_processes_merge_at_once(tmp_path: Path) -> None:
+    """With index folders of their own no lock keeps them apart, as on two machines."""
+    store, space = make_store(tmp_path)
+    for i in range(30):
+        store.append(space, pooled([i]))
+
+    def work(host: int) -> None:
+        mine = Store(tmp_path / "store", index_dir=tmp_path / f"host {host}")
+        mine.merge(space)
+
+    pids = [in_child(lambda h=h: work(h)) for h in range(3)]
+    for _ in range(20):
+        assert check_pooled(store, space, range(30)).all()
+    assert [wait_for(p) for p in pids] == [0, 0, 0]
+    assert check_pooled(store, space, range(30)).all()
+    store.merge(space)
+    assert len(segment_files(store, space)) == 1
+
+
+def test_a_spawned_process_needs_no_torch(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from actcache.store.store import Store; s = Store(sys.argv[1]); s.info();"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    )
+    store, space = make_store(tmp_path)
+    store.append(space, pooled([1]))
+    assert subprocess.run([sys.executable, "-c", code, str(store.location)], check=False).returncode == 0
+
+
+def test_a_forked_reader_works_while_a_thread_writes(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    store.append(space, pooled(range(10)))
+    check_pooled(store, space, [1])
+    with store._index(space).lock:
+        # The child inherits a lock that is held, as when it is forked from a process whose writer is busy.
+        pid = multiprocessing.get_context("fork").Process(
+            target=lambda: check_pooled(store, space, range(10)).all() or os._exit(3)
+        )
+        pid.start()
+    pid.join(20)
+    assert pid.exitcode == 0
+
+
+# -- full disks and forbidden folders ------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """`left[0]` bytes can still be written."""
+    left = [0]
+    original = os.pwritev
+
+    def pwritev(fd: int, buffers: Any, offset: int) -> int:
+        size = sum(map(len, buffers))
+        if size > left[0]:
+            if left[0]:
+                # As the kernel does: first a short write, then the error.
+                written = original(fd, [memoryview(b"".join(bytes(b) for b in buffers))[: left[0]]], offset)
+                left[0] = 0
+                return written
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left[0] -= size
+        return original(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    return left
+
+
+@pytest.mark.parametrize("room", [0, 1000, 2500])
+def test_disk_full_in_mid_batch(tmp_path: Path, full_disk: list[int], room: int) -> None:
+    store, space = make_store(tmp_path)
+    full_disk[0] = 10**9
+    store.append(space, pooled([1]))
+    full_disk[0] = room
+    with pytest.raises(DiskFullError, match=r"no room in .*store.* for [\d,]+ more bytes.*: free space"):
+        store.append(space, pooled(range(2, 40)))
+    assert not list((store.root / space).glob("*.tmp"))
+    assert check_pooled(store, space, [1, 2]).tolist() == [True, False]
+    full_disk[0] = 10**9
+    store.append(space, pooled([2]))
+    assert check_pooled(store, space, [1, 2]).all()
+
+
+def test_disk_full_in_the_writer_thread_reaches_the_caller(tmp_path: Path, full_disk: list[int]) -> None:
+    store, space = make_store(tmp_path)
+    full_disk[0] = 20_000
+    writer = store.writer(space, linger=0)
+
+    def work() -> None:
+        for i in range(200):
+            writer.put(pooled([i]))
+            writer.flush()
+
+    with pytest.raises(DiskFullError, match="free space"):
+        work()
+    stored = check_pooled(store, space, range(200))
+    assert 0 < stored.sum() < 200
+    full_disk[0] = 10**9
+    with store.writer(space) as writer:
+        writer.put(pooled(range(200)))
+    assert check_pooled(store, space, range(200)).all()
+
+
+def test_disk_full_while_merging_costs_nothing(
+    tmp_path: Path, full_disk: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    store, space = make_store(tmp_path)
+    full_disk[0] = 10**9
+    for i in range(merging.FEW):
+        store.append(space, pooled([i]))
+    writer = store.writer(space)
+    writer.put(pooled([99]))
+    writer.flush()
+    full_disk[0] = 0
+    writer.close()
+    assert "merging small segments failed" in caplog.text
+    assert check_pooled(store, space, [*range(merging.FEW), 99]).all()
+    with pytest.raises(DiskFullError):
+        store.merge(space)
+
+
+def test_file_size_limit(tmp_path: Path) -> None:
+    """A real limit of the kernel, in a child."""
+
+    def work() -> None:
+        store, space = make_store(tmp_path)
+        store.append(space, pooled([1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        with pytest.raises(DiskFullError):
+            store.append(space, pooled(range(2, 40), dim=512))
+        store.append(space, pooled([2]))
+
+    assert wait_for(in_child(work)) == 0
+    store, space = make_store(tmp_path)
+    assert check_pooled(store, space, [1, 2]).all()
+    assert not list((store.root / space).glob("*.tmp"))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = Store(tmp_path / "file" / "store", index_dir=tmp_path / "i")
+    space = store.open_space({}, {"model_name": "m"})
+    for attempt in (store.check_writable, lambda: store.append(space, pooled([1]))):
+        with pytest.raises(StoreAccessError, match=r"cannot write to the store folder .*file/store.*: choose a folder"):
+            attempt()
+    with pytest.raises(StoreAccessError), store.writer(space) as writer:
+        writer.put(pooled([1]))
+    assert not check_pooled(store, space, [1]).any()
+    assert store.info().models == []
+    assert store.clear() == 0
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_read_only_store_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Tests may run as root, whom no permission stops, so the kernel's answer is imitated."""
+    store, space = make_store(tmp_path)
+    store.append(space, pooled([1]))
+    original = os.open
+
+    def read_only(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
+            raise OSError(number, os.strerror(number))
+        return original(path, flags, *args, **options)
+
+    monkeypatch.setattr(os, "open", read_only)
+    reader = Store(store.location, index_dir=tmp_path / "elsewhere")
+    assert check_pooled(reader, space, [1]).all()
+    assert reader.discover("org/model", text(1)) is not None
+    with pytest.raises(StoreAccessError, match="choose a folder"):
+        store.append(space, pooled([2]))
+    with pytest.raises(StoreAccessError):
+        store.invalidate(space, [text(1)])
+
+
+def test_nothing_is_created_before_the_first_write(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    assert not check_pooled(store, space, [1]).any()
+    assert store.spaces() == []
+    store.writer(space).close()
+    assert not store.location.exists()
+    store.check_writable()
+    assert store.root.is_dir()
+
+
+# -- unfinished files ----------------------------------------------------------------------------------
+
+
+def test_unfinished_files_go_only_when_their_writer_is_gone(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    store.append(space, pooled([1]))
+    folder = store.root / space
+    read, write = os.pipe()
+
+    def work() -> None:
+        with files.atomic_file(folder, "a" * 32 + ".safetensors") as fd:
+            os.write(fd, segment_files(store, space)[0].read_bytes()[:100])
+            os.write(write, b"x")
+            time.sleep(60)
+
+    pid = in_child(work)
+    assert os.read(read, 1) == b"x"
+    (living,) = folder.glob("*.tmp")
+    empty, foreign = folder / ("0" * 32 + ".tmp"), folder / ("1" * 32 + ".tmp")
+    empty.write_bytes(b"")
+    foreign.write_bytes(b"somebody's notes")
+    files.sweep(folder)
+    assert living.exists()
+    assert empty.exists(), "it may have been opened a moment ago"
+    old = time.time() - 1000
+    for path in (living, empty, foreign):
+        os.utime(path, (old, old))
+    files.sweep(folder)
+    assert living.exists(), "its writer holds the lock"
+    assert not empty.exists()
+    assert foreign.exists(), "it does not begin as our files do"
+    kill(pid)
+    files.sweep(folder)
+    assert not living.exists()
+    assert check_pooled(store, space, [1]).all()

@@ -1,0 +1,306 @@
+"""Invalidation, merging and clearing: what is gone is gone, what is kept is the same, foreign files stay."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actcache.errors import FormatError
+from actcache.store import merging, segment, tombs
+from actcache.store.prompts import PromptTable
+from actcache.store.records import Records
+from actcache.store.store import Store
+from store_helpers import (
+    CONTEXT,
+    SITES,
+    check_pooled,
+    every_token,
+    make_store,
+    make_table,
+    pooled,
+    segment_files,
+    text,
+    vector,
+)
+
+# -- tombs ---------------------------------------------------------------------------------------------
+
+
+def test_invalidated_prompts_are_gone_for_everyone(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    other = Store(store.location, index_dir=tmp_path / "i2")
+    store.append(space, pooled(range(6)))
+    store.append(space, every_token(range(3)))
+    assert check_pooled(other, space, range(6)).all()
+    assert store.invalidate(space, [text(1), text(77)]) == 1
+    assert store.invalidate(space, [make_table([2]).tokens(0).tolist()]) == 1
+    for reader in (store, other, Store(store.location, index_dir=tmp_path / "i3")):
+        assert check_pooled(reader, space, range(6)).tolist() == [True, False, False, True, True, True]
+        place = reader.locate(space, table=make_table(range(3)), sites=SITES, layout="tokens")
+        assert place.found.tolist() == [True, False, False]
+        assert reader.discover("org/model", text(1)) is None
+        assert reader.prompts(space).text_of(1) == text(3)
+    assert len(list((store.root / space).glob("*.tomb"))) == 4
+    assert store.invalidate(space, [text(1)]) == 0
+    assert store.invalidate(space) == 4
+    assert not check_pooled(store, space, range(6)).any()
+
+
+def test_an_invalidated_prompt_can_be_written_again(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    store.append(space, pooled([1, 2]))
+    store.invalidate(space, make_table([1]))
+    store.append(space, pooled([1]))
+    assert check_pooled(store, space, [1, 2]).all()
+    store.merge(space)
+    assert check_pooled(store, space, [1, 2]).all()
+    assert segment.open(segment_files(store, space)[0]).info.prompts == 2
+
+
+def test_a_tomb_holds_every_key(tmp_path: Path) -> None:
+    keys = np.random.default_rng(0).integers(0, 256, (1000, 16), np.uint8)
+    name = tombs.write_tomb(tmp_path, "a" * 32, keys)
+    np.testing.assert_array_equal(tombs.read_tomb(tmp_path / name), keys)
+    raw = (tmp_path / name).read_bytes()
+    target = tmp_path / ("a" * 32 + "-" + "0" * 16 + ".tomb")
+    for at in (*range(600), len(raw) - 1):
+        target.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+        with pytest.raises(FormatError):
+            tombs.read_tomb(target)
+    target.write_bytes(raw[:-16])
+    with pytest.raises(FormatError):
+        tombs.read_tomb(target)
+    other = tmp_path / name.replace("a" * 32, "b" * 32)
+    other.write_bytes(raw)
+    with pytest.raises(FormatError, match="named after"):
+        tombs.read_tomb(other)
+
+
+def test_a_damaged_tomb_brings_nothing_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, space = make_store(tmp_path)
+    store.append(space, pooled([1, 2]))
+    store.append(space, pooled([3]))
+    store.invalidate(space, [text(1)])
+    (tomb,) = (store.root / space).glob("*.tomb")
+    raw = bytearray(tomb.read_bytes())
+    raw[-1] ^= 1
+    tomb.write_bytes(raw)
+    reader = Store(store.location, index_dir=tmp_path / "i2")
+    with caplog.at_level(logging.WARNING, "actcache.store"):
+        assert check_pooled(reader, space, [1, 2, 3]).tolist() == [False, False, True]
+    assert tomb.name in caplog.text
+    reader.append(space, pooled([4]))
+    reader.merge(space)
+    assert tomb.name[:32] in {p.name[:32] for p in segment_files(store, space)}, "left for a person to look at"
+
+
+def test_invalidation_during_a_merge_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tomb is written when the merge has already decided what to copy, and again before the old ones go."""
+    store, space = make_store(tmp_path)
+    other = Store(store.location, index_dir=tmp_path / "i2")
+    for i in range(4):
+        store.append(space, pooled([i]))
+    write, remove = merging.write_columns, merging.remove
+
+    def late_write(*args: Any, **options: Any) -> Any:
+        assert other.invalidate(space, [text(1)]) == 1
+        return write(*args, **options)
+
+    removed: list[Path] = []
+
+    def late_remove(path: Path) -> int:
+        if not removed:
+            assert other.invalidate(space, [text(2)]) == 1
+        removed.append(path)
+        return remove(path)
+
+    monkeypatch.setattr(merging, "write_columns", late_write)
+    monkeypatch.setattr(merging, "remove", late_remove)
+    assert store.merge(space) == 4
+    monkeypatch.undo()
+    for reader in (store, other, Store(store.location, index_dir=tmp_path / "i3")):
+        assert check_pooled(reader, space, range(4)).tolist() == [True, False, False, True]
+    store.append(space, pooled([9]))
+    store.merge(space)
+    assert segment.open(segment_files(store, space)[0]).info.prompts == 3
+    # The tombs have no segment any more; they go once no merge begun before them can still be under way.
+    assert list((store.root / space).glob("*.tomb"))
+    for tomb in (store.root / space).glob("*.tomb"):
+        os.utime(tomb, (time.time() - 7200,) * 2)
+    store.append(space, pooled([10]))
+    store.merge(space)
+    assert not list((store.root / space).glob("*.tomb"))
+    assert check_pooled(store, space, range(4)).tolist() == [True, False, False, True]
+
+
+# -- merging -------------------------------------------------------------------------------------------
+
+
+def test_merging_changes_nothing_but_the_files(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    for i in range(0, 60, 4):
+        store.append(space, pooled(range(i, i + 6)))
+        store.append(space, every_token(range(i, i + 3)))
+    store.append(space, pooled([500], sites=["embed"]))
+    store.append(space, pooled([600], dtype=np.float16))
+    store.invalidate(space, [text(i) for i in range(10, 15)])
+    before = len(segment_files(store, space))
+    reference = {i: text(i) for i in range(62) if not 10 <= i < 15}
+
+    assert store.merge(space) == before - 2
+    assert len(segment_files(store, space)) == 4
+    found = check_pooled(store, space, range(65))
+    assert [i for i in range(65) if found[i]] == sorted(reference)
+    for path in segment_files(store, space):
+        assert segment.validate(path) == []
+        info = segment.open(path).info
+        keys = np.hstack([info.prompt_key, info.text_key])
+        assert len({k.tobytes() for k in keys}) == info.prompts, "one copy of each prompt"
+    place = store.locate(space, texts=[text(8)], text_context=CONTEXT, sites=SITES, layout="tokens")
+    np.testing.assert_array_equal(place.rows(0)[1], vector(8, SITES[1]) + np.arange(2, dtype=np.float32)[:, None])
+    assert store.merge(space) == 0
+
+
+def test_merged_statistics_are_those_of_the_rows(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    store.append(space, pooled(range(50)))
+    store.append(space, pooled(range(40, 90)))
+    store.invalidate(space, [text(i) for i in range(5)])
+    rows = np.stack([vector(i, SITES[0]) for i in range(5, 90)]).astype(np.float64)
+    for _ in range(2):
+        moments = store.statistics(space, SITES[0], pooling="last_token")
+        assert moments.count == 85
+        np.testing.assert_allclose(moments.mean, rows.mean(0), atol=1e-6)
+        np.testing.assert_allclose(moments.std, rows.std(0), rtol=1e-5)
+        store.merge(space)
+    assert len(segment_files(store, space)) == 1
+
+
+def test_damaged_rows_are_dropped_not_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, space = make_store(tmp_path)
+    store.append(space, pooled([1]))
+    info = store.append(space, pooled([2]))
+    store.append(space, pooled([3]))
+    file = store.root / space / f"{info.name}.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    fresh = Store(store.location, index_dir=tmp_path / "i2")
+    fresh.merge(space)
+    assert "1 damaged prompts are dropped" in caplog.text
+    assert check_pooled(fresh, space, [1, 2, 3]).tolist() == [True, False, True]
+    assert [segment.validate(p) for p in segment_files(store, space)] == [[]]
+
+
+def test_merging_needs_memory_for_the_prompts_only(tmp_path: Path) -> None:
+    """64 MB of vectors pass through without a copy in anonymous memory."""
+    store, space = make_store(tmp_path)
+    for i in range(8):
+        table = PromptTable.build([[i, k] for k in range(16)])
+        store.append(space, Records.pooled(table, "mean", {"x": np.full((16, 128 << 10), i, np.float32)}))
+    before = anonymous_mb()
+    peak = [before]
+    original = os.pwritev
+
+    def watching(*args: Any) -> int:
+        peak[0] = max(peak[0], anonymous_mb())
+        return original(*args)
+
+    os.pwritev = watching
+    try:
+        assert store.merge(space) == 8
+    finally:
+        os.pwritev = original
+    assert peak[0] - before < 16
+
+
+def anonymous_mb() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+
+def test_segments_of_all_sizes_are_merged_by_class(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    index = store._index(space)
+    with store.writer(space, linger=0) as writer:
+        for i in range(2 * merging.MANY):
+            writer.put(pooled([i]))
+            writer.flush()
+    assert len(segment_files(store, space)) < merging.FEW
+    index.refresh(force=True)
+    assert merging.plan(index) == []
+    assert check_pooled(store, space, range(2 * merging.MANY)).all()
+
+
+def test_large_segments_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "TARGET", 4 * 5000)
+    monkeypatch.setattr(merging, "_TIERS", (6000,))
+    store, space = make_store(tmp_path)
+    big = store.append(space, pooled(range(100)))
+    for i in range(10):
+        store.append(space, pooled([i]))
+    store.merge(space)
+    sizes = [p.stat().st_size for p in segment_files(store, space)]
+    assert (store.root / space / f"{big.name}.safetensors").exists()
+    assert 1 < len(sizes) < 11
+    assert check_pooled(store, space, range(100)).all()
+
+
+# -- clearing ------------------------------------------------------------------------------------------
+
+
+def test_clear_deletes_only_what_is_ours(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    store.append(space, pooled(range(5)))
+    store.append(space, every_token(range(3)))
+    store.invalidate(space, [text(0)])
+    folder = store.root / space
+    foreign = {
+        folder / "notes.txt": b"mine",
+        folder / "model.safetensors": b"mine",
+        folder / ("a" * 32 + ".safetensors"): b"mine, by chance of this name",
+        folder / ("a" * 32 + "-" + "b" * 16 + ".tomb"): b"mine",
+        folder / ("c" * 32 + ".tmp"): b"mine",
+        folder / "sub" / "x.txt": b"mine",
+        store.root / "README": b"mine",
+        store.location / "other" / ("d" * 32 + ".safetensors"): b"mine",
+    }
+    for path, content in foreign.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    (folder / ("e" * 32 + ".safetensors")).symlink_to(store.root / "README")
+    assert store.clear() == 4
+    assert {p: p.read_bytes() for p in store.location.rglob("*") if p.is_file() and not p.is_symlink()} == foreign
+    assert store.info().models == []
+    store.append(space, pooled([1]))
+    assert check_pooled(store, space, [1]).all()
+
+
+def test_clear_one_model(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    other = store.open_space({"weights": "x"}, {"model_name": "other"})
+    store.append(space, pooled([1]))
+    store.append(other, pooled([1, 2]))
+    assert store.clear("nobody") == 0
+    assert store.clear("other") == 2
+    assert not (store.root / other).exists()
+    assert check_pooled(store, space, [1]).all()
+    assert store.clear(space) == 1
+    assert not store.root.exists()
+
+
+def test_a_store_cleared_by_another_is_written_again(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    with store.writer(space, linger=0) as writer:
+        writer.put(pooled([1]))
+        writer.flush()
+        Store(store.location, index_dir=tmp_path / "i2").clear()
+        writer.put(pooled([2]))
+    assert check_pooled(store, space, [1, 2]).tolist() == [False, True]
+    assert store.spaces()[0].model_name == "org/model"

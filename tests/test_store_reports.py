@@ -1,0 +1,120 @@
+"""Info, discovery and spaces."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actcache.errors import NotCachedError
+from actcache.store.prompts import PromptTable, canonical_chat
+from actcache.store.records import Records
+from actcache.store.reports import layers_of
+from actcache.store.store import Store
+from store_helpers import every_token, make_store, make_table, pooled, text
+
+
+def test_info_counts_prompts_layers_and_bytes(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    start = time.time()
+    assert store.info().models == []
+    store.append(space, pooled(range(4), sites=["resid_post.0", "attn_out.3"]))
+    store.append(space, every_token(range(2, 6), sites=["resid_post.0"]))
+    info = store.info()
+    (model,) = info.models
+    assert (model.model_name, model.revision, model.dtype) == ("org/model", "r1", "float32")
+    assert (model.num_prompts, model.num_layers) == (6, 2)
+    assert (model.has_pooled, model.has_perplexity, model.has_logits) == (True, False, False)
+    files = [p.stat().st_size for p in (store.root / space).glob("*.safetensors")]
+    assert model.size_bytes == info.total_size_bytes == sum(files)
+    assert info.cache_dir == store.location
+    assert info.oldest_mtime is not None
+    assert info.newest_mtime is not None
+    assert start - 1 <= info.oldest_mtime <= info.newest_mtime <= time.time() + 1
+    assert info.cache_limit_bytes is None
+
+
+def test_discover_by_text_ids_and_chat(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    store.append(space, every_token([1, 2], sites=["resid_post.3", "resid_post.1", "attn_out.0"]))
+    store.append(space, pooled([2], sites=["resid_post.4"]))
+    chat = [{"role": "user", "content": "hi"}]
+    table = PromptTable.build([[9, 9]], [canonical_chat(chat)], [2], "chat context")
+    store.append(space, Records.pooled(table, "mean", {"embed": np.ones((1, 2), np.float32)}))
+
+    found = store.discover("org/model", text(2))
+    assert found is not None
+    assert found.raw_layers == [1, 3]
+    assert found.pooled == {"last_token": [4]}
+    assert found.sites == {"tokens": ["attn_out.0", "resid_post.1", "resid_post.3"], "last_token": ["resid_post.4"]}
+    assert found.num_tokens == 3
+    assert [v.space for v in found.variants] == [space]
+    assert not found.has_logits
+    assert found.router_layers == []
+    assert store.discover("org/model", make_table([1]).tokens(0).tolist()) is not None
+    assert store.discover("org/model", make_table([1]).tokens(0)) is not None
+    assert store.discover("org/model", chat).sites == {"mean": ["embed"]}  # type: ignore[union-attr]
+    assert store.discover("org/model", [{"role": "user", "content": "ho"}]) is None
+    assert store.discover("org/model", "nothing") is None
+    assert store.discover("another", text(2)) is None
+
+
+def test_discover_describes_the_newest_variant_and_lists_all(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    store.append(space, pooled([1], sites=["resid_post.0"]))
+    newer = store.open_space({"weights": "new"}, {"model_name": "org/model", "dtype": "bfloat16"})
+    time.sleep(0.01)
+    store.append(newer, pooled([1], sites=["resid_post.7"]))
+    found = store.discover("org/model", text(1))
+    assert found is not None
+    assert found.pooled == {"last_token": [7]}
+    assert [v.dtype for v in found.variants] == ["bfloat16", "float32"]
+
+
+def test_a_space_is_its_identity(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    assert store.open_space({"b": 1, "a": [2]}, {"x": 1}) == store.open_space({"a": [2], "b": 1}, {"y": 2})
+    assert store.open_space({"a": 1}, {}) != store.open_space({"a": 2}, {})
+    store.append(space, pooled([1]))
+    document = json.loads((store.root / space / "space.json").read_text())
+    assert document["identity"] == {"weights": "abc"}
+    assert document["label"]["model_name"] == "org/model"
+    (found,) = Store(store.location, index_dir=tmp_path / "i").spaces()
+    assert (found.space, found.identity, found.num_prompts) == (space, {"weights": "abc"}, 1)
+    with pytest.raises(NotCachedError, match="open_space"):
+        Store(store.location).append("f" * 32, pooled([1]))
+
+
+def test_a_damaged_description_hides_only_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, space = make_store(tmp_path)
+    other = store.open_space({"weights": "x"}, {"model_name": "other"})
+    store.append(space, pooled([1]))
+    store.append(other, pooled([1]))
+    for content in (b"", b"[]", b"\xff", b'{"__metadata__":{"format":"actcache-space"}}', b"[" * 99999):
+        (store.root / other / "space.json").write_bytes(content)
+        assert [s.space for s in store.spaces()] == [space]
+    assert "ignoring a space" in caplog.text
+    assert store.contains(other, [text(1)]).all()
+
+
+def test_contains_anything(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    store.append(space, pooled([1]))
+    store.append(space, every_token([2], sites=["embed"]))
+    assert store.contains(space, [text(1), text(2), text(3)]).tolist() == [True, True, False]
+    assert store.contains(space, [text(1), text(2)], "embed").tolist() == [False, True]
+    assert store.contains(space, make_table([2, 3])).tolist() == [True, False]
+
+
+def test_statistics_of_what_is_not_there(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    with pytest.raises(NotCachedError, match="embed"):
+        store.statistics(space, "embed")
+
+
+def test_layers_of_site_names() -> None:
+    assert layers_of(["resid_post.5", "attn_out.3", "embed", "pattern.7.2", "decoder.resid_post.1"]) == [1, 3, 5, 7]
+    assert layers_of(["resid_post.5", "resid_pre.2"], "resid_post") == [5]

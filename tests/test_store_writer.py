@@ -1,0 +1,150 @@
+"""The writer thread: groups, bounds, order and errors."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actcache.store import segment
+from actcache.store.records import Records
+from actcache.store.store import Store
+from store_helpers import check_pooled, every_token, make_store, pooled, segment_files
+
+
+def test_what_waits_and_agrees_becomes_one_segment(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    with store.writer(space, linger=60) as writer:
+        for i in range(6):
+            writer.put(pooled([i]))
+        writer.put(every_token([1]))
+        writer.put(pooled([7], dtype=np.float16))
+        writer.put(pooled([8], dtype=np.float16))
+        assert not store.location.exists()
+        writer.flush()
+        assert check_pooled(store, space, range(7)).tolist() == [True] * 6 + [False]
+        assert sorted(segment.open(p).info.prompts for p in segment_files(store, space)) == [1, 2, 6]
+    assert writer.bytes_written > 0
+
+
+def test_batches_are_stored_while_the_caller_works(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    with store.writer(space, linger=0.05) as writer:
+        writer.put(pooled([1]))
+        deadline = time.monotonic() + 20
+        while not check_pooled(store, space, [1]).any():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_put_blocks_while_too_much_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, space = make_store(tmp_path)
+    gate, held = threading.Event(), []
+    append = Store.append
+
+    def slow(self: Store, space: str, records: list[Records]) -> object:
+        assert gate.wait(30)
+        held.append(sum(r.nbytes for r in records))
+        return append(self, space, records)
+
+    monkeypatch.setattr(Store, "append", slow)
+    size = pooled([1]).nbytes
+    put: list[int] = []
+
+    def work() -> None:
+        with store.writer(space, max_bytes=3 * size + 10, linger=0) as writer:
+            for i in range(12):
+                writer.put(pooled([i]))
+                put.append(i)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    time.sleep(0.3)
+    assert len(put) == 3
+    gate.set()
+    thread.join(30)
+    assert len(put) == 12
+    assert max(held) <= 3 * size + 10
+    assert check_pooled(store, space, range(12)).all()
+
+
+def test_one_batch_larger_than_the_queue_passes(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    with store.writer(space, max_bytes=10) as writer:
+        writer.put(pooled(range(20)))
+        writer.put(pooled(range(20, 30)))
+    assert check_pooled(store, space, range(30)).all()
+
+
+def test_finished_batches_are_kept_when_the_block_raises(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+
+    def work() -> None:
+        with store.writer(space, linger=60) as writer:
+            writer.put(pooled([1, 2]))
+            raise KeyError("the caller's own trouble")
+
+    with pytest.raises(KeyError):
+        work()
+    assert check_pooled(store, space, [1, 2]).all()
+
+
+def test_an_error_of_the_thread_is_raised_once_and_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, space = make_store(tmp_path)
+    trouble = [True]
+    append = Store.append
+
+    def failing(self: Store, space: str, records: list[Records]) -> object:
+        if trouble[0]:
+            raise RuntimeError("trouble")
+        return append(self, space, records)
+
+    monkeypatch.setattr(Store, "append", failing)
+    writer = store.writer(space, linger=0)
+    writer.put(pooled([1]))
+    with pytest.raises(RuntimeError, match="trouble"):
+        writer.close()
+    writer = store.writer(space, linger=0)
+    writer.put(pooled([1]))
+    with pytest.raises(RuntimeError, match="trouble"):
+        writer.flush()
+    trouble[0] = False
+    writer.put(pooled([2]))
+    writer.close()
+    assert check_pooled(store, space, [1, 2]).tolist() == [False, True]
+
+
+def test_bad_records_are_refused_by_put(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    with store.writer(space) as writer:
+        records = pooled([1])
+        records.data["x"] = np.zeros((2, 3), np.float32)
+        with pytest.raises(ValueError, match="shape"):
+            writer.put(records)
+    with pytest.raises(ValueError, match="closed"):
+        writer.put(pooled([1]))
+
+
+def test_threads_share_one_store(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    errors: list[BaseException] = []
+
+    def write(k: int) -> None:
+        try:
+            with store.writer(space, linger=0) as writer:
+                for i in range(10):
+                    writer.put(pooled([100 * k + i]))
+                    check_pooled(store, space, range(100 * k, 100 * k + 10))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert check_pooled(store, space, [100 * k + i for k in range(4) for i in range(10)]).all()
