@@ -16,8 +16,8 @@ from actcache.capture.requests import Modules, every_module, resolve_modules
 from actcache.capture.taps import Taps
 from actcache.capture.values import read_device, read_dtype
 from actcache.errors import OptionError, SiteUnavailableError
-from actcache.model.anatomy import Anatomy, ReadPoint, check_identities, describe, original
-from actcache.model.sites import Site, expand_sites
+from actcache.model.anatomy import Anatomy, ReadPoint, describe, original
+from actcache.model.sites import Site
 
 if TYPE_CHECKING:
     from actcache.capture.cache import ActivationCache
@@ -49,8 +49,8 @@ def capture(
         cache["transformer.h.0"].output, cache["resid_post.3"]
 
     `modules`: paths, patterns (``*`` within one name, ``**`` across) or module objects; None with no `sites` means
-    every module that runs. `sites` (with `layers`) are names that mean the same on every architecture. What is kept is after
-    all hooks, detached (`detach`), on `device` (None: where it is), floating tensors in `dtype`, in memory of its own
+    every module that runs. `sites` (with `layers`) are names that mean the same on every architecture. What is kept is
+    after all hooks, detached (`detach`), on `device` (None: where it is), floating tensors in `dtype`, in its own memory
     (`copy`; modules that hand the same tensor on share one copy). `positions` counts real tokens of each pass and cuts
     before the copy. `stop_after_last` ends each pass once everything asked for has run; the call then returns None.
 
@@ -71,9 +71,7 @@ def capture(
     anatomy: Anatomy | None = None
     if sites is not None:
         anatomy = describe(model)
-        wanted = expand_sites(anatomy, sites, layers)
-        check_identities(model, sites=wanted)
-        points = {site: anatomy.read_point(site) for site in wanted}
+        points = anatomy.points(sites, layers)
     elif stop_after_last or positions not in (None, "all"):
         anatomy = _anatomy_if_any(model)
     if modules is not None:
@@ -116,7 +114,7 @@ def run_with_cache(
     """Run one forward pass in evaluation mode and return ``(output, cache)``.
 
     `inputs`: a text, a list of texts, token ids (one list, a list of lists, or a tensor), or a dict of tensors. Texts
-    and ids are padded on the right behind a mask made from their lengths, so each prompt's values are those it has alone.
+    and ids are padded on the right behind a mask made from their lengths: each prompt's values are those it has alone.
     `tokenizer` is found by the model's name when it is needed and not given. The other arguments are those of
     `capture`; with ``detach=False`` the pass keeps its graph. ``cache.input_ids``, ``attention_mask`` and ``tokens``
     say what each position is, ``cache.rows(key)`` leaves the padding out.

@@ -64,7 +64,7 @@ def find_tokenizer(model: nn.Module) -> Any:
     name = getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", "")
     if not name:
         raise TokenizerError(
-            f"this {type(model).__name__} was not loaded from a name or path, so its tokenizer is unknown: pass tokenizer="
+            f"this {type(model).__name__} was not loaded by name, so its tokenizer is unknown: pass tokenizer="
         )
     from transformers import AutoTokenizer
 

@@ -289,7 +289,6 @@ class _Eager:
                 stance = getattr(torch.compiler, "set_stance", None)
                 if stance is not None:
                     self._stance = stance("force_eager")
-                    self._stance.__enter__()
 
     def leave(self) -> None:
         with self._lock:

@@ -33,7 +33,15 @@ def module_table(model: nn.Module) -> dict[str, nn.Module]:
 
 def every_module(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> module for every module that can be called."""
-    return {path: module for path, module in module_table(model).items() if has_forward(module)}
+    runs: dict[type, bool] = {}
+    table: dict[str, nn.Module] = {}
+    for path, module in module_table(model).items():
+        kind = type(module)
+        if kind not in runs:
+            runs[kind] = has_forward(module)
+        if runs[kind] or "forward" in module.__dict__:
+            table[path] = module
+    return table
 
 
 def resolve_modules(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:

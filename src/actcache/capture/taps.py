@@ -11,13 +11,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import nn
 from torch.nn.modules import module as torch_module
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 OnOutput = Callable[[Any], None]
+R = TypeVar("R")
 
 _SLOT = "_call_impl"
 _lock = threading.Lock()
@@ -108,10 +109,6 @@ class Tap:
         finally:
             handle.remove()
 
-    @property
-    def idle(self) -> bool:
-        return not (self.outputs or self.listeners or self.guards)
-
     def install(self) -> None:
         self.module.__dict__[_SLOT] = self
         if self.compiled is not None:
@@ -153,9 +150,9 @@ class Taps:
     __slots__ = ("_guards", "_listeners", "_outputs")
 
     def __init__(self) -> None:
-        self._outputs: list[tuple[nn.Module, OnOutput]] = []
-        self._listeners: list[tuple[nn.Module, Listener]] = []
-        self._guards: list[tuple[nn.Module, Guard]] = []
+        self._outputs: list[tuple[Tap, OnOutput]] = []
+        self._listeners: list[tuple[Tap, Listener]] = []
+        self._guards: list[tuple[Tap, Guard]] = []
 
     def add(
         self,
@@ -166,45 +163,41 @@ class Taps:
         with _lock:
             for module, read in outputs:
                 tap = _tap(module)
-                tap.outputs = (*tap.outputs, read)
-                self._outputs.append((module, read))
+                tap.outputs += (read,)
+                self._outputs.append((tap, read))
             for module, listener in listeners:
                 tap = _tap(module)
-                tap.listeners = (*tap.listeners, listener)
-                self._listeners.append((module, listener))
+                tap.listeners += (listener,)
+                self._listeners.append((tap, listener))
             for module, guard in guards:
                 tap = _tap(module)
-                tap.guards = (*tap.guards, guard)
-                self._guards.append((module, guard))
+                tap.guards += (guard,)
+                self._guards.append((tap, guard))
 
     def remove(self) -> None:
         with _lock:
-            for module, read in self._outputs:
-                if (tap := _installed(module)) is not None:
-                    tap.outputs = tuple(r for r in tap.outputs if r is not read) if len(tap.outputs) > 1 else ()
-                    if tap.idle:
-                        tap.uninstall()
-            for module, listener in self._listeners:
-                if (tap := _installed(module)) is not None:
-                    tap.listeners = tuple(r for r in tap.listeners if r is not listener)
-                    if tap.idle:
-                        tap.uninstall()
-            for module, guard in self._guards:
-                if (tap := _installed(module)) is not None:
-                    tap.guards = tuple(g for g in tap.guards if g is not guard)
-                    if tap.idle:
-                        tap.uninstall()
+            for tap, read in self._outputs:
+                tap.outputs = _without(tap.outputs, read)
+                if not (tap.outputs or tap.listeners or tap.guards):
+                    tap.uninstall()
+            for tap, listener in self._listeners:
+                tap.listeners = _without(tap.listeners, listener)
+                if not (tap.outputs or tap.listeners or tap.guards):
+                    tap.uninstall()
+            for tap, guard in self._guards:
+                tap.guards = _without(tap.guards, guard)
+                if not (tap.outputs or tap.listeners or tap.guards):
+                    tap.uninstall()
             self._outputs, self._listeners, self._guards = [], [], []
 
 
-def _installed(module: nn.Module) -> Tap | None:
-    tap = module.__dict__.get(_SLOT)
-    return tap if type(tap) is Tap else None
+def _without(readers: tuple[R, ...], one: R) -> tuple[R, ...]:
+    return tuple([r for r in readers if r is not one]) if len(readers) > 1 else ()
 
 
 def _tap(module: nn.Module) -> Tap:
-    tap = _installed(module)
-    if tap is None:
+    tap = module.__dict__.get(_SLOT)
+    if type(tap) is not Tap:
         tap = Tap(module)
         tap.install()
     return tap

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from actcache.errors import OptionError, did_you_mean
 
+_CPU = torch.device("cpu")
 _CACHE_MODULES = ("transformers.cache_utils",)
 
 
@@ -176,6 +177,8 @@ def read_device(device: str | torch.device | int | None) -> torch.device | None:
     """`device` as torch knows it; raises `OptionError` for a name that is none, or a device that is not there."""
     if device is None:
         return None
+    if device == "cpu":
+        return _CPU
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -211,7 +214,7 @@ def _map_dict(value: dict[Any, Any], function: Callable[[Tensor], Any]) -> Any:
     mapped = {key: map_tensors(item, function) for key, item in value.items()}
     if type(value) is dict:
         return mapped
-    if dataclasses.is_dataclass(value):
+    if hasattr(type(value), "__dataclass_fields__"):
         # A model output: its fields are what it is built from.
         return type(value)(**mapped)
     result = copying.copy(value)

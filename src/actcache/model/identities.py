@@ -57,9 +57,9 @@ def check(anatomy: Anatomy) -> tuple[BlockForm | None, dict[str, str]]:
         if why is None:
             return form, refused
         reasons.append(why)
-    for name in ("attn_out", "mlp_out", "resid_mid"):
-        if reasons:
-            refused[name] = "its identity fails: " + "; ".join(reasons)
+    if reasons:
+        others = f" (so does every other of {len(reasons)} known forms of a block)" if len(reasons) > 1 else ""
+        refused |= dict.fromkeys(("attn_out", "mlp_out", "resid_mid"), f"its identity fails {reasons[0]}{others}")
     return None, refused
 
 

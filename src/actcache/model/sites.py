@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import total_ordering
+from functools import cached_property, total_ordering
 from typing import TYPE_CHECKING, Any, Protocol
 
 from actcache.errors import LayerRangeError, OptionError, SiteUnavailableError, UnknownSiteError, did_you_mean
@@ -157,6 +157,10 @@ class Site:
         return PER_LAYER.get(self.name) or WHOLE_MODEL[self.name]
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         parts = (self.stack, self.name, self.layer, self.head)
         return ".".join(str(p) for p in parts if p is not None)
 

@@ -1,0 +1,1 @@
+"""What helps to test actcache, and what extends it."""

@@ -1,0 +1,146 @@
+"""Site names: parsing, aliases, layers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actcache.errors import LayerRangeError, OptionError, SiteUnavailableError, UnknownSiteError
+from actcache.model.sites import PER_HEAD, PER_LAYER, SITE_NAMES, WHOLE_MODEL, Site, expand_sites, resolve_layers
+
+
+class Depth:
+    """A model of which only the depth is known, as a warm run sees it."""
+
+    def __init__(self, n_layers: int, lacks: str = "") -> None:
+        self.n_layers = n_layers
+        self.lacks = lacks
+
+    def require(self, site: Site) -> None:
+        if site.name == self.lacks:
+            raise SiteUnavailableError(f"no {site}")
+
+
+@pytest.mark.parametrize(
+    ("text", "site"),
+    [
+        ("resid_post.5", Site("resid_post", 5)),
+        ("resid_pre.-1", Site("resid_pre", -1)),
+        ("resid_post", Site("resid_post")),
+        ("logits", Site("logits")),
+        ("embed", Site("embed")),
+        ("pattern.5.3", Site("pattern", 5, 3)),
+        ("head_out.0.11", Site("head_out", 0, 11)),
+        ("encoder.resid_post.3", Site("resid_post", 3, None, "encoder")),
+        ("decoder.final_norm", Site("final_norm", None, None, "decoder")),
+        ("blocks.5.hook_resid_post", Site("resid_post", 5)),
+        ("blocks.0.hook_resid_mid", Site("resid_mid", 0)),
+        ("blocks.11.attn.hook_pattern", Site("pattern", 11)),
+        ("blocks.2.attn.hook_z", Site("z", 2)),
+        ("blocks.2.mlp.hook_post", Site("mlp_act", 2)),
+        ("blocks.2.hook_attn_out", Site("attn_out", 2)),
+        ("resid_out_5", Site("resid_post", 5)),
+        ("resid_in_5", Site("resid_pre", 5)),
+        ("resid_mid_12", Site("resid_mid", 12)),
+        ("attn_out_5", Site("attn_out", 5)),
+        ("mlp_out_5", Site("mlp_out", 5)),
+        ("attn_in_5", Site("attn_in", 5)),
+        ("values_5", Site("v", 5)),
+        ("pattern_L5H3", Site("pattern", 5, 3)),
+        ("avg_attn_pattern_L5H3", Site("pattern", 5, 3)),
+        ("head_out_5", Site("head_out", 5)),
+        ("head_out_L5H3", Site("head_out", 5, 3)),
+        ("layer_5", Site("resid_post", 5)),
+    ],
+)
+def test_names_people_use(text: str, site: Site) -> None:
+    assert Site.parse(text) == site
+
+
+@given(
+    st.sampled_from(SITE_NAMES),
+    st.integers(0, 200),
+    st.one_of(st.none(), st.integers(0, 64)),
+    st.sampled_from([None, "encoder", "decoder"]),
+)
+def test_printed_names_read_back(name: str, layer: int, head: int | None, stack: str | None) -> None:
+    site = Site(name, layer if name in PER_LAYER else None, head if name in PER_HEAD else None, stack)
+    assert Site.parse(str(site)) == site
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["resid_psot.5", "", "resid_post.", "resid_post.5.1", "logits.3", "blocks.5.hook_nothing", "h.5", "resid_post_"],
+)
+def test_other_names_are_refused(text: str) -> None:
+    with pytest.raises(UnknownSiteError) as caught:
+        Site.parse(text)
+    assert isinstance(caught.value, KeyError)
+
+
+def test_a_typing_error_is_answered_with_the_nearest_name() -> None:
+    with pytest.raises(UnknownSiteError, match=r"Did you mean 'resid_post'"):
+        Site.parse("resid_psot.5")
+    with pytest.raises(UnknownSiteError, match="not int"):
+        Site.parse(5)  # type: ignore[arg-type]
+
+
+def test_sites_sort() -> None:
+    sites = [Site("resid_post", 10), Site("logits"), Site("resid_post", 2), Site("resid_post"), Site("attn_out", 3)]
+    assert [str(s) for s in sorted(sites)] == ["attn_out.3", "logits", "resid_post", "resid_post.2", "resid_post.10"]
+
+
+def test_which_sites_have_layers() -> None:
+    assert {name for name in SITE_NAMES if not Site(name).per_layer} == set(WHOLE_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("spec", "n_layers", "layers"),
+    [
+        (0, 12, [0]),
+        (-1, 12, [11]),
+        ([3, 1, -1, 3], 12, [3, 1, 11]),
+        ((5,), 6, [5]),
+        (range(2, 5), 6, [2, 3, 4]),
+        ("all", 3, [0, 1, 2]),
+        ("last", 3, [2]),
+        ("middle", 12, [4, 5, 6, 7]),
+        ("middle", 4, [1, 2]),
+        ("middle", 1, [0]),
+    ],
+)
+def test_layers(spec: object, n_layers: int, layers: list[int]) -> None:
+    assert resolve_layers(spec, n_layers) == layers
+
+
+@pytest.mark.parametrize("spec", [12, -13, [0, 12]])
+def test_layers_out_of_range(spec: object) -> None:
+    with pytest.raises(LayerRangeError, match="12 layers"):
+        resolve_layers(spec, 12)
+    with pytest.raises(IndexError):
+        resolve_layers(spec, 12)
+
+
+@pytest.mark.parametrize("spec", ["al", [], None, 1.5, [1.5], [True], ["all"], True])
+def test_layers_that_are_none(spec: object) -> None:
+    with pytest.raises(OptionError):
+        resolve_layers(spec, 12)
+
+
+def test_expansion_keeps_the_order_asked() -> None:
+    sites = expand_sites(Depth(4), ["mlp_out", "logits", "blocks.1.hook_resid_pre", "mlp_out.3"], [-1, 0])
+    assert [str(s) for s in sites] == ["mlp_out.3", "mlp_out.0", "logits", "resid_pre.1"]
+
+
+def test_expansion_without_layers_means_all() -> None:
+    assert [s.layer for s in expand_sites(Depth(3), "resid_post")] == [0, 1, 2]
+
+
+def test_expansion_refuses_before_any_work() -> None:
+    with pytest.raises(SiteUnavailableError):
+        expand_sites(Depth(4, lacks="resid_mid"), ["resid_post", "resid_mid"])
+    with pytest.raises(LayerRangeError):
+        expand_sites(Depth(4), "resid_post.4")
+    with pytest.raises(OptionError):
+        expand_sites(Depth(4), [])
