@@ -49,7 +49,8 @@ def _print(stats: Any, as_json: bool) -> None:
         rates = {"cache_hit_rate": stats.cache_hit_rate, "tokens_per_second": stats.tokens_per_second}
         print_json({**plain(stats), **rates})
         return
-    speed = f", {stats.tokens_per_second:,.0f} tokens per second" if stats.activations_extracted else ""
+    # Of a few prompts it would say how long it takes to load the model.
+    speed = f", {stats.tokens_per_second:,.0f} tokens per second" if stats.tokens_extracted >= 1000 else ""
     click.echo(
         f"{count(stats.total_prompts, 'prompt')}: {stats.activations_cached:,} were stored, "
         f"{stats.activations_extracted:,} extracted in {duration(stats.elapsed_seconds)}{speed}; "
