@@ -10,7 +10,7 @@ import torch
 
 import actcache as ac
 from actcache import errors
-from actcache.testing import tiny
+from actcache.testing.tiny import tiny_model
 from reference import alone, relative_error
 
 # Eight bits of float32 rounding over a few blocks of sums; measured errors are below 1e-6.
@@ -33,9 +33,9 @@ def prompts_for(model, n=12, seed=0):
 @pytest.fixture(scope="module", params=["gpt2", "llama", "llama-tied"])
 def model(request):
     return {
-        "gpt2": lambda: tiny.gpt2(seed=1),
-        "llama": lambda: tiny.llama(seed=1),
-        "llama-tied": lambda: tiny.llama(seed=2, tied=True),
+        "gpt2": lambda: tiny_model("gpt2", seed=1, n_layer=3),
+        "llama": lambda: tiny_model("llama", seed=1),
+        "llama-tied": lambda: tiny_model("llama-tied", seed=2),
     }[request.param]()
 
 
@@ -110,7 +110,7 @@ def test_positions_count_real_tokens(model, positions, index):
 
 
 def test_bfloat16_stays_within_its_precision():
-    model = tiny.llama(seed=4).to(torch.bfloat16)
+    model = tiny_model("llama", seed=4).to(torch.bfloat16)
     prompts = prompts_for(model)
     ours = ac.ActivationExtractor(model, layers="all").extract(prompts)
     for site in ours:
@@ -120,7 +120,7 @@ def test_bfloat16_stays_within_its_precision():
 
 
 def test_padded_view_has_zeros_and_mask_where_nothing_is():
-    model = tiny.gpt2()
+    model = tiny_model("gpt2", n_layer=3)
     prompts = [[1, 2, 3], [4], [5, 6]]
     ours = ac.ActivationExtractor(model, layers=[0, 1]).extract(prompts)
     padded, mask = ours.padded()
@@ -131,7 +131,7 @@ def test_padded_view_has_zeros_and_mask_where_nothing_is():
 
 
 def test_layers_come_in_the_order_asked():
-    model = tiny.gpt2()
+    model = tiny_model("gpt2", n_layer=3)
     assert list(ac.ActivationExtractor(model, layers=[-1, 0]).extract([[1]])) == [
         f"resid_post.{model.config.n_layer - 1}",
         "resid_post.0",
@@ -139,7 +139,7 @@ def test_layers_come_in_the_order_asked():
 
 
 def test_blocks_past_the_deepest_layer_and_the_head_do_not_run():
-    model = tiny.gpt2()
+    model = tiny_model("gpt2", n_layer=3)
     ran = []
     model.transformer.h[2].forward = lambda *a, **k: ran.append("block 2")
     model.lm_head.forward = lambda *a, **k: ran.append("head")
@@ -163,7 +163,7 @@ def test_blocks_past_the_deepest_layer_and_the_head_do_not_run():
 
 
 def test_training_mode_is_left_as_it_was_and_does_not_change_values():
-    model = tiny.gpt2(seed=5)
+    model = tiny_model("gpt2", seed=5, n_layer=3)
     model.transformer.drop.p = 0.5
     expected = alone(model, [1, 2, 3], "resid_post.1")
     model.train()
@@ -179,7 +179,7 @@ def test_hooks_of_somebody_else_are_refused_unless_named():
     def steering(module, args, output):
         return None
 
-    model = tiny.gpt2()
+    model = tiny_model("gpt2", n_layer=3)
     model.transformer.h[0].register_forward_hook(steering)
     with pytest.raises(errors.ForeignHooksError, match=r"transformer\.h\.0"):
         ac.UnifiedCache(model).plan([[1, 2]])
@@ -190,7 +190,7 @@ def test_hooks_of_somebody_else_are_refused_unless_named():
 class TestBadInput:
     @pytest.fixture
     def model(self):
-        return tiny.gpt2()
+        return tiny_model("gpt2", n_layer=3)
 
     @pytest.mark.parametrize(
         ("options", "error", "message"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 import actcache as ac
-from actcache.testing import tiny
+from actcache.testing.tiny import tiny_model
 
 _DRIVER = """
 import sys, time
@@ -24,8 +23,8 @@ def slowly(self, sequences):
     time.sleep(0.03)
     return run(self, sequences)
 LocalSession.run = slowly
-from test_resume import PROMPTS
-ac.UnifiedCache(sys.argv[1], store=sys.argv[2], batch_size=4, cache_pooled=False).warmup(PROMPTS)
+prompts = [[(7 * i + k) % 50 for k in range(1 + i % 23)] for i in range(400)]
+ac.UnifiedCache(sys.argv[1], store=sys.argv[2], batch_size=4, cache_pooled=False).warmup(prompts)
 """
 
 PROMPTS = [[(7 * i + k) % 50 for k in range(1 + i % 23)] for i in range(400)]
@@ -34,7 +33,7 @@ PROMPTS = [[(7 * i + k) % 50 for k in range(1 + i % 23)] for i in range(400)]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "gpt2"
-    tiny.gpt2(seed=1).save_pretrained(folder)
+    tiny_model("gpt2", seed=1, n_layer=3).save_pretrained(folder)
     return folder
 
 
@@ -47,8 +46,7 @@ def stored(place):
 def test_kill_and_go_on(folder, tmp_path, moment):
     different = len({tuple(p) for p in PROMPTS})
     place = tmp_path / "store"
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
-    child = subprocess.Popen([sys.executable, "-c", _DRIVER, str(folder), str(place)], env=environment)
+    child = subprocess.Popen([sys.executable, "-c", _DRIVER, str(folder), str(place)])
     deadline = time.monotonic() + 120
     while stored(place) < moment * different:
         assert child.poll() is None, "the warm-up ended before it could be killed"
@@ -75,12 +73,12 @@ def test_kill_and_go_on(folder, tmp_path, moment):
 @pytest.mark.slow
 def test_interrupting_keeps_what_was_finished(folder, tmp_path):
     place = tmp_path / "store"
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
     child = subprocess.Popen(
-        [sys.executable, "-c", _DRIVER, str(folder), str(place)], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", _DRIVER, str(folder), str(place)], stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
     while stored(place) < 100:
+        assert child.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
     child.send_signal(signal.SIGINT)

@@ -11,7 +11,7 @@ import torch
 
 import actcache as ac
 from actcache import errors
-from actcache.testing import tiny
+from actcache.testing.tiny import tiny_model, tiny_tokenizer
 from reference import alone, relative_error
 
 FLOAT32 = 5e-6
@@ -23,8 +23,8 @@ CHAT = [{"role": "user", "content": "the cat sat"}]
 def folder(tmp_path_factory):
     """A gpt2-like model with a tokenizer, as save_pretrained leaves them."""
     folder = tmp_path_factory.mktemp("models") / "gpt2"
-    tiny.gpt2(seed=1).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny_model("gpt2", seed=1, n_layer=3).save_pretrained(folder)
+    tiny_tokenizer(bos=False).save_pretrained(folder)
     return folder
 
 
@@ -188,9 +188,9 @@ class TestHits:
         assert ac.UnifiedCache(folder).warmup(TEXTS).activations_extracted == 0
 
     def test_the_same_model_loaded_twice(self, folder):
-        tokenizer = tiny.tokenizer()
+        tokenizer = tiny_tokenizer(bos=False)
         ac.UnifiedCache(reference(folder), tokenizer=tokenizer).warmup(TEXTS)
-        assert misses(ac.UnifiedCache(reference(folder), tokenizer=tiny.tokenizer())) == 0
+        assert misses(ac.UnifiedCache(reference(folder), tokenizer=tiny_tokenizer(bos=False))) == 0
 
     def test_only_missing_layers_are_computed(self, folder):
         ac.UnifiedCache(folder, layers=[0, 1]).warmup(TEXTS)
@@ -215,7 +215,7 @@ class TestHits:
             assert relative_error(row[-model.config.n_embd :], alone(model, ids, "resid_post.2")[-1]) < FLOAT32
 
     def test_chat_goes_through_the_template_once(self, own_folder):
-        tokenizer = tiny.tokenizer()
+        tokenizer = tiny_tokenizer(bos=False)
         tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
         tokenizer.save_pretrained(own_folder)
         cache = ac.UnifiedCache(own_folder, layers="last")
@@ -231,7 +231,7 @@ class TestMisses:
     def test_other_weights_under_the_same_path(self, own_folder):
         cache = ac.UnifiedCache(own_folder)
         before = cache.get_activations(TEXTS)[0]
-        tiny.gpt2(seed=99).save_pretrained(own_folder)
+        tiny_model("gpt2", seed=99, n_layer=3).save_pretrained(own_folder)
         assert misses(ac.UnifiedCache(own_folder)) == len(TEXTS)
         # The object made before the change notices too, and loads the new weights.
         after = cache.get_activations(TEXTS)[0]
@@ -265,14 +265,14 @@ class TestMisses:
         assert misses(ac.UnifiedCache(own_folder)) == len(TEXTS)
 
     def test_special_tokens(self, own_folder):
-        tiny.tokenizer(bos=True).save_pretrained(own_folder)
+        tiny_tokenizer(bos=True).save_pretrained(own_folder)
         ac.UnifiedCache(own_folder, add_special_tokens=False).warmup(TEXTS)
         assert misses(ac.UnifiedCache(own_folder, add_special_tokens=True)) == len(TEXTS)
         assert misses(ac.UnifiedCache(own_folder, add_special_tokens=False)) == 0
 
     def test_a_live_model_that_was_trained_on(self, folder):
         model = reference(folder)
-        cache = ac.UnifiedCache(model, tokenizer=tiny.tokenizer())
+        cache = ac.UnifiedCache(model, tokenizer=tiny_tokenizer(bos=False))
         cache.warmup(TEXTS)
         with torch.no_grad():
             model.transformer.h[0].mlp.c_fc.bias.add_(0.5)
@@ -283,7 +283,7 @@ class TestMisses:
 
     def test_another_tokenizer_that_gives_other_ids(self, own_folder):
         ac.UnifiedCache(own_folder).warmup(TEXTS)
-        tiny.tokenizer(bos=True).save_pretrained(own_folder)
+        tiny_tokenizer(bos=True).save_pretrained(own_folder)
         assert misses(ac.UnifiedCache(own_folder)) == len(TEXTS)
 
     def test_pooling_of_another_kind(self, folder):
@@ -366,7 +366,7 @@ class TestFailures:
         with pytest.raises(errors.TokenizerError, match="tokenizer="):
             ac.UnifiedCache(own_folder).warmup(TEXTS)
         ac.UnifiedCache(own_folder).warmup([[1, 2]])
-        ac.UnifiedCache(own_folder, tokenizer=tiny.tokenizer()).warmup(TEXTS)
+        ac.UnifiedCache(own_folder, tokenizer=tiny_tokenizer(bos=False)).warmup(TEXTS)
 
     def test_a_store_that_cannot_be_written(self, folder, tmp_path):
         (tmp_path / "file").write_text("")
