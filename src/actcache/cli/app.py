@@ -82,7 +82,7 @@ def run(args: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (click.Abort, KeyboardInterrupt):
-        return _fail("stopped. Batches that were finished are stored.", 1)
+        return _fail("stopped.", 1)
     except click.UsageError as error:
         verb = error.ctx.command_path if error.ctx else "actcache"
         return _fail(f"{error.format_message()} See `{verb} --help`.", 2)

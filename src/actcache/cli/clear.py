@@ -35,7 +35,8 @@ def command(model: str | None, yes: bool, store: str | None, as_json: bool) -> N
             )
         if not sys.stdin.isatty():
             raise click.UsageError("nobody to ask here: give --yes to delete this.")
-        click.confirm("Delete this?", abort=True, err=True)
+        if not click.confirm("Delete this?", err=True):
+            raise click.ClickException("nothing was deleted.")
     deleted = opened.clear(name) if info.models else 0
     if as_json:
         print_json({"deleted": deleted})

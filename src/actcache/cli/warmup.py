@@ -39,6 +39,10 @@ def command(
         # All others are stored: say so before the failure is reported.
         _print(error.stats, as_json)
         raise
+    except KeyboardInterrupt:
+        raise click.ClickException(
+            "stopped. What was finished is stored: the same command goes on from there."
+        ) from None
     _print(stats, as_json)
 
 
