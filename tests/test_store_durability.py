@@ -246,8 +246,8 @@ def test_disk_full_in_the_writer_thread_reaches_the_caller(tmp_path: Path, full_
     stored = check_pooled(store, space, range(200))
     assert 0 < stored.sum() < 200
     full_disk[0] = 10**9
-    with store.writer(space) as writer:
-        writer.put(pooled(range(200)))
+    with store.writer(space) as again:
+        again.put(pooled(range(200)))
     assert check_pooled(store, space, range(200)).all()
 
 

@@ -13,7 +13,7 @@ from actcache.store.index import SpaceIndex
 from actcache.store.keys import Ints
 from actcache.store.mapping import Segment
 from actcache.store.placement import Part, Placement
-from actcache.store.prompts import PromptTable, encode_text, text_digests
+from actcache.store.prompts import PromptTable, encode_texts, text_digests
 
 _ATTEMPTS = 16
 
@@ -30,7 +30,7 @@ class Query:
 
     @classmethod
     def by_text(cls, texts: Sequence[str], kinds: Sequence[int] | npt.NDArray[np.uint8] | int, context: str) -> Query:
-        content = [encode_text(t) for t in texts]
+        content = encode_texts(texts)
         query = cls("text", text_digests(content, kinds, context), content)
         query.kinds = np.broadcast_to(np.asarray(kinds, np.uint8), (len(texts),))
         query.context = context

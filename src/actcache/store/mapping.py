@@ -8,6 +8,7 @@ import mmap
 import os
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -187,12 +188,20 @@ class Segment:
         width = tensor.dtype.itemsize
         starts = offset[prompts] * width + tensor.start
         stops = offset[prompts + 1] * width + tensor.start
-        neighbours = len(prompts) > 1 and bool((starts[1:] == stops[:-1]).all())
-        # In order, the usual case: one comparison for all, if each has the right length.
-        same_lengths = neighbours and (stops - starts).tolist() == list(map(len, content))
-        if same_lengths and self.map[int(starts[0]) : int(stops[-1])] == b"".join(content):
-            return np.ones(len(prompts), bool)
+        # Slices of the map are bytes, which compare many times faster than memoryviews.
         data = self.map
+        order = np.argsort(prompts, kind="stable")
+        cuts = np.flatnonzero(np.diff(prompts[order]) != 1) + 1
+        lengths = np.fromiter(map(len, content), np.int64, len(content))
+        if len(cuts) * 8 < len(prompts) and np.array_equal(stops - starts, lengths):
+            # Neighbours in any order, the usual case: one comparison for each run of them.
+            joined = [content[i] for i in order.tolist()]
+            first, last = starts[order], stops[order]
+            edges = [0, *cuts.tolist(), len(prompts)]
+            if all(
+                data[int(first[a]) : int(last[b - 1])] == b"".join(joined[a:b]) for a, b in pairwise(edges) if b > a
+            ):
+                return np.ones(len(prompts), bool)
         pieces = zip(starts.tolist(), stops.tolist(), content, strict=True)
         return np.fromiter((data[a:b] == c for a, b, c in pieces), bool, len(prompts))
 

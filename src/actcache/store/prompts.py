@@ -33,13 +33,13 @@ def text_keys(texts: Sequence[str], kinds: Sequence[int] | npt.NDArray[Any] | in
 
     Chat prompts come as canonical JSON with kind 2, so that no text can pass for a conversation.
     """
-    return text_digests([encode_text(t) for t in texts], kinds, context)
+    return text_digests(encode_texts(texts), kinds, context)
 
 
 def text_digests(data: Sequence[bytes], kinds: Sequence[int] | npt.NDArray[Any] | int, context: str) -> Bytes:
     """`text_keys` of texts that are encoded already."""
     digest = xxhash.xxh3_128_digest
-    salt = digest(encode_text(context))
+    salt = digest(context.encode("utf-8", "surrogatepass"))
     prefixes = [salt + bytes([kind]) for kind in (IDS, TEXT, CHAT)]
     if isinstance(kinds, (int, np.integer)):
         prefix = prefixes[int(kinds)]
@@ -47,9 +47,12 @@ def text_digests(data: Sequence[bytes], kinds: Sequence[int] | npt.NDArray[Any] 
     return _pack([digest(prefixes[k] + t) for k, t in zip(np.asarray(kinds).tolist(), data, strict=True)])
 
 
-def encode_text(text: str) -> bytes:
-    """UTF-8; lone surrogates are legal in str and must not make a prompt unkeyable."""
-    return text.encode("utf-8", "surrogatepass")
+def encode_texts(texts: Sequence[str]) -> list[bytes]:
+    """UTF-8 of each text; lone surrogates are legal in str and must not make a prompt unkeyable."""
+    try:
+        return [t.encode() for t in texts]
+    except UnicodeEncodeError:
+        return [t.encode("utf-8", "surrogatepass") for t in texts]
 
 
 def _pack(digests: list[bytes]) -> Bytes:
@@ -91,7 +94,7 @@ class PromptTable:
             texts = [None] * n
         if len(texts) != n:
             raise ValueError(f"{len(texts)} texts for {n} prompts")
-        data = [b"" if t is None else encode_text(t) for t in texts]
+        data = encode_texts(["" if t is None else t for t in texts])
         kind = np.array([IDS if t is None else TEXT for t in texts] if kinds is None else kinds, dtype=np.uint8)
         if len(kind) != n or (n and int(kind.max()) > CHAT):
             raise ValueError("kinds: one of 0 (ids), 1 (text), 2 (chat) for each prompt")

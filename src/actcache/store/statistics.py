@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 _CHUNK_BYTES = 256 << 10
+_FEW = 8
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Moments:
                 count = len(part)
                 # Deviations from about the mean: float32 sums of them lose nothing that matters, even where
                 # the mean is a thousand times the spread (outlier dimensions).
-                centre = (self.mean if self.count else part.mean(axis=0)).astype(kind)
+                centre = (self.mean if self.count else part[:_FEW].mean(axis=0)).astype(kind)
                 away = np.subtract(part, centre, out=scratch[:count])
                 shift = away.sum(axis=0).astype(np.float64) / count
                 np.multiply(away, away, out=away)
