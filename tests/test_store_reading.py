@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -283,3 +284,36 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="empty"):
         store.read(space, [], "embed")
     assert not store.root.exists()
+
+
+def test_thousands_of_segments_need_no_file_descriptors(tmp_path: Path) -> None:
+    import resource
+
+    store, space = make_store(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        for i in range(150):
+            store.append(space, pooled([i]))
+        assert check_pooled(store, space, range(150)).all()
+        fresh = Store(store.location, index_dir=tmp_path / "i2")
+        assert check_pooled(fresh, space, range(150)).all()
+        assert store.merge(space) == 150
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert check_pooled(fresh, space, range(150)).all()
+
+
+def test_maps_are_given_back(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    store.append(space, pooled(range(5)))
+    place = store.locate(space, table=make_table(range(5)), sites=SITES, layout="last_token")
+    view = place.rows(2)[0]
+    store.close()
+    del place, store
+    gc.collect()
+    np.testing.assert_array_equal(view[0], vector(2, SITES[0]))
+    assert ".safetensors" in Path("/proc/self/maps").read_text()
+    del view
+    gc.collect()
+    assert f"{tmp_path}" not in Path("/proc/self/maps").read_text()

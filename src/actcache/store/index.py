@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from actcache.errors import FormatError, StoreAccessError
+from actcache.errors import FormatError
 from actcache.store.catalog import Catalog
 from actcache.store.files import SEGMENT_NAME, TOMB_NAME, log
 from actcache.store.keys import Ints, KeyTable
@@ -24,7 +24,8 @@ from actcache.store.records import SegmentInfo
 from actcache.store.tombs import Keys, is_member, read_tomb
 
 _RACY_NS = 250_000_000
-_KEEP_OPEN = 256
+_KEEP_OPEN = 4096
+_TRANSIENT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
 
 Mask = npt.NDArray[np.bool_]
 
@@ -105,36 +106,20 @@ class SpaceIndex:
 
     def _read(self, name: str) -> SegmentInfo | None:
         try:
-            info = self._mapped(name).info
+            info = Segment(self.path(name)).info
             if info.space != self.folder.name:
                 raise FormatError(f"{self.path(name)} belongs to space {info.space!r}")
         except FileNotFoundError:
             return None
-        except StoreAccessError:
-            raise
         except (FormatError, OSError) as error:
             self._refuse(name, error)
             return None
         # Copies, so that the index does not keep every file mapped.
         return replace(info, prompt_key=info.prompt_key.copy(), text_key=info.text_key.copy())
 
-    def _mapped(self, name: str) -> Segment:
-        try:
-            return Segment(self.path(name))
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-        self._open.clear()
-        try:
-            return Segment(self.path(name))
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            raise StoreAccessError(
-                f"too many open files while reading {self.folder}: raise the limit (ulimit -n) or call Store.merge()"
-            ) from error
-
     def _refuse(self, name: str, error: Exception) -> None:
+        if isinstance(error, OSError) and error.errno in _TRANSIENT:
+            raise error
         log.warning("ignoring a segment, what it held counts as absent: %s", error)
         self._refused.add(name)
 
@@ -300,8 +285,6 @@ class SpaceIndex:
             except FileNotFoundError:
                 self._forget(info.name)
                 return None
-            except StoreAccessError:
-                raise
             except (FormatError, OSError) as error:
                 self._refuse(info.name, error)
                 self._forget(info.name)
@@ -312,7 +295,7 @@ class SpaceIndex:
         return segment
 
     def _opened(self, info: SegmentInfo) -> Segment:
-        segment = self._mapped(info.name)
+        segment = Segment(self.path(info.name))
         same = segment.info.columns == info.columns and segment.info.prompts == info.prompts
         if not same or not np.array_equal(segment.info.prompt_key, info.prompt_key):
             raise FormatError(f"{segment.path} is not the file it was when it was indexed")

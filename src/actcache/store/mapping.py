@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import mmap
 import os
 import re
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import xxhash
 
 from actcache.errors import FormatError
 from actcache.store import container
+from actcache.store.mapped import MappedFile
 from actcache.store.prompts import CHAT, PromptTable
 from actcache.store.records import BLOCK, FORMAT, INDEX_TENSORS, TOKENS, VERSION, SegmentInfo, is_layout
 from actcache.store.statistics import Moments, is_float
@@ -25,8 +23,6 @@ from actcache.store.statistics import Moments, is_float
 Ints = npt.NDArray[np.int64]
 
 _UNKNOWN, _GOOD, _DAMAGED = 0, 1, 2
-_POPULATE_READ = 22
-_PAGE = mmap.PAGESIZE
 _INDEX_DTYPES = {
     "digest": "<u8", "row_offset": "<i8", "token_offset": "<i8", "text_offset": "<i8", "checksum": "<u8",
     "moments": "<f8", "prompt_key": "u1", "text_key": "u1", "token_ids": "<i4", "kind": "u1", "text": "u1",
@@ -48,15 +44,14 @@ class Segment:
             head = _read(fd, container.header_size(os.pread(fd, 8, 0), size))
             self.metadata, self._tensors = container.parse(head, size)
             self._check_metadata()
-            self.map = _map(fd, size)
+            self._file = MappedFile(fd, size)
         except FormatError as error:
             raise FormatError(f"{path}: {error}") from None
         except OverflowError as error:
             raise FormatError(f"{path}: {error}") from None
         finally:
             os.close(fd)
-        self._raw = memoryview(self.map)
-        self._bytes = np.frombuffer(self.map, np.uint8)
+        self._raw, self._bytes = self._file.raw, self._file.array
         try:
             self._read_index(head)
         except FormatError as error:
@@ -188,8 +183,7 @@ class Segment:
         width = tensor.dtype.itemsize
         starts = offset[prompts] * width + tensor.start
         stops = offset[prompts + 1] * width + tensor.start
-        # Slices of the map are bytes, which compare many times faster than memoryviews.
-        data = self.map
+        data = self._file.bytes
         order = np.argsort(prompts, kind="stable")
         cuts = np.flatnonzero(np.diff(prompts[order]) != 1) + 1
         lengths = np.fromiter(map(len, content), np.int64, len(content))
@@ -198,12 +192,10 @@ class Segment:
             joined = [content[i] for i in order.tolist()]
             first, last = starts[order], stops[order]
             edges = [0, *cuts.tolist(), len(prompts)]
-            if all(
-                data[int(first[a]) : int(last[b - 1])] == b"".join(joined[a:b]) for a, b in pairwise(edges) if b > a
-            ):
+            if all(data(int(first[a]), int(last[b - 1])) == b"".join(joined[a:b]) for a, b in pairwise(edges) if b > a):
                 return np.ones(len(prompts), bool)
         pieces = zip(starts.tolist(), stops.tolist(), content, strict=True)
-        return np.fromiter((data[a:b] == c for a, b, c in pieces), bool, len(prompts))
+        return np.fromiter((data(a, b) == c for a, b, c in pieces), bool, len(prompts))
 
     def verify(self, site: str, starts: Ints, stops: Ints) -> npt.NDArray[np.bool_]:
         """Whether the rows ``starts[i]:stops[i]`` of `site` are intact, bool ``[len(starts)]``.
@@ -256,14 +248,10 @@ class Segment:
         return state
 
     def _populate(self, tensor: container.Tensor, blocks: Ints) -> None:
-        # One call per run maps its pages many times faster than faulting them one by one.
         breaks = np.flatnonzero(np.diff(blocks) > 1) + 1
         for run in np.split(blocks, breaks):
-            start = (tensor.start + int(run[0]) * BLOCK) // _PAGE * _PAGE
-            stop = min(tensor.start + (int(run[-1]) + 1) * BLOCK, tensor.stop)
-            with contextlib.suppress(OSError, ValueError):
-                self.map.madvise(mmap.MADV_WILLNEED, start, stop - start)
-                self.map.madvise(_POPULATE_READ, start, stop - start)
+            start = tensor.start + int(run[0]) * BLOCK
+            self._file.populate(start, min(tensor.start + (int(run[-1]) + 1) * BLOCK, tensor.stop))
 
 
 def _read(fd: int, size: int) -> bytes:
@@ -271,12 +259,6 @@ def _read(fd: int, size: int) -> bytes:
     if len(data) != size:
         raise FormatError("file is shorter than its header says")
     return data
-
-
-def _map(fd: int, size: int) -> mmap.mmap:
-    # A duplicate descriptor per mapping would exhaust the limit on stores of many segments.
-    extra: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-    return mmap.mmap(fd, size, access=mmap.ACCESS_READ, **extra)
 
 
 def _replaces(text: str) -> dict[str, tuple[str, ...]]:

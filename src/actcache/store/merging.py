@@ -27,6 +27,7 @@ TARGET = 256 << 20
 FEW, MANY = 8, 32
 """Segments of one size class that may pile up: after a run, and while one is under way."""
 _TIERS = (1 << 20, 16 << 20, TARGET // 2)
+_MOST = 1024
 _TOMB_GRACE_S = 3600.0
 
 
@@ -59,7 +60,7 @@ def plan(index: SpaceIndex, *, few: int = FEW) -> list[list[int]]:
         group: list[int] = []
         size = 0
         for number, info in members:
-            if group and size + info.size > TARGET:
+            if group and (size + info.size > TARGET or len(group) == _MOST):
                 groups.append(group)
                 group, size = [], 0
             group.append(number)
