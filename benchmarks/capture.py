@@ -3,8 +3,8 @@
     python benchmarks/capture.py [--rounds 61] [--small-only] [--json]
 
 Two GPT-2-shaped models with random weights, one thread, no gradients: 4 blocks x 64 wide with 8 tokens (all overhead),
-and 12 x 768 with 8 x 64 tokens (all memory traffic). The whole block counts: resolve, enter, forward, exit. A candidate's
-bound is the ratio it may cost; plain torch hooks that keep references, without copies, run beside it.
+and 12 x 768 with 8 x 64 tokens (all memory traffic). The whole block counts: resolve, enter, forward, exit. Bounds
+are the ratio a candidate may cost; plain torch hooks that keep references, without copies, run beside it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from _measure import Row, compare, print_table
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import actcache as ac
+from _measure import Row, compare, print_table
 
 BOUNDS = {
     "4 x 64": {"every block": 1.05, "every block, sites": 1.05, "every module": 1.45, "after 200 captures": 1.01},

@@ -261,8 +261,8 @@ def test_experts_as_many_as_blocks_are_not_the_blocks() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        "mixtral", hidden_size=32, intermediate_size=16, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-        num_local_experts=4, vocab_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        "mixtral", hidden_size=32, intermediate_size=16, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, num_local_experts=4, vocab_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).eval()
     assert describe(model).block_paths[0] == "model.layers.0"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actcache.errors import LayerRangeError, OptionError, SiteUnavailableError, UnknownSiteError
@@ -58,6 +58,7 @@ def test_names_people_use(text: str, site: Site) -> None:
     assert Site.parse(text) == site
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(SITE_NAMES),
     st.integers(0, 200),

@@ -50,7 +50,7 @@ def capture(
 
     `modules`: paths, patterns (``*`` within one name, ``**`` across) or module objects; None with no `sites` means
     every module that runs. `sites` (with `layers`) are names that mean the same on every architecture. What is kept is
-    after all hooks, detached (`detach`), on `device` (None: where it is), floating tensors in `dtype`, in its own memory
+    after all hooks, detached (`detach`), on `device` (None: where it is), floating tensors in `dtype`, copied
     (`copy`; modules that hand the same tensor on share one copy). `positions` counts real tokens of each pass and cuts
     before the copy. `stop_after_last` ends each pass once everything asked for has run; the call then returns None.
 

@@ -95,14 +95,19 @@ def _token_ids(model: nn.Module, inputs: Any, tokenizer: Any) -> tuple[list[list
                 raise PromptError(f"prompt {i} is empty: every prompt needs at least one token")
         tokenizer = find_tokenizer(model) if tokenizer is None else tokenizer
         return [list(ids) for ids in tokenizer(items, padding=False, truncation=False)["input_ids"]], tokenizer
-    if all(hasattr(item, "__index__") and getattr(item, "shape", ()) == () for item in items):
+    if all(_is_id(item) for item in items):
         return [[int(item) for item in items]], tokenizer
     rows = []
     for i, item in enumerate(items):
-        if isinstance(item, (str, bytes)) or not hasattr(item, "__iter__"):
+        ids = None if isinstance(item, (str, bytes)) or not hasattr(item, "__iter__") else list(item)
+        if ids is None or not all(_is_id(token) for token in ids):
             raise PromptTypeError(f"prompt {i} is {item!r}: expected texts only, or lists of token ids only")
-        rows.append([int(token) for token in item])
+        rows.append([int(token) for token in ids])
     return rows, tokenizer
+
+
+def _is_id(value: object) -> bool:
+    return hasattr(value, "__index__") and getattr(value, "shape", ()) == ()
 
 
 def _check(model: nn.Module, prompts: list[list[int]]) -> None:

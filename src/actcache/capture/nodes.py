@@ -92,9 +92,11 @@ class Node:
         path = f"{self._path}.{name}" if self._path else name
         if self._holds(path):
             return Node(self._data, path, self._model)
-        if name == "model" and not self._path:
+        if path == "model":
             return self
-        return None
+        # The root may be spelled out, as in keys: "model" is the root where no module has that name.
+        bare = path.removeprefix("model.")
+        return Node(self._data, bare, self._model) if bare != path and self._holds(bare) else None
 
     def _holds(self, path: str) -> bool:
         below = path + "."

@@ -97,7 +97,7 @@ def each_prompt(positions: Any, n_prompts: int) -> list[Any]:
     """The positions of each prompt: a list of lists is one list per prompt, anything else holds for all of them."""
     if isinstance(positions, list) and positions and all(isinstance(item, list) for item in positions):
         if len(positions) != n_prompts:
-            raise OptionError(f"positions holds a list for each of {len(positions)} prompts, there are {n_prompts}")
+            raise OptionError(f"positions holds lists for {len(positions)} prompts, the batch has {n_prompts} prompts")
         return positions
     return [positions] * n_prompts
 

@@ -16,19 +16,19 @@ Modules = str | nn.Module | Sequence[str | nn.Module]
 def module_table(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> module for every module of `model`, "" first; a module with two names goes by its first."""
     table: dict[str, nn.Module] = {"": model}
-    seen = {id(model)}
-
-    def walk(parent: nn.Module, prefix: str) -> None:
-        for name, child in parent._modules.items():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                path = prefix + name
-                table[path] = child
-                if child._modules:
-                    walk(child, path + ".")
-
-    walk(model, "")
+    _walk(model, "", table, {id(model)})
     return table
+
+
+def _walk(parent: nn.Module, prefix: str, table: dict[str, nn.Module], seen: set[int]) -> None:
+    # Not a closure: one that calls itself would keep the model alive until the garbage collector comes.
+    for name, child in parent._modules.items():
+        if child is not None and id(child) not in seen:
+            seen.add(id(child))
+            path = prefix + name
+            table[path] = child
+            if child._modules:
+                _walk(child, path + ".", table, seen)
 
 
 def every_module(model: nn.Module) -> dict[str, nn.Module]:

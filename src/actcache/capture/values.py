@@ -72,7 +72,8 @@ def make_keeper(
         if kind is Tensor:
             return keep_tensor(value)
         if kind is tuple:
-            return tuple([keep(item) for item in value])
+            # Written out: a closure that calls itself is a cycle, and would keep the last tensor alive.
+            return tuple([keep_tensor(v) if type(v) is Tensor else map_tensors(v, keep_tensor) for v in value])
         if value is None or kind is bool or kind is int:
             return value
         return map_tensors(value, keep_tensor)

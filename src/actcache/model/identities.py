@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from actcache.model.families import BlockForm
 
 _PROMPTS, _TOKENS = 2, 6
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 def check(anatomy: Anatomy) -> tuple[BlockForm | None, dict[str, str]]:

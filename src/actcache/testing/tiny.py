@@ -74,7 +74,7 @@ def tiny_model(family: str = "gpt2", *, seed: int = 0, **overrides: Any) -> PreT
 
 
 def tiny_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
-    """One token per byte, a BOS in front (`bos`), ids as in `tiny_model`: 0 pad, 1 BOS, 2 EOS, 3 and up one per byte."""
+    """One token per byte, a BOS in front (`bos`), ids as in `tiny_model`: 0 pad, 1 BOS, 2 EOS, then the bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

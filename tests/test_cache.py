@@ -1,0 +1,218 @@
+"""ActivationCache as a container: keys, attributes, layers, positions, parts."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import actcache as ac
+from actcache.errors import LayerRangeError, UnknownKeyError
+from actcache.testing.tiny import tiny_model
+
+IDS = torch.tensor([[5, 9, 100, 7, 3, 250], [8, 8, 4, 200, 31, 6]])
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Any:
+    return tiny_model("gpt2")
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def cache(gpt2: Any) -> ac.ActivationCache:
+    return ac.run_with_cache(gpt2, IDS, sites=["resid_post", "mlp_out"])[1]
+
+
+@pytest.fixture(scope="module")
+def everything(gpt2: Any) -> ac.ActivationCache:
+    return ac.run_with_cache(gpt2, IDS, include_inputs=True)[1]
+
+
+def test_keys_of_modules(everything: ac.ActivationCache) -> None:
+    h0 = everything["transformer.h.0"]
+    assert everything["model.transformer.h.0"] is h0
+    assert everything["model"] is everything[""]
+    assert "model.transformer.h.0" in everything
+    assert "transformer.h.9" not in everything
+    assert 3 not in everything
+    with pytest.raises(UnknownKeyError, match=r"Did you mean 'transformer\.h\.0") as caught:
+        everything["transformer.h.0.atn"]
+    assert isinstance(caught.value, KeyError)
+    assert everything.get("nothing") is None
+
+
+def test_keys_when_the_model_has_a_child_called_model(llama: Any) -> None:
+    cache = ac.run_with_cache(llama, IDS)[1]
+    # As written first: "model" is the child, whose output has no logits.
+    assert "logits" not in cache["model"].output
+    assert "logits" in cache[""].output
+    assert cache["model.layers.0"] is cache["model.model.layers.0"]
+    assert torch.equal(cache.model.layers[0].output, cache["model.layers.0"].output)
+    assert torch.equal(cache.model.model.layers[-1].output, cache["model.layers.3"].output)
+
+
+def test_keys_of_sites(cache: ac.ActivationCache) -> None:
+    value = cache["resid_post.3"]
+    for name in ("resid_post.-1", "blocks.3.hook_resid_post", "resid_out_3", "layer_3"):
+        assert cache[name] is value
+        assert name in cache
+    assert list(cache)[:2] == ["resid_post.0", "resid_post.1"]
+    assert len(cache) == 8
+    with pytest.raises(UnknownKeyError, match=r"Did you mean 'resid_post\.3'"):
+        cache["resid_psot.3"]
+    with pytest.raises(UnknownKeyError):
+        cache["attn_out.0"]
+
+
+def test_attribute_access(everything: ac.ActivationCache) -> None:
+    h = everything.transformer.h
+    assert torch.equal(h[0].output, everything["transformer.h.0"].output)
+    assert torch.equal(h[-1].attn.output[0], everything["transformer.h.3.attn"].output[0])
+    assert torch.equal(everything.model.transformer.h[1].input, everything["transformer.h.1"].input)
+    assert torch.equal(everything.transformer["h.2"].hidden, everything["transformer.h.2"].output)
+    assert torch.equal(everything.output.logits, everything[""].output.logits)
+    assert [torch.equal(node.output, everything[f"transformer.h.{i}"].output) for i, node in enumerate(h)] == [True] * 4
+    with pytest.raises(IndexError, match="holds 4 modules"):
+        h[4]
+    with pytest.raises(AttributeError, match="not captured"):
+        _ = h[0].crossattention
+    with pytest.raises(AttributeError):
+        _ = everything.nothing
+    with pytest.raises(KeyError):
+        everything.transformer["h.9"]
+    with pytest.raises(KeyError):
+        _ = h.output
+
+
+@torch.no_grad()
+def test_negative_indices_count_from_the_models_end(gpt2: Any) -> None:
+    with ac.capture(gpt2, ["transformer.h.1", "transformer.h.3"]) as cache:
+        gpt2(IDS)
+    assert torch.equal(cache.transformer.h[-1].output, cache["transformer.h.3"].output)
+    with pytest.raises(LayerRangeError, match="not captured"):
+        cache.transformer.h[-2]
+
+
+@torch.no_grad()
+def test_a_module_called_output_is_reached_by_key() -> None:
+    model = nn.ModuleDict({"output": nn.Linear(2, 2)})
+    inner = nn.Sequential(model["output"])
+    with ac.capture(inner) as cache:
+        inner(torch.ones(1, 2))
+    assert torch.equal(cache["0"].output, cache.output)
+    assert len(cache[""]) == 1
+
+
+@torch.no_grad()
+def test_visits_by_attribute(gpt2: Any) -> None:
+    with ac.capture(gpt2, "transformer.h.*") as cache:
+        gpt2(IDS)
+        gpt2(IDS[:1])
+    entry = cache.transformer.h[2]
+    assert len(entry) == 2
+    assert [tuple(v.output.shape) for v in entry] == [(2, 6, 32), (1, 6, 32)]
+    assert torch.equal(entry[1].output, cache["transformer.h.2"][1].output)
+
+
+def test_layers_and_positions(cache: ac.ActivationCache) -> None:
+    assert cache.n_layers == 4
+    assert cache.layer_numbers("resid_post") == [0, 1, 2, 3]
+    assert cache.layer_numbers("attn_out") == []
+    assert cache.seq_len() == 6
+    assert not cache.is_empty()
+    assert cache.get_layer(-1) is cache["resid_post.3"]
+    assert cache.get_layer(1, site="mlp_out") is cache["mlp_out.1"]
+    assert torch.equal(cache.get_position(2, -1), cache["resid_post.2"][:, -1])
+    assert torch.equal(cache.get_position(2, 3, site="mlp_out"), cache["mlp_out.2"][:, 3])
+    assert torch.equal(cache.stack("resid_post"), torch.stack([cache[f"resid_post.{i}"] for i in range(4)]))
+    for call in (lambda: cache.get_layer(4), lambda: cache.get_layer(-5), lambda: cache.get_layer(0, "attn_out")):
+        with pytest.raises(LayerRangeError, match="is not in the cache"):
+            call()
+    with pytest.raises(IndexError, match="position 6 of layer 0 is out of range: prompt 0 has 6 tokens"):
+        cache.get_position(0, 6)
+    with pytest.raises(LayerRangeError):
+        cache.stack("attn_out")
+    with pytest.raises(LayerRangeError, match="empty"):
+        ac.ActivationCache().seq_len()
+    assert ac.ActivationCache().is_empty()
+
+
+def test_positions_of_ragged_prompts(gpt2: Any) -> None:
+    cache = ac.run_with_cache(gpt2, [[5, 6, 7], [8, 9, 10, 11, 12]], sites="resid_post")[1]
+    value = cache["resid_post.1"]
+    assert torch.equal(cache.get_position(1, -1), torch.stack([value[0, 2], value[1, 4]]))
+    assert [tuple(r.shape) for r in cache.rows("resid_post.1")] == [(3, 32), (5, 32)]
+    with pytest.raises(LayerRangeError, match="prompt 0 has 3 tokens"):
+        cache.get_position(1, 3)
+
+
+def test_selection(cache: ac.ActivationCache, everything: ac.ActivationCache) -> None:
+    part = cache.select(prompts=1, sites="resid_post", layers=[0, -1])
+    assert list(part) == ["resid_post.0", "resid_post.3"]
+    assert torch.equal(part["resid_post.3"], cache["resid_post.3"][1:2])
+    assert part["resid_post.3"].data_ptr() == cache["resid_post.3"][1:].data_ptr()
+    assert part.input_ids.tolist() == IDS[1:].tolist()
+    swapped = cache.select(prompts=[1, 0, 1])
+    assert torch.equal(swapped["mlp_out.1"], cache["mlp_out.1"][[1, 0, 1]])
+    assert cache.select(prompts=slice(-1, None)).input_ids.tolist() == IDS[1:].tolist()
+    assert cache.select(prompts=-1).input_ids.tolist() == IDS[1:].tolist()
+    assert list(cache.select(sites=["mlp_out.2"])) == ["mlp_out.2"]
+    modules = everything.select(prompts=[1])
+    assert torch.equal(modules.transformer.h[1].output, everything.transformer.h[1].output[1:])
+    assert torch.equal(modules[""].output.logits, everything[""].output.logits[1:])
+    with pytest.raises(UnknownKeyError):
+        cache.select(sites="attn_out")
+
+
+def test_a_mapping(cache: ac.ActivationCache) -> None:
+    mine = ac.ActivationCache(dict(cache))
+    assert mine == cache
+    mine["note to self"] = [1, 2]
+    assert mine["note to self"] == [1, 2]
+    assert mine != cache
+    assert mine.pop("note to self") == [1, 2]
+    assert mine == cache
+    mine["resid_post.0"] = cache["resid_post.0"] + 1
+    assert mine != cache
+    del mine["resid_out_0"]
+    assert "resid_post.0" not in mine
+    mine.update({"resid_post.0": cache["resid_post.0"].clone()})
+    assert mine == cache
+    assert cache != 3
+    with pytest.raises(TypeError):
+        hash(cache)
+
+
+def test_bytes_and_display(cache: ac.ActivationCache, everything: ac.ActivationCache) -> None:
+    assert cache.nbytes == 8 * 2 * 6 * 32 * 4
+    assert "8 entries" in repr(cache)
+    assert "float32[2, 6, 32]" in repr(cache)
+    assert "transformer.h.0" in repr(everything)
+    assert "more" in repr(everything)
+    assert "Entry(float32[2, 6, 32])" in repr(everything["transformer.h.1"])
+    for shown in (
+        everything[""][0],
+        everything.transformer.h[0],
+        ac.ActivationCache(),
+        everything["transformer.h.0.attn"],
+    ):
+        assert repr(shown)
+
+
+def test_copies_are_equal_and_independent(everything: ac.ActivationCache, cache: ac.ActivationCache) -> None:
+    for original in (everything, cache):
+        for twin in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+            assert twin == original
+            assert torch.equal(twin.attention_mask, original.attention_mask)
+    twin = copy.deepcopy(cache)
+    twin["resid_post.0"].zero_()
+    assert cache["resid_post.0"].any()
