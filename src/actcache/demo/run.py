@@ -218,7 +218,7 @@ def _accuracy(x: npt.NDArray[np.float32], labels: list[int], train: list[int], t
     from sklearn.preprocessing import StandardScaler
 
     y = np.array(labels)
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
     return float(probe.fit(x[train], y[train]).score(x[test], y[test]))
 
 
