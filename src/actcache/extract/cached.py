@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     from actcache.store.prompts import PromptTable
     from actcache.store.store import Store
 
+# Rows that may wait for the disk; more would only be memory.
+_QUEUE_BYTES = 32 << 20
+# How long a finished batch may wait for company before it is made durable.
+_LINGER_SECONDS = 0.05
+
 
 @dataclass
 class Request:
@@ -208,7 +213,7 @@ class CachedExtractor:
         identity = source.identity()
         space = self.store.open_space(identity.values, identity.label)
         with (
-            self.store.writer(space) as writer,
+            self.store.writer(space, max_bytes=_QUEUE_BYTES, linger=_LINGER_SECONDS) as writer,
             progress(request.to_compute, f"extracting {Path(source.name).name}") as bar,
         ):
             for names, members in request.missing.items():

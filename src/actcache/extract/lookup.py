@@ -71,10 +71,11 @@ class Lookup:
 
     def note_missing(self, placement: Placement, at: npt.NDArray[np.intp]) -> None:
         """For prompts of `placement` still not found: the names that are not there."""
-        each = placement.found_each
+        left = np.flatnonzero(~self.found[at])
+        absent, which = np.unique(~placement.found_each[left], axis=0, return_inverse=True)
         names = np.asarray(self.question.names, object)
-        for k in np.flatnonzero(~self.found[at]):
-            self.missing[int(at[k])] = tuple(names[~each[k]])
+        kinds = [tuple(names[row]) for row in absent]
+        self.missing.update(zip(at[left].tolist(), (kinds[k] for k in which.ravel()), strict=True))
 
     def pooled(self) -> npt.NDArray[Any]:
         """One row per prompt and site, `[n, sites, D]`, in a new array."""
