@@ -82,6 +82,7 @@ def _locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, 
     slots: dict[int, int] = {}
     segments: list[Segment] = []
     parts = []
+    changed = False
     for holders, columns in together.items():
         number = np.full(len(query), -1, np.int32)
         prompt = np.full(len(query), -1, np.int64)
@@ -94,15 +95,21 @@ def _locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, 
             members = np.flatnonzero(number == n)
             segment = index.open(n)
             if segment is None:
-                raise _Changed
+                changed = True
+                continue
             right = query.matches(segment, members, prompt[members])
             if check:
-                right = right & _intact(index, n, segment, [sites[j] for j in columns], prompt[members])
+                intact = _intact(index, n, segment, [sites[j] for j in columns], prompt[members])
+                changed = changed or not intact.all()
+                right &= intact
             if n not in slots:
                 slots[n] = len(segments)
                 segments.append(segment)
             slot[members[right]] = slots[n]
         parts.append(Part(tuple(columns), slot, prompt))
+    if changed:
+        # An older, intact copy may be there, or the merged one.
+        raise _Changed
     return Placement(len(query), sites, layout, parts, segments)
 
 
@@ -119,6 +126,4 @@ def _intact(index: SpaceIndex, number: int, segment: Segment, sites: list[str], 
             good &= intact
     if not good.all():
         index.mark_damaged(number, prompts[~good])
-        # An older, intact copy may be there.
-        raise _Changed
     return good

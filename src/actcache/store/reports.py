@@ -12,11 +12,13 @@ import numpy as np
 
 from actcache.errors import NotCachedError
 from actcache.store.index import SpaceIndex
-from actcache.store.prompts import CHAT, TEXT, PromptTable, canonical_chat, text_keys
+from actcache.store.prompts import PromptTable, text_keys
 from actcache.store.records import TOKENS, SegmentInfo
 from actcache.store.removal import count_distinct
 from actcache.store.spaces import SpaceInfo
 from actcache.store.statistics import Moments
+from actcache.store.tensors import kind_of
+from actcache.store.tombs import Keys, is_member
 
 GB = 2**30
 
@@ -108,23 +110,27 @@ def count_prompts(index: SpaceIndex) -> int:
     return count_distinct(keys)
 
 
-def find_token_keys(index: SpaceIndex, prompt: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Token keys uint8 ``[k, 16]`` of the stored prompts that `prompt` (text, ids or chat) names.
+def find_token_keys(index: SpaceIndex, prompts: Sequence[Any]) -> Keys:
+    """Token keys uint8 ``[k, 16]`` of the stored prompts that `prompts` (texts, ids or chats) name.
 
-    A text is looked for under every text context of the space, so no tokenizer is needed.
+    Texts are looked for under every text context of the space, so no tokenizer is needed.
     """
-    if not isinstance(prompt, str) and not (len(prompt) and isinstance(prompt[0], Mapping)):
-        return PromptTable.build([prompt]).token_key
-    text, kind = (prompt, TEXT) if isinstance(prompt, str) else (canonical_chat(prompt), CHAT)
-    found = [np.empty((0, 16), np.uint8)]
+    ids, texts, kinds = [], [], []
+    for i, prompt in enumerate(prompts):
+        kind, text = kind_of(prompt, i)
+        if text is None:
+            ids.append(prompt)
+        else:
+            texts.append(text)
+            kinds.append(kind)
+    found = [PromptTable.build(ids).token_key]
     with index.lock:
-        contexts = {i.text_context for _, i in index.segments()} - {""}
-        for context in sorted(contexts):
-            key = text_keys([text], kind, context)
+        for context in index.contexts() if texts else ():
+            keys = text_keys(texts, np.array(kinds, np.uint8), context)
             for number, info in index.segments():
-                live = index.live(number)
-                hit = (info.text_key == key).all(axis=1) if info.text_context == context else np.zeros(0, bool)
-                if hit.any():
+                if info.text_context == context:
+                    hit = is_member(info.text_key, keys)
+                    live = index.live(number)
                     found.append(info.prompt_key[hit if live is None else hit & live])
     return np.concatenate(found)
 
@@ -132,14 +138,12 @@ def find_token_keys(index: SpaceIndex, prompt: Any) -> np.ndarray[Any, np.dtype[
 def describe_prompt(index: SpaceIndex, prompt: Any) -> tuple[dict[str, set[str]], int] | None:
     """Sites per layout stored for `prompt`, and its number of tokens; None when it is not there."""
     index.refresh()
-    keys = find_token_keys(index, prompt)
+    keys = find_token_keys(index, [prompt])
     sites: dict[str, set[str]] = {}
     tokens = 0
     with index.lock:
-        for number, info in index.segments():
-            hit = np.zeros(info.prompts, bool)
-            for key in keys:
-                hit |= (info.prompt_key == key).all(axis=1)
+        for number, info in index.segments() if len(keys) else ():
+            hit = is_member(info.prompt_key, keys)
             live = index.live(number)
             hit = hit if live is None else hit & live
             segment = index.open(number) if hit.any() else None

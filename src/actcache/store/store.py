@@ -253,13 +253,13 @@ class Store:
 
     def spaces(self) -> list[SpaceInfo]:
         """Every space, oldest first, with its number of prompts and its size on disk."""
-        found = []
-        for space in list_spaces(self.root):
-            index = self._index(space.space)
-            index.refresh()
-            size = sum(info.size for _, info in index.segments())
-            found.append(replace(space, num_prompts=reports.count_prompts(index), size_bytes=size))
-        return found
+        return [self._measured(space) for space in list_spaces(self.root)]
+
+    def _measured(self, space: SpaceInfo) -> SpaceInfo:
+        index = self._index(space.space)
+        index.refresh()
+        size = sum(info.size for _, info in index.segments())
+        return replace(space, num_prompts=reports.count_prompts(index), size_bytes=size)
 
     def prompts(self, space: str | SpaceInfo, *, site: str | None = None, layout: str | None = None) -> PromptTable:
         """The distinct prompts of a space (those that have `site` and `layout`, where given), oldest first."""
@@ -288,10 +288,10 @@ class Store:
         """
         holding = []
         answer = None
-        for space in reversed([s for s in self.spaces() if s.model_name == model_name]):
+        for space in reversed([s for s in list_spaces(self.root) if s.model_name == model_name]):
             found = reports.describe_prompt(self._index(space.space), prompt)
             if found is not None:
-                holding.append(space)
+                holding.append(self._measured(space))
                 answer = answer or found
         return None if answer is None else reports.prompt_info(*answer, holding)
 
@@ -315,8 +315,7 @@ class Store:
         index.refresh()
         if isinstance(prompts, PromptTable):
             return removal.invalidate(index, prompts.token_key)
-        keys = [reports.find_token_keys(index, p) for p in tensors.as_list(prompts)]
-        return removal.invalidate(index, np.concatenate(keys))
+        return removal.invalidate(index, reports.find_token_keys(index, tensors.as_list(prompts)))
 
     def clear(self, model: str | None = None) -> int:
         """Delete all spaces, or those of the model of that name or space id; the number of prompts deleted.
