@@ -114,8 +114,10 @@ def _locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, 
 
 
 def _intact(index: SpaceIndex, number: int, segment: Segment, sites: list[str], prompts: Ints) -> npt.NDArray[np.bool_]:
-    starts, stops = segment.row_offset[prompts], segment.row_offset[prompts + 1]
     good = np.ones(len(prompts), bool)
+    if segment.is_verified(sites):
+        return good
+    starts, stops = segment.row_offset[prompts], segment.row_offset[prompts + 1]
     for site in sites:
         intact = segment.verify(site, starts, stops)
         if not intact.all():

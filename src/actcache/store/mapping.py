@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from actcache.store.statistics import Moments, is_float
 
 Ints = npt.NDArray[np.int64]
 
+_FEW = 16
 _UNKNOWN, _GOOD, _DAMAGED = 0, 1, 2
 _INDEX_DTYPES = {
     "digest": "<u8", "row_offset": "<i8", "token_offset": "<i8", "text_offset": "<i8", "checksum": "<u8",
@@ -161,6 +163,15 @@ class Segment:
         """The rows of `site`, a read-only view ``[rows, D]``."""
         return self._view(self._data[site])
 
+    def column(self, site: str) -> tuple[np.dtype[Any], int]:
+        """Dtype and width of the matrix of `site`."""
+        tensor = self._data[site]
+        return tensor.dtype, tensor.shape[1]
+
+    def is_verified(self, sites: Sequence[str]) -> bool:
+        """Whether every block of all `sites` has been checked and is good."""
+        return self._clean.issuperset(sites)
+
     def start_of(self, site: str) -> int:
         """Where in the file the matrix of `site` begins."""
         return self._data[site].start
@@ -184,18 +195,23 @@ class Segment:
         starts = offset[prompts] * width + tensor.start
         stops = offset[prompts + 1] * width + tensor.start
         data = self._file.bytes
+        if len(prompts) > _FEW and self._holds_runs(prompts, starts, stops, content):
+            return np.ones(len(prompts), bool)
+        pieces = zip(starts.tolist(), stops.tolist(), content, strict=True)
+        return np.fromiter((data(a, b) == c for a, b, c in pieces), bool, len(prompts))
+
+    def _holds_runs(self, prompts: Ints, starts: Ints, stops: Ints, content: list[bytes]) -> bool:
+        """Whether all is equal, with one comparison for each run of neighbours, the usual case; False: look closer."""
         order = np.argsort(prompts, kind="stable")
         cuts = np.flatnonzero(np.diff(prompts[order]) != 1) + 1
         lengths = np.fromiter(map(len, content), np.int64, len(content))
-        if len(cuts) * 8 < len(prompts) and np.array_equal(stops - starts, lengths):
-            # Neighbours in any order, the usual case: one comparison for each run of them.
-            joined = [content[i] for i in order.tolist()]
-            first, last = starts[order], stops[order]
-            edges = [0, *cuts.tolist(), len(prompts)]
-            if all(data(int(first[a]), int(last[b - 1])) == b"".join(joined[a:b]) for a, b in pairwise(edges) if b > a):
-                return np.ones(len(prompts), bool)
-        pieces = zip(starts.tolist(), stops.tolist(), content, strict=True)
-        return np.fromiter((data(a, b) == c for a, b, c in pieces), bool, len(prompts))
+        if len(cuts) * 8 >= len(prompts) or not np.array_equal(stops - starts, lengths):
+            return False
+        joined = [content[i] for i in order.tolist()]
+        first, last = starts[order].tolist(), stops[order].tolist()
+        edges = [0, *cuts.tolist(), len(prompts)]
+        data = self._file.bytes
+        return all(data(first[a], last[b - 1]) == b"".join(joined[a:b]) for a, b in pairwise(edges))
 
     def verify(self, site: str, starts: Ints, stops: Ints) -> npt.NDArray[np.bool_]:
         """Whether the rows ``starts[i]:stops[i]`` of `site` are intact, bool ``[len(starts)]``.

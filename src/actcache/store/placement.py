@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ class Placement:
     """Prompts found in a store. It keeps its segments mapped, so what was located stays readable.
 
     `found` bool ``[n]`` (every site), `found_each` bool ``[n, sites]``, `num_tokens` int64 ``[n]`` (-1 where
-    not found), `dtype` of what is stored (float32 when segments differ).
+    not found).
     """
 
     def __init__(
@@ -50,8 +51,12 @@ class Placement:
                 prompts = part.prompt[members]
                 offset = self._segments[number].prompts.token_offset
                 self.num_tokens[members] = offset[prompts + 1] - offset[prompts]
-        dtypes = {segment.matrix(s).dtype for part, segment in self._used() for s in self._names(part)}
-        self.dtype: np.dtype[Any] = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of what was found; float32 where segments differ."""
+        dtypes = {segment.column(s)[0] for part, segment in self._used() for s in self._names(part)}
+        return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
     def __len__(self) -> int:
         return len(self.found)
@@ -140,7 +145,7 @@ class Placement:
         return chosen
 
     def _dim(self) -> int:
-        dims = {segment.matrix(s).shape[1] for part, segment in self._used() for s in self._names(part)}
+        dims = {segment.column(s)[1] for part, segment in self._used() for s in self._names(part)}
         if len(dims) > 1:
             raise ValueError(
                 f"sites of different widths {sorted(dims)} cannot share one array: ask for them one by one"
