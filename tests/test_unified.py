@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -174,6 +176,17 @@ class TestHits:
         warm = ac.UnifiedCache(folder)
         monkeypatch.setattr(type(warm.extractor.source), "tokenizer", lambda self: pytest.fail("tokenised"))
         warm.get_activations(TEXTS)
+
+    def test_a_warm_run_in_a_new_process_imports_no_transformers(self, folder, _own_cache_folders):
+        ac.UnifiedCache(folder).warmup(TEXTS)
+        code = (
+            "import sys, actcache as ac; cache = ac.UnifiedCache(sys.argv[1]); cache.get_activations(sys.argv[2:]);"
+            "print(cache.model_loaded, 'transformers' in sys.modules)"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", code, str(folder), *TEXTS], capture_output=True, text=True, check=True
+        )
+        assert run.stdout.split() == ["False", "False"]
 
     def test_text_and_its_ids_are_one_entry(self, folder):
         ac.UnifiedCache(folder).warmup(TEXTS)
