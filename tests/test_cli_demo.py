@@ -1,0 +1,63 @@
+"""`actcache demo`: the main job runs, says true things, and cleans up."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import actcache as ac
+from actcache.cli.app import run
+from actcache.demo import model_path
+
+
+@pytest.fixture(autouse=True)
+def _temporary_files_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+def test_the_demo_runs_and_leaves_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(["demo"]) == 0
+    out = capsys.readouterr().out
+    first = re.search(r"first run +0 +240 .* yes", out)
+    second = re.search(r"second run +240 +0 .* no", out)
+    assert first
+    assert second
+    difference = re.search(r"largest difference (\S+) in values up to (\S+)", out)
+    assert difference
+    assert float(difference[1]) <= 1e-5 * float(difference[2])
+    # Both tables have a row for each layer; the answer comes out of the last one.
+    rows = re.findall(r"^ +(\d+) +(\d+)%  [█·]{24}", out, re.MULTILINE)
+    layers = len(rows) // 2
+    assert [int(layer) for layer, _ in rows] == [*range(layers), *range(layers)]
+    assert max(int(share) for _, share in rows[:layers]) > 70
+    assert int(rows[-1][1]) > 50
+    assert "most likely" in out
+    folder = re.search(r"cache folder (\S+) \(removed at the end\)", out)
+    assert folder
+    assert Path(folder[1]).parent == tmp_path
+    assert list(tmp_path.iterdir()) == []
+    # The user's own cache is not touched.
+    assert ac.cache_info().models == []
+
+
+def test_a_kept_folder_can_be_looked_into(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", "--keep"]) == 0
+    out = capsys.readouterr().out
+    found = re.search(r"Look around: +actcache info --store (\S+)", out)
+    assert found
+    (model,) = ac.Store(found[1]).info().models
+    assert model.model_name == str(model_path())
+    assert model.num_prompts > 240
+    assert model.has_pooled
+
+
+def test_without_scikit_learn_it_says_how_to_install_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actcache.demo.run.find_spec", lambda _: None)
+    assert run(["demo"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "pip install 'actcache[demo]'" in captured.err
