@@ -1,7 +1,7 @@
 #!/bin/sh
 # make_venv.sh FOLDER TORCH REQUIREMENT...
-# Makes the virtual environment FOLDER with $PYTHON, torch first and alone, then the requirements. Does nothing when
-# FOLDER was made from the same Python, the same requirements and the same pyproject.toml.
+# Makes the virtual environment FOLDER with $PYTHON: torch first and alone, then the requirements. Does only what has
+# changed since the last time: nothing, the requirements (or pyproject.toml), or everything.
 set -eu
 
 folder=$1 torch=$2
@@ -16,27 +16,34 @@ version=$("$PYTHON" -c 'import platform; print(platform.python_version())' 2>/de
     exit 1
 }
 
-recipe="python $version; $torch; $*; $(cksum <pyproject.toml); $(pwd)"
-if [ -x "$folder/bin/python" ] && [ "$(cat "$folder/recipe" 2>/dev/null)" = "$recipe" ]; then
+base="python $version; $torch; $(pwd)"
+rest="$*; $(cksum <pyproject.toml)"
+pip() { PIP_DISABLE_PIP_VERSION_CHECK=1 "$folder/bin/python" -m pip "$@"; }
+# What is written down was finished: an interrupted run is taken up again.
+unchanged() { [ -x "$folder/bin/python" ] && [ "$(cat "$folder/made-from-$1" 2>/dev/null)" = "$2" ]; }
+
+if unchanged base "$base" && unchanged rest "$rest"; then
+    echo "==> $folder: up to date"
     exit 0
 fi
 
-echo "==> $folder: making a virtual environment (Python $version)"
-rm -f "$folder/recipe"
-"$PYTHON" -m venv --clear "$folder" || {
-    echo "'$PYTHON -m venv' failed. On Debian and Ubuntu: apt install python3-venv" >&2
-    exit 1
-}
-pip() { PIP_DISABLE_PIP_VERSION_CHECK=1 "$folder/bin/python" -m pip "$@"; }
+if ! unchanged base "$base"; then
+    echo "==> $folder: making a virtual environment (Python $version)"
+    "$PYTHON" -m venv --clear "$folder" || {
+        echo "'$PYTHON -m venv' failed. On Debian and Ubuntu: apt install python3-venv" >&2
+        exit 1
+    }
+    # First and alone: later steps find the requirement met and pull no other build of it.
+    echo "==> $folder: installing $torch (the largest part)"
+    # shellcheck disable=SC2086  # TORCH may hold several pip arguments
+    pip install -qq $torch || {
+        echo "pip could not install '$torch'. Another version, build or index: make TORCH='torch>=2.4' ..." >&2
+        exit 1
+    }
+    printf '%s' "$base" >"$folder/made-from-base"
+fi
 
-# First and alone: later steps find the requirement met and pull no other build of it.
-echo "==> $folder: installing $torch (the largest part)"
-# shellcheck disable=SC2086  # TORCH may hold several pip arguments
-pip install -qq $torch || {
-    echo "pip could not install '$torch'. Another build or version: make TORCH='torch>=2.4' ..." >&2
-    exit 1
-}
 echo "==> $folder: installing actcache and what it needs"
 pip install -qq "$@"
-printf '%s' "$recipe" >"$folder/recipe"
+printf '%s' "$rest" >"$folder/made-from-rest"
 echo "==> $folder: ready"
