@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,10 @@ def segment_files(store: Store, space: str) -> list[Path]:
 
 def in_child(work: Callable[[], None]) -> int:
     """Run `work` in a forked child; its process id."""
-    pid = os.fork()
+    with warnings.catch_warnings():
+        # From Python 3.12 a fork beside idle threads of a numerical library warns.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
     if pid:
         return pid
     code = 1

@@ -375,3 +375,48 @@ def test_header_encoding_covers_gaps_with_pads() -> None:
     metadata, tensors = container.parse(head, placed["b"].stop)
     assert metadata == {}
     assert set(tensors) == {"a", "b", "pad.0"}
+
+
+def test_the_document_is_enough_to_read_a_segment(tmp_path: Path) -> None:
+    """docs/format.md, followed word by word with nothing of ours."""
+    records = every_token([3, 9], dim=5)
+    path = write(tmp_path, records)
+    raw = path.read_bytes()
+    base = 8 + int.from_bytes(raw[:8], "little")
+    assert raw[8:].startswith(b'{"__metadata__":{"format":"actcache-')
+    assert raw[:base].endswith((b"}", b" "))
+    entries = json.loads(raw[8:base])
+    meta = entries.pop("__metadata__")
+    assert (meta["format"], meta["version"], meta["layout"], meta["space"]) == (
+        "actcache-segment",
+        "1.0",
+        "tokens",
+        SPACE,
+    )
+    kinds = {"I64": "<i8", "I32": "<i4", "U64": "<u8", "F64": "<f8", "F32": "<f4", "U8": "u1"}
+
+    def tensor(name: str) -> np.ndarray:
+        start, stop = entries[name]["data_offsets"]
+        return np.frombuffer(raw[base + start : base + stop], kinds[entries[name]["dtype"]]).reshape(
+            entries[name]["shape"]
+        )
+
+    first = min(entries[s]["data_offsets"][0] for s in records.data)
+    digests = [xxhash.xxh3_64_intdigest(raw[:base]), xxhash.xxh3_64_intdigest(raw[base + 16 : base + first])]
+    assert tensor("digest").tolist() == digests
+    for i, number in enumerate([3, 9]):
+        ids = tensor("token_ids")[tensor("token_offset")[i] : tensor("token_offset")[i + 1]]
+        text = bytes(tensor("text")[tensor("text_offset")[i] : tensor("text_offset")[i + 1]])
+        assert ids.tolist() == [number, *range(number % 7)]
+        assert tensor("prompt_key")[i].tobytes() == xxhash.xxh3_128_digest(b"t" + ids.astype("<i4").tobytes())
+        context = xxhash.xxh3_128_digest(meta["text_context"].encode())
+        assert tensor("text_key")[i].tobytes() == xxhash.xxh3_128_digest(context + b"\x01" + text)
+    at = 0
+    for site, matrix in records.data.items():
+        np.testing.assert_array_equal(tensor(site), matrix)
+        both = tensor("moments")[at : at + 10]
+        np.testing.assert_allclose(both[:5], matrix.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(both[5:], ((matrix - matrix.mean(0)) ** 2).sum(0), rtol=1e-4)
+        at += 10
+    sums = [xxhash.xxh3_64_intdigest(m.tobytes()) for m in records.data.values()]
+    assert tensor("checksum").tolist() == sums

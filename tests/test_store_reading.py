@@ -249,6 +249,10 @@ def test_write_and_read_tensors(tmp_path: Path) -> None:
     assert store.contains(space, [*prompts, "no"], "resid_post.3").tolist() == [True, True, True, False]
     last = store.read(space, prompts, "resid_post.3", positions=-1, dtype="float64")
     assert torch.equal(last[2], values[2][-1:].double())
+    several = store.read(space, [prompts[0]], "resid_post.3", positions=["first", (1, 3), -1])
+    assert torch.equal(several[0], values[0][[0, 1, 2, 2]])
+    with pytest.raises(ValueError, match="positions"):
+        store.read(space, prompts, "resid_post.3", positions="middle")
     with pytest.raises(NotCachedError, match="1 of 2"):
         store.read(space, ["a b c", "no"], "resid_post.3")
     with pytest.raises(IndexError):

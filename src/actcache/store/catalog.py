@@ -24,6 +24,8 @@ CREATE TABLE IF NOT EXISTS segment (
 """
 _COLUMNS = "name, space, layout, columns, prompts, rows, size, created_ns, text_context, replaces, prompt_key, text_key"
 
+_inherited: list[sqlite3.Connection] = []
+
 
 class Catalog:
     """Remembers segment headers between processes. Every failure only costs time: headers are read again."""
@@ -33,7 +35,6 @@ class Catalog:
         self._lock = threading.Lock()
         self._db: sqlite3.Connection | None = None
         self._tried = False
-        self._inherited: sqlite3.Connection | None = None
 
     def load(self, space: str) -> list[SegmentInfo]:
         """What is remembered of `space`; whoever asks checks it against the folder."""
@@ -76,8 +77,14 @@ class Catalog:
     def after_fork(self) -> None:
         """In a child process: leave the parent's connection alone and open another one when needed."""
         self._lock = threading.Lock()
-        self._inherited, self._db = self._db, None
-        self._tried = False
+        if self._db is not None:
+            # Closing it here would release locks that the parent holds.
+            _inherited.append(self._db)
+        self._db, self._tried = None, False
+
+    def __del__(self) -> None:
+        if self._db is not None:
+            self._db.close()
 
     def _connect(self) -> sqlite3.Connection | None:
         if self._db is None and not self._tried:

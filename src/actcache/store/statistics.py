@@ -53,18 +53,18 @@ class Moments:
         step = max(1, _CHUNK_BYTES // (4 * dim))
         kind = np.float64 if rows.dtype == np.float64 else np.float32
         scratch = np.empty((min(step, n), dim), kind)
+        total, squares = np.zeros(dim), np.zeros(dim)
         with np.errstate(all="ignore"):
+            # Deviations from about the mean: float32 sums of a chunk of them lose nothing that matters, even
+            # where the mean is a thousand times the spread (outlier dimensions).
+            centre = (self.mean if self.count else as_float(rows[:_FEW]).mean(axis=0)).astype(kind)
             for start in range(0, n, step):
                 part = as_float(rows[start : start + step])
-                count = len(part)
-                # Deviations from about the mean: float32 sums of them lose nothing that matters, even where
-                # the mean is a thousand times the spread (outlier dimensions).
-                centre = (self.mean if self.count else part[:_FEW].mean(axis=0)).astype(kind)
-                away = np.subtract(part, centre, out=scratch[:count])
-                shift = away.sum(axis=0).astype(np.float64) / count
-                np.multiply(away, away, out=away)
-                m2 = away.sum(axis=0).astype(np.float64) - count * shift * shift
-                self.merge(count, centre.astype(np.float64) + shift, np.maximum(m2, 0))
+                away = np.subtract(part, centre, out=scratch[: len(part)])
+                total += away.sum(axis=0)
+                squares += np.einsum("ij,ij->j", away, away)
+            shift = total / n
+            self.merge(n, centre.astype(np.float64) + shift, np.maximum(squares - n * shift * shift, 0))
 
 
 def as_float(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:

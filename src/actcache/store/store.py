@@ -174,8 +174,8 @@ class Store:
         """What is stored at `site`: a tensor ``[B, D]`` with `pooling`, else a list of tensors ``[T, D]``.
 
         `prompts`: texts, token ids, chats, or None for all that have the site, in stored order. `positions`
-        cuts rows: an int, a ``(start, stop)`` pair, or a list of ints, negative from the end. `out`: a tensor
-        ``[B, D]`` to write into (pooled). NotCachedError when a prompt is not stored.
+        cuts rows: "last", "first", an int (negative from the end), a ``(start, stop)`` pair, or a list of these.
+        `out`: a tensor ``[B, D]`` to write into (pooled). NotCachedError when a prompt is not stored.
         """
         space_id, layout = self._space(space), pooling or TOKENS
         wanted = tensors.torch_dtype(dtype)
@@ -339,7 +339,7 @@ class Store:
         with translated(self.location):
             return merging.merge_space(index, self._catalog.path.parent, few=2)
 
-    def writer(self, space: str | SpaceInfo, *, max_bytes: int = 256 << 20, linger: float = 0.25) -> SegmentWriter:
+    def writer(self, space: str | SpaceInfo, *, max_bytes: int = 64 << 20, linger: float = 0.25) -> SegmentWriter:
         """A `SegmentWriter` for a space: writes in a thread of its own; use it in a ``with`` block."""
         space_id = self._space(space)
 

@@ -132,17 +132,23 @@ def records(prompts: Any, values: Mapping[str, Sequence[Any]], pooling: str | No
 
 
 def cut(rows: npt.NDArray[Any], positions: Any) -> npt.NDArray[Any]:
-    """Rows of one prompt at `positions` (an int, a ``(start, stop)`` pair, a list of ints, None for all)."""
+    """Rows of one prompt at "all", "last", "first", an int, a ``(start, stop)`` pair, or a list of these."""
     if positions is None or positions == "all":
         return rows
-    if positions in ("last", "first"):
-        positions = -1 if positions == "last" else 0
     if isinstance(positions, tuple):
         return rows[slice(*positions)]
-    chosen = np.atleast_1d(np.asarray(positions, np.int64))
-    if len(chosen) and not (-len(rows) <= chosen.min() and chosen.max() < len(rows)):
-        raise LayerRangeError(f"position {positions} is outside a prompt of {len(rows)} tokens")
-    return rows[chosen]
+    if isinstance(positions, list):
+        return np.concatenate([rows[:0], *(cut(rows, p) for p in positions)])
+    named = {"last": -1, "first": 0}
+    chosen = named.get(positions, positions) if isinstance(positions, str) else positions
+    if not isinstance(chosen, (int, np.integer)):
+        raise OptionError(
+            f"unknown positions {positions!r}: expected 'all', 'last', 'first', int, (start, stop) or a list."
+        )
+    if not -len(rows) <= chosen < len(rows):
+        raise LayerRangeError(f"position {chosen} is outside a prompt of {len(rows)} tokens")
+    at = chosen % len(rows)
+    return rows[at : at + 1]
 
 
 def stack_pooled(located: Sequence[tuple[Placement, npt.NDArray[np.int64]]], n: int, out: Any, dtype: Any) -> Any:

@@ -12,14 +12,14 @@ from typing import Any
 from actcache.store.files import log
 from actcache.store.records import Records
 
-_GROUP_BYTES = 64 << 20
+_GROUP_BYTES = 32 << 20
 
 
 class SegmentWriter:
     """Takes records and makes them durable in the background; a context manager.
 
     `put` blocks while more than `max_bytes` wait, and never drops. What waits and agrees in layout, sites,
-    dtypes and text context goes into one segment: the thread comes round when 64 MB wait, `linger` seconds
+    dtypes and text context goes into one segment: the thread comes round when 32 MB wait, `linger` seconds
     after the first, or at `flush` and `close`. An error of the thread is raised by the next of these calls
     (DiskFullError, StoreAccessError, ...); what was written before it stays. The arrays in the records must
     not be changed after `put`.
@@ -153,7 +153,7 @@ class SegmentWriter:
         signature: tuple[Any, ...] = group[0].signature
         size = group[0].nbytes
         # Only neighbours are joined, so that what was put first is never written after what came later.
-        while self._queue and size < 4 * _GROUP_BYTES and self._queue[0].signature == signature:
+        while self._queue and size < 2 * _GROUP_BYTES and self._queue[0].signature == signature:
             group.append(self._queue.popleft())
             size += group[-1].nbytes
         return group
