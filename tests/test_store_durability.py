@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import resource
 import signal
@@ -183,12 +182,12 @@ def test_a_forked_reader_works_while_a_thread_writes(tmp_path: Path) -> None:
     check_pooled(store, space, [1])
     with store._index(space).lock:
         # The child inherits a lock that is held, as when it is forked from a process whose writer is busy.
-        pid = multiprocessing.get_context("fork").Process(
-            target=lambda: check_pooled(store, space, range(10)).all() or os._exit(3)
-        )
-        pid.start()
-    pid.join(20)
-    assert pid.exitcode == 0
+        pid = in_child(lambda: os._exit(0 if check_pooled(store, space, range(10)).all() else 3))
+        deadline = time.monotonic() + 30
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            assert time.monotonic() < deadline, "the child waits for a lock that nobody releases"
+            time.sleep(0.01)
+    assert wait_for(pid) == 0
 
 
 # -- full disks and forbidden folders ------------------------------------------------------------------

@@ -62,7 +62,10 @@ def test_put_blocks_while_too_much_waits(tmp_path: Path, monkeypatch: pytest.Mon
 
     thread = threading.Thread(target=work)
     thread.start()
-    time.sleep(0.3)
+    deadline = time.monotonic() + 20
+    while len(put) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
     assert len(put) == 3
     gate.set()
     thread.join(30)
