@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from actcache.model import host_memo
+
 # Before anything imports huggingface_hub, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -20,4 +22,6 @@ def _own_cache_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.setenv("ACTCACHE_DIR", str(folder / "store"))
     monkeypatch.delenv("ACTCACHE_BACKEND", raising=False)
+    # What another test has learnt about models is in memory only, and no other process of this test would know it.
+    monkeypatch.setattr(host_memo, "_default", host_memo.HostMemo())
     return folder
