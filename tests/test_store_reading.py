@@ -92,6 +92,28 @@ def test_every_dtype_comes_back_as_it_was(tmp_path: Path, dtype: Any) -> None:
         np.testing.assert_array_equal(wide[:, 0], records.data[SITES[0]][order].astype(np.float32))
 
 
+@pytest.mark.parametrize("order", [list(range(20)), [7, 3, 19, 0, 4, 11]])
+def test_sites_of_different_dtypes_in_one_segment(tmp_path: Path, order: list[int]) -> None:
+    store, space = make_store(tmp_path)
+    kinds = {
+        "resid_post.0": np.float32,
+        "resid_post.1": np.float16,
+        "resid_post.2": ml_dtypes.bfloat16,
+        "ids": np.int32,
+    }
+    records = pooled(range(20), sites=list(kinds))
+    records.data = {site: (records.data[site] * 100).astype(dtype) for site, dtype in kinds.items()}
+    store.append(space, records)
+    place = store.locate(space, table=make_table(order), sites=list(kinds), layout="last_token")
+    assert place.dtype == np.float32
+    for out in (place.take(), place.take(np.empty((len(order), 4, 8), np.float64))):
+        for j, site in enumerate(kinds):
+            np.testing.assert_array_equal(out[:, j], records.data[site][order].astype(np.float32))
+    ids = store.locate(space, table=make_table(order), sites=["ids"], layout="last_token")
+    records.data["ids"][:] = 0
+    assert ids.take(np.empty((len(order), 1, 8), np.int64)).dtype == np.int64
+
+
 def test_sites_written_at_different_times_are_read_together(tmp_path: Path) -> None:
     store, space = make_store(tmp_path)
     store.append(space, pooled(range(6), sites=["resid_post.0"]))

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import NotCachedError
-from actcache.store.statistics import as_float
+from actcache.store.statistics import as_float, is_float
 
 Ints = npt.NDArray[np.int64]
 
@@ -37,7 +37,7 @@ def gather(
         order = np.argsort(rows, kind="stable")
         rows, at = rows[order], at[order]
     breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(at) != 1)) + 1
-    convert = matrices[0].dtype != out.dtype
+    convert = any(m.dtype != out.dtype for m in matrices)
     if len(breaks) * 4 <= len(rows):
         edges = [0, *breaks.tolist(), len(rows)]
         for start, stop in pairwise(edges):
@@ -51,7 +51,7 @@ def gather(
     for start in range(0, len(rows), _SCATTER_ROWS):
         chosen, target = rows[start : start + _SCATTER_ROWS], at[start : start + _SCATTER_ROWS]
         for matrix, j in zip(matrices, columns, strict=True):
-            out[target, j] = as_float(matrix[chosen]) if convert else matrix[chosen]
+            out[target, j] = _widened(matrix[chosen]) if convert else matrix[chosen]
 
 
 def _copy_run(
@@ -64,4 +64,9 @@ def _copy_run(
         stop = min(start + _CHUNK_ROWS, count)
         for matrix, j in zip(matrices, columns, strict=True):
             part = matrix[row + start : row + stop]
-            out[at + start : at + stop, j] = as_float(part) if convert else part
+            out[at + start : at + stop, j] = _widened(part) if convert else part
+
+
+def _widened(part: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    # Our way from bfloat16 to float32 is several times faster than the cast that assignment would do.
+    return as_float(part) if is_float(part.dtype) else part
