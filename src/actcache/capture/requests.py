@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from actcache.errors import OptionError, UnknownModuleError, did_you_mean, nearest
-from actcache.model.structure import has_forward
+from actcache.model.structure import descend, has_forward
 
 Modules = str | nn.Module | Sequence[str | nn.Module]
 
@@ -54,9 +54,9 @@ def resolve_modules(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
     table: dict[str, nn.Module] | None = None
     for item in [modules] if isinstance(modules, (str, nn.Module)) else modules:
         if isinstance(item, str) and not _is_pattern(item):
-            path = _exact(model, item)
-            if path is not None:
-                wanted[path] = _runnable(model, path)
+            found = _exact(model, item)
+            if found is not None:
+                wanted[found[0]] = _runnable(*found)
                 continue
         table = module_table(model) if table is None else table
         if isinstance(item, nn.Module):
@@ -66,7 +66,7 @@ def resolve_modules(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
                     f"this {type(item).__name__} is not a module of the {type(model).__name__} to capture: "
                     "pass modules of that same model object, or their paths"
                 )
-            wanted[path] = _runnable(model, path)
+            wanted[path] = _runnable(path, item)
         elif isinstance(item, str):
             wanted.update(_matching(item, table, model))
         else:
@@ -76,19 +76,16 @@ def resolve_modules(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
     return wanted
 
 
-def _exact(model: nn.Module, path: str) -> str | None:
-    """`path` when it leads to a module, as written or without a leading "model."; None otherwise."""
-    for candidate in (path, "" if path == "model" else path.removeprefix("model.")):
-        module: nn.Module | None = model
-        for name in candidate.split(".") if candidate else ():
-            module = module._modules.get(name) if module is not None else None
-        if module is not None:
-            return candidate
-    return None
+def _exact(model: nn.Module, path: str) -> tuple[str, nn.Module] | None:
+    """The module that `path` leads to, as written or without a leading "model.", and its path; None when there is none."""
+    try:
+        return path, descend(model, path.split(".") if path else ())
+    except KeyError:
+        bare = "" if path == "model" else path.removeprefix("model.")
+        return _exact(model, bare) if bare != path else None
 
 
-def _runnable(model: nn.Module, path: str) -> nn.Module:
-    module = model.get_submodule(path)
+def _runnable(path: str, module: nn.Module) -> nn.Module:
     if not has_forward(module):
         inside = ", ".join(repr(f"{path}.{name}") for name, _ in list(module.named_children())[:3])
         raise UnknownModuleError(
@@ -98,7 +95,7 @@ def _runnable(model: nn.Module, path: str) -> nn.Module:
 
 
 def _is_pattern(text: str) -> bool:
-    return any(mark in text for mark in "*?[")
+    return "*" in text or "?" in text or "[" in text
 
 
 def _matching(item: str, table: dict[str, nn.Module], model: nn.Module) -> dict[str, nn.Module]:

@@ -82,8 +82,11 @@ def _block_list(model: nn.Module, config: Any, lists: dict[str, nn.ModuleList]) 
     recorded = _recorded_classes(model)
     by_recorder = [path for path, layers in lists.items() if recorded and all(isinstance(m, recorded) for m in layers)]
     by_length = [path for path, layers in lists.items() if depth and len(layers) == depth]
+    # Named for placing a model on several devices; also right when blocks were taken out of a loaded model.
+    whole = {name for m in model.modules() for name in getattr(type(m), "_no_split_modules", None) or ()}
+    by_name = [path for path, layers in lists.items() if all(type(m).__name__ in whole for m in layers)]
     # A list of experts may be as long as the list of blocks, but lies deeper.
-    candidates = sorted(by_recorder or by_length, key=lambda path: path.count("."))
+    candidates = sorted(by_recorder or by_length or by_name, key=lambda path: path.count("."))
     if not candidates:
         raise SiteUnavailableError(
             f"cannot make out the blocks of {type(model).__name__}: no module list "

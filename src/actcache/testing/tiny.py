@@ -88,5 +88,11 @@ def tiny_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
             single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS)]
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=64
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        model_max_length=64,
+        # Token types are embedded by some architectures, and mean nothing here.
+        model_input_names=["input_ids", "attention_mask"],
     )
