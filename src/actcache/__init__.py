@@ -9,9 +9,8 @@ Names are loaded when first used, so that importing this package loads neither t
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
+# Type checkers take this name for true; importing it from typing would be most of what this package's import costs.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from actcache import errors
     from actcache._version import __version__
@@ -97,6 +96,8 @@ def __getattr__(name: str) -> object:
         from actcache.errors import did_you_mean
 
         raise AttributeError(f"module 'actcache' has no attribute {name!r}.{did_you_mean(name, _PUBLIC)}") from None
+    from importlib import import_module
+
     loaded = import_module(f"{__name__}.{module}")
     value: object = getattr(loaded, attribute) if attribute else loaded
     globals()[name] = value
