@@ -450,6 +450,11 @@ def test_compiled_models_run_their_original(model: Any) -> None:
         compiled(IDS)
     assert torch.equal(cache["resid_post.1"], reference[2])
     assert torch.equal(by_original[BLOCKS[0]].hidden, reference[1])
+    fresh = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    torch._dynamo.reset()
+    with ac.capture(fresh) as inside:
+        torch.compile(fresh, backend="eager")(torch.ones(1, 2))
+    assert torch.equal(inside["1"].output, inside["0"].output.relu())
     inner = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     inner[0].compile(backend="eager")
     x = torch.ones(1, 2)

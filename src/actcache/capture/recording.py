@@ -78,7 +78,8 @@ class Recording:
         cuts = not (isinstance(self._positions, str) and self._positions == "all")
         if self._points or cuts or self._track:
             recorder.passes = Passes(self._positions)
-            listeners += recorder.passes.listeners(tops)
+            # The inputs of the model itself are cut too, before its backbone is called.
+            listeners += recorder.passes.listeners(tops if cuts and self._modules else tops[-1:])
         stopper = _Stopper(len(self._modules) + len(self._points)) if self._stop else None
         if stopper is not None:
             guards += [(module, stopper.guard) for module in {id(m): m for m in tops}.values()]
@@ -293,7 +294,7 @@ class _Eager:
     def enter(self) -> None:
         with self._lock:
             self._open += 1
-            if self._open == 1 and "torch._dynamo" in sys.modules:
+            if self._open == 1 and _something_is_compiled():
                 stance = getattr(torch.compiler, "set_stance", None)
                 if stance is not None:
                     self._stance = stance("force_eager")
@@ -307,6 +308,13 @@ class _Eager:
 
 
 _eager = _Eager()
+
+
+def _something_is_compiled() -> bool:
+    """Whether compiled code may exist. Setting the stance costs more than all else on entering a block."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    # Every use of torch.compile leaves its backend there; where torch keeps no such table, assume the worst.
+    return frames is not None and bool(getattr(frames, "cached_backends", True))
 
 
 def _reader(put: Callable[[Any], None], keep: Keep, count: Callable[[], None] | None) -> Callable[[Any], None]:

@@ -77,7 +77,7 @@ def resolve_modules(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
 
 
 def _exact(model: nn.Module, path: str) -> tuple[str, nn.Module] | None:
-    """The module that `path` leads to, as written or without a leading "model.", and its path; None when there is none."""
+    """The module that `path` leads to, as written or without a leading "model.", behind its path; None when none is."""
     try:
         return path, descend(model, path.split(".") if path else ())
     except KeyError:

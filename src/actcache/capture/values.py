@@ -12,7 +12,7 @@ from torch import Tensor
 
 from actcache.errors import OptionError, did_you_mean
 
-_CPU = torch.device("cpu")
+CPU = torch.device("cpu")
 _CACHE_MODULES = ("transformers.cache_utils",)
 
 
@@ -32,12 +32,12 @@ class KVSummary:
 def make_keeper(
     *, device: torch.device | None, dtype: torch.dtype | None, detach: bool, copy: bool
 ) -> Callable[[Any], Any]:
-    """A function that keeps a value: every tensor in it detached (`detach`), on `device` (None: where it is), in
+    """A function that keeps a value: every tensor in it detached (`detach`), on `device` (`CPU`, None: where it is), in
     `dtype` (floating tensors only) and, with `copy`, in memory of its own.
 
     A tensor that several modules hand on unchanged is copied once.
     """
-    to_cpu = device is not None and device.type == "cpu"
+    to_cpu = device is None or device is CPU
     plain = copy and detach and dtype is None
     last: Tensor | None = None
     last_version = -1
@@ -52,7 +52,7 @@ def make_keeper(
         version = tensor._version
         if tensor is last and version == last_version and last_kept is not None:
             return last_kept
-        if plain and tensor.is_cpu and (to_cpu or device is None):
+        if plain and to_cpu and tensor.is_cpu:
             kept = tensor.detach().clone() if tensor.requires_grad else tensor.clone()
         else:
             kept = convert(tensor)
@@ -179,14 +179,14 @@ def read_device(device: str | torch.device | int | None) -> torch.device | None:
     if device is None:
         return None
     if device == "cpu":
-        return _CPU
+        return CPU
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise OptionError(f"unknown device {device!r}: expected 'cpu', 'cuda', 'cuda:0', ... or None") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"device {device!r} asks for CUDA, which torch does not find here: use 'cpu'")
-    return found
+    return CPU if found.type == "cpu" else found
 
 
 def read_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
