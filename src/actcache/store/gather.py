@@ -37,7 +37,8 @@ def gather(
     for matrix in matrices:
         if low < 0 or high >= len(matrix):
             raise NotCachedError(
-                f"row {low if low < 0 else high} of a matrix of {len(matrix)} rows: the file is shorter than its index says"
+                f"row {low if low < 0 else high} of a matrix of {len(matrix)} rows: "
+                "the file is shorter than its index says"
             )
     span = _span(matrices) if all(m.dtype == out.dtype for m in matrices) else None
     if span is None:
