@@ -153,9 +153,8 @@ def print_table(
     width = max([len(r.name) for r in rows] + [12])
     unit = "x time" if show == "time" else "x speed"
     print(f"\n{title}  ({rows[0].rounds} rounds, median [95 % interval of the paired ratio])")
-    print(
-        f"{'':{width}}  {unit:>7} {'interval':>17}  {'x cpu':>7}  {'wall':>10}  {'cpu':>10}{'      GB/s' if nbytes else ''}  bound"
-    )
+    rates = "      GB/s" if nbytes else ""
+    print(f"{'':{width}}  {unit:>7} {'interval':>17}  {'x cpu':>7}  {'wall':>10}  {'cpu':>10}{rates}  bound")
     for row in rows:
         ratio = row.wall_ratio if show == "time" else row.speed
         verdict = ""

@@ -6,13 +6,13 @@ import shutil
 
 import pytest
 import torch
-from reference import alone, relative_error
 
 import actcache as ac
 from actcache import errors
 from actcache.model.loading import open_source
 from actcache.model.options import LoadOptions, dtype_name
 from actcache.testing.tiny import tiny_model, tiny_tokenizer
+from reference import alone, relative_error
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TEXTS = ["the cat", "a", "dogs and cats"]

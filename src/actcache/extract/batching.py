@@ -38,13 +38,16 @@ def token_budget(device: str) -> int:
     return CPU_TOKEN_BUDGET if device.split(":")[0] == "cpu" else ACCELERATOR_TOKEN_BUDGET
 
 
-def make_batches(lengths: Sequence[int], *, max_tokens: int, batch_size: int | None = None) -> list[Batch]:
+def make_batches(
+    lengths: Sequence[int], *, max_tokens: int, batch_size: int | None = None, equal_lengths: bool = False
+) -> list[Batch]:
     """Split prompts of the given token counts into batches that hold every prompt once, longest first.
 
     Lengths that fill a batch of their own go first: such a batch has no padding, needs no mask, and gives
     each prompt the very numbers it has alone. What is left over is padded to the longest of its batch.
     A batch holds at most `max_tokens` padded tokens (one prompt alone may exceed it) and at most
-    `batch_size` prompts. The longest batches run first, so that memory runs out at once or never.
+    `batch_size` prompts; with `equal_lengths` only prompts of one length share a batch.
+    The longest batches run first, so that memory runs out at once or never.
     """
     by_length: dict[int, list[int]] = {}
     for i, n in enumerate(lengths):
@@ -54,7 +57,7 @@ def make_batches(lengths: Sequence[int], *, max_tokens: int, batch_size: int | N
     for length in sorted(by_length, reverse=True):
         same = by_length[length]
         room = _room(length, max_tokens, batch_size)
-        full = len(same) - len(same) % room
+        full = len(same) if equal_lengths else len(same) - len(same) % room
         batches += [Batch(tuple(same[k : k + room]), length, False) for k in range(0, full, room)]
         left += same[full:]
     start = 0

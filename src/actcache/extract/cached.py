@@ -169,14 +169,17 @@ class CachedExtractor:
             tokens += count
             rows = count if self.layout == TOKENS else len(members)
             nbytes += rows * itemsize * sum(self._width(name) for name in names)
-        device = self.extractor.backend().device
+        seconds = 0.0
+        if tokens:
+            device = self.extractor.backend().device
+            seconds = estimate_seconds(source, request.space, device, tokens, depth=self._depth())
         return Plan(
             cached=request.cached,
             missing=request.to_compute,
             tokens=tokens,
             bytes_to_write=nbytes,
             bytes_free=bytes_free(Path(self.store.location)),
-            seconds=estimate_seconds(source, request.space, device, tokens, depth=self._depth()),
+            seconds=seconds,
         )
 
     @staticmethod

@@ -14,6 +14,7 @@ from actcache.extract.batching import Batch, check_limits, make_batches, token_b
 from actcache.extract.prompts import Prompt, check_tokens, read_prompts, tokenize
 from actcache.model.loading import open_source
 from actcache.model.options import LoadOptions
+from actcache.model.rope import depends_on_longest
 from actcache.model.sites import Site, resolve_layers
 from actcache.progress import progress
 
@@ -160,7 +161,12 @@ class ActivationExtractor:
         """
         backend = self.backend()
         budget = self.max_batch_tokens or token_budget(backend.device)
-        todo = make_batches([len(i) for i in ids], max_tokens=budget, batch_size=self.batch_size)
+        todo = make_batches(
+            [len(i) for i in ids],
+            max_tokens=budget,
+            batch_size=self.batch_size,
+            equal_lengths=depends_on_longest(self.source.config),
+        )
         with backend.session(sites, self.reduction) as session:
             in_flight: list[tuple[Batch, Rows]] = []
             for batch in todo:

@@ -62,8 +62,6 @@ def estimate_seconds(source: ModelSource, space: str, device: str, tokens: int, 
 
     `depth` is the fraction of the blocks that runs.
     """
-    if tokens == 0:
-        return 0.0
     known = host_memo().get("tokens_per_second", f"{space}\0{device}")
     if known is not None:
         return tokens / float(known)

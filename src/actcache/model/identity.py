@@ -180,7 +180,9 @@ def live_weights_digest(model: torch.nn.Module) -> str:
     Computed once per state of the weights. The state is recognised by every tensor's `data_ptr` and
     `_version`, and by a sample of its values, since a write through ``.data`` moves no version.
     """
-    named = [*model.named_parameters(), *model.named_buffers()]
+    # Frequencies that follow the last pass say nothing about the weights.
+    buffers = [(name, b) for name, b in model.named_buffers() if not name.endswith("inv_freq")]
+    named = [*model.named_parameters(), *buffers]
     state = tuple((name, t.data_ptr(), t._version, tuple(t.shape), str(t.dtype), _sample(t)) for name, t in named)
     known = _live.get(model)
     if known is not None and known[0] == state:

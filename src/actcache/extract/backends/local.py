@@ -19,6 +19,7 @@ from actcache.capture.positions import pool, pool_rows, resolve_positions
 from actcache.extract.backends import Reduction
 from actcache.model.anatomy import check_identities, describe
 from actcache.model.options import resolve_device
+from actcache.model.rope import depends_on_longest, forget_lengths
 from actcache.model.sites import Site
 
 if TYPE_CHECKING:
@@ -49,7 +50,12 @@ class LocalBackend:
             anatomy = describe(model)
             points = {name: anatomy.read_point(site) for name, site in parsed.items()}
             whole = any(site.name == "logits" for site in parsed.values())
-            session = LocalSession(model if whole else anatomy.backbone, _input_device(model), reduction)
+            session = LocalSession(
+                model if whole else anatomy.backbone,
+                _input_device(model),
+                reduction,
+                forget_lengths=depends_on_longest(self._source.config),
+            )
             stack.enter_context(_exact_float32(model))
             stack.enter_context(torch.no_grad())
             session.observer = stack.enter_context(observe(points, session.receive, stop_after_last=True))
@@ -61,10 +67,13 @@ class LocalSession:
 
     observer: Any
 
-    def __init__(self, module: torch.nn.Module, device: torch.device, reduction: Reduction) -> None:
+    def __init__(
+        self, module: torch.nn.Module, device: torch.device, reduction: Reduction, *, forget_lengths: bool
+    ) -> None:
         self._module = module
         self._device = device
         self._reduction = reduction
+        self._forget_lengths = forget_lengths
         self._accepts = set(inspect.signature(module.forward).parameters)
         self._lengths: list[int] = []
         self._on_device: dict[torch.device, torch.Tensor] = {}
@@ -75,6 +84,8 @@ class LocalSession:
         self._on_device = {}
         self._rows = {}
         self.observer.reset()
+        if self._forget_lengths:
+            forget_lengths(self._module)
         with suppress(StopForward):
             self._module(**self._inputs(sequences))
         rows, self._rows = self._rows, {}
@@ -138,7 +149,7 @@ class CopiedRows:
                 self._rows[site] = tensor.to("cpu")
         for device in devices:
             with torch.cuda.device(device):
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event = torch.cuda.Event()
                 event.record()
                 self._events.append(event)
 

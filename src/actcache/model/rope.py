@@ -1,0 +1,42 @@
+"""Rotary embeddings whose frequencies depend on the longest sequence of a pass.
+
+With RoPE types ``dynamic`` and ``longrope`` a short prompt beside a long one gets other frequencies than alone
+(transformers, ``modeling_rope_utils.dynamic_rope_update``), and ``dynamic`` also remembers the longest pass so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_TYPES = ("dynamic", "longrope")
+_ORIGINAL = "original_inv_freq"
+
+
+def depends_on_longest(config: Mapping[str, Any]) -> bool:
+    """Whether a prompt's values depend on the longest prompt of its batch."""
+    return any(kind in found for found in _rope_types(config) for kind in _TYPES)
+
+
+def _rope_types(config: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _rope_types(value)
+        elif key in ("rope_type", "type") and isinstance(value, str):
+            yield value
+
+
+def forget_lengths(model: torch.nn.Module) -> None:
+    """Put every rotary embedding of `model` back to where it was before its first pass."""
+    for module in model.modules():
+        known = {**module.__dict__, **module._buffers}
+        for name in [name for name in known if name.endswith(_ORIGINAL)]:
+            prefix = name.removesuffix(_ORIGINAL)
+            current = getattr(module, f"{prefix}inv_freq", None)
+            if current is None or not hasattr(module, "original_max_seq_len"):
+                continue
+            module.register_buffer(f"{prefix}inv_freq", known[name].to(current.device, copy=True), persistent=False)
+            module.__dict__[f"{prefix}max_seq_len_cached"] = module.original_max_seq_len
