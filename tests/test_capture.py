@@ -380,7 +380,7 @@ def test_missed_modules_are_an_error(model: Any) -> None:
     assert cache["transformer.h.0"].hidden.shape == (2, 6, 32)
     with pytest.raises(MissedModuleError), ac.capture(model, sites="resid_post"):
         pass
-    with ac.capture(model) as nothing:
+    with pytest.raises(MissedModuleError, match="'model'"), ac.capture(model) as nothing:
         pass
     assert nothing.is_empty()
 

@@ -17,6 +17,7 @@ KINDS = {
         "short_factor": [1.0] * 4,
         "long_factor": [4.0, 3.0, 2.0, 8.0],
         "original_max_position_embeddings": 16,
+        "factor": 4.0,
     },
     "dynamic": {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 16},
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -24,7 +25,9 @@ KINDS = {
 
 
 def llama(kind: str):
-    return tiny_model("llama", seed=6, rope_scaling={**KINDS[kind], "rope_theta": 10000.0})
+    # transformers 4.57 reads the original length of longrope from the config itself.
+    more = {"original_max_position_embeddings": 16} if kind == "longrope" else {}
+    return tiny_model("llama", seed=6, rope_scaling={**KINDS[kind], "rope_theta": 10000.0}, **more)
 
 
 def prompts() -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -41,7 +41,7 @@ class Recording:
         points: Mapping[Site, ReadPoint],
         *,
         anatomy: Anatomy | None,
-        required: Iterable[str],
+        required: Sequence[str],
         include_output: bool,
         include_inputs: bool,
         keep: dict[str, Any],
@@ -155,7 +155,7 @@ class Recording:
 class _Recorder:
     """What the taps of one block fill, and the form in which the cache takes it over."""
 
-    def __init__(self, anatomy: Anatomy | None, required: Iterable[str]) -> None:
+    def __init__(self, anatomy: Anatomy | None, required: Sequence[str]) -> None:
         self.entries: dict[str, Entry] = {}
         self.sites: dict[str, list[tuple[int, Tensor]]] = {}
         self.passes: Passes | None = None
@@ -176,6 +176,9 @@ class _Recorder:
                 items[key] = self._joined(values)
 
     def missed(self) -> list[str]:
+        if not self._required and not any(map(len, self.entries.values())):
+            # Whatever runs was asked for, and nothing did.
+            return ["model"]
         return [key for key in self._required if not (self.sites.get(key) or len(self.entries.get(key, ())))]
 
     def close(self) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
