@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-from reference import alone, relative_error
 
 import actcache as ac
 from actcache.model.rope import depends_on_longest
 from actcache.testing.tiny import tiny_model
+from reference import alone, relative_error
 
 KINDS = {
     "longrope": {
