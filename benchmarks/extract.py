@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,13 @@ def usual_script(model: GPT2LMHeadModel, prompts: list[list[int]], layer: int | 
     return kept
 
 
+def matrix_products(dtype: torch.dtype) -> Callable[[], object]:
+    """The four products of a GPT-2 block on 512 tokens: the bound on any gain from a dtype."""
+    shapes = ((WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH))
+    pairs = [(torch.ones(512, rows, dtype=dtype), torch.ones(rows, columns, dtype=dtype)) for rows, columns in shapes]
+    return lambda: [a @ b for a, b in pairs]
+
+
 def cached_run(model: Any, prompts: list[list[int]], **options: Any) -> None:
     folder = tempfile.mkdtemp(prefix="actcache-bench-")
     try:
@@ -79,6 +87,12 @@ def speed(prompts: int, rounds: int) -> None:
         f"\n{prompts} prompts, {sum(map(len, texts))} tokens, GPT-2 shape {LAYERS} x {WIDTH}, vocabulary {VOCABULARY}"
     )
     middle = LAYERS // 2 - 1
+    products = {dtype: matrix_products(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    print_table(
+        "what the processor allows: the matrix products of one block, 512 tokens",
+        compare(products[torch.float32], {"bfloat16": products[torch.bfloat16]}, 31, reference_name="float32"),
+        show="speed",
+    )
     model, half = gpt2_shape(), gpt2_shape(torch.bfloat16)
     print_table(
         "extraction, storing included",
