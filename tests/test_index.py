@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actcache.store import container
+from actcache.store import keys as keys_module
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import KeyTable
 from actcache.store.store import Store
-from store_helpers import check_pooled, make_store, pooled, segment_files
+from store_helpers import SITES, check_pooled, make_store, pooled, segment_files, text, vector
 
 # -- sorted keys ---------------------------------------------------------------------------------------
 
@@ -66,6 +67,41 @@ def test_many_small_segments_make_few_runs() -> None:
     number, _ = table.find(keys, np.arange(500))
     assert number.tolist() == list(range(500))
     assert len(table._runs) <= 10
+
+
+def test_many_drops_are_filtered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge drops a thousand segments at once; going through all keys for each would take minutes."""
+    table, keys = KeyTable(), np.random.default_rng(0).integers(0, 255, (500, 16), np.uint8)
+    for i in range(500):
+        table.add(i, keys[i : i + 1])
+    table.find(keys[:1], np.arange(500))
+    filtered: list[object] = []
+    original = keys_module._Run.keep
+    monkeypatch.setattr(keys_module._Run, "keep", lambda run, mask: filtered.append(run) or original(run, mask))
+    for i in range(0, 400, 2):
+        table.drop(i)
+        if i % 8 == 0:
+            table.add(i, keys[i : i + 1])
+    number, _ = table.find(keys, np.arange(500))
+    assert number.tolist() == [i if i % 2 or i >= 400 or i % 8 == 0 else -1 for i in range(500)]
+    assert len(filtered) < 100
+    assert len(table) == 500 - 150
+
+
+def test_of_two_rows_of_a_segment_the_later_is_read(tmp_path: Path) -> None:
+    """What waits for the writer goes into one segment, also when a prompt is written twice."""
+    store, space = make_store(tmp_path)
+    old, new = (pooled([i, 3, 4]) for i in (1, 2))
+    old.data = {site: rows - 1 for site, rows in old.data.items()}
+    info = store.append(space, [old, new])
+    assert info.prompts == 6
+    assert check_pooled(store, space, [2, 3, 4]).all()
+    expected = np.mean([vector(2, SITES[0]), vector(3, SITES[0]), vector(4, SITES[0]), vector(1, SITES[0]) - 1], axis=0)
+    np.testing.assert_allclose(store.statistics(space, SITES[0], pooling="last_token").mean, expected, atol=1e-6)
+    store.append(space, pooled([9]))
+    store.merge(space)
+    assert check_pooled(store, space, [2, 3, 4, 9]).all()
+    assert store.statistics(space, SITES[0], pooling="last_token").count == 5
 
 
 # -- the index on disk ---------------------------------------------------------------------------------
@@ -184,6 +220,42 @@ def test_a_change_within_one_clock_tick_is_seen(tmp_path: Path) -> None:
     there.append(space, pooled([1]))
     os.utime(folder, ns=(stamp, stamp))
     assert check_pooled(here, space, [0, 1]).all()
+
+
+def test_a_file_system_of_whole_seconds_is_listed_for_longer(tmp_path: Path) -> None:
+    here, space = make_store(tmp_path)
+    here.append(space, pooled([0]))
+    folder = here.root / space
+    stamp = (time.time_ns() // 1_000_000_000 - 1) * 1_000_000_000
+    os.utime(folder, ns=(stamp, stamp))
+    assert check_pooled(here, space, [0]).all()
+    there = Store(here.location, index_dir=tmp_path / "i2")
+    there.invalidate(space, [text(0)])
+    os.utime(folder, ns=(stamp, stamp))
+    assert not check_pooled(here, space, [0]).any()
+
+
+def test_a_listing_that_misses_both_sides_of_a_merge_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder is not read in one instant: neither the old segments nor the new one need be in it."""
+    here, space = make_store(tmp_path)
+    there = Store(here.location, index_dir=tmp_path / "i2")
+    for i in range(4):
+        here.append(space, pooled([i]))
+    original, torn = SpaceIndex._list, []
+
+    def listing(self: SpaceIndex) -> set[str]:
+        if self is not here._index(space) or torn:
+            return original(self)
+        torn.append(True)
+        before = original(self)
+        assert there.merge(space) == 4
+        return before & original(self)
+
+    monkeypatch.setattr(SpaceIndex, "_list", listing)
+    assert check_pooled(here, space, range(4)).all()
+    assert torn
 
 
 def test_an_unchanged_folder_is_not_listed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from actcache.errors import FormatError
-from actcache.store import merging, segment, tombs
+from actcache.store import merging, removal, segment, tombs
+from actcache.store.index import SpaceIndex
 from actcache.store.prompts import PromptTable
 from actcache.store.records import Records
 from actcache.store.store import Store
@@ -139,7 +140,118 @@ def test_invalidation_during_a_merge_is_not_lost(tmp_path: Path, monkeypatch: py
     assert check_pooled(store, space, range(4)).tolist() == [True, False, False, True]
 
 
+def test_a_tomb_known_before_counts_for_a_segment_merged_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The merge was under way when the prompt went, and becomes visible together with another tomb."""
+    store, space = make_store(tmp_path)
+    merger = Store(store.location, index_dir=tmp_path / "i2")
+    for i in range(3):
+        store.append(space, pooled([i]))
+    reader = Store(store.location, index_dir=tmp_path / "i3")
+    write = merging.write_columns
+
+    def late_write(*args: Any, **options: Any) -> Any:
+        apart = store.append(space, pooled([7], sites=["embed"]))
+        info = store._index(space).segments()
+        name = next(i.name for _, i in info if i.sites == tuple(SITES) and i.name != apart.name and i.prompts == 1)
+        held = segment.open(store.root / space / f"{name}.safetensors").info
+        tombs.write_tomb(store.root / space, name, held.prompt_key)
+        gone.append(held.prompt_key)
+        # The reader knows this tomb before the merged segment is there ...
+        reader.refresh()
+        written = write(*args, **options)
+        # ... and sees that one together with a tomb of something else.
+        tombs.write_tomb(store.root / space, apart.name, apart.prompt_key)
+        reader.refresh()
+        return written
+
+    gone: list[Any] = []
+    assert check_pooled(reader, space, range(3)).all()
+    monkeypatch.setattr(merging, "write_columns", late_write)
+    assert merger.merge(space) == 3
+    monkeypatch.undo()
+    left = [make_table([i]).token_key.tobytes() != gone[0].tobytes() for i in range(3)]
+    for each in (reader, merger, Store(store.location, index_dir=tmp_path / "i4")):
+        assert check_pooled(each, space, range(3)).tolist() == left
+
+
+def test_an_invalidation_outlives_two_merges_that_began_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second merges what the first has made, and knows nothing of the tomb for what the first had read."""
+    store, space = make_store(tmp_path)
+    first, second = (Store(store.location, index_dir=tmp_path / f"host {k}") for k in range(2))
+    for i in range(3):
+        store.append(space, pooled([i]))
+    write, writes = merging.write_columns, []
+
+    def late_write(*args: Any, **options: Any) -> Any:
+        writes.append(True)
+        if len(writes) == 2:
+            # The second merge has decided what to copy; a tomb of now comes too late for it.
+            assert removal.invalidate(frozen, make_table([1]).token_key) == 1
+        return write(*args, **options)
+
+    store.refresh()
+    monkeypatch.setattr(merging, "write_columns", late_write)
+    refresh = SpaceIndex.refresh
+    frozen = store._index(space)
+    passed: list[bool] = []
+
+    def late_refresh(self: SpaceIndex, *, force: bool = False) -> None:
+        # The invalidation's first look is from before the first merge.
+        if self is not frozen or passed:
+            refresh(self, force=force)
+        else:
+            passed.append(True)
+
+    first.merge(space)
+    second.append(space, pooled([9]))
+    monkeypatch.setattr(SpaceIndex, "refresh", late_refresh)
+    second.merge(space)
+    monkeypatch.undo()
+    assert len(writes) == 2
+    for reader in (store, first, second, Store(store.location, index_dir=tmp_path / "i4")):
+        assert check_pooled(reader, space, [0, 1, 2, 9]).tolist() == [True, False, True, True]
+
+
+def test_tombs_stay_while_a_segment_cannot_be_read(tmp_path: Path) -> None:
+    """A later version of the format may hold what a tomb names, and is read by a later actcache."""
+    store, space = make_store(tmp_path)
+    info = store.append(space, pooled([1]))
+    store.invalidate(space, [text(1)])
+    (tomb,) = (store.root / space).glob("*.tomb")
+    os.utime(tomb, (time.time() - 7200,) * 2)
+    file = store.root / space / f"{info.name}.safetensors"
+    raw = file.read_bytes()
+    file.unlink()
+    file.write_bytes(raw.replace(b'"version":"1.0"', b'"version":"2.0"'))
+    later = Store(store.location, index_dir=tmp_path / "i2")
+    for i in range(2, 5):
+        later.append(space, pooled([i]))
+    assert later.merge(space) == 3
+    assert tomb.exists()
+
+
 # -- merging -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", [[SITES[0], "embed"], [SITES[0]]])
+def test_merging_brings_no_older_copy_to_the_front(tmp_path: Path, again: list[str]) -> None:
+    """The newer copy lies in a segment that is not merged: what is merged must not look newer than it."""
+    store, space = make_store(tmp_path)
+    old = pooled([1, 2], sites=[SITES[0]])
+    old.data = {site: rows - 1 for site, rows in old.data.items()}
+    store.append(space, old)
+    # Left alone for its sites, or for its size.
+    store.append(space, pooled(range(1, 3 if len(again) == 2 else 9_000), sites=again))
+    for i in range(10_000, 10_000 + merging.FEW):
+        store.append(space, pooled([i], sites=[SITES[0]]))
+    index = store._index(space)
+    merging.merge_space(index, tmp_path / "locks", few=merging.FEW)
+    assert check_pooled(store, space, [1, 2, *range(10_000, 10_000 + merging.FEW)], [SITES[0]]).all()
+    assert len(segment_files(store, space)) == 3, "the others are merged all the same"
 
 
 def test_merging_changes_nothing_but_the_files(tmp_path: Path) -> None:

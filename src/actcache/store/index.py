@@ -23,7 +23,8 @@ from actcache.store.mapping import Segment
 from actcache.store.records import SegmentInfo
 from actcache.store.tombs import Keys, is_member, read_tomb
 
-_RACY_NS = 250_000_000
+_RACY_NS, _COARSE_NS = 250_000_000, 2_500_000_000
+_LISTINGS = 8
 _KEEP_OPEN = 4096
 _TRANSIENT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
 
@@ -71,11 +72,26 @@ class SpaceIndex:
             if not force and self._listed is not None:
                 listed_at, seen = self._listed
                 # A change within one tick of the file system's clock leaves the same time stamp.
-                if changed == seen and listed_at - changed > _RACY_NS:
+                if changed == seen and _is_settled(listed_at, changed):
                     return
             listed_at = time.time_ns()
-            self._synchronise(self._list() if changed >= 0 else set())
+            self._synchronise(self._list_all(_is_settled(listed_at, changed)) if changed >= 0 else set())
             self._listed = (listed_at, changed)
+
+    def _list_all(self, settled: bool) -> set[str]:
+        """Every name in the folder; where others are at work, listed until nothing goes missing in between.
+
+        No instant is listed: a merged segment can appear behind the reading position and its sources go before it
+        gets to them, so that one listing shows neither.
+        """
+        names = self._list()
+        if settled and all(f"{name}.safetensors" in names for name in self._numbers):
+            return names
+        for _ in range(_LISTINGS):
+            before, names = names, self._list()
+            if not any(SEGMENT_NAME.fullmatch(name) for name in before - names):
+                break
+        return names
 
     def _list(self) -> set[str]:
         with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
@@ -92,17 +108,17 @@ class SpaceIndex:
                     self._insert(known)
         gone = [name for name in self._numbers if name not in segments]
         new = [info for name in sorted(segments - self._numbers.keys() - self._refused) if (info := self._read(name))]
+        buried = {t for held in self._tombs.values() for t in held}
+        # All that can fail has been read before anything changes.
+        fresh_tombs = self._read_tombs(tombs - buried)
         self._refused &= segments
         for name in gone:
             self._remove(name)
         for fresh in new:
             self._insert(fresh)
         self._catalog.record(self.folder.name, new, gone)
-        buried = {t for held in self._tombs.values() for t in held}
-        if tombs != buried:
-            self._update_tombs(tombs - buried, buried - tombs)
-        elif new:
-            self._bury({info.name for info in new})
+        # Tombs that are long known count for a new segment, too, when it was merged without them.
+        self._bury({info.name for info in new} | self._update_tombs(fresh_tombs, buried - tombs))
 
     def _read(self, name: str) -> SegmentInfo | None:
         try:
@@ -184,21 +200,28 @@ class SpaceIndex:
                 self._damaged.setdefault(number, np.zeros(info.prompts, bool))[rows] = True
                 self._rekey(number)
 
-    def _update_tombs(self, new: set[str], gone: set[str]) -> None:
-        touched = {t[:32] for t in new | gone}
-        for tomb in gone:
-            self._tombs[tomb[:32]].pop(tomb, None)
-        for tomb in new:
-            keys: Keys | None = None
+    def _read_tombs(self, names: set[str]) -> dict[str, Keys | None]:
+        found: dict[str, Keys | None] = {}
+        for tomb in names:
             try:
-                keys = read_tomb(self.folder / tomb)
+                found[tomb] = read_tomb(self.folder / tomb)
             except FileNotFoundError:
                 continue
             except (FormatError, OSError) as error:
+                if isinstance(error, OSError) and error.errno in _TRANSIENT:
+                    raise
                 log.warning("a tomb cannot be read, so all of its segment counts as gone: %s", error)
+                found[tomb] = None
+        return found
+
+    def _update_tombs(self, new: dict[str, Keys | None], gone: set[str]) -> set[str]:
+        """Take in `new` tombs, forget those `gone`; the segments for which that matters."""
+        for tomb in gone:
+            self._tombs[tomb[:32]].pop(tomb, None)
+        for tomb, keys in new.items():
             self._tombs.setdefault(tomb[:32], {})[tomb] = keys
-        heirs = {i.name for i in self._infos if i is not None and touched & i.replaces.keys()}
-        self._bury(touched | heirs)
+        touched = {t[:32] for t in new.keys() | gone}
+        return touched | {i.name for i in self._infos if i is not None and touched & i.replaces.keys()}
 
     def _bury(self, names: set[str]) -> None:
         for name in names:
@@ -207,8 +230,11 @@ class SpaceIndex:
                 continue
             info = self._infos[number]
             assert info is not None
+            tombs = self.tombs_of(info)
+            if not tombs and number not in self._dead:
+                continue
             dead = np.zeros(info.prompts, bool)
-            for keys in self.tombs_of(info).values():
+            for keys in tombs.values():
                 dead |= True if keys is None else is_member(info.prompt_key, keys)
             before = self._dead.get(number)
             if not np.array_equal(dead, before if before is not None else np.zeros(info.prompts, bool)):
@@ -224,6 +250,18 @@ class SpaceIndex:
         for source, applied in info.replaces.items():
             found.update({t: k for t, k in self._tombs.get(source, {}).items() if t not in applied})
         return found
+
+    def own_dead(self, info: SegmentInfo) -> Mask:
+        """Which prompts of a segment are named by tombs of its own, inherited ones left aside."""
+        dead = np.zeros(info.prompts, bool)
+        for keys in self._tombs.get(info.name, {}).values():
+            dead |= True if keys is None else is_member(info.prompt_key, keys)
+        return dead
+
+    @property
+    def has_refused(self) -> bool:
+        """Whether there are segments that cannot be read, of which nothing is known."""
+        return bool(self._refused)
 
     def _rekey(self, number: int) -> None:
         info = self._infos[number]
@@ -305,3 +343,9 @@ class SpaceIndex:
         self._remove(name)
         self._listed = None
         self._catalog.record(self.folder.name, [], [name])
+
+
+def _is_settled(listed_at: int, changed: int) -> bool:
+    """Whether any later change must show in the folder's time stamp."""
+    # Some file systems keep whole seconds, or even ones.
+    return listed_at - changed > (_RACY_NS if changed % 1_000_000_000 else _COARSE_NS)

@@ -29,7 +29,8 @@ class _Run:
 
 
 class KeyTable:
-    """Keys of many segments; of two segments with the same key the one with the greater age rank wins.
+    """Keys of many segments; of two segments with the same key the one with the greater age rank wins, of two rows of a
+    segment the later one.
 
     Runs of sorted keys are merged when a newer one is half as long, so adding N segments costs N log N and
     a look-up visits few runs. 24 bytes per key.
@@ -37,8 +38,11 @@ class KeyTable:
 
     def __init__(self) -> None:
         self._runs: list[_Run] = []
+        self._dropped: list[tuple[int, int]] = []
+        """Segments to leave out, and of how many of the runs."""
 
     def __len__(self) -> int:
+        self._settle()
         return sum(map(len, self._runs))
 
     def add(self, segment: int, keys: npt.NDArray[np.uint8], live: npt.NDArray[np.bool_] | None = None) -> None:
@@ -51,8 +55,7 @@ class KeyTable:
 
     def drop(self, segment: int) -> None:
         """Forget all keys of a segment."""
-        self._settle()
-        self._runs = [run.keep(run.segment != segment) for run in self._runs]
+        self._dropped.append((segment, len(self._runs)))
 
     def find(self, keys: npt.NDArray[np.uint8], rank: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int32], Ints]:
         """Segment and row of each of `keys` uint8 ``[m, 16]``; segment -1 where absent.
@@ -78,7 +81,14 @@ class KeyTable:
         return segment, row
 
     def _settle(self) -> None:
-        # Many adds in a row (opening a store) are sorted once.
+        # Many adds in a row (opening a store) are sorted once, many drops (after a merge) filtered once.
+        if self._dropped:
+            last = dict(self._dropped)
+            runs = []
+            for i, run in enumerate(self._runs):
+                gone = [segment for segment, until in last.items() if i < until]
+                runs.append(run.keep(~np.isin(run.segment, gone)) if gone else run)
+            self._runs, self._dropped = [run for run in runs if len(run)], []
         while len(self._runs) > 1:
             total, start = len(self._runs[-1]), len(self._runs) - 1
             while start and len(self._runs[start - 1]) <= 2 * total:
@@ -115,7 +125,9 @@ def _search(
         found = run.low[at] == low[active]
         new = run.segment[at]
         old = segment[active]
-        better = found & ((old < 0) | (rank[new] > rank[old]))
+        # Rows of one segment lie in the order in which they were written.
+        later = (new == old) & (run.row[at] > row[active])
+        better = found & ((old < 0) | (rank[new] > rank[old]) | later)
         segment[active[better]] = new[better]
         row[active[better]] = run.row[at[better]]
         at = at + 1

@@ -84,7 +84,7 @@ def merge_space(index: SpaceIndex, lock_folder: Path, *, few: int = FEW) -> int:
 
 
 def _merge(index: SpaceIndex, numbers: Sequence[int]) -> int:
-    sources = _sources(index, numbers)
+    sources = _in_order(index, _sources(index, numbers))
     if len(sources) < 2:
         return 0
     _drop_duplicates(sources)
@@ -133,19 +133,50 @@ def _sources(index: SpaceIndex, numbers: Sequence[int]) -> list[_Source]:
     return sources
 
 
+def _in_order(index: SpaceIndex, sources: list[_Source]) -> list[_Source]:
+    """The sources that may be merged: what is merged counts as being as new as the newest of them.
+
+    A source stays as it is where it holds a prompt of which a newer copy, older than that, lies in a segment that
+    stays apart (it has other sites, or another size): that copy would be read no more.
+    """
+    while len(sources) > 1:
+        with index.lock:
+            overtaken = _overtaken(index, sources)
+        if not overtaken:
+            break
+        sources = [source for k, source in enumerate(sources) if k not in overtaken]
+    return sources
+
+
+def _overtaken(index: SpaceIndex, sources: Sequence[_Source]) -> set[int]:
+    numbers = np.array([s.number for s in sources])
+    owner = np.repeat(np.arange(len(sources)), [int(s.keep.sum()) for s in sources])
+    sites = set(sources[0].info.sites)
+    found: set[int] = set()
+    for kind in ("token", "text"):
+        keys = np.concatenate([(s.info.prompt_key if kind == "token" else s.info.text_key)[s.keep] for s in sources])
+        for group in index.groups(sources[0].info.layout):
+            if group.sites.isdisjoint(sites):
+                continue
+            newest = index.find(group, kind, keys)[0]
+            age = np.where(newest >= 0, index.rank[newest], -1)
+            between = (age > index.rank[numbers[owner]]) & (age < index.rank[numbers].max())
+            found.update(owner[between & ~np.isin(newest, numbers)].tolist())
+    return found
+
+
 def _drop_duplicates(sources: Sequence[_Source]) -> None:
-    """Of prompts with the same ids and text keep the newest."""
-    newest_first = list(reversed(sources))
-    keys = np.concatenate([np.hstack([s.info.prompt_key, s.info.text_key]) for s in newest_first])
-    keep = np.concatenate([s.keep for s in newest_first])
+    """Of prompts with the same ids and text keep the newest, of those in one segment the last."""
+    keys = np.concatenate([np.hstack([s.info.prompt_key, s.info.text_key]) for s in sources])[::-1]
+    keep = np.concatenate([s.keep for s in sources])[::-1]
     words = np.ascontiguousarray(keys).view(np.uint64)
     # Stable, dropped ones last: the first of equal keys is the newest that may be kept.
     order = np.lexsort((~keep, words[:, 3], words[:, 2], words[:, 1], words[:, 0]))
     repeated = np.zeros(len(keep), bool)
     repeated[order[1:]] = (words[order[1:]] == words[order[:-1]]).all(axis=1)
-    keep &= ~repeated
+    keep = (keep & ~repeated)[::-1]
     at = 0
-    for source in newest_first:
+    for source in sources:
         source.keep = keep[at : at + source.info.prompts]
         at += source.info.prompts
 
@@ -164,6 +195,9 @@ def _pieces(sources: Sequence[_Source], site: str) -> Iterator[tuple[npt.NDArray
 def _drop_orphan_tombs(index: SpaceIndex) -> None:
     """Remove tombs of segments that are gone, once no merge that began before them can still be under way."""
     with index.lock:
+        if index.has_refused:
+            # A later version may read what this one cannot, and needs its tombs.
+            return
         infos = [info for _, info in index.segments()]
     alive = {i.name for i in infos}
     pending = {name for i in infos for name in i.replaces}

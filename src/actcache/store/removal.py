@@ -31,20 +31,22 @@ def invalidate(index: SpaceIndex, keys: Keys | None) -> int:
         with index.lock:
             targets = []
             for number, info in index.segments():
-                hit = np.ones(info.prompts, bool) if keys is None else is_member(info.prompt_key, keys)
-                live = index.live(number)
-                if live is not None:
-                    hit &= live
+                # Inherited tombs do not do: a merge under way may take rows from here and know this name only.
+                hit = ~index.own_dead(info)
+                if keys is not None:
+                    hit &= is_member(info.prompt_key, keys)
                 if hit.any():
                     targets.append((info.name, info.prompt_key[hit]))
+                    live = index.live(number)
+                    gone.append(info.prompt_key[hit if live is None else hit & live])
         if not targets:
             break
         for name, found in targets:
             with translated(index.folder):
                 write_tomb(index.folder, name, found)
-            gone.append(found)
         # Without `keys` only what is there now is meant, not what others go on to write.
-        keys = np.concatenate([keys, *gone]) if keys is not None else np.concatenate(gone)
+        if keys is None:
+            keys = np.concatenate([found for _, found in targets])
     return count_distinct(gone)
 
 

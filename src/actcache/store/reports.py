@@ -220,10 +220,11 @@ def statistics(index: SpaceIndex, site: str, layout: str) -> Moments:
 
 
 def _counted(index: SpaceIndex, held: Sequence[tuple[int, SegmentInfo]]) -> list[np.ndarray[Any, np.dtype[np.bool_]]]:
-    """For each segment, newest first, the live prompts that no newer one has."""
-    keys = np.ascontiguousarray(np.concatenate([i.prompt_key for _, i in held])).view(np.uint64)
-    live = np.concatenate([np.ones(i.prompts, bool) if (m := index.live(n)) is None else m for n, i in held])
+    """For each segment, newest first, the live prompts that no newer one has, and no later row of its own."""
+    keys = np.ascontiguousarray(np.concatenate([i.prompt_key[::-1] for _, i in held])).view(np.uint64)
+    live = np.concatenate([np.ones(i.prompts, bool) if (m := index.live(n)) is None else m[::-1] for n, i in held])
     order = np.lexsort((~live, keys[:, 1], keys[:, 0]))
     repeated = np.zeros(len(live), bool)
     repeated[order[1:]] = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
-    return np.split(live & ~repeated, np.cumsum([i.prompts for _, i in held])[:-1])
+    parts = np.split(live & ~repeated, np.cumsum([i.prompts for _, i in held])[:-1])
+    return [part[::-1] for part in parts]
