@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,18 @@ def test_keys_changed_in_the_index_never_give_wrong_rows(tmp_path: Path) -> None
     again, _ = make_store(tmp_path)
     # check_pooled compares what is found with what each prompt must have.
     assert not check_pooled(again, space, [1, 2]).any()
+
+
+def test_what_the_index_cannot_hold_is_read_from_the_segments(tmp_path: Path) -> None:
+    """A lone surrogate is legal in a str and has no UTF-8."""
+    store, space = make_store(tmp_path)
+    records = pooled([1, 2])
+    records.prompts = replace(records.prompts, text_context="\ud800")
+    store.append(space, records)
+    store.append(space, pooled([3]))
+    store.close()
+    again, _ = make_store(tmp_path)
+    assert again.contains(space, [text(1), text(2), text(3)]).all()
 
 
 def test_a_store_works_without_any_index_folder(tmp_path: Path) -> None:

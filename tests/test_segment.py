@@ -305,6 +305,8 @@ HOSTILE: dict[str, Any] = {
     "metadata of numbers": lambda e: e["__metadata__"].update(version=1),
     "no layout": lambda e: e["__metadata__"].pop("layout"),
     "layout with a path": lambda e: e["__metadata__"].update(layout="../x"),
+    "created beyond 64 bits": lambda e: e["__metadata__"].update(created_ns="9" * 19),
+    "created in other digits": lambda e: e["__metadata__"].update(created_ns="١٢٣"),
     "replaces nonsense": lambda e: e["__metadata__"].update(replaces="[1]"),
     "wrong dtype": entry("token_ids", dtype="U32"),
     "unknown dtype": entry("token_ids", dtype="Q4"),
@@ -329,6 +331,24 @@ def test_hostile_headers_are_refused(tmp_path: Path, case: str) -> None:
     with pytest.raises(FormatError, match=path.name):
         segment.open(path)
     assert segment.validate(path)
+
+
+def test_offsets_whose_differences_overflow_are_refused(tmp_path: Path) -> None:
+    """Each is less than 2**63 above the one before it in 64-bit arithmetic, and they lie far outside the file."""
+    path = write(tmp_path, pooled(range(4), sites=["x"], dim=4))
+    raw = bytearray(path.read_bytes())
+    found = segment.open(path)
+    head = 8 + int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8:head])
+    at = head + entries["text_offset"]["data_offsets"][0]
+    last = int(found.prompts.text_offset[-1])
+    raw[at : at + 40] = np.array([0, 2**63 - 1, -(2**63), -1, last], np.int64).tobytes()
+    start = head + entries["last_token/x"]["data_offsets"][0]
+    raw[head + 8 : head + 16] = xxhash.xxh3_64_digest(bytes(raw[head + 16 : start]))[::-1]
+    hostile_path = tmp_path / ("b" * 32 + ".safetensors")
+    hostile_path.write_bytes(raw)
+    with pytest.raises(FormatError, match="text_offset"):
+        segment.open(hostile_path)
 
 
 def test_a_header_longer_than_the_file_is_refused_without_reading_it(tmp_path: Path) -> None:

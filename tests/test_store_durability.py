@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -188,6 +189,89 @@ def test_a_forked_reader_works_while_a_thread_writes(tmp_path: Path) -> None:
             assert time.monotonic() < deadline, "the child waits for a lock that nobody releases"
             time.sleep(0.01)
     assert wait_for(pid) == 0
+
+
+def test_a_forked_reader_does_not_use_what_a_thread_was_changing(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    store.append(space, pooled(range(10)))
+    check_pooled(store, space, [1])
+    index, changing, done = store._index(space), threading.Event(), threading.Event()
+
+    def change() -> None:
+        with index.lock:
+            held = dict(index._groups)
+            index._groups.clear()
+            changing.set()
+            assert done.wait(60)
+            index._groups.update(held)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    assert changing.wait(60)
+    status = wait_for(in_child(lambda: os._exit(0 if check_pooled(store, space, range(10)).all() else 3)))
+    done.set()
+    thread.join()
+    assert status == 0
+    assert check_pooled(store, space, range(10)).all()
+
+
+def test_new_folders_are_as_durable_as_what_is_in_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A synced file in a folder whose own entry is lost with the power is lost, too."""
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "sync_folder", synced.append)
+    store = Store(tmp_path / "a" / "store", index_dir=tmp_path / "index")
+    space = store.open_space({}, {"model_name": "m"})
+    store.append(space, pooled([1]))
+    made = {tmp_path, tmp_path / "a", store.location, store.root, store.root / space}
+    assert set(synced) == made
+    synced.clear()
+    store.append(space, pooled([2]))
+    assert synced == [store.root / space]
+
+
+# -- others who clear at the same moment -----------------------------------------------------------------
+
+
+def test_a_file_taken_for_litter_before_it_was_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, space = make_store(tmp_path)
+    store.append(space, pooled([1]))
+    original, removed = files.fcntl.flock, []
+
+    def late(fd: int, operation: int) -> None:
+        if not removed:
+            (litter,) = (store.root / space).glob("*.tmp")
+            removed.append(litter)
+            litter.unlink()
+        original(fd, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    store.append(space, pooled([2]))
+    assert removed
+    assert check_pooled(store, space, [1, 2]).all()
+    assert not list((store.root / space).glob("*.tmp"))
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_space_cleared_while_a_batch_is_written_stays_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: bool
+) -> None:
+    """Otherwise nothing would list what is stored there, and `clear` would never delete it."""
+    first, space = make_store(tmp_path)
+    first.append(space, pooled([1]))
+    store = first if opened else Store(first.location, index_dir=tmp_path / "i2")
+    other = Store(store.location, index_dir=tmp_path / "i3")
+    write = segment.write
+
+    def late(*args: Any, **options: Any) -> Any:
+        other.clear()
+        return write(*args, **options)
+
+    monkeypatch.setattr(segment, "write", late)
+    store.append(space, pooled([2]))
+    monkeypatch.undo()
+    assert [(s.model_name, s.num_prompts) for s in other.spaces()] == [("org/model", 1)]
+    assert other.clear() == 1
+    assert not store.root.exists()
 
 
 # -- full disks and forbidden folders ------------------------------------------------------------------

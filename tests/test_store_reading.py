@@ -256,6 +256,16 @@ def test_the_same_prompt_as_ids_and_as_text_is_one_entry(tmp_path: Path) -> None
 # -- tensors in and out --------------------------------------------------------------------------------
 
 
+def test_sites_of_different_lengths_are_not_stretched(tmp_path: Path) -> None:
+    """Texts stored without a tokenizer may have been cut differently; one row must not pass for three."""
+    store, space = make_store(tmp_path)
+    store.write(space, ["a"], {"x": [np.ones((3, 2), np.float32)]})
+    store.write(space, ["a"], {"y": [np.ones((1, 2), np.float32)]})
+    place = store.locate(space, texts=["a"], text_context="external", sites=["x", "y"], layout="tokens")
+    with pytest.raises(ValueError, match="'y' has 1 rows and 'x' has 3"):
+        place.take_padded()
+
+
 def test_write_and_read_tensors(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     store, _ = make_store(tmp_path)

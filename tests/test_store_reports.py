@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import threading
 import time
 from pathlib import Path
 
@@ -93,9 +96,21 @@ def test_a_damaged_description_hides_only_itself(tmp_path: Path, caplog: pytest.
     other = store.open_space({"weights": "x"}, {"model_name": "other"})
     store.append(space, pooled([1]))
     store.append(other, pooled([1]))
-    for content in (b"", b"[]", b"\xff", b'{"__metadata__":{"format":"actcache-space"}}', b"[" * 99999):
-        (store.root / other / "space.json").write_bytes(content)
+    file = store.root / other / "space.json"
+    infinite = re.sub(rb'"created_ns": \d+', b'"created_ns": 1e999', file.read_bytes())
+    for content in (b"", b"[]", b"\xff", b'{"__metadata__":{"format":"actcache-space"}}', b"[" * 99999, infinite):
+        file.write_bytes(content)
         assert [s.space for s in store.spaces()] == [space]
+    file.unlink()
+    os.mkfifo(file)
+    opened = threading.Timer(20, lambda: os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK)))
+    opened.start()
+    started = time.monotonic()
+    assert [s.space for s in store.spaces()] == [space]
+    assert time.monotonic() - started < 15, "it waited for somebody to write into a pipe"
+    opened.cancel()
+    file.unlink()
+    file.write_bytes(b"")
     assert "ignoring a space" in caplog.text
     assert store.contains(other, [text(1)]).all()
 

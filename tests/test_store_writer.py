@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from actcache.store import segment
 from actcache.store.records import Records
-from actcache.store.store import Store
+from actcache.store.store import SegmentWriter, Store
 from store_helpers import check_pooled, every_token, make_store, pooled, segment_files
 
 
@@ -118,6 +119,63 @@ def test_an_error_of_the_thread_is_raised_once_and_not_lost(tmp_path: Path, monk
     writer.put(pooled([2]))
     writer.close()
     assert check_pooled(store, space, [1, 2]).tolist() == [False, True]
+
+
+def test_an_error_while_closing_is_raised_as_it_is() -> None:
+    """The thread may end at any moment of `close`, also between two looks at it."""
+
+    class Watched(SegmentWriter):
+        _held: threading.Thread | None = None
+
+        @property
+        def _thread(self) -> threading.Thread | None:  # type: ignore[override]
+            held = self._held
+            if held is not None and self._closing and threading.current_thread() is not held:
+                gate.set()
+                held.join(0.5)
+            return held
+
+        @_thread.setter
+        def _thread(self, value: threading.Thread | None) -> None:
+            self._held = value
+
+    gate = threading.Event()
+
+    def failing(group: list[Records]) -> None:
+        assert gate.wait(30)
+        raise RuntimeError("trouble")
+
+    writer = Watched(failing, lambda final: None, max_bytes=10, linger=0)
+    writer.put(pooled([1]))
+    with pytest.raises(RuntimeError, match="trouble"):
+        writer.close()
+
+
+def test_everyone_who_waits_is_let_go_when_the_thread_fails() -> None:
+    gate = threading.Event()
+
+    def failing(group: list[Records]) -> None:
+        assert gate.wait(30)
+        raise RuntimeError("trouble")
+
+    writer = SegmentWriter(failing, lambda final: None, max_bytes=10, linger=0)
+    writer.put(pooled([1]))
+    outcome: list[Any] = []
+
+    def wait() -> None:
+        try:
+            writer.flush()
+            outcome.append("flushed")
+        except RuntimeError as error:
+            outcome.append(str(error))
+
+    threads = [threading.Thread(target=wait) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    gate.set()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(outcome) == ["flushed", "flushed", "trouble"]
 
 
 def test_bad_records_are_refused_by_put(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ class Catalog:
                         f"INSERT OR REPLACE INTO segment ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
                         [_row(space, info) for info in new],
                     )
+            except (UnicodeError, OverflowError) as error:
+                log.debug("not remembered in the index at %s: %s", self.path, error)
             except sqlite3.Error as error:
                 self._discard(error)
 

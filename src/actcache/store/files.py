@@ -28,10 +28,11 @@ SIGNATURE = b'{"__metadata__":{"format":"actcache-'
 """What every file of ours begins with, the binary ones after 8 bytes of length."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
 _TEMP_GRACE_S = 60.0
 _TEMP_OLD_S = 24 * 3600.0
 _IOV_MAX = 512
+_ATTEMPTS = 64
 
 
 @contextlib.contextmanager
@@ -86,6 +87,45 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def make_folder(folder: Path) -> None:
+    """Create `folder` and what is missing above it, durably: a synced file in a folder that is lost is lost."""
+    missing = []
+    while not folder.is_dir() and folder.parent != folder:
+        missing.append(folder)
+        folder = folder.parent
+    if missing:
+        missing[0].mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        # A parent that may be passed but not read cannot be synced.
+        with contextlib.suppress(PermissionError):
+            sync_folder(made.parent)
+
+
+def _open_temporary(folder: Path) -> tuple[Path, int]:
+    """A new empty file under a temporary name, and its locked descriptor."""
+    for _ in range(_ATTEMPTS):
+        path = folder / f"{uuid.uuid4().hex}.tmp"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            # Whoever clears the store removes folders that are empty.
+            make_folder(folder)
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # Taken for litter in the instant before it was locked.
+            os.close(fd)
+            continue
+        except OSError:
+            # A file system without locks.
+            pass
+        if os.fstat(fd).st_nlink:
+            return path, fd
+        os.close(fd)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+
+
 @contextlib.contextmanager
 def atomic_file(folder: Path, name: str, *, needed: int = 0) -> Iterator[int]:
     """A descriptor of a new file that becomes ``folder/name``, whole and durable, when the block ends.
@@ -93,13 +133,10 @@ def atomic_file(folder: Path, name: str, *, needed: int = 0) -> Iterator[int]:
     Until then it has a temporary name and an advisory lock, by which `sweep` knows that its writer lives.
     When the block raises, nothing is left.
     """
-    temporary = folder / f"{uuid.uuid4().hex}.tmp"
     with translated(folder, needed):
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        make_folder(folder)
+        temporary, fd = _open_temporary(folder)
         try:
-            with contextlib.suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield fd
             os.fsync(fd)
             os.rename(temporary, folder / name)

@@ -69,7 +69,8 @@ class Segment:
             raise FormatError(
                 f"format version {meta.get('version')!r}, this actcache reads {VERSION}: install a newer actcache"
             )
-        if not is_layout(meta.get("layout", "")) or not re.fullmatch(r"\d{1,20}", meta.get("created_ns", "")):
+        created = re.fullmatch(r"[0-9]{1,19}", meta.get("created_ns", ""))
+        if not is_layout(meta.get("layout", "")) or not created or int(created[0]) >= 1 << 63:
             raise FormatError("layout or creation time missing")
         for name in INDEX_TENSORS:
             tensor = self._tensors.get(name)
@@ -122,7 +123,9 @@ class Segment:
         rows = int(offsets["row_offset"][-1]) if n >= 0 else -1
         for name, ends in (("row_offset", rows), ("token_offset", len(token_ids)), ("text_offset", len(text))):
             offset = offsets[name]
-            if n < 1 or len(offset) != n + 1 or offset[0] != 0 or offset[-1] != ends or (np.diff(offset) < 0).any():
+            # Compared, not subtracted: differences of hostile numbers may overflow to something sensible.
+            falls = (offset[1:] < offset[:-1]).any()
+            if n < 1 or len(offset) != n + 1 or falls or offset[0] != 0 or offset[-1] != ends:
                 raise FormatError(f"{name} does not describe {n} prompts")
         if len(kind) != n or token_key.shape != (n, 16) or text_key.shape != (n, 16) or int(kind.max()) > CHAT:
             raise FormatError("keys or kinds do not match the number of prompts")

@@ -116,6 +116,11 @@ class Placement:
         for at, i in enumerate(chosen.tolist()):
             length = int(counts[at])
             for j, rows in enumerate(self.rows(i)):
+                if len(rows) != length:
+                    raise ValueError(
+                        f"prompt {i}: {self.sites[j]!r} has {len(rows)} rows and {self.sites[0]!r} has {length}: "
+                        "ask for them one by one"
+                    )
                 split[at, :length, j] = rows
             split[at, length:] = 0
         return out, np.arange(longest) < counts[:, None]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import stat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -83,14 +85,14 @@ def write_space(root: Path, info: SpaceInfo) -> None:
 def read_space(folder: Path) -> SpaceInfo:
     """What ``folder/space.json`` says. FormatError when it is not ours or does not fit its folder."""
     try:
-        document = json.loads((folder / FILE).read_bytes().decode("utf-8", "surrogatepass"))
+        document = json.loads(_content(folder / FILE).decode("utf-8", "surrogatepass"))
         if document["__metadata__"]["format"] != FORMAT:
             raise KeyError("format")
         info = SpaceInfo(
             document["space"], document["identity"], document["label"], created_ns=int(document["created_ns"])
         )
         fits = info.space == folder.name and space_id(info.identity) == info.space and info.model_name is not None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(f"{folder / FILE} is not a description of a space: {error}") from None
     if not fits:
         raise FormatError(f"{folder / FILE} does not describe the folder it is in")
@@ -110,6 +112,14 @@ def list_spaces(root: Path) -> list[SpaceInfo]:
                 except (FormatError, OSError) as error:
                     log.warning("ignoring a space: %s", error)
     return sorted(found, key=lambda s: (s.created_ns, s.space))
+
+
+def _content(path: Path) -> bytes:
+    # A pipe of this name would make a plain open wait for ever.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("not an ordinary file")
+        return file.read()
 
 
 def _text(value: Any) -> str | None:

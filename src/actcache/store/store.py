@@ -16,18 +16,18 @@ import numpy.typing as npt
 import xxhash
 
 from actcache import config
-from actcache.errors import NotCachedError
+from actcache.errors import FormatError, NotCachedError
 from actcache.store import merging, removal, reports, tensors
 from actcache.store import segment as segments
 from actcache.store.catalog import Catalog
-from actcache.store.files import access_error, log, sweep, translated
+from actcache.store.files import access_error, log, make_folder, sweep, translated
 from actcache.store.index import SpaceIndex
 from actcache.store.lookup import Query, locate
 from actcache.store.placement import Placement
 from actcache.store.prompts import IDS, PromptTable
 from actcache.store.records import TOKENS, Records, SegmentInfo
 from actcache.store.reports import CachedPromptInfo, CacheInfo, ModelCacheInfo
-from actcache.store.spaces import ROOT, SpaceInfo, list_spaces, space_id, write_space
+from actcache.store.spaces import ROOT, SpaceInfo, list_spaces, read_space, space_id, write_space
 from actcache.store.statistics import Moments
 from actcache.store.writer import SegmentWriter
 
@@ -80,7 +80,7 @@ class Store:
     def check_writable(self) -> None:
         """StoreAccessError with the remedy when this store cannot be written; creates its folder."""
         with translated(self.location):
-            self.root.mkdir(parents=True, exist_ok=True)
+            make_folder(self.root)
         if not os.access(self.root, os.W_OK | os.X_OK):
             raise access_error(self.location, PermissionError(13, "Permission denied"))
 
@@ -95,6 +95,8 @@ class Store:
         index = self._index(space)
         with translated(self.location):
             info = segments.write(self.root / space, records, space=space)
+        # Without its description, which someone may have cleared just now, nobody would find or delete it.
+        self._ensure(space)
         index.add(info)
         return info
 
@@ -102,6 +104,9 @@ class Store:
         """space.json of `space`, also when someone cleared the store meanwhile."""
         folder = self.root / space
         if (folder / "space.json").exists():
+            if space not in self._known:
+                with contextlib.suppress(FormatError, OSError):
+                    self._known[space] = read_space(folder)
             return
         if space not in self._known:
             raise NotCachedError(f"store {self.location} has no space {space!r}: make it with open_space()")
@@ -368,6 +373,8 @@ class Store:
         # Another thread of the parent may have held these locks; nobody will release them here.
         self._lock = threading.Lock()
         self._catalog.after_fork()
+        # What a thread was changing at that moment may be half done: it is built anew.
+        self._indexes = {space: index for space, index in self._indexes.items() if index.lock.acquire(blocking=False)}
         for index in self._indexes.values():
             index.lock = threading.RLock()
 

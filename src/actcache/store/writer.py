@@ -98,8 +98,9 @@ class SegmentWriter:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
             self._thread = None
         self._raise()
         if merge and self.bytes_written:
