@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import actcache as ac
 from actcache import errors
+from actcache.model.anatomy import check_identities
 from actcache.testing.tiny import tiny_model
 from reference import alone, relative_error
 
@@ -147,7 +149,8 @@ def test_blocks_past_the_deepest_layer_and_the_head_do_not_run():
     from actcache.extract.backends.local import LocalBackend
     from actcache.model import anatomy
 
-    source = ac.ActivationExtractor(model, layers=[0, 1]).source
+    name = model.lm_head.forward.__qualname__
+    source = ac.ActivationExtractor(model, layers=[0, 1], allow_hooks=[name]).source
     anatomy_checked = anatomy.describe(model)
     assert anatomy_checked.n_layers == model.config.n_layer
     import actcache.extract.backends.local as local
@@ -187,6 +190,77 @@ def test_hooks_of_somebody_else_are_refused_unless_named():
     ac.UnifiedCache(model, allow_hooks=[name]).plan([[1, 2]])
 
 
+def test_a_pooling_function_may_work_in_place():
+    def first_of_spoilt(rows):
+        first = rows[0].clone()
+        rows.zero_()
+        return first
+
+    model = tiny_model("gpt2", n_layer=3)
+    ours = ac.ActivationExtractor(model, pooling=first_of_spoilt).extract([[1, 2, 3]])
+    for layer in range(3):
+        site = f"resid_post.{layer}"
+        assert relative_error(ours[site][0], alone(model, [1, 2, 3], site)[0]) < FLOAT32
+
+
+@pytest.mark.parametrize("function", [lambda rows: rows, lambda rows: rows.sum(), lambda rows: 1.0])
+def test_a_pooling_function_must_give_one_vector(function):
+    with pytest.raises(errors.OptionError, match=r"one vector \[D\]"):
+        ac.ActivationExtractor(tiny_model("gpt2"), pooling=function).extract([[1, 2]])
+
+
+def test_what_the_caller_set_for_speed_does_not_reach_stored_float32():
+    model = tiny_model("gpt2", n_layer=3)
+    expected = alone(model, [1, 2, 3], "resid_post.2")
+    inside = []
+
+    def watch(rows):
+        inside.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+        return rows[-1]
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ours = ac.ActivationExtractor(model, layers=2, pooling=watch).extract([[1, 2, 3]])
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert relative_error(ours["resid_post.2"][0], expected[-1]) < FLOAT32
+    assert inside == [("highest", False)]
+
+
+def test_threads_that_share_a_model_do_not_read_each_others_passes():
+    model = tiny_model("gpt2", n_layer=3)
+    prompts = [[[t, 7, k % 200 + 3] for k in range(60)] for t in (11, 12, 13)]
+    alone_first = [ac.ActivationExtractor(model, pooling="mean").extract(p) for p in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        runs = pool.map(
+            lambda p: ac.ActivationExtractor(model, pooling="mean", max_batch_tokens=6).extract(p), prompts * 2
+        )
+        for k, run in enumerate(runs):
+            for site in run:
+                assert relative_error(run[site], alone_first[k % 3][site]) < FLOAT32
+
+
+def test_a_site_that_did_not_run_is_an_error():
+    model = tiny_model("gpt2", n_layer=3)
+    check_identities(model)
+    forward, blocks = model.transformer.forward, model.transformer.h
+
+    def early_exit(*args, **kwargs):
+        model.transformer.h = blocks[:2]
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            model.transformer.h = blocks
+
+    model.transformer.forward = early_exit
+    with pytest.raises(errors.MissedModuleError, match=r"resid_post\.2"):
+        ac.ActivationExtractor(model, allow_hooks=[early_exit.__qualname__]).extract([[1, 2]])
+
+
 class TestBadInput:
     @pytest.fixture
     def model(self):
@@ -206,6 +280,8 @@ class TestBadInput:
             ({"backend": "vllm"}, errors.OptionError, "local"),
             ({"dtype": "bfloat16"}, errors.OptionError, "already loaded"),
             ({"sites": []}, errors.OptionError, "sites"),
+            ({"positions": "lst"}, errors.OptionError, "last"),
+            ({"positions": [[0], [1]]}, errors.OptionError, "get_activations"),
         ],
     )
     def test_options_are_checked_before_any_work(self, model, options, error, message):

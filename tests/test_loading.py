@@ -177,3 +177,50 @@ def test_weights_that_change_between_identity_and_loading_are_not_mixed_up(tmp_p
     assert first.values != second.values
     reloaded = source.model()
     assert torch.equal(reloaded.transformer.wte.weight, tiny_model("gpt2", seed=2).transformer.wte.weight)
+
+
+def test_a_shard_that_is_not_there(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    (copy / "model.safetensors").unlink()
+    index = copy / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    with pytest.raises(errors.ModelLoadError, match=r"model-1\.safetensors .* is missing"):
+        ac.UnifiedCache(copy).plan(TEXTS)
+    index.write_text("{")
+    with pytest.raises(errors.ModelLoadError, match=r"index .* cannot be read"):
+        ac.UnifiedCache(copy).plan(TEXTS)
+
+
+def test_planning_for_a_hub_model_whose_shards_are_not_downloaded(hub):
+    snapshot = hub / "snapshots" / COMMIT
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    assert ac.UnifiedCache("org/tiny").plan(TEXTS).missing == len(TEXTS)
+
+
+def test_a_tokenizer_of_another_repository_is_not_looked_for_at_the_models_revision(hub):
+    other = hub.parent / "models--org--other"
+    shutil.copytree(hub, other)
+    (other / "snapshots" / COMMIT).rename(other / "snapshots" / ("e" * 40))
+    (other / "refs" / "main").write_text("e" * 40)
+    assert ac.UnifiedCache("org/tiny", revision=COMMIT, tokenizer="org/other").plan(TEXTS).missing == len(TEXTS)
+
+
+def test_a_head_that_was_not_saved_is_not_made_up(tmp_path):
+    model = tiny_model("llama", seed=3)
+    model.model.save_pretrained(tmp_path)
+    values = ac.UnifiedCache(tmp_path, layers="last").get_activations([[1, 2, 3]])[0]
+    assert relative_error(values[0], alone(model, [1, 2, 3], "resid_post.3")[-1]) < 5e-6
+    with pytest.raises(errors.SiteUnavailableError, match="no language-model head"):
+        ac.UnifiedCache(tmp_path, sites="logits").get_activations([[1, 2, 3]])
+
+
+def test_weights_that_are_not_in_the_files_are_not_made_up(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny_model("llama", seed=3).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(errors.ModelLoadError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight"):
+        ac.UnifiedCache(tmp_path).warmup([[1, 2]])

@@ -51,3 +51,19 @@ def test_other_types_are_refused_with_their_position(prompt):
 def test_the_list_itself_must_be_one(prompts):
     with pytest.raises(PromptTypeError):
         read_prompts(prompts)
+
+
+def test_ids_as_numpy_and_torch_give_them():
+    import torch
+
+    read = read_prompts([list(np.arange(3)), [torch.tensor(4)], torch.tensor([[5, 6]])[0], np.array([7], np.uint16)])
+    assert [ids.tolist() for ids in read.ids] == [[0, 1, 2], [4], [5, 6], [7]]
+    for wrong in ([np.True_], [torch.tensor(True)], [1.0], [np.float32(1)]):
+        with pytest.raises(PromptTypeError, match="prompt 0"):
+            read_prompts([wrong])
+
+
+@pytest.mark.parametrize("others", [[], [[1, 2]]])
+def test_text_that_is_not_unicode_is_named(others):
+    with pytest.raises(PromptError, match=r"prompt 1 is not valid Unicode text: .* at character 1"):
+        read_prompts(["fine", "a\ud800b", *others])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -107,6 +108,23 @@ class TestValues:
         both = cache.get_activations(TEXTS, layers=[2, 0])[0]
         assert torch.equal(both[:, :width], cache.get_activations(TEXTS, layers=2)[0])
         assert torch.equal(both[:, width:], cache.get_activations(TEXTS, layers=0)[0])
+
+    def test_a_site_by_any_of_its_names(self, folder):
+        cache = ac.UnifiedCache(folder, sites=["layer_1", "blocks.0.hook_resid_post", "resid_post.1", "resid_post.-1"])
+        assert cache.sites == ["resid_post.1", "resid_post.0", "resid_post.2"]
+        answers = cache.get_activations(TEXTS)
+        for name, site in (("layer_1", 1), ("resid_out_0", 0), ("blocks.2.hook_resid_post", 2), ("resid_post.-1", 2)):
+            assert torch.equal(cache.get_activations(TEXTS, site=name)[0], answers[f"resid_post.{site}"][0])
+
+    def test_positions_for_each_prompt(self, folder):
+        cache = ac.UnifiedCache(folder, layers=1, cache_pooled=False)
+        full = cache.get_activations(TEXTS[:2])[0]
+        values, mask = cache.get_activations(TEXTS[:2], positions=[[3, 1], [0]])
+        assert mask.tolist() == [[True, True], [True, False]]
+        assert torch.equal(values[0], full[0][[3, 1]])
+        assert torch.equal(values[1, 0], full[1][0])
+        with pytest.raises(errors.OptionError, match="3 prompts"):
+            cache.get_activations(TEXTS[:3], positions=[[3, 1], [0]])
 
     def test_positions_of_full_sequences(self, folder):
         cache = ac.UnifiedCache(folder, layers=1, cache_pooled=False)
@@ -343,7 +361,7 @@ class TestFailures:
             return original(ids)
 
         model.transformer.wte.forward = broken
-        cache = ac.UnifiedCache(model, batch_size=1)
+        cache = ac.UnifiedCache(model, batch_size=1, allow_hooks=[broken.__qualname__])
         prompts = [[1, 2], [3, bad, 1], [4]]
         with pytest.raises(errors.PartialWarmupError, match="prompt 1: RuntimeError: no such luck") as caught:
             cache.warmup(prompts)
@@ -361,6 +379,24 @@ class TestFailures:
     def test_positions_of_a_pooled_cache(self, folder):
         with pytest.raises(errors.OptionError, match="cache_pooled=False"):
             ac.UnifiedCache(folder).get_activations(TEXTS, positions="last")
+
+    def test_positions_that_are_none(self, folder):
+        cache = ac.UnifiedCache(folder, cache_pooled=False)
+        with pytest.raises(errors.OptionError, match="lst"):
+            cache.get_activations(TEXTS, positions="lst")
+        assert not cache.model_loaded
+
+    def test_a_chat_that_the_template_refuses(self, own_folder):
+        (own_folder / "chat_template.jinja").write_text("{{ raise_exception('only users may speak') }}")
+        with pytest.raises(errors.PromptError, match=r"prompt 1 .*only users may speak"):
+            ac.UnifiedCache(own_folder).plan(["a", CHAT])
+
+    def test_a_device_that_is_not_here(self, folder):
+        cache = ac.UnifiedCache(folder, device="cuda:99")
+        with pytest.raises(errors.OptionError, match="not available here"):
+            cache.plan(TEXTS)
+        with pytest.raises(errors.OptionError, match="not available here"):
+            _ = cache.model
 
     def test_a_folder_that_is_no_model(self, tmp_path):
         with pytest.raises(errors.ModelLoadError, match=r"config\.json"):
@@ -407,6 +443,30 @@ class TestCachedExtractor:
         assert values.shape == (len(TEXTS), 1, reference(folder).config.n_embd)
         assert mask.all()
 
+    def test_invalidating_reaches_what_is_stored_in_part(self, folder):
+        ac.CachedExtractor(ac.ActivationExtractor(folder, layers=[0])).extract(TEXTS)
+        both = ac.CachedExtractor(ac.ActivationExtractor(folder, layers=[0, 1]))
+        written = []
+        fill = both.fill
+        both.fill = lambda request: written.append(request.missing) or fill(request)
+        both.extract(TEXTS, invalidate_cache=True)
+        assert list(written[0]) == [("resid_post.0", "resid_post.1")]
+
+    def test_nothing_is_forgotten_that_cannot_be_computed_again(self, own_folder):
+        cached = ac.CachedExtractor(ac.ActivationExtractor(own_folder, layers=[0], device="cuda:99"))
+        ac.CachedExtractor(ac.ActivationExtractor(own_folder, layers=[0])).extract(TEXTS)
+        with pytest.raises(errors.OptionError, match="not available here"):
+            cached.extract(TEXTS, invalidate_cache=True)
+        assert cached.request(TEXTS, cached.extractor.sites).cached == len(TEXTS)
+
+    @pytest.mark.parametrize("pooling", [None, "mean"])
+    def test_sites_of_different_widths_lie_side_by_side(self, folder, pooling):
+        extractor = ac.ActivationExtractor(folder, sites=["logits", "resid_post"], pooling=pooling)
+        values, mask = ac.CachedExtractor(extractor).extract(TEXTS)
+        direct = extractor.extract(TEXTS)
+        parts = [torch.cat(list(direct[site])) if pooling is None else direct[site] for site in direct]
+        assert relative_error(values[mask], torch.cat(parts, dim=1)) < FLOAT32
+
     def test_positions_belong_to_reading(self, folder):
         with pytest.raises(errors.OptionError, match="get_activations"):
             ac.CachedExtractor(ac.ActivationExtractor(folder, positions="last"))
@@ -414,3 +474,34 @@ class TestCachedExtractor:
     def test_a_pooling_without_a_stable_name(self, folder):
         with pytest.raises(errors.OptionError, match="module-level"):
             ac.CachedExtractor(ac.ActivationExtractor(folder, pooling=lambda h: h[0]))
+
+    def test_a_pooling_with_values_that_its_code_does_not_show(self, folder):
+        for pooling in (Ends(1).pool, closing_over(1)):
+            with pytest.raises(errors.OptionError, match="module-level"):
+                ac.UnifiedCache(folder, pooling=pooling)
+
+    def test_a_pooling_whose_default_changed(self, folder, monkeypatch):
+        ac.UnifiedCache(folder, pooling=nth).warmup(TEXTS)
+        assert misses(ac.UnifiedCache(folder, pooling=nth)) == 0
+        monkeypatch.setattr(nth, "__defaults__", (-1,))
+        assert misses(ac.UnifiedCache(folder, pooling=nth)) == len(TEXTS)
+
+
+class Ends:
+    def __init__(self, n):
+        self.n = n
+
+    def pool(self, rows):
+        return rows[self.n]
+
+
+def nth(rows, n=0):
+    return rows[n]
+
+
+def closing_over(n):
+    @functools.wraps(nth)
+    def pool(rows):
+        return rows[n]
+
+    return pool

@@ -66,6 +66,10 @@ class ForeignHooksError(ActCacheError, RuntimeError):
     """A live model carries hooks that are not ours and could change what is stored."""
 
 
+class ModelChangedError(ActCacheError, RuntimeError):
+    """A model loaded from files was changed in memory, so that its values would be stored as those of the files."""
+
+
 class AdditivityError(ActCacheError, RuntimeError):
     """The residual identities of this model do not hold, so its sites would be mislabelled."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actcache.capture.positions import check_positions, each_prompt, resolve_positions
 from actcache.errors import OptionError, UnknownSiteError, did_you_mean, require_choice
 from actcache.extract.cached import CachedExtractor, Filled, Request, partial_failure
 from actcache.extract.extractor import POOLINGS, ActivationExtractor, complete_sites
@@ -210,7 +211,8 @@ class UnifiedCache:
         Args:
             site: which of `sites`; needed only when there are several, without it a dict per site is returned.
             layers: some of this cache's layers, in the order wanted; None for all of them.
-            positions: for full sequences: which real tokens (`"last"`, an int, ``(start, stop)``, a list of these).
+            positions: for full sequences: which real tokens (`"last"`, an int, ``(start, stop)``, a list of these;
+                or a list of lists, one for each prompt).
 
         Returns:
             Pooled: ``(tensor [B, L*D], None)``. Full sequences: ``(tensor [B, S, L*D], mask [B, S])``, right-padded
@@ -219,7 +221,9 @@ class UnifiedCache:
         groups = self._groups(site, layers)
         if positions is not None and self.cache_pooled:
             raise OptionError("positions= needs full sequences: make the UnifiedCache with cache_pooled=False.")
+        check_positions(positions)
         read = read_prompts(prompts)
+        each_prompt(positions, len(read))
         everything = list(dict.fromkeys(name for names in groups.values() for name in names))
         request = self._warmup(read, everything)[1]
         if len(groups) == 1:
@@ -242,7 +246,8 @@ class UnifiedCache:
         groups = self.extractor.site_names
         if site is not None:
             if site not in groups:
-                complete = [name for name in self.extractor.sites if name == site]
+                named = complete_sites(site, None, lambda: self.extractor.source.n_layers)
+                complete = [name for name in named if name in self.extractor.sites]
                 if not complete:
                     known = [*groups, *self.extractor.sites]
                     raise UnknownSiteError(
@@ -269,12 +274,13 @@ def _at_positions(rows: list[list[npt.NDArray[Any]]], positions: Any) -> Answer:
     import numpy as np
     import torch
 
-    from actcache.capture.positions import resolve_positions
     from actcache.extract.arrays import to_torch
 
-    chosen = [resolve_positions(positions, len(parts[0])) for parts in rows]
+    asked = each_prompt(positions, len(rows))
+    chosen = [resolve_positions(where, len(parts[0])) for where, parts in zip(asked, rows, strict=True)]
     longest = max(len(c) for c in chosen)
-    values: npt.NDArray[Any] = np.zeros((len(rows), longest, sum(p.shape[1] for p in rows[0])), rows[0][0].dtype)
+    dtype = np.result_type(*{p.dtype for parts in rows for p in parts})
+    values: npt.NDArray[Any] = np.zeros((len(rows), longest, sum(p.shape[1] for p in rows[0])), dtype)
     mask = torch.zeros(len(rows), longest, dtype=torch.bool)
     for i, (parts, where) in enumerate(zip(rows, chosen, strict=True)):
         values[i, : len(where)] = np.concatenate([p[where] for p in parts], axis=1)

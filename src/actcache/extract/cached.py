@@ -113,23 +113,29 @@ class CachedExtractor:
         from actcache.extract.arrays import to_torch
 
         names = self.extractor.sites
-        request = self.request(prompts, names)
-        if invalidate_cache and request.cached:
+        read = prompts if isinstance(prompts, PromptList) else read_prompts(prompts)
+        request = self.request(read, names)
+        if invalidate_cache:
+            # What cannot be computed again is not thrown away.
+            self.store.check_writable()
+            self.extractor.source.model_to_run()
             self.invalidate(request)
-            request = self.request(prompts, names)
+            request = self.request(read, names)
         filled = self.fill(request)
         if filled.failed:
             raise partial_failure(filled, stats=filled)
         if cache_only:
             return None
-        answer = self.request(prompts, names).lookup if filled.extracted else request.lookup
         if self.layout == TOKENS:
+            answer = self.request(read, names).lookup if filled.extracted else request.lookup
             values, mask = answer.padded()
             return to_torch(values), to_torch(mask)
         import torch
 
-        pooled = answer.pooled()
-        return to_torch(pooled.reshape(len(pooled), 1, -1)), torch.ones(len(pooled), 1, dtype=torch.bool)
+        # Site by site, since widths may differ.
+        each = [self.request(read, [name], check=False).lookup.pooled() for name in names]
+        pooled = np.concatenate(each, axis=2)
+        return to_torch(pooled), torch.ones(len(pooled), 1, dtype=torch.bool)
 
     def request(
         self, prompts: Prompt | Iterable[Prompt] | PromptList, names: Sequence[str], *, check: bool = True
@@ -270,9 +276,10 @@ def partial_failure(filled: Filled, *, stats: object) -> PartialWarmupError:
 
 
 def layout_name(pooling: Any) -> str:
-    """The store's name for a pooling; a function is named by its import path and its code.
+    """The store's name for a pooling; a function is named by its import path, its code and its default arguments.
 
-    Raises `OptionError` for a function without a stable name (a lambda or a local function).
+    Raises `OptionError` for a function without a stable name (a lambda, a local function) or with hidden state (a
+    method, a closure).
     """
     if pooling is None:
         return TOKENS
@@ -280,13 +287,16 @@ def layout_name(pooling: Any) -> str:
         return pooling
     name = f"{getattr(pooling, '__module__', '')}.{getattr(pooling, '__qualname__', '')}"
     code = getattr(pooling, "__code__", None)
-    if "<" in name or code is None:
+    # A method or a closure computes with values that its code does not show.
+    hidden = getattr(pooling, "__self__", None) is not None or getattr(pooling, "__closure__", None) is not None
+    if "<" in name or code is None or hidden:
         raise OptionError(
             f"pooling {pooling!r} cannot be cached: use a named module-level function, or a built-in pooling."
         )
     from actcache.model.identity import digest_json
 
-    return f"function:{name}:{digest_json(_code(code))[:16]}"
+    defaults = repr((pooling.__defaults__, pooling.__kwdefaults__))
+    return f"function:{name}:{digest_json([_code(code), defaults])[:16]}"
 
 
 def _code(code: CodeType) -> list[Any]:

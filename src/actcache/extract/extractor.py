@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actcache.capture.positions import check_positions
 from actcache.errors import OptionError, require_choice
 from actcache.extract.activations import Activations
 from actcache.extract.backends import Backend, Pooling, Reduction, Rows, Session
@@ -78,6 +79,11 @@ class ActivationExtractor:
         check_limits(batch_size, max_batch_tokens)
         if pooling is not None and not callable(pooling):
             require_choice(pooling, POOLINGS, "pooling")
+        check_positions(positions)
+        if isinstance(positions, list) and any(isinstance(p, list) for p in positions):
+            raise OptionError(
+                "positions has a list for each prompt: give those to get_activations(..., positions=...)."
+            )
         options = LoadOptions(
             dtype=dtype,
             device=str(device),

@@ -11,7 +11,7 @@ import numpy as np
 from actcache.capture.positions import pool_numpy
 from actcache.errors import NotCachedError
 from actcache.extract.prompts import PromptList, prompt_table, tokenize
-from actcache.store.prompts import IDS
+from actcache.store.prompts import CHAT, IDS
 from actcache.store.records import TOKENS
 
 if TYPE_CHECKING:
@@ -78,19 +78,19 @@ class Lookup:
         self.missing.update(zip(at[left].tolist(), (kinds[k] for k in which.ravel()), strict=True))
 
     def pooled(self) -> npt.NDArray[Any]:
-        """One row per prompt and site, `[n, sites, D]`, in a new array."""
+        """One row per prompt and site, `[n, sites, D]`, in a new array. All sites must have the same width."""
         self._require_all()
         n = len(self.found)
         first = self._pieces[0]
         if len(self._pieces) == 1 and len(first.local) == n and not first.full_rows:
             return first.placement.take()
-        result: npt.NDArray[Any] | None = None
-        for piece in self._pieces:
-            values = self._pooled_rows(piece) if piece.full_rows else piece.placement.take(index=piece.local)
-            if result is None:
-                result = np.empty((n, *values.shape[1:]), values.dtype)
+        parts = [
+            self._pooled_rows(piece) if piece.full_rows else piece.placement.take(index=piece.local)
+            for piece in self._pieces
+        ]
+        result: npt.NDArray[Any] = np.empty((n, *parts[0].shape[1:]), np.result_type(*parts))
+        for piece, values in zip(self._pieces, parts, strict=True):
             result[piece.at] = values
-        assert result is not None
         return result
 
     def _pooled_rows(self, piece: _Piece) -> npt.NDArray[Any]:
@@ -110,13 +110,14 @@ class Lookup:
         """`([n, S, sites * D], mask [n, S])`, right-padded with zeros."""
         self._require_all()
         n = len(self.found)
-        if len(self._pieces) == 1 and len(self._pieces[0].local) == n:
+        rows = self.rows()
+        widths = {r.shape[1] for r in rows[0]}
+        if len(self._pieces) == 1 and len(self._pieces[0].local) == n and len(widths) == 1:
             values, mask = self._pieces[0].placement.take_padded()
             return values, mask.astype(bool, copy=False)
-        rows = self.rows()
         longest = max(len(r[0]) for r in rows)
         width = sum(r.shape[1] for r in rows[0])
-        values = np.zeros((n, longest, width), rows[0][0].dtype)
+        values = np.zeros((n, longest, width), np.result_type(*{r.dtype for parts in rows for r in parts}))
         mask = np.zeros((n, longest), bool)
         for i, parts in enumerate(rows):
             mask[i, : len(parts[0])] = True
@@ -139,14 +140,18 @@ def look_up(
 ) -> Lookup:
     """Find `prompts`. A prompt known by its text is not tokenised; the others are, and are found by their ids.
 
-    A pooled question is also answered by stored full sequences.
+    A chat is not known by its text where the template reads the clock. A pooled question is also answered by stored
+    full sequences.
     """
     n = len(prompts)
     answer = Lookup(question, np.zeros(n, bool))
     everything = np.arange(n)
     layouts = [question.layout] if question.layout in (TOKENS,) or ":" in question.layout else [question.layout, TOKENS]
     store, names = question.store, list(question.names)
-    by_text = np.flatnonzero(prompts.kinds != IDS)
+    known_by_text = prompts.kinds != IDS
+    if (prompts.kinds == CHAT).any() and source.tokenizer_source().reads_the_clock():
+        known_by_text &= prompts.kinds != CHAT
+    by_text = np.flatnonzero(known_by_text)
     if len(by_text):
         texts = [prompts.texts[i] or "" for i in by_text] if len(by_text) < n else [t or "" for t in prompts.texts]
         kinds = prompts.kinds[by_text]

@@ -62,6 +62,7 @@ def read_prompts(prompts: Prompt | Iterable[Prompt]) -> PromptList:
         texts: list[str | None] = given
         if not all(given):
             raise _empty(given.index(""))
+        _check_unicode(given)
         return PromptList(np.full(len(given), TEXT, np.uint8), texts, [None] * len(given))
     kinds = np.empty(len(given), np.uint8)
     texts, ids = [], []
@@ -70,7 +71,22 @@ def read_prompts(prompts: Prompt | Iterable[Prompt]) -> PromptList:
         kinds[i] = kind
         texts.append(text)
         ids.append(tokens)
+    _check_unicode(texts)
     return PromptList(kinds, texts, ids)
+
+
+def _check_unicode(texts: Sequence[str | None]) -> None:
+    try:
+        "".join(text for text in texts if text is not None).encode()
+    except UnicodeEncodeError:
+        for i, text in enumerate(texts):
+            try:
+                (text or "").encode()
+            except UnicodeEncodeError as error:
+                raise PromptError(
+                    f"prompt {i} is not valid Unicode text: {error.reason} at character {error.start}. "
+                    "Decode it again, with errors='replace' if need be."
+                ) from None
 
 
 def _empty(i: int) -> PromptError:
@@ -93,13 +109,21 @@ def _read_one(i: int, prompt: Any) -> tuple[int, str | None, npt.NDArray[np.int3
         raise _empty(i)
     if all(isinstance(m, Mapping) for m in prompt):
         return CHAT, _canonical_chat(i, prompt), None
-    if all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
+    if all(_is_id(t) for t in prompt):
+        prompt = [int(t) for t in prompt]
         if min(prompt) < 0 or max(prompt) >= 2**31:
             raise PromptError(
                 f"prompt {i} has the token id {min(prompt) if min(prompt) < 0 else max(prompt)}: ids start at 0."
             )
         return IDS, None, np.asarray(prompt, np.int32)
     raise PromptTypeError(f"prompt {i} mixes types ({prompt!r:.60}): expected only integers, or only chat messages.")
+
+
+def _is_id(token: Any) -> bool:
+    if isinstance(token, bool) or "bool" in str(getattr(token, "dtype", "")):
+        return False
+    # numpy integers and 0-d tensors count.
+    return hasattr(token, "__index__") and getattr(token, "shape", ()) == ()
 
 
 def _canonical_chat(i: int, messages: Messages) -> str:
@@ -116,7 +140,7 @@ def text_context(source: ModelSource, *, add_special_tokens: bool) -> str:
     """What besides the text decides the token ids: the tokenizer and its options, as a digest."""
     from actcache.model.identity import digest_json
 
-    return digest_json({"tokenizer": source.tokenizer_digest(), "add_special_tokens": add_special_tokens})
+    return digest_json({"tokenizer": source.tokenizer_source().digest(), "add_special_tokens": add_special_tokens})
 
 
 def tokenize(prompts: PromptList, indices: Sequence[int], source: ModelSource, *, add_special_tokens: bool) -> None:
@@ -126,24 +150,21 @@ def tokenize(prompts: PromptList, indices: Sequence[int], source: ModelSource, *
 
     Raises:
         TokenizerError: no tokenizer, or no chat template.
-        PromptError: a prompt that gives no tokens, or that cannot be encoded.
+        PromptError: a prompt that gives no tokens, or a chat that the template does not take.
     """
     texts = [i for i in indices if prompts.ids[i] is None and prompts.kinds[i] == TEXT]
     chats = [i for i in indices if prompts.ids[i] is None and prompts.kinds[i] == CHAT]
     if texts:
         tokenizer = source.tokenizer()
-        try:
-            encoded = tokenizer(
-                [prompts.texts[i] for i in texts],
-                add_special_tokens=add_special_tokens,
-                truncation=False,
-                padding=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )["input_ids"]
-        except UnicodeEncodeError as error:
-            raise PromptError(f"a prompt is not valid Unicode text: {error}.") from error
+        encoded = tokenizer(
+            [prompts.texts[i] for i in texts],
+            add_special_tokens=add_special_tokens,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
         for i, ids in zip(texts, encoded, strict=True):
             prompts.ids[i] = np.asarray(ids, np.int32)
     for i in chats:
@@ -159,7 +180,13 @@ def _apply_template(tokenizer: Any, messages: Messages, i: int) -> npt.NDArray[n
         raise TokenizerError(
             f"prompt {i} is a chat and the tokenizer has no chat template: pass text, or a tokenizer that has one."
         )
-    encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+    try:
+        encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+    except Exception as error:
+        # Templates are programs: they refuse roles and orders of messages in their own words.
+        raise PromptError(
+            f"prompt {i} is a chat that the tokenizer's template does not take ({type(error).__name__}: {error})."
+        ) from error
     return np.asarray(encoded["input_ids"], np.int32)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from actcache.errors import ModelLoadError, OptionError, TokenizerError
-from actcache.model import identity
 from actcache.model.options import LoadOptions
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
@@ -36,7 +35,9 @@ def _hub_folder(name: str, options: LoadOptions, what: str) -> tuple[Path, str, 
     # Weights are left to transformers, when the model is loaded: a warm run needs none.
     patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns, revision=options.revision, token=options.token))
+        # The revision is the model's; a tokenizer of another repository has no such commit.
+        revision = options.revision if what == "model" else None
+        folder = Path(snapshot_download(name, allow_patterns=patterns, revision=revision, token=options.token))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelLoadError(
@@ -47,8 +48,7 @@ def _hub_folder(name: str, options: LoadOptions, what: str) -> tuple[Path, str, 
 
 
 def load_tokenizer(folder: Path, options: LoadOptions) -> Any:
-    if not identity.tokenizer_files(folder):
-        raise no_tokenizer(str(folder))
+    """The tokenizer whose files lie in `folder`; `TokenizerError` when they cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:

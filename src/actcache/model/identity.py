@@ -106,8 +106,11 @@ def stat_signature(paths: Iterable[Path]) -> tuple[tuple[str, int, int, int, int
     return tuple(signature)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files that transformers loads from a local folder, in name order; empty when there are none."""
+def weight_files(folder: Path, *, every: bool = False) -> list[Path]:
+    """The weight files that transformers loads from a local folder, in name order; empty when there are none.
+
+    `every`: all that it could load with any arguments.
+    """
     found: set[Path] = set()
     for single, index in (
         ("model.safetensors", "model.safetensors.index.json"),
@@ -121,54 +124,10 @@ def weight_files(folder: Path) -> list[Path]:
             found.update(folder / shard for shard in set(shards))
         if found:
             break
-    else:
+    if every or not found:
         found.update(p for pattern in ("*.safetensors", "*.bin", "*.pt", "*.gguf") for p in folder.glob(pattern))
     found.update(p for p in (folder / "adapter_config.json", *folder.glob("adapter_model.*")) if p.is_file())
     return sorted(found)
-
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a local folder that decide how text becomes token ids; empty when there are none."""
-    named = [folder / name for name in _TOKENIZER_FILES]
-    return sorted(
-        p for p in (*named, *folder.glob("*.model"), *folder.glob("additional_chat_templates/*")) if p.is_file()
-    )
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of a tokenizer object: its rules, special tokens and chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        rules = json.loads(backend.to_str())
-        # Left over from the last call, and overridden by every call of ours.
-        rules.pop("truncation", None)
-        rules.pop("padding", None)
-    else:
-        rules = {"vocab": tokenizer.get_vocab(), "settings": getattr(tokenizer, "init_kwargs", {})}
-    special = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
-    return digest_json(
-        {
-            "class": type(tokenizer).__name__,
-            "rules": rules,
-            "special": special,
-            "chat": getattr(tokenizer, "chat_template", None),
-            "bos": getattr(tokenizer, "add_bos_token", None),
-            "eos": getattr(tokenizer, "add_eos_token", None),
-        }
-    )
 
 
 _live: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
@@ -183,7 +142,7 @@ def live_weights_digest(model: torch.nn.Module) -> str:
     # Frequencies that follow the last pass say nothing about the weights.
     buffers = [(name, b) for name, b in model.named_buffers() if not name.endswith("inv_freq")]
     named = [*model.named_parameters(), *buffers]
-    state = tuple((name, t.data_ptr(), t._version, tuple(t.shape), str(t.dtype), _sample(t)) for name, t in named)
+    state = tuple((name, t.data_ptr(), version_of(t), tuple(t.shape), str(t.dtype), _sample(t)) for name, t in named)
     known = _live.get(model)
     if known is not None and known[0] == state:
         return known[1]
@@ -193,6 +152,25 @@ def live_weights_digest(model: torch.nn.Module) -> str:
         hasher.update(_bytes_of(tensor))
     _live[model] = (state, hasher.hexdigest())
     return hasher.hexdigest()
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; -1 for those of inference mode, which do not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+# Of the adapters of peft: which are active, how strong, and whether they are merged or switched off.
+_ADAPTER_SETTINGS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+
+
+def settings_of(model: torch.nn.Module) -> str:
+    """Digest of what decides a model's values beside weights and config: the numbers its modules hold (an epsilon, a
+    scale) and the state of their adapters."""
+    found = {
+        path: {k: v for k, v in vars(module).items() if type(v) is float or k in _ADAPTER_SETTINGS}
+        for path, module in model.named_modules()
+    }
+    return digest_json({path: settings for path, settings in found.items() if settings})
 
 
 def _sample(tensor: torch.Tensor) -> int:

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
-from actcache.errors import ForeignHooksError, ModelLoadError, OptionError
+from actcache.errors import ModelLoadError, OptionError
 from actcache.model import identity
-from actcache.model.folders import find_folder, load_tokenizer, no_tokenizer
+from actcache.model.anatomy import original
+from actcache.model.folders import find_folder, no_tokenizer
 from actcache.model.options import LoadOptions, dtype_name
 from actcache.model.source import ModelIdentity, ModelSource, provenance
+from actcache.model.tokenizer import TokenizerSource
+from actcache.model.touched import refuse_foreign_hooks
 
 
 class LiveSource(ModelSource):
@@ -38,13 +41,24 @@ class LiveSource(ModelSource):
                 f"{', '.join(given)} cannot be changed on a model that is already loaded: "
                 "load it that way, or pass its path."
             )
+        if any(p.is_meta for p in model.parameters()):
+            raise OptionError(
+                "the model has weights that are not in memory (on the meta device, or offloaded), so they cannot be "
+                "identified: load it whole, or pass its path."
+            )
         self.options = options
-        self._model = model
-        self._tokenizer = tokenizer
+        # What torch.compile wraps: the original is what runs.
+        self._model = original(model)
         self.name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         folder = Path(self.name)
         if folder.is_dir():
             self.name = str(folder.resolve())
+        by_name = isinstance(tokenizer, str | Path)
+        self._tokenizer = TokenizerSource(
+            None if by_name else tokenizer,
+            lambda: self._tokenizer_folder(str(tokenizer) if by_name else self.name),
+            options,
+        )
 
     @staticmethod
     def _dtype_of(model: torch.nn.Module) -> str:
@@ -58,7 +72,7 @@ class LiveSource(ModelSource):
         return config
 
     def identity(self) -> ModelIdentity:
-        self._refuse_foreign_hooks()
+        refuse_foreign_hooks(self._model, self.options.allow_hooks)
         dtype = self._dtype_of(self._model)
         values: dict[str, Any] = {
             "identity": identity.IDENTITY_VERSION,
@@ -67,46 +81,26 @@ class LiveSource(ModelSource):
             "config": identity.config_digest(self.config),
             "dtype": dtype,
             "attn_implementation": str(getattr(self._model.config, "_attn_implementation", None) or "eager"),
+            "settings": identity.settings_of(self._model),
             "hooks": sorted(self.options.allow_hooks),
             "edits": [],
         }
         return ModelIdentity(values, {"model_name": self.name, "revision": None, "dtype": dtype, **provenance()})
 
-    def _refuse_foreign_hooks(self) -> None:
-        from torch.nn.modules import module as torch_module
-
-        found = [
-            ("every module", hook)
-            for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
-            for hook in hooks.values()
-        ]
-        for path, part in self._model.named_modules():
-            if part._forward_hooks or part._forward_pre_hooks:
-                found += [(path, h) for h in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())]
-        for path, hook in found:
-            name = getattr(hook, "__qualname__", type(hook).__qualname__)
-            if str(getattr(hook, "__module__", "")).split(".")[0] in ("transformers", "accelerate"):
-                continue
-            if name not in self.options.allow_hooks:
-                raise ForeignHooksError(
-                    f"the model has a hook of its own, {name!r} on {path or 'its root'!r}, which may change what is "
-                    f"stored: remove it, or pass allow_hooks=[{name!r}] if it does not."
-                )
-
-    def tokenizer(self) -> Any:
-        if self._tokenizer is None or isinstance(self._tokenizer, str | Path):
-            place = str(self._tokenizer or self.name)
-            try:
-                folder = find_folder(place, self.options, what="tokenizer")[0]
-            except ModelLoadError as error:
-                raise no_tokenizer(place) from error
-            self._tokenizer = load_tokenizer(folder, self.options)
+    def tokenizer_source(self) -> TokenizerSource:
         return self._tokenizer
 
-    def tokenizer_digest(self) -> str:
-        return identity.tokenizer_digest(self.tokenizer())
+    def _tokenizer_folder(self, place: str) -> Path:
+        try:
+            return find_folder(place, self.options, what="tokenizer")[0]
+        except ModelLoadError as error:
+            raise no_tokenizer(place) from error
 
     def model(self) -> torch.nn.Module:
+        return self._model
+
+    def model_to_run(self) -> torch.nn.Module:
+        refuse_foreign_hooks(self._model, self.options.allow_hooks)
         return self._model
 
     @property

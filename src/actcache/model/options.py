@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actcache.errors import OptionError, require_choice
@@ -71,3 +73,41 @@ def check_device_name(device: object) -> None:
     if kind == "auto":
         return
     require_choice(kind, ("cpu", "cuda", "mps", "xpu", "auto"), "device")
+
+
+# Arguments of `from_pretrained` that have a parameter here, or that choose what the identity could not follow.
+_OWN = ("attn_implementation", "device_map", "dtype", "quantization_config", "revision", "token", "trust_remote_code")
+_REFUSED = {
+    **dict.fromkeys(_OWN, "use the parameter of that name"),
+    "torch_dtype": "use dtype=",
+    "config": "change the folder's config.json, or load the model and pass it",
+    "state_dict": "load the model and pass it",
+    "subfolder": "pass the subfolder itself as the model",
+    "output_loading_info": "leave it out",
+}
+
+
+def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> Any:
+    """`model_kwargs` as JSON values, which are part of the identity; `OptionError` for what cannot be."""
+    for key in model_kwargs:
+        if key in _REFUSED:
+            raise OptionError(f"model_kwargs holds {key!r}: {_REFUSED[key]}.")
+    return as_json(dict(model_kwargs))
+
+
+def as_json(value: Any) -> Any:
+    """An option as JSON values; `OptionError` for an object that could not be told from another one."""
+
+    def default(item: Any) -> Any:
+        if callable(getattr(item, "to_dict", None)):
+            return item.to_dict()
+        if isinstance(item, Path) or (type(item).__module__ == "torch" and type(item).__name__ in ("dtype", "device")):
+            return str(item)
+        raise OptionError(
+            f"a {type(item).__name__} among the model options cannot be part of the model's identity: "
+            "load the model that way and pass it."
+        )
+
+    if value is None:
+        return None
+    return json.loads(json.dumps(value, sort_keys=True, default=default))

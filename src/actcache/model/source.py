@@ -13,6 +13,8 @@ from actcache.model.options import LoadOptions
 if TYPE_CHECKING:
     import torch
 
+    from actcache.model.tokenizer import TokenizerSource
+
 
 @dataclass(frozen=True)
 class ModelIdentity:
@@ -43,16 +45,23 @@ class ModelSource(ABC):
         """The identity as of now: files or weights that changed since the last call give another one."""
 
     @abstractmethod
+    def tokenizer_source(self) -> TokenizerSource:
+        """The tokenizer, perhaps not loaded yet."""
+
     def tokenizer(self) -> Any:
         """The tokenizer; `TokenizerError` when there is none."""
-
-    @abstractmethod
-    def tokenizer_digest(self) -> str:
-        """Digest of the tokenizer, without loading it where it lies on disk."""
+        return self.tokenizer_source().get()
 
     @abstractmethod
     def model(self) -> torch.nn.Module:
         """The model in eval mode on its device, loaded on the first call."""
+
+    @abstractmethod
+    def model_to_run(self) -> torch.nn.Module:
+        """`model`, when it still is what `identity` says.
+
+        Raises `ForeignHooksError` for hooks of somebody else, `ModelChangedError` for other changes in memory.
+        """
 
     @property
     @abstractmethod

@@ -7,6 +7,8 @@ a KV cache, and rows are cut and pooled on the device before they are copied.
 from __future__ import annotations
 
 import inspect
+import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ import torch
 
 from actcache.capture.hooks import StopForward, observe
 from actcache.capture.positions import pool, pool_rows, resolve_positions
+from actcache.errors import MissedModuleError, OptionError
 from actcache.extract.backends import Reduction
 from actcache.model.anatomy import check_identities, describe
 from actcache.model.options import resolve_device
@@ -42,10 +45,14 @@ class LocalBackend:
 
     @contextmanager
     def session(self, sites: Sequence[str], reduction: Reduction) -> Iterator[LocalSession]:
-        model = self._source.model()
+        model = self._source.model_to_run()
         parsed = {name: Site.parse(name) for name in sites}
         with ExitStack() as stack:
+            # What one thread's pass reads must not be read by another's.
+            stack.enter_context(_lock_of(model))
             stack.enter_context(_evaluating(model))
+            stack.enter_context(_exact_float32())
+            stack.enter_context(torch.autocast(_input_device(model).type, enabled=False))
             check_identities(model, sites=list(parsed.values()))
             anatomy = describe(model)
             points = {name: anatomy.read_point(site) for name, site in parsed.items()}
@@ -54,9 +61,9 @@ class LocalBackend:
                 model if whole else anatomy.backbone,
                 _input_device(model),
                 reduction,
+                sites=list(parsed),
                 forget_lengths=depends_on_longest(self._source.config),
             )
-            stack.enter_context(_exact_float32(model))
             stack.enter_context(torch.no_grad())
             session.observer = stack.enter_context(observe(points, session.receive, stop_after_last=True))
             yield session
@@ -68,11 +75,18 @@ class LocalSession:
     observer: Any
 
     def __init__(
-        self, module: torch.nn.Module, device: torch.device, reduction: Reduction, *, forget_lengths: bool
+        self,
+        module: torch.nn.Module,
+        device: torch.device,
+        reduction: Reduction,
+        *,
+        sites: Sequence[str],
+        forget_lengths: bool,
     ) -> None:
         self._module = module
         self._device = device
         self._reduction = reduction
+        self._sites = sites
         self._forget_lengths = forget_lengths
         self._accepts = set(inspect.signature(module.forward).parameters)
         self._lengths: list[int] = []
@@ -89,6 +103,9 @@ class LocalSession:
         with suppress(StopForward):
             self._module(**self._inputs(sequences))
         rows, self._rows = self._rows, {}
+        missed = [site for site in self._sites if site not in rows]
+        if missed:
+            raise MissedModuleError(f"{', '.join(missed)} did not run in this pass: ask for other sites.")
         return CopiedRows(rows)
 
     def _inputs(self, sequences: Sequence[npt.NDArray[np.int32]]) -> dict[str, Any]:
@@ -124,7 +141,8 @@ class LocalSession:
             return torch.cat(rows)
         if isinstance(pooling, str):
             return torch.stack([pool_rows(r, pooling) for r in rows])
-        return torch.stack([pooling(r) for r in rows])
+        # A copy: a function may work in place, and the pass goes on with what it is given.
+        return torch.stack([_one_row(pooling(r.clone()), r) for r in rows])
 
     def _lengths_on(self, device: torch.device) -> torch.Tensor:
         if device not in self._on_device:
@@ -163,6 +181,15 @@ class CopiedRows:
         return self._rows
 
 
+def _one_row(pooled: Any, rows: torch.Tensor) -> torch.Tensor:
+    if not isinstance(pooled, torch.Tensor) or pooled.ndim != 1:
+        shape = f"of shape {tuple(pooled.shape)}" if isinstance(pooled, torch.Tensor) else type(pooled).__name__
+        raise OptionError(
+            f"the pooling function returned a value {shape} for rows {tuple(rows.shape)}: expected one vector [D]."
+        )
+    return pooled
+
+
 def _input_device(model: torch.nn.Module) -> torch.device:
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     parameter = next((embedding if embedding is not None else model).parameters(), None)
@@ -181,16 +208,39 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
+_locks: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def _lock_of(model: torch.nn.Module) -> threading.RLock:
+    with _locks_lock:
+        return _locks.setdefault(model, threading.RLock())
+
+
 @contextmanager
-def _exact_float32(model: torch.nn.Module) -> Iterator[None]:
-    """No TF32 while a float32 model runs: it keeps 10 bits of each factor."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    if dtype is not torch.float32 or not torch.cuda.is_available():
-        yield
-        return
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+def _exact_float32() -> Iterator[None]:
+    """No TF32 and no bfloat16 inside float32 products: they keep 10 and 7 bits of each factor."""
+    backends: Any = torch.backends
+    places: list[Any] = []
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        places = [backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    before = [place.fp32_precision for place in places]
+    matmul: str | None = None
+    cudnn: bool | None = None
+    # Where the newer settings were used alone, torch refuses to read the older ones.
+    with suppress(RuntimeError):
+        matmul = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        cudnn = backends.cudnn.allow_tf32
     try:
+        # The older settings set the newer ones too; the other way round they would contradict each other.
+        torch.set_float32_matmul_precision("highest")
+        backends.cudnn.allow_tf32 = False
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if cudnn is not None:
+            backends.cudnn.allow_tf32 = cudnn
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
