@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -195,6 +197,21 @@ def test_the_check_runs_once_per_model() -> None:
     ac.sites(model)
     ac.capture(model, sites=["attn_out", "resid_mid"])
     assert runs == 1
+
+
+def test_threads_that_first_meet_a_model_check_it_once() -> None:
+    for _ in range(5):
+        model = tiny_model("gpt2")
+        describe(model)
+        start = threading.Barrier(4)
+
+        def check(model: nn.Module = model, start: threading.Barrier = start) -> None:
+            start.wait()
+            check_identities(model)
+
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(check) for _ in range(4)]:
+                done.result()
 
 
 def test_describing_does_not_keep_the_model() -> None:

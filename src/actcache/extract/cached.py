@@ -126,16 +126,19 @@ class CachedExtractor:
             raise partial_failure(filled, stats=filled)
         if cache_only:
             return None
+        answer = self.request(read, names).lookup if filled.extracted else request.lookup
         if self.layout == TOKENS:
-            answer = self.request(read, names).lookup if filled.extracted else request.lookup
             values, mask = answer.padded()
             return to_torch(values), to_torch(mask)
         import torch
 
-        # Site by site, since widths may differ.
-        each = [self.request(read, [name], check=False).lookup.pooled() for name in names]
-        pooled = np.concatenate(each, axis=2)
-        return to_torch(pooled), torch.ones(len(pooled), 1, dtype=torch.bool)
+        if len({self._width(name) for name in names}) == 1:
+            pooled = answer.pooled().reshape(len(read), -1)
+        else:
+            # Site by site: each array has one width.
+            each = [self.request(read, [name], check=False).lookup.pooled()[:, 0] for name in names]
+            pooled = np.concatenate(each, axis=1)
+        return to_torch(pooled[:, None]), torch.ones(len(pooled), 1, dtype=torch.bool)
 
     def request(
         self, prompts: Prompt | Iterable[Prompt] | PromptList, names: Sequence[str], *, check: bool = True

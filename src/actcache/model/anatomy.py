@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -192,7 +193,10 @@ class Anatomy:
         if self._refused is None:
             from actcache.model.identities import check
 
-            self._form, self._refused = check(self)
+            # Two passes at once on one model would read each other's values.
+            with _checking:
+                if self._refused is None:
+                    self._form, self._refused = check(self)
         return self._refused
 
     def _why_not(self, name: str) -> str | None:
@@ -231,6 +235,7 @@ class Anatomy:
         return ReadPoint(self.model.get_submodule(path), path, side, extract)
 
 
+_checking = threading.RLock()
 _described: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionary()
 
 
