@@ -61,7 +61,7 @@ format: venv ## put the code into its format and fix what can be fixed
 	@$(PY) -m ruff check --fix .
 
 bench: venv ## run the benchmarks: tables of ratios against a reference in the same run
-	@for file in $(BENCHMARKS); do echo "==> $$file"; $(offline) $(PY) $$file || exit 1; done
+	@status=0; for file in $(BENCHMARKS); do echo "==> $$file"; $(offline) $(PY) $$file || status=1; done; exit $$status
 
 clean: ## remove the virtual environments and what tools left behind
 	rm -rf $(VENV) $(VENV_TF4) .pytest_cache .mypy_cache .ruff_cache .hypothesis

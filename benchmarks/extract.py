@@ -24,12 +24,18 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import actcache as ac
-from _measure import compare, print_table
+from _measure import Ratio, compare, print_table
 from actcache.extract.extractor import ActivationExtractor
 from actcache.store.prompts import PromptTable
 from actcache.store.records import Records
 
 LAYERS, WIDTH, VOCABULARY = 12, 768, 50_257
+SPEED = {
+    "one layer at half depth, every token": 5.5,
+    "last token of all layers": 2.3,
+    "one layer at half depth, bfloat16": 8.0,
+}
+OVERHEAD, MEMORY, WARM = 1.08, 1.10, 0.4
 
 
 def log_normal_prompts(n: int, seed: int = 0) -> list[list[int]]:
@@ -81,7 +87,7 @@ def cached_run(model: Any, prompts: list[list[int]], **options: Any) -> None:
         shutil.rmtree(folder)
 
 
-def speed(prompts: int, rounds: int) -> None:
+def speed(prompts: int, rounds: int) -> bool:
     texts = log_normal_prompts(prompts)
     print(
         f"\n{prompts} prompts, {sum(map(len, texts))} tokens, GPT-2 shape {LAYERS} x {WIDTH}, vocabulary {VOCABULARY}"
@@ -94,7 +100,7 @@ def speed(prompts: int, rounds: int) -> None:
         show="speed",
     )
     model, half = gpt2_shape(), gpt2_shape(torch.bfloat16)
-    print_table(
+    return print_table(
         "extraction, storing included",
         compare(
             lambda: usual_script(model, texts, middle),
@@ -112,10 +118,11 @@ def speed(prompts: int, rounds: int) -> None:
             warmup=0,
         ),
         show="speed",
+        bounds=SPEED,
     )
 
 
-def overhead(prompts: int, rounds: int) -> None:
+def overhead(prompts: int, rounds: int) -> bool:
     texts = log_normal_prompts(prompts)
     ids = [np.asarray(t, np.int32) for t in texts]
     model = gpt2_shape()
@@ -125,13 +132,14 @@ def overhead(prompts: int, rounds: int) -> None:
         for _ in extractor.batches(ids, extractor.sites):
             pass
 
+    held = True
     for name, layers, pooled in (
         ("one layer, every token", LAYERS // 2 - 1, False),
         ("all layers, every token", "all", False),
         ("all layers, last token", "all", True),
     ):
         pooling = "last_token" if pooled else None
-        print_table(
+        held &= print_table(
             f"what keying and storing add: {name}",
             compare(
                 lambda layers=layers, pooling=pooling: forward_only(layers, pooling),
@@ -144,7 +152,9 @@ def overhead(prompts: int, rounds: int) -> None:
                 reference_name="the same forward passes",
                 warmup=1,
             ),
+            bounds={"with store": OVERHEAD},
         )
+    return held
 
 
 _MEMORY = """
@@ -172,7 +182,7 @@ running = False; thread.join(); print(peak)
 """
 
 
-def memory(rounds: int) -> None:
+def memory(rounds: int) -> bool:
     print("\nanonymous memory of a warm-up (peak RssAnon, its own process each)")
     ratios = []
     for _ in range(rounds):
@@ -187,10 +197,13 @@ def memory(rounds: int) -> None:
         print(
             f"  1,000 prompts {peaks[1_000]:.1f} MiB   10,000 prompts {peaks[10_000]:.1f} MiB   ratio {ratios[-1]:.3f}"
         )
-    print(f"  median ratio {sorted(ratios)[len(ratios) // 2]:.3f}   (floor: at most 1.10)")
+    ratio = Ratio.of(ratios)
+    held = ratio.low <= MEMORY
+    print(f"  median ratio {ratio.median:.3f}   <= {MEMORY:g} {'ok' if held else 'MISSED'}")
+    return held
 
 
-def warm(rounds: int) -> None:
+def warm(rounds: int) -> bool:
     """2,000 pooled text prompts x 12 layers x 768 float32, against a copy of the same bytes from one mapped file."""
     with tempfile.TemporaryDirectory(prefix="actcache-bench-") as folder:
         model = _named_model(Path(folder) / "model")
@@ -203,8 +216,8 @@ def warm(rounds: int) -> None:
         rng.standard_normal((len(texts), LAYERS * WIDTH), dtype=np.float32).tofile(flat)
         mapped = np.memmap(flat, np.float32, "r", shape=(len(texts), LAYERS * WIDTH))
         shuffled = [texts[i] for i in rng.permutation(len(texts))]
-        print_table(
-            "warm get_activations, 2,000 pooled text prompts x 12 x 768 (floor: 0.4 x the speed)",
+        held = print_table(
+            "warm get_activations, 2,000 pooled text prompts x 12 x 768",
             compare(
                 lambda: np.array(mapped),
                 {
@@ -215,8 +228,10 @@ def warm(rounds: int) -> None:
                 reference_name="copy of the same bytes",
             ),
             show="speed",
+            bounds={"get_activations, stored order": WARM, "get_activations, shuffled": WARM},
         )
         assert not cache.model_loaded
+        return held
 
 
 def _named_model(folder: Path) -> Path:
@@ -247,7 +262,7 @@ def _fill(cache: ac.UnifiedCache, texts: list[str]) -> None:
     cache.store.append(space, Records(table, extractor.layout, np.arange(len(texts) + 1, dtype=np.int64), data))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=["speed", "overhead", "memory", "warm", []], default=[])
     parser.add_argument("--prompts", type=int, default=256)
@@ -257,15 +272,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     parts = arguments.parts or ["warm", "overhead", "memory", "speed"]
     print(json.dumps({"torch": torch.__version__, "threads": arguments.threads, "rounds": arguments.rounds}))
-    if "warm" in parts:
-        warm(arguments.rounds)
-    if "overhead" in parts:
-        overhead(min(64, arguments.prompts), arguments.rounds)
-    if "memory" in parts:
-        memory(min(3, arguments.rounds))
-    if "speed" in parts:
-        speed(arguments.prompts, arguments.rounds)
+    runs = {
+        "warm": lambda: warm(arguments.rounds),
+        "overhead": lambda: overhead(min(64, arguments.prompts), arguments.rounds),
+        "memory": lambda: memory(min(3, arguments.rounds)),
+        "speed": lambda: speed(arguments.prompts, arguments.rounds),
+    }
+    held = [run() for name, run in runs.items() if name in parts]
+    return 0 if all(held) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from _measure import Row, compare, print_table
+from actcache.store import gather
 from actcache.store.prompts import PromptTable, text_keys
 from actcache.store.records import Records
 from actcache.store.store import Store
@@ -219,6 +220,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to put the files (default: the temporary folder)")
     options = parser.parse_args()
     rounds = 7 if options.quick else 31
+    # The references copy on one thread.
+    gather._MAX_THREADS = 1
     folder = Path(tempfile.mkdtemp(prefix="actcache-benchmark-", dir=options.folder))
     ok, record = True, []
     try:

@@ -77,8 +77,12 @@ def _take(region: npt.NDArray[Any], index: Ints, out: npt.NDArray[Any]) -> None:
 def _allowed_threads() -> int:
     """How many threads may copy: as many as torch may use where it is loaded, and no more than help."""
     torch = sys.modules.get("torch")
-    allowed = torch.get_num_threads() if torch is not None else os.cpu_count() or 1
-    return min(_MAX_THREADS, int(allowed))
+    return min(_MAX_THREADS, torch.get_num_threads() if torch is not None else _processors())
+
+
+def _processors() -> int:
+    """How many this process may run on, which a batch system may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _span(matrices: Sequence[npt.NDArray[Any]]) -> tuple[npt.NDArray[Any], Ints] | None:
