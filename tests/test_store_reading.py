@@ -256,6 +256,16 @@ def test_the_same_prompt_as_ids_and_as_text_is_one_entry(tmp_path: Path) -> None
 # -- tensors in and out --------------------------------------------------------------------------------
 
 
+def test_reading_everything_of_a_site_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    store, space = make_store(tmp_path)
+    store.append(space, pooled([1]))
+    assert store.read(space, None, SITES[0], pooling="last_token").shape == (1, 8)
+    for site, pooling in (("resid_posst.0", "last_token"), (SITES[0], None)):
+        with pytest.raises(NotCachedError, match=site):
+            store.read(space, None, site, pooling=pooling)
+
+
 def test_sites_of_different_lengths_are_not_stretched(tmp_path: Path) -> None:
     """Texts stored without a tokenizer may have been cut differently; one row must not pass for three."""
     store, space = make_store(tmp_path)

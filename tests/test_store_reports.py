@@ -65,6 +65,19 @@ def test_discover_by_text_ids_and_chat(tmp_path: Path) -> None:
     assert store.discover("another", text(2)) is None
 
 
+def test_the_number_of_tokens_is_told_only_where_it_is_known(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    store.write(space, ["a text without a tokenizer"], {"embed": [np.ones(3, np.float32)]}, pooling="mean")
+    found = store.discover("org/model", "a text without a tokenizer")
+    assert found is not None and found.num_tokens is None
+    store.write(space, ["a text without a tokenizer"], {"embed": [np.ones((7, 3), np.float32)]})
+    found = store.discover("org/model", "a text without a tokenizer")
+    assert found is not None and found.num_tokens == 7
+    store.append(space, pooled([6]))
+    found = store.discover("org/model", text(6))
+    assert found is not None and found.num_tokens == 7
+
+
 def test_discover_describes_the_newest_variant_and_lists_all(tmp_path: Path) -> None:
     store, space = make_store(tmp_path)
     store.append(space, pooled([1], sites=["resid_post.0"]))

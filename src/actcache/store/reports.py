@@ -64,8 +64,8 @@ class CachedPromptInfo:
     """What is stored for one prompt.
 
     `raw_layers`: layers whose residual stream is there for every token; `pooled`: pooling -> layers; `sites`:
-    every stored site by layout ("tokens" or the pooling); `num_tokens` of the prompt; `variants`: every space
-    of that model that holds it, newest first (the other fields describe the first).
+    every stored site by layout ("tokens" or the pooling); `num_tokens` of the prompt, None where unknown;
+    `variants`: every space of that model that holds it, newest first (the other fields describe the first).
     """
 
     raw_layers: list[int]
@@ -135,12 +135,12 @@ def find_token_keys(index: SpaceIndex, prompts: Sequence[Any]) -> Keys:
     return np.concatenate(found)
 
 
-def describe_prompt(index: SpaceIndex, prompt: Any) -> tuple[dict[str, set[str]], int] | None:
-    """Sites per layout stored for `prompt`, and its number of tokens; None when it is not there."""
+def describe_prompt(index: SpaceIndex, prompt: Any) -> tuple[dict[str, set[str]], int | None] | None:
+    """Sites per layout stored for `prompt`, and its number of tokens (None: unknown); None when it is not there."""
     index.refresh()
     keys = find_token_keys(index, [prompt])
     sites: dict[str, set[str]] = {}
-    tokens = 0
+    tokens: int | None = None
     with index.lock:
         for number, info in index.segments() if len(keys) else ():
             hit = is_member(info.prompt_key, keys)
@@ -149,11 +149,14 @@ def describe_prompt(index: SpaceIndex, prompt: Any) -> tuple[dict[str, set[str]]
             segment = index.open(number) if hit.any() else None
             if segment is not None:
                 sites.setdefault(info.layout, set()).update(info.sites)
-                tokens = int(segment.prompts.lengths[np.flatnonzero(hit)[0]])
+                ids = segment.prompts.tokens(int(np.flatnonzero(hit)[0]))
+                # A text that came without a tokenizer has stand-ins for ids, whose number means nothing when pooled.
+                if info.layout == TOKENS or (ids >= 0).all():
+                    tokens = len(ids)
     return (sites, tokens) if sites else None
 
 
-def prompt_info(sites: Mapping[str, set[str]], tokens: int, variants: list[SpaceInfo]) -> CachedPromptInfo:
+def prompt_info(sites: Mapping[str, set[str]], tokens: int | None, variants: list[SpaceInfo]) -> CachedPromptInfo:
     """The answer of `discover` from the sites of each layout."""
     everything = {s for names in sites.values() for s in names}
     return CachedPromptInfo(

@@ -186,6 +186,8 @@ class Store:
         wanted = tensors.torch_dtype(dtype)
         if prompts is None:
             prompts = self.prompts(space_id, site=site, layout=layout)
+            if not len(prompts):
+                raise NotCachedError(f"no {site!r} ({layout}) is stored in space {space_id}: see Store.spaces()")
         located, found = self._locate_any(space_id, prompts, site, layout)
         if not found.all():
             raise NotCachedError(
