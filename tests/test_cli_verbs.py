@@ -124,7 +124,7 @@ def test_show_reports_what_is_stored(cli: Cli) -> None:
         assert entry["norm"] == pytest.approx(norm, rel=1e-5)
     status, out, _ = cli("show", MODEL, PROMPT)
     assert status == 0
-    assert "Eiffel" in out
+    assert "Tower" in out
     assert "every token" in out
 
 

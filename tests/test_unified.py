@@ -424,6 +424,26 @@ class TestFailures:
             cache.warmup(TEXTS)
         assert not cache.model_loaded
 
+    def test_a_store_where_no_folder_can_be_made(self, folder):
+        with pytest.raises(errors.StoreAccessError, match="/proc"):
+            ac.UnifiedCache(folder, store="/proc/actcache").warmup(TEXTS)
+
+    def test_weights_replaced_while_a_run_begins_are_not_stored_as_the_old_ones(self, own_folder, tmp_path):
+        cache = ac.UnifiedCache(own_folder, store=tmp_path / "store")
+        request = cache.cached.request(TEXTS, cache.sites)
+        open_space = cache.store.open_space
+
+        def replaced(*arguments):
+            tiny_model("gpt2", seed=77, n_layer=3).save_pretrained(own_folder)
+            return open_space(*arguments)
+
+        cache.store.open_space = replaced
+        with pytest.raises(errors.ModelChangedError, match="run again"):
+            cache.cached.fill(request)
+        cache.store.open_space = open_space
+        assert misses(cache) == len(TEXTS)
+        assert not cache.store.contains(request.space, [ids_of(own_folder, t) for t in TEXTS]).any()
+
 
 class TestCachedExtractor:
     def test_returns_activations_and_mask(self, folder):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actcache.errors import OptionError, PartialWarmupError
+from actcache.errors import ModelChangedError, OptionError, PartialWarmupError
 from actcache.extract.extractor import ActivationExtractor
 from actcache.extract.lookup import Lookup, Question, look_up
 from actcache.extract.plan import Plan, bytes_free, estimate_seconds, remember_speed
@@ -236,7 +236,11 @@ class CachedExtractor:
                     filled.failed += [(members[i], reason) for i in batch.indices]
 
                 ids = [table.tokens(i) for i in range(len(members))]
+                confirmed = False
                 for batch, rows in self.extractor.batches(ids, names, failed):
+                    if not confirmed:
+                        self._confirm(identity.values)
+                        confirmed = True
                     records = self._records(table, batch, rows)
                     writer.put(records)
                     filled.extracted += len(batch.indices)
@@ -246,6 +250,14 @@ class CachedExtractor:
         filled.seconds = time.perf_counter() - start
         remember_speed(space, self.extractor.backend().device, filled.tokens, filled.seconds)
         return filled
+
+    def _confirm(self, values: Mapping[str, Any]) -> None:
+        """Refuse to store what a model gave that was replaced between its identification and its first batch."""
+        if self.extractor.source.identity().values != values:
+            raise ModelChangedError(
+                f"the model {self.extractor.source.name!r} was replaced while this run began; nothing of it was stored: "
+                "run again."
+            )
 
     def _records(self, table: PromptTable, batch: Batch, rows: Mapping[str, torch.Tensor]) -> Any:
         from actcache.extract.arrays import to_numpy

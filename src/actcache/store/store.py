@@ -80,7 +80,11 @@ class Store:
     def check_writable(self) -> None:
         """StoreAccessError with the remedy when this store cannot be written; creates its folder."""
         with translated(self.location):
-            make_folder(self.root)
+            try:
+                make_folder(self.root)
+            except FileNotFoundError as error:
+                # Folders that cannot be made, such as those of /proc, are reported as missing.
+                raise access_error(self.location, error) from error
         if not os.access(self.root, os.W_OK | os.X_OK):
             raise access_error(self.location, PermissionError(13, "Permission denied"))
 
