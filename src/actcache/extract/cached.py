@@ -255,8 +255,8 @@ class CachedExtractor:
         """Refuse to store what a model gave that was replaced between its identification and its first batch."""
         if self.extractor.source.identity().values != values:
             raise ModelChangedError(
-                f"the model {self.extractor.source.name!r} was replaced while this run began; nothing of it was stored: "
-                "run again."
+                f"the model {self.extractor.source.name!r} was replaced while this run began: "
+                "nothing of it was stored, run again."
             )
 
     def _records(self, table: PromptTable, batch: Batch, rows: Mapping[str, torch.Tensor]) -> Any:
