@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actcache.capture.positions import check_positions, each_prompt, resolve_positions
+from actcache.capture.positions import POOLINGS, check_positions, each_prompt, resolve_positions
 from actcache.errors import OptionError, UnknownSiteError, did_you_mean, require_choice
 from actcache.extract.cached import CachedExtractor, Filled, Request, partial_failure
-from actcache.extract.extractor import POOLINGS, ActivationExtractor, complete_sites
+from actcache.extract.extractor import ActivationExtractor, complete_sites
 from actcache.extract.plan import Plan
 from actcache.extract.prompts import Prompt, read_prompts
 

@@ -17,6 +17,7 @@ from actcache.capture.taps import Taps
 from actcache.capture.values import read_device, read_dtype
 from actcache.errors import OptionError, SiteUnavailableError
 from actcache.model.anatomy import Anatomy, ReadPoint, describe, original
+from actcache.model.modes import evaluating
 from actcache.model.sites import Site
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def run_with_cache(
     )
     prepared = prepare(original(model), inputs, tokenizer)
     block.track_tokens()
-    with _evaluating(model), torch.set_grad_enabled(not detach and torch.is_grad_enabled()), block as cache:
+    with evaluating(model), torch.set_grad_enabled(not detach and torch.is_grad_enabled()), block as cache:
         output = model(**prepared.kwargs)
     if prepared.tokens is not None:
         cache.tokens = [
@@ -199,18 +200,6 @@ def observe(
         yield observation
     finally:
         taps.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _per_prompt(positions: Any, tokens: list[list[str]]) -> list[list[int]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actcache.capture.positions import check_positions
+from actcache.capture.positions import POOLINGS, check_positions
 from actcache.errors import OptionError, require_choice
 from actcache.extract.activations import Activations
 from actcache.extract.backends import Backend, Pooling, Reduction, Rows, Session
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from actcache.model.source import ModelSource
 
 BatchRows = Mapping[str, "torch.Tensor"]
-POOLINGS = ("last_token", "first_token", "mean", "max", "min")
 
 
 class ActivationExtractor:

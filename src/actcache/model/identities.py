@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from actcache.model.modes import evaluating
 from actcache.model.sites import Site
 
 if TYPE_CHECKING:
@@ -162,20 +163,15 @@ def _inputs(anatomy: Anatomy) -> dict[str, Tensor]:
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Run the model by itself: evaluation mode, no hooks but ours; modes, hooks and random state come back after."""
     modules = list(model.modules())
-    training = [m for m in modules if m.training]
     hooks = [(m, name, m.__dict__[name]) for m in modules for name in _HOOKS if name in m.__dict__]
     shadows = [(m, m.__dict__.pop("_call_impl")) for m in modules if "_call_impl" in m.__dict__]
     cuda = [p.device.index for p in model.parameters() if p.device.type == "cuda"]
-    with torch.random.fork_rng(devices=sorted({d for d in cuda if d is not None})):
+    with evaluating(model), torch.random.fork_rng(devices=sorted({d for d in cuda if d is not None})):
         try:
             for module, name, _ in hooks:
                 module.__dict__[name] = OrderedDict()
-            for module in training:
-                module.training = False
             yield
         finally:
-            for module in training:
-                module.training = True
             for module, name, saved in hooks:
                 module.__dict__[name] = saved
             for module, shadow in shadows:

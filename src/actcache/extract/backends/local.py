@@ -21,6 +21,7 @@ from actcache.capture.positions import pool, pool_rows, resolve_positions
 from actcache.errors import MissedModuleError, OptionError
 from actcache.extract.backends import Reduction
 from actcache.model.anatomy import check_identities, describe
+from actcache.model.modes import evaluating
 from actcache.model.options import resolve_device
 from actcache.model.rope import depends_on_longest, forget_lengths
 from actcache.model.sites import Site
@@ -50,7 +51,7 @@ class LocalBackend:
         with ExitStack() as stack:
             # What one thread's pass reads must not be read by another's.
             stack.enter_context(_lock_of(model))
-            stack.enter_context(_evaluating(model))
+            stack.enter_context(evaluating(model))
             stack.enter_context(_exact_float32())
             stack.enter_context(torch.autocast(_input_device(model).type, enabled=False))
             check_identities(model, sites=list(parsed.values()))
@@ -194,18 +195,6 @@ def _input_device(model: torch.nn.Module) -> torch.device:
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     parameter = next((embedding if embedding is not None else model).parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode for the block; every module gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 _locks: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
