@@ -58,7 +58,7 @@ def read_prompts(prompts: Prompt | Iterable[Prompt]) -> PromptList:
     given: list[Any] = list(prompts)
     if not given:
         raise PromptError("the list of prompts is empty: expected at least one prompt.")
-    if all(type(p) is str for p in given):
+    if set(map(type, given)) == {str}:
         texts: list[str | None] = given
         if not all(given):
             raise _empty(given.index(""))
@@ -71,17 +71,17 @@ def read_prompts(prompts: Prompt | Iterable[Prompt]) -> PromptList:
         kinds[i] = kind
         texts.append(text)
         ids.append(tokens)
-    _check_unicode(texts)
+    _check_unicode([text or "" for text in texts])
     return PromptList(kinds, texts, ids)
 
 
-def _check_unicode(texts: Sequence[str | None]) -> None:
+def _check_unicode(texts: Sequence[str]) -> None:
     try:
-        "".join(text for text in texts if text is not None).encode()
+        "".join(texts).encode()
     except UnicodeEncodeError:
         for i, text in enumerate(texts):
             try:
-                (text or "").encode()
+                text.encode()
             except UnicodeEncodeError as error:
                 raise PromptError(
                     f"prompt {i} is not valid Unicode text: {error.reason} at character {error.start}. "

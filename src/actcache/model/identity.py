@@ -106,6 +106,12 @@ def stat_signature(paths: Iterable[Path]) -> tuple[tuple[str, int, int, int, int
     return tuple(signature)
 
 
+def settled(signature: Iterable[tuple[str, int, int, int, int]]) -> bool:
+    """Whether these files were changed long enough ago for another change to show in their time stamps."""
+    now = time.time_ns()
+    return all(now - max(mtime, ctime) > _RACY_NS for _, _, _, mtime, ctime in signature)
+
+
 def weight_files(folder: Path, *, every: bool = False) -> list[Path]:
     """The weight files that transformers loads from a local folder, in name order; empty when there are none.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -23,16 +24,18 @@ _FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_TEMPLATES = "additional_chat_templates"
 # What a chat template calls for the time of day.
 _CLOCK = b"strftime_now"
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a local folder that decide how text becomes token ids; empty when there are none."""
-    named = [folder / name for name in _FILES]
-    return sorted(
-        p for p in (*named, *folder.glob("*.model"), *folder.glob("additional_chat_templates/*")) if p.is_file()
-    )
+    present = set(os.listdir(folder))
+    named = [folder / name for name in present if name in _FILES or name.endswith(".model")]
+    if _TEMPLATES in present:
+        named += (folder / _TEMPLATES).glob("*")
+    return sorted(p for p in named if p.is_file())
 
 
 class TokenizerSource:
@@ -49,6 +52,7 @@ class TokenizerSource:
         self._folder: Path | None = None
         self._options = options
         self._loaded: Any = None
+        self._of_files: tuple[object, str] | None = None
         # The files it was loaded from, and what it was then.
         self._origin: tuple[object, str] | None = None
 
@@ -68,8 +72,13 @@ class TokenizerSource:
         if self._given is not None:
             return tokenizer_digest(self._given)
         files = self._files()
-        of_files = identity.files_digest(files)
-        if self._origin is None or self._origin[0] != identity.stat_signature(files):
+        signature = identity.stat_signature(files)
+        if self._of_files is not None and self._of_files[0] == signature:
+            of_files = self._of_files[1]
+        else:
+            of_files = identity.files_digest(files)
+            self._of_files = (signature, of_files) if identity.settled(signature) else None
+        if self._origin is None or self._origin[0] != signature:
             return of_files
         # Whoever got the loaded one may have changed it.
         now = tokenizer_digest(self._loaded)

@@ -41,10 +41,11 @@ def text_digests(data: Sequence[bytes], kinds: Sequence[int] | npt.NDArray[Any] 
     digest = xxhash.xxh3_128_digest
     salt = digest(context.encode("utf-8", "surrogatepass"))
     prefixes = [salt + bytes([kind]) for kind in (IDS, TEXT, CHAT)]
-    if isinstance(kinds, (int, np.integer)):
-        prefix = prefixes[int(kinds)]
+    each = np.broadcast_to(np.asarray(kinds), (len(data),))
+    if len(data) and (each == each[0]).all():
+        prefix = prefixes[int(each[0])]
         return _pack([digest(prefix + t) for t in data])
-    return _pack([digest(prefixes[k] + t) for k, t in zip(np.asarray(kinds).tolist(), data, strict=True)])
+    return _pack([digest(prefixes[k] + t) for k, t in zip(each.tolist(), data, strict=True)])
 
 
 def encode_texts(texts: Sequence[str]) -> list[bytes]:
