@@ -178,7 +178,13 @@ class UnifiedCache:
         """
         return self._warmup(prompts, self.extractor.sites, verify_cache=verify_cache)[0]
 
+    def _stored(self, prompts: Any, names: Sequence[str]) -> Request:
+        """`prompts` computed where they were missing, and looked up."""
+        stats, request = self._warmup(prompts, names)
+        return self.cached.request(request.prompts, names) if stats.activations_extracted else request
+
     def _warmup(self, prompts: Any, names: Sequence[str], *, verify_cache: bool = True) -> tuple[WarmupStats, Request]:
+        """What was done, and the request as it was found before."""
         import time
 
         start = time.perf_counter()
@@ -194,8 +200,6 @@ class UnifiedCache:
         )
         if filled.failed:
             raise partial_failure(filled, stats=stats)
-        if filled.extracted:
-            request = self.cached.request(request.prompts, names)
         return stats, request
 
     def get_activations(
@@ -225,7 +229,7 @@ class UnifiedCache:
         read = read_prompts(prompts)
         each_prompt(positions, len(read))
         everything = list(dict.fromkeys(name for names in groups.values() for name in names))
-        request = self._warmup(read, everything)[1]
+        request = self._stored(read, everything)
         if len(groups) == 1:
             return self._read(request, positions)
         # One pass computed them all; each site is read on its own, since widths may differ.
@@ -308,7 +312,7 @@ def activations(
     if pooling is not None:
         options["pooling"] = pooling
     cache = UnifiedCache(model, layers, sites=(site,), cache_pooled=cached, **options)
-    request = cache._warmup(prompts, cache.sites)[1]
+    request = cache._stored(prompts, cache.sites)
     if cached:
         return request.lookup.pooled()
     import numpy as np
