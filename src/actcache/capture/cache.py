@@ -46,7 +46,8 @@ class ActivationCache(MutableMapping[str, Any]):
         self._items: dict[str, Any] = dict(items or {})
         self._source: _Source | None = None
         self._model: weakref.ref[nn.Module] | None = None
-        self._depth: int | None = None
+        # Blocks of each stack of the model, by the stack's name.
+        self._depths: dict[str | None, int] = {}
         self._tokens: tuple[Tensor | None, Tensor | None] | None = None
         self._read_tokens: Callable[[], tuple[Tensor | None, Tensor | None]] | None = None
         self.missed: list[str] = []
@@ -55,7 +56,7 @@ class ActivationCache(MutableMapping[str, Any]):
     def _begin(self, source: _Source, model: nn.Module, anatomy: Anatomy | None) -> None:
         self._source = source
         self._model = weakref.ref(model)
-        self._depth = anatomy.n_layers if anatomy is not None else None
+        self._depths = {name: anatomy.depth(name) for name in anatomy.stacks} if anatomy is not None else {}
 
     def _end(self) -> list[str]:
         source, self._source = self._source, None
@@ -115,9 +116,9 @@ class ActivationCache(MutableMapping[str, Any]):
         except ActCacheError:
             return None
         if site.layer is not None and site.layer < 0:
-            if self._depth is None:
+            if site.stack not in self._depths:
                 return None
-            site = Site(site.name, site.layer + self._depth, site.head, site.stack)
+            site = Site(site.name, site.layer + self._depths[site.stack], site.head, site.stack)
         return str(site) if str(site) in data else None
 
     def _key(self, key: str, data: dict[str, Any]) -> str:
@@ -159,8 +160,9 @@ class ActivationCache(MutableMapping[str, Any]):
 
     def layer_numbers(self, site: str = "resid_post") -> list[int]:
         """The layers of `site` that the cache holds, in ascending order."""
-        name = Site.parse(site).name
-        return sorted(s.layer for s in self._sites() if s.name == name and s.layer is not None and s.head is None)
+        asked = Site.parse(site)
+        same = [s for s in self._sites() if (s.stack, s.name) == (asked.stack, asked.name) and s.head is None]
+        return sorted(s.layer for s in same if s.layer is not None)
 
     @property
     def n_layers(self) -> int:
@@ -187,14 +189,14 @@ class ActivationCache(MutableMapping[str, Any]):
 
         Raises `LayerRangeError` (an `IndexError`) for a layer that the cache does not hold.
         """
-        name = Site.parse(site).name
-        held = self.layer_numbers(name)
-        depth = self._depth if self._depth is not None else (held[-1] + 1 if held else 0)
+        asked = Site.parse(site)
+        held = self.layer_numbers(site)
+        depth = self._depths.get(asked.stack, held[-1] + 1 if held else 0)
         number = layer + depth if layer < 0 else layer
         if number not in held:
             has = f"layers {', '.join(map(str, held))}" if held else "no layer of it"
-            raise LayerRangeError(f"layer {layer} of {name} is not in the cache: it holds {has}")
-        value: Tensor = self._data[str(Site(name, number))]
+            raise LayerRangeError(f"layer {layer} of {site} is not in the cache: it holds {has}")
+        value: Tensor = self._data[str(Site(asked.name, number, stack=asked.stack))]
         return value
 
     def get_position(self, layer: int, position: int, site: str = "resid_post") -> Tensor:
@@ -248,7 +250,7 @@ class ActivationCache(MutableMapping[str, Any]):
         leaves modules out.
         """
         part = ActivationCache()
-        part._model, part._depth, part.missed = self._model, self._depth, list(self.missed)
+        part._model, part._depths, part.missed = self._model, self._depths, list(self.missed)
         names = None if sites is None else {Site.parse(s) for s in ([sites] if isinstance(sites, str) else sites)}
         numbers = None if layers is None else self._numbers(layers)
         rows = slice(prompts, prompts + 1 or None) if isinstance(prompts, int) else prompts
@@ -296,7 +298,7 @@ class ActivationCache(MutableMapping[str, Any]):
         from actcache.model.sites import resolve_layers
 
         held = [s.layer for s in self._sites() if s.layer is not None]
-        return set(resolve_layers(layers, self._depth or max(held, default=-1) + 1))
+        return set(resolve_layers(layers, max(self._depths.values(), default=max(held, default=-1) + 1)))
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_items": dict(self._data), "_tokens": self._token_table()}

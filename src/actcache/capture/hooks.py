@@ -190,6 +190,8 @@ def observe(
     outputs: list[tuple[nn.Module, Callable[[Any], None]]] = []
     inputs: list[tuple[nn.Module, OnInput]] = []
     for key, point in points.items():
+        if point.around is not None:
+            inputs.append((point.around[0], OnInput(point.around[1])))
         if point.side == "output":
             outputs.append((point.module, reader(key, point)))
         else:

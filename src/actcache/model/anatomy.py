@@ -5,22 +5,22 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from actcache.errors import AdditivityError, LayerRangeError, SiteUnavailableError
-from actcache.model.families import BLOCK_FORMS, BlockForm
+from actcache.model.forms import BlockForm, Place, Side, first_input, first_tensor
+from actcache.model.identities import BRANCHES, Findings, Identity, check
 from actcache.model.sites import Site, SiteInfo, expand_sites, list_sites
-from actcache.model.structure import Structure, descend, find_structure, text_config
+from actcache.model.structure import Stack, Structure, descend, find_structure
 
 __all__ = ["Anatomy", "ReadPoint", "SiteInfo", "check_identities", "describe", "list_sites", "original"]
 
-Side = Literal["output", "input"]
-_BRANCHES = ("resid_mid", "attn_out", "mlp_out")
-_BLOCK_SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-_READ = ("embed", *_BLOCK_SITES, "final_norm", "logits")
+_IN_BLOCK = ("resid_pre", "attn_out", "cross_attn_out", "mixer_out", "resid_mid", "mlp_out", "resid_post")
+_READ = ("embed", *_IN_BLOCK, "final_norm", "logits")
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -28,39 +28,40 @@ class ReadPoint:
     """Where one site is read.
 
     `extract` turns what the module returned (side "output"), or the pair ``(args, kwargs)`` it was called with (side
-    "input"), into the site's tensor.
+    "input"), into the site's tensor. Where that depends on what a surrounding module was called with, `around` is that
+    module and the function that wants its inputs, in the same pass and before.
     """
 
     module: nn.Module
     path: str
     side: Side
     extract: Callable[[Any], Tensor]
+    around: tuple[nn.Module, Callable[[Inputs], None]] | None = None
 
 
 class Anatomy:
     """The parts of one model, by role. Holds the model weakly: describing a model does not keep it alive.
 
-    Attributes: `n_layers`, `d_model`, `vocab_size`, `context_length` (positions the model was configured for; None
-    when it has no such limit), `takes_position_ids` (whether the backbone's forward has that argument),
-    `block_paths`, `structure` (all paths).
+    Attributes: `stacks` (``(None,)``, or ``("encoder", "decoder")``: the prefixes of site names), `d_model`,
+    `vocab_size`, `context_length` (positions the model was configured for; None when it has no such limit),
+    `takes_position_ids` (whether the backbone's forward has that argument), `structure` (all paths).
     """
 
     def __init__(self, model: nn.Module, structure: Structure) -> None:
         self._model = weakref.ref(model)
         self.structure = structure
-        self.n_layers = structure.n_layers
+        self.stacks = tuple(stack.name for stack in structure.stacks)
         self.d_model = structure.d_model
         self.vocab_size = structure.vocab_size
         self.context_length = structure.context_length
         self.takes_position_ids = structure.takes_position_ids
-        self.block_paths = [f"{structure.blocks}.{layer}" for layer in range(structure.n_layers)]
-        self._block_refs = [weakref.ref(block) for block in self.blocks]
-        self._list_names = structure.blocks.split(".")
-        self._read_points: dict[Site, tuple[tuple[str, ...], str, Side, Callable[[Any], Tensor]]] = {}
+        self._block_refs = [
+            (stack.blocks.split("."), [weakref.ref(block) for block in self.blocks_of(stack.name)])
+            for stack in structure.stacks
+        ]
+        self._places: dict[Site, tuple[tuple[str, ...], Place, tuple[str, ...]]] = {}
         self._expanded: dict[Any, list[Site]] = {}
-        self._forms = _matching_forms(self.blocks)
-        self._form: BlockForm | None = None
-        self._refused: dict[str, str] | None = None
+        self._findings: Findings | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -71,168 +72,199 @@ class Anatomy:
 
     @property
     def backbone(self) -> nn.Module:
-        """The module that runs embeddings to final norm, without the head."""
+        """The module that runs everything but the head; the model itself where nothing smaller does."""
         return self.model.get_submodule(self.structure.backbone)
 
     @property
+    def n_layers(self) -> int:
+        """Blocks of the only stack; `SiteUnavailableError` for an encoder-decoder."""
+        return self.depth(None)
+
+    @property
+    def block_paths(self) -> list[str]:
+        """Paths of the blocks, those of the encoder first."""
+        return [path for stack in self.structure.stacks for path in stack.block_paths]
+
+    @property
     def blocks(self) -> list[nn.Module]:
-        return list(self.model.get_submodule(self.structure.blocks).children())
+        """The blocks, those of the encoder first."""
+        return [block for stack in self.stacks for block in self.blocks_of(stack)]
+
+    def blocks_of(self, stack: str | None) -> list[nn.Module]:
+        """The blocks of one stack."""
+        found: Any = self.model.get_submodule(self._stack(stack).blocks)
+        return list(found)
 
     @property
     def embed(self) -> nn.Module | None:
         return self._part(self.structure.embed)
 
     @property
-    def final_norm(self) -> nn.Module | None:
-        return self._part(self.structure.final_norm)
-
-    @property
     def head(self) -> nn.Module | None:
         return self._part(self.structure.head)
 
     @property
-    def forms(self) -> tuple[BlockForm, ...]:
-        """The block forms whose modules these blocks have, most specific first."""
-        return self._forms
+    def final_norm(self) -> nn.Module | None:
+        """The norm behind the last block (of the decoder); found by the identity check, None where there is none."""
+        return self._part(self.findings.final_norms.get(self.stacks[-1]))
+
+    @property
+    def findings(self) -> Findings:
+        """What the identity check found: one short forward pass when it is first asked for."""
+        if self._findings is None:
+            # Two passes at once on one model would read each other's values.
+            with _checking:
+                if self._findings is None:
+                    self._findings = check(self)
+        return self._findings
+
+    @property
+    def identities(self) -> list[Identity]:
+        """Every identity of the residual stream, with the size of its error on this model."""
+        return self.findings.identities
+
+    def depth(self, stack: str | None, site: str = "resid_post") -> int:
+        """Number of blocks of a stack. Raises `SiteUnavailableError` for a stack this model does not have, or when
+        it has two and none is named (`site` is the name that the message shows)."""
+        return self._stack(stack, site).n_layers
+
+    def _stack(self, name: str | None, site: str = "resid_post") -> Stack:
+        for stack in self.structure.stacks:
+            if stack.name == name:
+                return stack
+        if name is None:
+            choices = " or ".join(repr(f"{stack}.{site}") for stack in self.stacks)
+            raise SiteUnavailableError(f"site {site!r}: {self._name()} has two stacks of blocks, write {choices}")
+        if self.stacks == (None,):
+            raise SiteUnavailableError(
+                f"site {f'{name}.{site}'!r}: {self._name()} has one stack of blocks, write {site!r} without {name!r}"
+            )
+        raise SiteUnavailableError(f"unknown stack {name!r}: expected 'encoder' or 'decoder'")
 
     def current(self) -> bool:
         """Whether the model still has the blocks that were described."""
-        try:
-            children = descend(self.model, self._list_names)._modules.values()
-        except KeyError:
-            return False
-        return len(children) == len(self._block_refs) and all(
-            r() is m for r, m in zip(self._block_refs, children, strict=True)
-        )
+        for names, refs in self._block_refs:
+            try:
+                children = descend(self.model, names)._modules.values()
+            except KeyError:
+                return False
+            if len(children) != len(refs) or any(r() is not m for r, m in zip(refs, children, strict=True)):
+                return False
+        return True
 
     def sites(self) -> list[Site]:
-        """Every complete site this model has, in the order of a forward pass. After `verify`, without those refused."""
-        names = [name for name in _BLOCK_SITES if self._why_not(name) is None]
-        found = [Site("embed")]
-        found += [Site(name, layer) for layer in range(self.n_layers) for name in names]
-        found += [Site(name) for name in ("final_norm", "logits") if self._why_not(name) is None]
-        return found
+        """Every complete site this model has, in the order of a forward pass."""
+        found: list[Site] = []
+        for stack in self.structure.stacks:
+            names = [Site("embed", stack=stack.name)]
+            names += [Site(name, layer, stack=stack.name) for layer in range(stack.n_layers) for name in _IN_BLOCK]
+            names.append(Site("final_norm", stack=stack.name))
+            found += [site for site in names if self._why_not(site) is None]
+        return found + ([Site("logits")] if self._why_not(Site("logits")) is None else [])
 
     def require(self, site: Site) -> None:
-        """Raise `SiteUnavailableError` (or `LayerRangeError`) when this model has no such site."""
+        """Raise when this model has no such site: `SiteUnavailableError`, `LayerRangeError`, or `AdditivityError` for
+        one whose identity does not hold. Each says why and what there is."""
         if not site.complete:
             raise SiteUnavailableError(f"site {str(site)!r} needs a layer: write '{site}.0', or give layers=")
-        if site.layer is not None and not -self.n_layers <= site.layer < self.n_layers:
-            raise LayerRangeError(
-                f"site {str(site)!r} is out of range: the model has {self.n_layers} layers (0 to {self.n_layers - 1})"
-            )
-        if site.stack is not None:
-            raise SiteUnavailableError(
-                f"site {str(site)!r}: {self._name()} has one stack of blocks, write the site without {site.stack!r}"
-            )
-        why = self._why_not(site.name)
+        if site.name == "logits":
+            if site.stack is not None:
+                raise SiteUnavailableError(f"site {str(site)!r}: logits belong to the whole model, write 'logits'")
+        else:
+            n_layers = self.depth(site.stack, str(replace(site, stack=None)))
+            if site.layer is not None and not -n_layers <= site.layer < n_layers:
+                raise LayerRangeError(
+                    f"site {str(site)!r} is out of range: the model has {n_layers} layers (0 to {n_layers - 1})"
+                )
+        why = self._why_not(site)
         if why is not None:
-            error = AdditivityError if self._refused and site.name in self._refused else SiteUnavailableError
-            raise error(self._refusal(site.name, why))
+            error = AdditivityError if self._refused(site) is not None else SiteUnavailableError
+            raise error(self._refusal(site, why))
 
     def read_point(self, site: Site) -> ReadPoint:
-        """Where `site` is read. Raises `SiteUnavailableError` when the model has no such site and `AdditivityError`
-        when its identity does not hold; both say why and what there is."""
-        known = self._read_points.get(site)
+        """Where `site` is read. Raises as `require` does."""
+        known = self._places.get(site)
         if known is None:
-            if site.name in _BRANCHES:
-                self.verify()
             self.require(site)
-            form = self._form if self._refused is not None else (self.forms[0] if self.forms else None)
-            point = self.point_of(site, form)
-            if self._refused is not None:
-                names = tuple(point.path.split(".")) if point.path else ()
-                self._read_points[site] = names, point.path, point.side, point.extract
-            return point
-        names, path, side, extract = known
-        return ReadPoint(descend(self.model, names), path, side, extract)
+            known = self._places[site] = self._place_of(site)
+        names, place, block = known
+        module = descend(self.model, names)
+        if not place.flat:
+            return ReadPoint(module, ".".join(names), place.side, _extractor(site, place))
+        # Rows without their batch: its shape is that of the block's own input.
+        unflatten = _Unflatten(_extractor(site, place))
+        around = descend(self.model, block), unflatten.note
+        return ReadPoint(module, ".".join(names), place.side, unflatten, around)
 
     def points(self, sites: str | Site | Sequence[str | Site], layers: Any = None) -> dict[Site, ReadPoint]:
         """`expand_sites` and `read_point` in one, each site held against its identity. Raises what they raise."""
         key = (sites if isinstance(sites, (str, Site)) else tuple(sites)), repr(layers)
         wanted = self._expanded.get(key)
         if wanted is None:
-            wanted = expand_sites(self, sites, layers)
-            refused = self.verify()
-            for site in wanted:
-                if site.name in refused:
-                    raise AdditivityError(self._refusal(site.name, refused[site.name]))
-            self._expanded[key] = wanted
+            wanted = self._expanded[key] = expand_sites(self, sites, layers)
         return {site: self.read_point(site) for site in wanted}
 
-    def point_of(self, site: Site, form: BlockForm | None) -> ReadPoint:
-        """`read_point` under one claimed block form, with no check; used by the check itself."""
-        name = site.name
-        if name == "logits":
-            return ReadPoint(self.model, "", "output", _logits)
-        if name == "final_norm":
-            assert self.structure.final_norm is not None
-            return self._point(self.structure.final_norm, "output", first_tensor)
-        layer = 0 if name == "embed" else (site.layer or 0) % self.n_layers
-        path = self.block_paths[layer]
-        if name in ("embed", "resid_pre"):
-            return self._point(path, "input", first_input)
-        if name == "resid_post":
-            return self._point(path, "output", first_tensor)
+    def _place_of(self, site: Site) -> tuple[tuple[str, ...], Place, tuple[str, ...]]:
+        """Module names from the root, the place on that module, and the names of the block."""
+        if site.name == "logits":
+            return (), Place("", "output"), ()
+        if site.name == "final_norm":
+            path = self.findings.final_norms[site.stack]
+            assert path is not None
+            return tuple(path.split(".")), Place("", "output"), ()
+        stack = self._stack(site.stack)
+        layer = 0 if site.name == "embed" else (site.layer or 0) % stack.n_layers
+        block = tuple(stack.block_paths[layer].split("."))
+        if site.name in ("embed", "resid_pre"):
+            return block, Place("", "input"), block
+        if site.name == "resid_post":
+            return block, Place("", "output"), block
+        form = self._form(stack.name, layer)
         assert form is not None
-        if name == "resid_mid":
-            return self._point(
-                f"{path}.{_present(self.model.get_submodule(path), form.resid_mid)}", "input", first_input
-            )
-        part = form.attn_out if name == "attn_out" else form.mlp_out
-        extract: Callable[[Any], Tensor] = first_tensor
-        if form.scale is not None:
-            extract = _Scaled(float(getattr(text_config(self.model), form.scale)))
-        return self._point(f"{path}.{_present(self.model.get_submodule(path), part)}", "output", extract)
+        place = form.places()[site.name]
+        return (*block, *place.path.split(".")), place, block
 
-    def verify(self) -> dict[str, str]:
-        """Run the identity check if it has not been run on this model: one short forward pass.
+    def _form(self, stack: str | None, layer: int) -> BlockForm | None:
+        return self.findings.forms.get((stack, layer))
 
-        Returns the site names that are refused, with the reason (empty when all identities hold).
-        """
-        if self._refused is None:
-            from actcache.model.identities import check
+    def _refused(self, site: Site) -> str | None:
+        return self.findings.refused.get(Site(site.name, stack=site.stack))
 
-            # Two passes at once on one model would read each other's values.
-            with _checking:
-                if self._refused is None:
-                    self._form, self._refused = check(self)
-        return self._refused
-
-    def _why_not(self, name: str) -> str | None:
-        """Why this model has no such site, or None when it has."""
-        if self._refused is not None and name in self._refused:
-            return self._refused[name]
-        if name == "final_norm" and self.structure.final_norm is None:
-            return "no final norm was found beside its blocks"
-        if name == "logits" and self.structure.head is None:
-            return "it has no language-model head (load it with AutoModelForCausalLM)"
-        if name in ("attn_out", "mlp_out") and not self.forms:
-            return "its blocks have no attention and MLP modules under a known name"
-        if name == "resid_mid":
-            form = self._form or (self.forms[0] if self.forms else None)
-            if form is None or form.kind == "parallel":
-                return (
-                    "its attention and MLP run in parallel on the same stream, there is nothing in between"
-                    if form
-                    else ("its blocks have no attention and MLP modules under a known name")
-                )
-        if name not in _READ:
+    def _why_not(self, site: Site) -> str | None:
+        """Why this model has no such site, or None when it has. `site` is complete and in range."""
+        if site.name not in _READ:
             return "it is not among the values that are read on this architecture"
-        return None
+        if site.name == "logits":
+            no_head = self.structure.head is None
+            return "it has no language-model head (load it with its head)" if no_head else None
+        refused = self._refused(site)
+        if refused is not None:
+            return refused
+        if site.name == "final_norm":
+            found = self.findings.final_norms.get(site.stack)
+            return None if found is not None else "no norm takes the output of its last block"
+        if site.name not in BRANCHES:
+            return None
+        form = self._form(site.stack, (site.layer or 0) % self._stack(site.stack).n_layers)
+        return None if form is None or site.name in form.places() else _absent(site.name, form)
 
-    def _refusal(self, name: str, why: str) -> str:
-        have = ", ".join(name for name in _READ if self._why_not(name) is None)
-        return f"site {name!r} is not available on {self._name()}: {why}. It has {have}."
+    def _refusal(self, site: Site, why: str) -> str:
+        layer = site.layer or 0
+        have = [
+            name
+            for name in _READ
+            if self._why_not(
+                Site(name, layer if name in _IN_BLOCK else None, stack=site.stack if name != "logits" else None)
+            )
+            is None
+        ]
+        return f"site {str(site)!r} is not available on {self._name()}: {why}. It has {', '.join(have)}."
 
     def _name(self) -> str:
         return type(self.model).__name__
 
     def _part(self, path: str | None) -> nn.Module | None:
         return None if path is None else self.model.get_submodule(path)
-
-    def _point(self, path: str, side: Side, extract: Callable[[Any], Tensor]) -> ReadPoint:
-        return ReadPoint(self.model.get_submodule(path), path, side, extract)
 
 
 _checking = threading.RLock()
@@ -256,15 +288,19 @@ def describe(model: nn.Module) -> Anatomy:
 def check_identities(model: nn.Module, *, sites: Iterable[Site | str] | None = None) -> None:
     """Hold this model's residual stream against the identities its sites promise; once per model object.
 
-    `sites`: only those are required to hold; None requires everything that the anatomy claims. Raises
-    `AdditivityError` naming block, identity and the size of the error. The model is left as it was.
+    `sites`: only those are required to hold; None requires everything. Raises `AdditivityError` naming block, identity
+    and the size of the error. The model is left as it was.
     """
     anatomy = describe(model)
-    refused = anatomy.verify()
-    named = refused if sites is None else [(Site.parse(s) if isinstance(s, str) else s).name for s in sites]
-    for name in named:
-        if name in refused:
-            raise AdditivityError(anatomy._refusal(name, refused[name]))
+    if sites is None:
+        for site, why in anatomy.findings.refused.items():
+            raise AdditivityError(anatomy._refusal(site, why))
+        return
+    for named in sites:
+        site = Site.parse(named) if isinstance(named, str) else named
+        refused = anatomy._refused(site)
+        if refused is not None:
+            raise AdditivityError(anatomy._refusal(site, refused))
 
 
 def original(model: nn.Module) -> nn.Module:
@@ -273,27 +309,22 @@ def original(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def first_tensor(output: Any) -> Tensor:
-    """The hidden-state tensor of what a module returned: blocks and attention return it bare or first in a tuple,
-    depending on the version of transformers."""
-    while not isinstance(output, Tensor):
-        if isinstance(output, dict):
-            output = next(iter(output.values()))
-        else:
-            output = output[0]
-    return output
+def _absent(name: str, form: BlockForm) -> str:
+    if form.kind == "mixer":
+        return "its blocks have one branch, 'mixer_out', in place of attention and MLP"
+    if name == "cross_attn_out":
+        return "its blocks have no cross-attention"
+    if name == "mixer_out":
+        return "its blocks have attention and MLP, not one mixer"
+    return "its attention and MLP run in parallel on the same stream, there is nothing in between"
 
 
-def first_input(call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-    """The hidden-state tensor a module was called with: its first tensor argument, positional or by keyword."""
-    args, kwargs = call
-    if args and isinstance(args[0], Tensor):
-        return args[0]
-    if "hidden_states" in kwargs:
-        hidden = kwargs["hidden_states"]
-        assert isinstance(hidden, Tensor)
-        return hidden
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+def _extractor(site: Site, place: Place) -> Callable[[Any], Tensor]:
+    if site.name == "logits":
+        return _logits
+    if place.side == "input":
+        return first_input
+    return first_tensor if place.scale == 1.0 else _Scaled(place.scale)
 
 
 def _logits(output: Any) -> Tensor:
@@ -314,24 +345,16 @@ class _Scaled:
         return first_tensor(output) * self.factor
 
 
-def _matching_forms(blocks: list[nn.Module]) -> tuple[BlockForm, ...]:
-    return tuple(
-        form
-        for form in BLOCK_FORMS
-        if all(
-            _present(block, part) is not None
-            for block in blocks
-            for part in (form.attn_out, form.mlp_out, *((form.resid_mid,) if form.kind == "sequential" else ()))
-        )
-    )
+class _Unflatten:
+    """Rows ``[B * S, D]`` in the shape ``[B, S, D]`` of the block that they are read in."""
 
+    def __init__(self, extract: Callable[[Any], Tensor]) -> None:
+        self._extract = extract
+        self._shape: tuple[int, ...] = ()
 
-def _present(block: nn.Module, paths: tuple[str, ...]) -> str | None:
-    """The first of `paths` that is a module of `block`."""
-    for path in paths:
-        try:
-            block.get_submodule(path)
-        except AttributeError:
-            continue
-        return path
-    return None
+    def note(self, call: Inputs) -> None:
+        self._shape = tuple(first_input(call).shape[:-1])
+
+    def __call__(self, value: Any) -> Tensor:
+        rows = self._extract(value)
+        return rows.reshape(*self._shape, rows.shape[-1]) if rows.ndim == 2 and len(self._shape) == 2 else rows

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, total_ordering
 from typing import TYPE_CHECKING, Any, Protocol
 
-from actcache.errors import LayerRangeError, OptionError, SiteUnavailableError, UnknownSiteError, did_you_mean
+from actcache.errors import LayerRangeError, OptionError, UnknownSiteError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -192,8 +192,8 @@ class SiteInfo:
 class HasSites(Protocol):
     """What `expand_sites` needs to know of a model: an `Anatomy`, or a stand-in that knows the depth."""
 
-    @property
-    def n_layers(self) -> int: ...
+    def depth(self, stack: str | None, site: str = "resid_post") -> int:
+        """Number of blocks of a stack; `SiteUnavailableError` for one the model lacks."""
 
     def require(self, site: Site) -> None:
         """Raise `SiteUnavailableError` for a complete site that this model lacks."""
@@ -215,9 +215,10 @@ def expand_sites(anatomy: HasSites, sites: str | Site | Sequence[str | Site], la
         if not site.per_layer:
             wanted[site] = None
         elif site.layer is not None:
-            wanted[replace(site, layer=resolve_layers(site.layer, anatomy.n_layers)[0])] = None
+            depth = anatomy.depth(site.stack, str(replace(site, stack=None)))
+            wanted[replace(site, layer=resolve_layers(site.layer, depth)[0])] = None
         else:
-            for layer in resolve_layers("all" if layers is None else layers, anatomy.n_layers):
+            for layer in resolve_layers("all" if layers is None else layers, anatomy.depth(site.stack, site.name)):
                 wanted[replace(site, layer=layer)] = None
     for site in wanted:
         anatomy.require(site)
@@ -266,15 +267,8 @@ def list_sites(model: nn.Module) -> list[SiteInfo]:
     from actcache.model.anatomy import describe
 
     anatomy = describe(model)
-    anatomy.verify()
-    infos = []
-    for site in anatomy.sites():
-        try:
-            point = anatomy.read_point(site)
-        except SiteUnavailableError:
-            continue
-        infos.append(SiteInfo(site, point.path, point.side, site.shape))
-    return infos
+    points = {site: anatomy.read_point(site) for site in anatomy.sites()}
+    return [SiteInfo(site, point.path, point.side, site.shape) for site, point in points.items()]
 
 
 def _number(text: str | None) -> int | None:

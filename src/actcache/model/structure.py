@@ -1,16 +1,29 @@
-"""Find the parts of a Hugging Face model from its structure and from what transformers offers."""
+"""Find the parts of a Hugging Face model from its structure and from what transformers offers. No forward pass."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from actcache.errors import SiteUnavailableError
-from actcache.model.families import FINAL_NORM
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack of blocks: its name ("encoder" or "decoder" in a model that has both, else None), the path of the
+    list of blocks, and how many there are."""
+
+    name: str | None
+    blocks: str
+    n_layers: int
+
+    @property
+    def block_paths(self) -> list[str]:
+        return [f"{self.blocks}.{layer}" for layer in range(self.n_layers)]
 
 
 @dataclass(frozen=True)
@@ -18,10 +31,8 @@ class Structure:
     """Paths of a model's parts ("" is the model itself, None is absent) and the numbers that describe it."""
 
     backbone: str
-    blocks: str
-    n_layers: int
+    stacks: tuple[Stack, ...]
     embed: str | None
-    final_norm: str | None
     head: str | None
     d_model: int
     vocab_size: int
@@ -32,32 +43,45 @@ class Structure:
 def find_structure(model: nn.Module) -> Structure:
     """The structure of `model`; raises `SiteUnavailableError` when no list of blocks can be made out."""
     paths = {id(module): path for path, module in model.named_modules()}
-    config = text_config(model)
+    # An adapter of peft wraps the model; what transformers offers is on the model inside.
+    core = unwrapped(model)
+    config = text_config(core)
+    prefix = paths[id(core)]
     lists = {
-        path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and path.startswith(prefix)
     }
-    blocks = _block_list(model, config, lists)
-    backbone = _backbone(model, lists[blocks], paths)
-    embed = _accessor(model, "get_input_embeddings")
-    head = _accessor(model, "get_output_embeddings")
-    holder = blocks.rpartition(".")[0]
+    stacks = _stacks(core, config, lists)
+    backbone = _backbone(core, [lists[stack.blocks] for stack in stacks], paths)
+    embed = _accessor(core, "get_input_embeddings")
+    head = _accessor(core, "get_output_embeddings")
+    forward = model.get_submodule(backbone).forward
     return Structure(
         backbone=backbone,
-        blocks=blocks,
-        n_layers=len(lists[blocks]),
+        stacks=stacks,
         embed=paths.get(id(embed)),
-        final_norm=_final_norm(model.get_submodule(holder), holder),
         head=paths.get(id(head)),
         d_model=_d_model(config, embed),
         vocab_size=int(getattr(config, "vocab_size", 0) or getattr(embed, "num_embeddings", 0)),
         context_length=_context_length(config),
-        takes_position_ids="position_ids" in inspect.signature(model.get_submodule(backbone).forward).parameters,
+        takes_position_ids="position_ids" in inspect.signature(forward).parameters,
     )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside an adapter's wrapper (peft); `model` itself otherwise."""
+    inner = getattr(model, "get_base_model", None)
+    core = inner() if callable(inner) else model
+    return core if isinstance(core, nn.Module) else model
 
 
 def text_config(model: nn.Module) -> Any:
     """The config that describes the language model, also inside a multimodal one; None for a plain module."""
     config = getattr(model, "config", None)
+    # An encoder-decoder has no text config of its own: the getter would return that of one stack.
+    if getattr(config, "is_encoder_decoder", False):
+        return config
     getter = getattr(config, "get_text_config", None)
     return getter() if callable(getter) else config
 
@@ -77,7 +101,23 @@ def has_forward(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward or "forward" in module.__dict__
 
 
-def _block_list(model: nn.Module, config: Any, lists: dict[str, nn.ModuleList]) -> str:
+def _stacks(model: nn.Module, config: Any, lists: Mapping[str, nn.ModuleList]) -> tuple[Stack, ...]:
+    if getattr(config, "is_encoder_decoder", False):
+        under = {
+            name: {path: blocks for path, blocks in lists.items() if name in path.split(".")}
+            for name in ("encoder", "decoder")
+        }
+        if all(under.values()):
+            return tuple(_stack(model, None, found, name) for name, found in under.items())
+    return (_stack(model, config, lists, None),)
+
+
+def _stack(model: nn.Module, config: Any, lists: Mapping[str, nn.ModuleList], name: str | None) -> Stack:
+    path = _block_list(model, config, lists)
+    return Stack(name, path, len(lists[path]))
+
+
+def _block_list(model: nn.Module, config: Any, lists: Mapping[str, nn.ModuleList]) -> str:
     depth = getattr(config, "num_hidden_layers", None)
     recorded = _recorded_classes(model)
     by_recorder = [path for path, layers in lists.items() if recorded and all(isinstance(m, recorded) for m in layers)]
@@ -114,23 +154,16 @@ def _recorded_classes(model: nn.Module) -> tuple[type, ...]:
     return tuple(classes)
 
 
-def _backbone(model: nn.Module, blocks: nn.Module, paths: dict[int, str]) -> str:
-    """The smallest of what transformers calls decoder or base model that holds the blocks and the embeddings."""
+def _backbone(model: nn.Module, stacks: Sequence[nn.Module], paths: Mapping[int, str]) -> str:
+    """The smallest of what transformers calls decoder or base model that holds every stack of blocks."""
     decoder = _accessor(model, "get_decoder")
     for candidate in (decoder, getattr(model, "base_model", None)):
         if not isinstance(candidate, nn.Module) or candidate is model or id(candidate) not in paths:
             continue
-        if has_forward(candidate) and any(m is blocks for m in candidate.modules()):
+        inside = {id(m) for m in candidate.modules()}
+        if has_forward(candidate) and all(id(blocks) in inside for blocks in stacks):
             return paths[id(candidate)]
-    return ""
-
-
-def _final_norm(holder: nn.Module, path: str) -> str | None:
-    children = dict(holder.named_children())
-    for name in FINAL_NORM:
-        if name in children:
-            return f"{path}.{name}" if path else name
-    return None
+    return paths[id(model)]
 
 
 def _d_model(config: Any, embed: Any) -> int:
