@@ -245,8 +245,17 @@ class Anatomy:
             return None if found is not None else "no norm takes the output of its last block"
         if site.name not in BRANCHES:
             return None
-        form = self._form(site.stack, (site.layer or 0) % self._stack(site.stack).n_layers)
-        return None if form is None or site.name in form.places() else _absent(site.name, form)
+        n_layers = self._stack(site.stack).n_layers
+        form = self._form(site.stack, (site.layer or 0) % n_layers)
+        if form is None or site.name in form.places():
+            return None
+        elsewhere = [layer for layer in range(n_layers) if self._has(Site(site.name, layer, stack=site.stack))]
+        some = f"; blocks {', '.join(map(str, elsewhere))} have it" if elsewhere else ""
+        return _absent(site.name, form, "block" if elsewhere else "blocks") + some
+
+    def _has(self, site: Site) -> bool:
+        form = self._form(site.stack, site.layer or 0)
+        return form is not None and site.name in form.places()
 
     def _refusal(self, site: Site, why: str) -> str:
         layer = site.layer or 0
@@ -309,13 +318,16 @@ def original(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def _absent(name: str, form: BlockForm) -> str:
-    if form.kind == "mixer":
-        return "its blocks have one branch, 'mixer_out', in place of attention and MLP"
+def _absent(name: str, form: BlockForm, blocks: str) -> str:
+    have = "has" if blocks == "block" else "have"
     if name == "cross_attn_out":
-        return "its blocks have no cross-attention"
+        return f"its {blocks} {have} no cross-attention"
     if name == "mixer_out":
-        return "its blocks have attention and MLP, not one mixer"
+        return f"its {blocks} {have} attention, no mixer of another kind"
+    if form.kind == "mixer":
+        return f"its {blocks} {have} one branch, 'mixer_out', in place of attention and MLP"
+    if name == "attn_out":
+        return f"its {blocks} {have} 'mixer_out' in place of attention"
     return "its attention and MLP run in parallel on the same stream, there is nothing in between"
 
 

@@ -1,7 +1,8 @@
 """Find how the residual stream runs through a block, by looking for values that add up in one run of it.
 
 No table of names: a branch is a module whose output, added to the stream, gives what a later module was called with,
-or what the block returned. Names decide one thing only, which branch is called attention.
+or what the block returned. Names decide one thing only: whether the branch that mixes positions is attention, or a
+mixer of another kind.
 """
 
 from __future__ import annotations
@@ -59,11 +60,12 @@ class _Search:
 
     def sequential(self, factor: float) -> Iterator[Ranked]:
         for attn, mid in self._steps(self.run.pre, -1, factor, self.inputs):
-            if not _self_attention(attn):
+            if _CROSS.search(attn.path):
                 continue
-            self.progress = f"resid_pre + attn_out = resid_mid holds with {attn.path}, but nothing adds up from there"
+            name = "attn_out" if _named_attention(attn) else "mixer_out"
+            self.progress = f"resid_pre + {name} = resid_mid holds with {attn.path}, but nothing adds up from there"
             assert mid.input is not None
-            first = Step((("attn_out", _output(attn, factor)),), total=_input(mid))
+            first = Step(((name, _output(attn, factor)),), total=_input(mid))
             yield from self._ends("sequential", [first], [attn, mid], mid.input, mid.begun, factor)
             for cross, after in self._steps(mid.input, mid.begun, factor, self.inputs):
                 if _CROSS.search(cross.path):

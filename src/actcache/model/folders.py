@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from actcache.errors import ModelLoadError, OptionError, TokenizerError
 from actcache.model.options import LoadOptions
@@ -12,15 +13,30 @@ from actcache.model.options import LoadOptions
 _HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
 
 
-def find_folder(name: str, options: LoadOptions, what: str = "model") -> tuple[Path, str, str | None]:
-    """The folder that holds `name`'s files, its canonical name, and its commit when it came from the Hub."""
+# Weights are left to transformers, when the model is loaded: a warm run needs none.
+_SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
+
+
+class Place(NamedTuple):
+    """Where a model's files are: their folder, its canonical name, and the commit when they came from the Hub."""
+
+    folder: Path
+    name: str
+    commit: str | None
+
+
+def find_folder(name: str, options: LoadOptions, what: str = "model") -> Place:
+    """The place of `name`: a local folder, or a repository of the Hub, of which all but the weights is fetched.
+
+    Raises `ModelLoadError` when it is neither, and for a revision or a token that does not lead there.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if options.revision is not None and what == "model":
             raise OptionError(
                 f"revision={options.revision!r} has no meaning for the local folder {name!r}: leave it out."
             )
-        return folder.resolve(), str(folder.resolve()), None
+        return Place(folder.resolve(), str(folder.resolve()), None)
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise ModelLoadError(
             f"{what} folder {name!r} does not exist: expected an existing folder or a Hub id 'org/name'."
@@ -28,23 +44,51 @@ def find_folder(name: str, options: LoadOptions, what: str = "model") -> tuple[P
     return _hub_folder(name, options, what)
 
 
-def _hub_folder(name: str, options: LoadOptions, what: str) -> tuple[Path, str, str]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def _hub_folder(name: str, options: LoadOptions, what: str) -> Place:
+    # The revision is the model's; a tokenizer of another repository has no such commit.
+    revision = options.revision if what == "model" else None
+    folder = fetch(name, _SMALL, revision=revision, token=options.token, what=what)
+    return Place(folder, name, folder.name)
 
-    # Weights are left to transformers, when the model is loaded: a warm run needs none.
-    patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+
+def fetch(
+    name: str, patterns: Sequence[str], *, revision: str | None, token: str | bool | None, what: str = "model"
+) -> Path:
+    """The folder of the local Hub cache that holds the files of a repository that match; fetched where missing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     try:
-        # The revision is the model's; a tokenizer of another repository has no such commit.
-        revision = options.revision if what == "model" else None
-        folder = Path(snapshot_download(name, allow_patterns=patterns, revision=revision, token=options.token))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(name, allow_patterns=list(patterns), revision=revision, token=token))
+    except RevisionNotFoundError as error:
+        raise ModelLoadError(
+            f"{what} {name!r} has no revision {revision!r} on the Hub: expected a branch, a tag or a commit of it."
+        ) from error
+    except GatedRepoError as error:
+        raise ModelLoadError(
+            f"{what} {name!r} is gated on the Hub: accept its conditions there, and pass token= of that account."
+        ) from error
+    except RepositoryNotFoundError as error:
+        remedy = "check the name and what the token may read" if isinstance(token, str) else "check the name, or pass token="
+        raise ModelLoadError(
+            f"{what} {name!r} is neither a local folder nor to be had from the Hub: there is no such repository, or it "
+            f"is private: {remedy}."
+        ) from error
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(token, str) and token:
+            reason = reason.replace(token, "***")
         raise ModelLoadError(
             f"{what} {name!r} is neither a local folder nor to be had from the Hub ({reason}): "
             "check the name, the network and the token."
         ) from error
-    return folder, name, folder.name
 
 
 def load_tokenizer(folder: Path, options: LoadOptions) -> Any:

@@ -8,7 +8,8 @@ next step, in post-norm blocks behind a norm:
 - post-norm: ``resid_mid = norm(resid_pre + attn_out)``, ``resid_post = norm(resid_mid + mlp_out)``
 - mixer: ``resid_pre + mixer_out = resid_post``
 
-A decoder with cross-attention has one more step, ``cross_attn_out``, in front of ``resid_mid``.
+A decoder with cross-attention has one more step, ``cross_attn_out``, in front of ``resid_mid``. Where something other
+than attention mixes the positions and an MLP follows (Jamba), ``mixer_out`` takes the place of ``attn_out``.
 """
 
 from __future__ import annotations

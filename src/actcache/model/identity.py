@@ -2,24 +2,20 @@
 
 Everything here is computed without loading a model from disk: files are digested with xxh3-128 and the
 digest is remembered by path, inode, size, mtime and ctime; a Hub model is its commit. A model that is
-already in memory is digested by its parameters and buffers.
+already in memory is digested by its weights (`model/in_memory.py`).
 """
 
 from __future__ import annotations
 
 import json
 import time
-import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
 
 from actcache.model.host_memo import HostMemo, host_memo
-
-if TYPE_CHECKING:
-    import torch
 
 IDENTITY_VERSION = 1
 
@@ -132,66 +128,4 @@ def weight_files(folder: Path, *, every: bool = False) -> list[Path]:
             break
     if every or not found:
         found.update(p for pattern in ("*.safetensors", "*.bin", "*.pt", "*.gguf") for p in folder.glob(pattern))
-    found.update(p for p in (folder / "adapter_config.json", *folder.glob("adapter_model.*")) if p.is_file())
-    return sorted(found)
-
-
-_live: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
-
-
-def live_weights_digest(model: torch.nn.Module) -> str:
-    """Digest of all parameters and buffers of a model in memory: names, shapes, dtypes and bytes.
-
-    Computed once per state of the weights. The state is recognised by every tensor's `data_ptr` and
-    `_version`, and by a sample of its values, since a write through ``.data`` moves no version.
-    """
-    # Frequencies that follow the last pass say nothing about the weights.
-    buffers = [(name, b) for name, b in model.named_buffers() if not name.endswith("inv_freq")]
-    named = [*model.named_parameters(), *buffers]
-    state = tuple((name, t.data_ptr(), version_of(t), tuple(t.shape), str(t.dtype), _sample(t)) for name, t in named)
-    known = _live.get(model)
-    if known is not None and known[0] == state:
-        return known[1]
-    hasher = xxhash.xxh3_128()
-    for name, tensor in named:
-        hasher.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        hasher.update(_bytes_of(tensor))
-    _live[model] = (state, hasher.hexdigest())
-    return hasher.hexdigest()
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to; -1 for those of inference mode, which do not count."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
-# Of the adapters of peft: which are active, how strong, and whether they are merged or switched off.
-_ADAPTER_SETTINGS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
-
-
-def settings_of(model: torch.nn.Module) -> str:
-    """Digest of what decides a model's values beside weights and config: the numbers its modules hold (an epsilon, a
-    scale) and the state of their adapters."""
-    found = {
-        path: {k: v for k, v in vars(module).items() if type(v) is float or k in _ADAPTER_SETTINGS}
-        for path, module in model.named_modules()
-    }
-    return digest_json({path: settings for path, settings in found.items() if settings})
-
-
-def _sample(tensor: torch.Tensor) -> int:
-    flat = tensor.detach()
-    if flat.numel() == 0 or flat.is_meta or not flat.is_contiguous():
-        return 0
-    flat = flat.view(-1)
-    step = max(1, flat.numel() // 64)
-    return xxhash.xxh3_64_intdigest(_bytes_of(flat[::step]))
-
-
-def _bytes_of(tensor: torch.Tensor) -> Any:
-    import torch
-
-    if tensor.is_meta:
-        return b""
-    flat = tensor.detach().to("cpu").contiguous().view(-1)
-    return flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return sorted(p for p in found if not p.name.startswith("adapter_model."))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from actcache.errors import ModelLoadError, OptionError
-from actcache.model import identity
+from actcache.model import identity, in_memory
 from actcache.model.anatomy import original
 from actcache.model.folders import find_folder, no_tokenizer
 from actcache.model.options import LoadOptions, dtype_name
@@ -76,12 +76,12 @@ class LiveSource(ModelSource):
         dtype = self._dtype_of(self._model)
         values: dict[str, Any] = {
             "identity": identity.IDENTITY_VERSION,
-            "weights": f"tensors:{identity.live_weights_digest(self._model)}",
+            "weights": f"tensors:{in_memory.live_weights_digest(self._model)}",
             "class": type(self._model).__qualname__,
             "config": identity.config_digest(self.config),
             "dtype": dtype,
             "attn_implementation": str(getattr(self._model.config, "_attn_implementation", None) or "eager"),
-            "settings": identity.settings_of(self._model),
+            "settings": in_memory.settings_of(self._model),
             "hooks": sorted(self.options.allow_hooks),
             "edits": [],
         }

@@ -84,15 +84,26 @@ _REFUSED = {
     "state_dict": "load the model and pass it",
     "subfolder": "pass the subfolder itself as the model",
     "output_loading_info": "leave it out",
+    "adapter_kwargs": "pass the adapter's folder as the model",
+    "use_auth_token": "use token=",
+    "cache_dir": "set the environment variable HF_HUB_CACHE",
+    "local_files_only": "set the environment variable HF_HUB_OFFLINE=1",
+    "proxies": "set the environment variable HTTPS_PROXY",
+    "ignore_mismatched_sizes": "weights of another shape would be random",
 }
+# Where weights are kept while the model runs; no number depends on it.
+_PLACEMENT = ("low_cpu_mem_usage", "max_memory", "offload_buffers", "offload_folder", "offload_state_dict")
 
 
 def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> Any:
-    """`model_kwargs` as JSON values, which are part of the identity; `OptionError` for what cannot be."""
+    """`model_kwargs` as JSON values, without those that only place weights: they are part of the identity.
+
+    `OptionError` for what cannot be.
+    """
     for key in model_kwargs:
         if key in _REFUSED:
             raise OptionError(f"model_kwargs holds {key!r}: {_REFUSED[key]}.")
-    return as_json(dict(model_kwargs))
+    return as_json({key: value for key, value in model_kwargs.items() if key not in _PLACEMENT})
 
 
 def as_json(value: Any) -> Any:

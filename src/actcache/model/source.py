@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from actcache.errors import SiteUnavailableError
+from actcache.model.config_values import WIDTH, context_length, depth_names, first_int
+from actcache.model.decoder_inputs import is_encoder_decoder
 from actcache.model.options import LoadOptions
 
 if TYPE_CHECKING:
     import torch
 
+    from actcache.model.invariance import BatchPolicy
     from actcache.model.tokenizer import TokenizerSource
 
 
@@ -73,36 +77,71 @@ class ModelSource(ABC):
     def weight_bytes(self) -> int:
         """Bytes of the weights, as stored or in memory."""
 
-    def _text_config(self) -> Mapping[str, Any]:
-        config = self.config
-        nested = config.get("text_config")
-        return {**config, **nested} if isinstance(nested, Mapping) else config
+    def batch_policy(self) -> BatchPolicy:
+        """How prompts may share a forward pass; of a model in memory the modules count too."""
+        from actcache.model.invariance import batch_policy
 
-    def _config_int(self, *names: str) -> int | None:
-        config = self._text_config()
-        return next((int(config[n]) for n in names if isinstance(config.get(n), int)), None)
+        return batch_policy(
+            self.config,
+            model=self.model() if self.loaded else None,
+            quantization_config=self.options.quantization_config,
+        )
+
+    @property
+    def stacks(self) -> tuple[str | None, ...]:
+        """The prefixes of site names: ``("encoder", "decoder")``, or ``(None,)`` where there is one stack of blocks."""
+        return ("encoder", "decoder") if is_encoder_decoder(self.config) else (None,)
+
+    def depth(self, stack: str | None, site: str = "resid_post") -> int:
+        """Number of blocks of a stack, from the configuration alone.
+
+        Raises `SiteUnavailableError` for a stack this model does not have, or when it has two and none is named;
+        `site` is the name that the message shows.
+        """
+        self.require_stack(stack, site)
+        config = self._text_config(stack)
+        n = first_int(config, *depth_names(config, stack))
+        return n if n is not None else int(self._anatomy().depth(stack))
+
+    def require_stack(self, stack: str | None, site: str) -> None:
+        """Raise `SiteUnavailableError` when names of this model's sites do not begin with `stack`."""
+        if stack in self.stacks:
+            return
+        if stack is None:
+            choices = " or ".join(repr(f"{name}.{site}") for name in self.stacks)
+            raise SiteUnavailableError(f"site {site!r}: {self.name!r} has two stacks of blocks, write {choices}")
+        raise SiteUnavailableError(
+            f"site {f'{stack}.{site}'!r}: {self.name!r} has one stack of blocks, write {site!r} without {stack!r}"
+        )
 
     @property
     def n_layers(self) -> int:
-        """Number of blocks, from the configuration alone."""
-        n = self._config_int("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-        return n if n is not None else len(self._anatomy().blocks)
+        """Number of blocks, those of both stacks of an encoder-decoder."""
+        return sum(self.depth(stack) for stack in self.stacks)
 
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        n = self._config_int("hidden_size", "n_embd", "d_model", "n_embed")
+        n = first_int(self._text_config(), *WIDTH)
         return n if n is not None else int(self._anatomy().d_model)
 
     @property
     def vocab_size(self) -> int | None:
         """Number of token ids the model knows."""
-        return self._config_int("vocab_size")
+        return first_int(self._text_config(), "vocab_size")
 
     @property
     def context_length(self) -> int | None:
         """The longest prompt the model takes, in tokens; None when it is unbounded or not told."""
-        return self._config_int("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+        return context_length(self._text_config())
+
+    def _text_config(self, stack: str | None = None) -> Mapping[str, Any]:
+        config = self.config
+        parts = [config.get(name) for name in ("text_config", stack or self.stacks[0])]
+        merged = dict(config)
+        for part in parts:
+            merged |= part if isinstance(part, Mapping) else {}
+        return merged
 
     def _anatomy(self) -> Any:
         from actcache.model.anatomy import describe

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from actcache.errors import ForeignHooksError
+from actcache.model.offload import hooks_of
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +18,8 @@ _HARMLESS = ("transformers", "accelerate")
 def refuse_foreign_hooks(model: torch.nn.Module, allowed: Collection[str]) -> None:
     """Raise `ForeignHooksError` for a hook, or a forward replaced on a module, whose name is not `allowed`.
 
-    Those of transformers and accelerate place tensors and record outputs; they change no value.
+    Those of transformers and accelerate place tensors and record outputs; they change no value. A module's own methods
+    (of a quantised layer, say) are part of what it is, like its forward.
     """
     from torch.nn.modules import module as torch_module
 
@@ -27,10 +30,11 @@ def refuse_foreign_hooks(model: torch.nn.Module, allowed: Collection[str]) -> No
     ]
     for path, part in model.named_modules():
         if part._forward_hooks or part._forward_pre_hooks:
-            found += [(path, h) for h in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())]
-        # accelerate puts its own wrapper there.
-        if "forward" in part.__dict__ and not hasattr(part, "_hf_hook"):
-            found.append((path, part.__dict__["forward"]))
+            hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+            found += [(path, hook) for hook in hooks if getattr(hook, "__self__", None) is not part]
+        found += [(path, type(hook)) for hook in hooks_of(part)]
+        if "forward" in part.__dict__ and (forward := _foreign_forward(part)) is not None:
+            found.append((path, forward))
     for path, hook in found:
         name = getattr(hook, "__qualname__", type(hook).__qualname__)
         if str(getattr(hook, "__module__", "")).split(".")[0] in _HARMLESS or name in allowed:
@@ -39,3 +43,13 @@ def refuse_foreign_hooks(model: torch.nn.Module, allowed: Collection[str]) -> No
             f"the model has a hook or forward of its own, {name!r} on {path or 'its root'!r}, which may change what is "
             f"stored: remove it, or pass allow_hooks=[{name!r}] if it does not."
         )
+
+
+def _foreign_forward(part: torch.nn.Module) -> Any:
+    """The forward that was put on `part` itself, unless it is accelerate's around the one of its class."""
+    forward: Any = part.__dict__["forward"]
+    if not isinstance(forward, partial) or forward.func.__module__.split(".")[0] not in _HARMLESS:
+        return forward
+    # accelerate's wrapper keeps what it found, which may have been put there too.
+    wrapped = part.__dict__.get("_old_forward")
+    return None if getattr(wrapped, "__func__", None) is type(part).forward else wrapped
