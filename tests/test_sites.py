@@ -13,9 +13,14 @@ from actcache.model.sites import PER_HEAD, PER_LAYER, SITE_NAMES, WHOLE_MODEL, S
 class Depth:
     """A model of which only the depth is known, as a warm run sees it."""
 
-    def __init__(self, n_layers: int, lacks: str = "") -> None:
-        self.n_layers = n_layers
+    def __init__(self, n_layers: int, lacks: str = "", decoder: int | None = None) -> None:
+        self.depths = {None: n_layers} if decoder is None else {"encoder": n_layers, "decoder": decoder}
         self.lacks = lacks
+
+    def depth(self, stack: str | None, site: str = "resid_post") -> int:
+        if stack not in self.depths:
+            raise SiteUnavailableError(f"{stack}.{site}")
+        return self.depths[stack]
 
     def require(self, site: Site) -> None:
         if site.name == self.lacks:
@@ -132,6 +137,19 @@ def test_layers_that_are_none(spec: object) -> None:
 def test_expansion_keeps_the_order_asked() -> None:
     sites = expand_sites(Depth(4), ["mlp_out", "logits", "blocks.1.hook_resid_pre", "mlp_out.3"], [-1, 0])
     assert [str(s) for s in sites] == ["mlp_out.3", "mlp_out.0", "logits", "resid_pre.1"]
+
+
+def test_expansion_counts_the_layers_of_each_stack() -> None:
+    both = expand_sites(Depth(4, decoder=2), ["encoder.resid_post", "decoder.resid_post.-1", "logits"])
+    assert [str(site) for site in both] == [
+        *(f"encoder.resid_post.{layer}" for layer in range(4)),
+        "decoder.resid_post.1",
+        "logits",
+    ]
+    with pytest.raises(LayerRangeError, match="2 layers"):
+        expand_sites(Depth(4, decoder=2), "decoder.resid_post", [3])
+    with pytest.raises(SiteUnavailableError):
+        expand_sites(Depth(4, decoder=2), "resid_post")
 
 
 def test_expansion_without_layers_means_all() -> None:
