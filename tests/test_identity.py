@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from actcache.model import identity
+from actcache.model import identity, in_memory
 from actcache.model.host_memo import HostMemo
 
 
@@ -85,7 +85,7 @@ class TestLiveWeights:
         return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
 
     def test_equal_weights_are_equal_wherever_they_lie(self):
-        assert identity.live_weights_digest(self.model()) == identity.live_weights_digest(self.model())
+        assert in_memory.live_weights_digest(self.model()) == in_memory.live_weights_digest(self.model())
 
     @pytest.mark.parametrize(
         "change",
@@ -100,18 +100,18 @@ class TestLiveWeights:
     )
     def test_changed_weights_are_noticed(self, change):
         model = self.model()
-        before = identity.live_weights_digest(model)
-        assert identity.live_weights_digest(model) == before
+        before = in_memory.live_weights_digest(model)
+        assert in_memory.live_weights_digest(model) == before
         with torch.no_grad():
             change(model)
-        assert identity.live_weights_digest(model) != before
+        assert in_memory.live_weights_digest(model) != before
 
     def test_undoing_a_change_gives_the_first_digest_back(self):
         model = self.model()
-        before = identity.live_weights_digest(model)
+        before = in_memory.live_weights_digest(model)
         with torch.no_grad():
             model[0].weight.copy_(model[0].weight + 1)
-            changed = identity.live_weights_digest(model)
+            changed = in_memory.live_weights_digest(model)
             model.load_state_dict(self.model().state_dict())
         assert changed != before
-        assert identity.live_weights_digest(model) == before
+        assert in_memory.live_weights_digest(model) == before

@@ -149,12 +149,10 @@ class TestModelsInMemory:
         "change",
         [
             lambda m: setattr(m.transformer.h[0].ln_1, "eps", 0.5),
-            lambda m: setattr(m.transformer.h[0].mlp, "_disable_adapters", True),
-            lambda m: setattr(m.transformer.h[0].mlp, "scaling", {"default": 2.0}),
             lambda m: setattr(m.config, "layer_norm_epsilon", 0.5),
             lambda m: m.set_attn_implementation("eager"),
         ],
-        ids=["an epsilon", "adapters off", "an adapter's strength", "the config", "attention"],
+        ids=["an epsilon", "the config", "attention"],
     )
     def test_a_live_model_whose_numbers_changed_without_its_weights(self, change):
         model = tiny_model("gpt2")

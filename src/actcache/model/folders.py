@@ -76,7 +76,9 @@ def fetch(
             f"{what} {name!r} is gated on the Hub: accept its conditions there, and pass token= of that account."
         ) from error
     except RepositoryNotFoundError as error:
-        remedy = "check the name and what the token may read" if isinstance(token, str) else "check the name, or pass token="
+        remedy = (
+            "check the name and what the token may read" if isinstance(token, str) else "check the name, or pass token="
+        )
         raise ModelLoadError(
             f"{what} {name!r} is neither a local folder nor to be had from the Hub: there is no such repository, or it "
             f"is private: {remedy}."

@@ -10,8 +10,10 @@ import torch
 
 from actcache.errors import ModelLoadError, OptionError
 from actcache.model import identity, in_memory
+from actcache.model.adapters import of_model, unwrapped
 from actcache.model.anatomy import original
 from actcache.model.folders import find_folder, no_tokenizer
+from actcache.model.offload import stored_weights
 from actcache.model.options import LoadOptions, dtype_name
 from actcache.model.source import ModelIdentity, ModelSource, provenance
 from actcache.model.tokenizer import TokenizerSource
@@ -41,15 +43,18 @@ class LiveSource(ModelSource):
                 f"{', '.join(given)} cannot be changed on a model that is already loaded: "
                 "load it that way, or pass its path."
             )
-        if any(p.is_meta for p in model.parameters()):
+        # What torch.compile and peft wrap is what runs.
+        compiled = model._modules.get("_orig_mod")
+        self._wrapper = model if compiled is None else compiled
+        self._model = original(unwrapped(self._wrapper))
+        elsewhere = stored_weights(self._model)
+        if any(p.is_meta and name not in elsewhere for name, p in self._model.named_parameters()):
             raise OptionError(
-                "the model has weights that are not in memory (on the meta device, or offloaded), so they cannot be "
-                "identified: load it whole, or pass its path."
+                "the model has weights that are not in memory (on the meta device), nor where accelerate would find "
+                "them, so they cannot be identified: load it whole, or pass its path."
             )
         self.options = options
-        # What torch.compile wraps: the original is what runs.
-        self._model = original(model)
-        self.name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+        self.name = str(getattr(self._model.config, "_name_or_path", "") or type(model).__name__)
         folder = Path(self.name)
         if folder.is_dir():
             self.name = str(folder.resolve())
@@ -72,7 +77,7 @@ class LiveSource(ModelSource):
         return config
 
     def identity(self) -> ModelIdentity:
-        refuse_foreign_hooks(self._model, self.options.allow_hooks)
+        refuse_foreign_hooks(self._wrapper, self.options.allow_hooks)
         dtype = self._dtype_of(self._model)
         values: dict[str, Any] = {
             "identity": identity.IDENTITY_VERSION,
@@ -85,6 +90,9 @@ class LiveSource(ModelSource):
             "hooks": sorted(self.options.allow_hooks),
             "edits": [],
         }
+        adapters = of_model(self._model)
+        if adapters is not None:
+            values["adapters"] = adapters
         return ModelIdentity(values, {"model_name": self.name, "revision": None, "dtype": dtype, **provenance()})
 
     def tokenizer_source(self) -> TokenizerSource:
@@ -100,7 +108,7 @@ class LiveSource(ModelSource):
         return self._model
 
     def model_to_run(self) -> torch.nn.Module:
-        refuse_foreign_hooks(self._model, self.options.allow_hooks)
+        refuse_foreign_hooks(self._wrapper, self.options.allow_hooks)
         return self._model
 
     @property

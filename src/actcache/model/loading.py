@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actcache.errors import ModelChangedError, ModelLoadError
-from actcache.model import identity
+from actcache.errors import ModelChangedError, ModelLoadError, did_you_mean
+from actcache.model import adapters, identity
+from actcache.model.classes import auto_class, load_whole
+from actcache.model.files import ModelFiles
 from actcache.model.folders import find_folder
 from actcache.model.host_memo import host_memo
 from actcache.model.options import (
     LoadOptions,
-    as_json,
     check_device_name,
     check_model_kwargs,
     dtype_name,
     resolve_device,
 )
+from actcache.model.quantized import canonical
 from actcache.model.source import ModelIdentity, ModelSource, package_version, provenance
 from actcache.model.tokenizer import TokenizerSource
 from actcache.model.touched import refuse_foreign_hooks
@@ -44,94 +46,54 @@ def open_source(model: Any, options: LoadOptions, tokenizer: Any = None) -> Mode
 
 
 class PathSource(ModelSource):
-    """A model named by a local folder or a Hub id."""
+    """A model named by a local folder or a Hub id: the model itself, or an adapter for one."""
 
     def __init__(self, model: str | Path, options: LoadOptions, tokenizer: Any = None) -> None:
         self.options = options
         self._model: torch.nn.Module | None = None
         self._state: tuple[object, ModelIdentity] | None = None
-        self._config: tuple[object, Mapping[str, Any]] | None = None
         self._loaded_as: Mapping[str, Any] | None = None
         self._as_loaded: object = None
         self._extra = check_model_kwargs(options.model_kwargs)
-        self._folder, self.name, self._commit = find_folder(str(model), options)
-        if not (self._folder / "config.json").is_file():
-            raise ModelLoadError(
-                f"no config.json in {str(self._folder)!r}: expected a folder made by save_pretrained, or a Hub id."
-            )
+        self._quantization = canonical(options.quantization_config)
+        _check_attention(options.attn_implementation)
+        self._files = ModelFiles(str(model), options, every=bool(self._extra))
+        self.name = self._files.given.name
         by_name = isinstance(tokenizer, str | Path)
         self._tokenizer = TokenizerSource(
             None if by_name else tokenizer,
-            lambda: find_folder(str(tokenizer), options, what="tokenizer")[0] if by_name else self._folder,
+            lambda: (
+                find_folder(str(tokenizer), options, what="tokenizer").folder
+                if by_name
+                else self._files.tokenizer_folder()
+            ),
             options,
         )
 
     @property
     def config(self) -> Mapping[str, Any]:
-        path = self._folder / "config.json"
-        try:
-            signature = identity.stat_signature([path])
-            if self._config is not None and self._config[0] == signature:
-                return self._config[1]
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelLoadError(f"cannot read {str(path)!r}: {error}. Save the model again.") from error
-        if not isinstance(config, dict) or "model_type" not in config:
-            raise ModelLoadError(f"{str(path)!r} names no model_type: it is not the config of a transformers model.")
-        self._config = signature, config
-        return config
-
-    def _identity_files(self) -> list[Path]:
-        files = [self._folder / "config.json"]
-        if self._commit is None:
-            files += self._weight_files()
-        if self.options.trust_remote_code:
-            files += sorted(self._folder.glob("*.py"))
-        return files
-
-    def _weight_files(self) -> list[Path]:
-        # Other arguments may choose other files (variant, use_safetensors): then every one counts.
-        try:
-            weights = identity.weight_files(self._folder, every=bool(self.options.model_kwargs))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelLoadError(
-                f"the index of the weights in {str(self._folder)!r} cannot be read ({error}). Save the model again."
-            ) from error
-        if not weights:
-            raise ModelLoadError(
-                f"no weights in {str(self._folder)!r}: expected model.safetensors, its shards or pytorch_model.bin."
-            )
-        absent = [p.name for p in weights if not p.is_file()]
-        if absent:
-            raise ModelLoadError(
-                f"{', '.join(absent)} of the weights in {str(self._folder)!r} is missing: copy or save the model again."
-            )
-        return weights
+        return self._files.config
 
     def identity(self) -> ModelIdentity:
-        files = self._identity_files()
-        signature = identity.stat_signature(files)
+        signature = identity.stat_signature(self._files.all())
         if self._state is not None and self._state[0] == signature:
             return self._state[1]
-        weights = f"commit:{self._commit}" if self._commit else f"files:{identity.files_digest(files[1:])}"
         options = self.options
+        digests = self._files.digests()
         values: dict[str, Any] = {
             "identity": identity.IDENTITY_VERSION,
-            "weights": weights,
-            "config": identity.config_digest(self.config),
+            **digests,
             "dtype": dtype_name(options.dtype) or "float32",
-            "attn_implementation": self._attn_implementation(),
-            "quantization": as_json(options.quantization_config),
+            "attn_implementation": self._attn_implementation(digests.get("code")),
+            "quantization": self._quantization,
             "model_kwargs": self._extra or None,
             "edits": [],
         }
         if options.allow_hooks:
             values["hooks"] = sorted(options.allow_hooks)
-        if options.trust_remote_code:
-            values["code"] = identity.files_digest(p for p in files if p.suffix == ".py")
         label = {
             "model_name": self.name,
-            "revision": self._commit or options.revision,
+            "revision": self._files.given.commit or options.revision,
             "dtype": values["dtype"],
             **provenance(),
         }
@@ -140,12 +102,12 @@ class PathSource(ModelSource):
             self._model = None
         return self._state[1]
 
-    def _attn_implementation(self) -> str:
+    def _attn_implementation(self, code: str | None) -> str:
         if self.options.attn_implementation is not None:
             return self.options.attn_implementation
         # What transformers picks depends on its version and on the class; asking it builds the model on
         # the meta device, which a warm run should not pay for.
-        key = identity.digest_json([dict(self.config), package_version("transformers"), package_version("torch")])
+        key = identity.digest_json([dict(self.config), code, package_version("transformers"), package_version("torch")])
         known = host_memo().get("attention", key)
         if known is None:
             import torch
@@ -153,7 +115,7 @@ class PathSource(ModelSource):
             config = self._auto_config()
             try:
                 with torch.device("meta"):
-                    model = _auto_class(config).from_config(config, trust_remote_code=self.options.trust_remote_code)
+                    model = auto_class(config).from_config(config, **self._code_arguments())
             except (ValueError, KeyError, ImportError) as error:
                 raise ModelLoadError(
                     f"transformers cannot make a model of the config of {self.name!r}: {error}"
@@ -162,13 +124,34 @@ class PathSource(ModelSource):
             host_memo().put("attention", key, known)
         return known
 
+    def _code_arguments(self) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"trust_remote_code": self._files.trusted}
+        elsewhere = self._files.code_revision()
+        if elsewhere is not None:
+            arguments["code_revision"] = elsewhere.name
+        return arguments
+
     def _auto_config(self) -> Any:
         from transformers import AutoConfig
 
+        base = self._files.base()
         try:
-            return AutoConfig.from_pretrained(self._folder, trust_remote_code=self.options.trust_remote_code)
-        except (ValueError, KeyError, OSError) as error:
+            return AutoConfig.from_pretrained(base.folder, **self._code_arguments())
+        except (ValueError, KeyError, OSError, ImportError) as error:
+            if "trust_remote_code" in str(error) and not self._files.trusted:
+                raise self._untrusted(base.name) from error
             raise ModelLoadError(f"transformers cannot read the config of {self.name!r}: {error}") from error
+
+    def _untrusted(self, base: str) -> ModelLoadError:
+        if self._files.adapter is not None:
+            return ModelLoadError(
+                f"{base!r}, the base model that the adapter {self.name!r} names, needs code of its own, which is not "
+                "run on an adapter's word: load the base model yourself, the adapter with peft, and pass the model."
+            )
+        return ModelLoadError(
+            f"{self.name!r} needs code of its own, which is not run unasked: read the code, and pass "
+            "trust_remote_code=True if you trust it."
+        )
 
     def tokenizer_source(self) -> TokenizerSource:
         return self._tokenizer
@@ -199,31 +182,49 @@ class PathSource(ModelSource):
 
         options = self.options
         device = resolve_device(options.device)
+        quantized = options.quantization_config is not None or "quantization_config" in self.config
         kwargs: dict[str, Any] = {
             **options.model_kwargs,
             "dtype": getattr(torch, values["dtype"]),
             "attn_implementation": values["attn_implementation"],
-            "trust_remote_code": options.trust_remote_code,
+            **self._code_arguments(),
         }
         if options.device_map is not None:
-            kwargs["device_map"] = options.device_map
+            kwargs["device_map"] = copy.deepcopy(options.device_map)
+        elif quantized and device != "cpu":
+            kwargs["device_map"] = {"": device}
         if options.quantization_config is not None:
-            kwargs["quantization_config"] = options.quantization_config
-        place: str | Path = self._folder
-        if self._commit is not None:
-            place = self.name
-            kwargs |= {"revision": self._commit, "token": options.token}
+            # Quantisers write into it what they left out.
+            kwargs["quantization_config"] = copy.deepcopy(options.quantization_config)
+        base = self._files.base()
+        place: str | Path = base.folder
+        if base.commit is not None:
+            place = base.name
+            kwargs |= {"revision": base.commit, "token": options.token}
         try:
-            model = _load_all(_auto_class(self._auto_config()), place, kwargs, self.name)
+            model = load_whole(auto_class(self._auto_config()), place, kwargs, self.name)
         except ModelLoadError:
             raise
         except (OSError, ValueError, ImportError, RuntimeError) as error:
-            raise ModelLoadError(f"cannot load {self.name!r}: {error}") from error
-        if options.device_map is None and options.quantization_config is None:
+            raise self._explained(error, values["attn_implementation"]) from error
+        if self._files.adapter is not None:
+            model = adapters.attach(model, self._files.adapter_folder())
+        if "device_map" not in kwargs and not quantized:
             model = model.to(device)
         model.eval()
         loaded: torch.nn.Module = model
         return loaded
+
+    def _explained(self, error: Exception, attention: str) -> ModelLoadError:
+        text = str(error)
+        if "trust_remote_code" in text and not self._files.trusted:
+            return self._untrusted(self._files.base().name)
+        remedy = ""
+        if any(word in text for word in ("attn_implementation", "ttention implementation", attention)):
+            remedy = f" Pass another attn_implementation than {attention!r} ('eager' works for every model), or none."
+        elif "offload_folder" in text:
+            remedy = " Pass model_kwargs={'offload_folder': <a folder with room for the weights>}."
+        return ModelLoadError(f"cannot load {self.name!r}: {text.rstrip('. ')}.{remedy}")
 
     @property
     def loaded(self) -> bool:
@@ -231,44 +232,31 @@ class PathSource(ModelSource):
 
     @property
     def weight_bytes(self) -> int:
-        # Those of a Hub model come with the first run.
-        return sum(p.stat().st_size for p in identity.weight_files(self._folder) if p.is_file())
+        return self._files.weight_bytes
 
 
-def _auto_class(config: Any) -> Any:
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    known = type(config) in AutoModelForCausalLM._model_mapping
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    return AutoModelForCausalLM if known or remote else AutoModel
+# Known without asking transformers, which takes a second to import.
+_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
-def _load_all(kind: Any, place: str | Path, kwargs: Mapping[str, Any], name: str) -> Any:
-    """A model all of whose weights came from its files: transformers makes up what they lack."""
-    from transformers import AutoModel
+def _check_attention(name: object) -> None:
+    """Raise `ModelLoadError` for an attention implementation nobody knows. Whether it runs here is seen on loading."""
+    # A repository of kernels, or one name for each part of the model.
+    if name is None or not isinstance(name, str) or name in _ATTENTION or "/" in name:
+        return
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    model, report = kind.from_pretrained(place, output_loading_info=True, **kwargs)
-    missing = sorted(report["missing_keys"])
-    if missing and kind is not AutoModel and _only_the_head(model, missing):
-        return _load_all(AutoModel, place, kwargs, name)
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    known = sorted({*_ATTENTION, *ALL_ATTENTION_FUNCTIONS.valid_keys()})
+    if name not in known:
+        names = ", ".join(map(repr, known))
         raise ModelLoadError(
-            f"the weights of {name!r} lack {', '.join(missing[:3])}{more}, which would be random: "
-            "save the whole model again."
+            f"unknown attn_implementation {name!r}: expected one of {names}.{did_you_mean(name, known)}"
         )
-    return model
-
-
-def _only_the_head(model: Any, missing: list[str]) -> bool:
-    head = model.get_output_embeddings()
-    paths = [path for path, module in model.named_modules() if module is head]
-    return bool(paths) and all(key.rpartition(".")[0] in paths for key in missing)
 
 
 def _state_of(model: torch.nn.Module) -> object:
     """What changes when somebody changes weights or attention of a loaded model; moving it to a device does not."""
+    from actcache.model.in_memory import settings_of, weights_state
+
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    # Quantised weights are rearranged by their own modules.
-    weights = [] if getattr(model, "is_quantized", False) else list(model.parameters())
-    return attention, identity.settings_of(model), [(id(p), p.dtype, identity.version_of(p)) for p in weights]
+    return attention, settings_of(model), weights_state(model)

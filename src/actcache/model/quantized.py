@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from actcache.model.options import as_json
+
 if TYPE_CHECKING:
     import torch
 
@@ -60,6 +62,18 @@ def as_mapping(quantization_config: object) -> Mapping[str, Any]:
     to_dict = getattr(quantization_config, "to_dict", None)
     given = to_dict() if callable(to_dict) else {}
     return given if isinstance(given, Mapping) else {}
+
+
+def canonical(quantization_config: object) -> Any:
+    """A quantisation config as JSON values for the identity: the same for a mapping and for an object that says it.
+
+    Raises `OptionError` for an object that could not be told from another one.
+    """
+    given = as_json(quantization_config)
+    if not isinstance(given, Mapping):
+        return given
+    # An object spells out what it was not given.
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def _configs_in(config: Mapping[str, Any]) -> Iterator[object]:
