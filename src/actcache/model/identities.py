@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from actcache.model.discovery import find_form
 from actcache.model.forms import BlockForm, BlockRun, Call, Side, check_form, first_input, first_tensor
 from actcache.model.modes import evaluating
 from actcache.model.sites import Site
-from actcache.model.structure import Stack, text_config
+from actcache.model.structure import Stack, descend, text_config
 
 if TYPE_CHECKING:
     from actcache.model.anatomy import Anatomy
@@ -77,13 +77,11 @@ def check(anatomy: Anatomy) -> Findings:
     """
     findings = Findings()
     watches = [_StackWatch(anatomy, stack, findings) for stack in anatomy.structure.stacks]
-    model = anatomy.model
     try:
-        with _undisturbed(model), torch.no_grad():
-            for watch in watches:
-                watch.listen()
-            _watch_norms(anatomy, watches, findings)
-            anatomy.backbone(**_inputs(anatomy))
+        _run(anatomy, watches, findings)
+        if any(watch.unsolved for watch in watches):
+            # Blocks of one build that do not share a form: what all their modules did is needed after all.
+            _run(anatomy, watches, findings)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -99,60 +97,82 @@ def check(anatomy: Anatomy) -> Findings:
     return findings
 
 
+def _run(anatomy: Anatomy, watches: Sequence[_StackWatch], findings: Findings) -> None:
+    with _undisturbed(anatomy.model), torch.no_grad(), ExitStack() as hooks:
+        for watch in watches:
+            watch.listen(hooks)
+        _watch_norms(anatomy, watches, findings, hooks)
+        anatomy.backbone(**probe_inputs(anatomy))
+
+
 class _StackWatch:
     """Follows one stack through the pass. Each block is solved as it ends, so that one block's values are held."""
 
     def __init__(self, anatomy: Anatomy, stack: Stack, findings: Findings) -> None:
         self.stack = stack
         self.last: Tensor | None = None
+        self.unsolved: dict[int, str] = {}
+        self.broke = False
         self._anatomy = anatomy
         self._findings = findings
         self._blocks = anatomy.blocks_of(stack.name)
         self._runs = [0] * len(self._blocks)
-        self._claim: BlockForm | None = None
+        self._known: dict[object, BlockForm] = {}
         self._failed: str | None = None
         self._unchained: str | None = None
-        self.broke = False
+        self._second = False
 
-    def listen(self) -> None:
+    def listen(self, hooks: ExitStack) -> None:
+        self._second = bool(self.unsolved)
+        self._runs = [0] * len(self._blocks)
+        self.last = None
         for layer, block in enumerate(self._blocks):
-            _BlockWatch(block, lambda run, layer=layer: self._ended(layer, run))
+            if not self._second or layer in self.unsolved:
+                _BlockWatch(block, self, layer).listen(hooks)
 
-    def _ended(self, layer: int, run: BlockRun) -> None:
+    def claim(self, layer: int) -> BlockForm | None:
+        """The form of an earlier block of the same build."""
+        return None if self._second else self._known.get(_build(self._blocks[layer]))
+
+    def ended(self, layer: int, run: BlockRun) -> None:
         # What goes wrong in here is no property of the model.
         self.broke = True
-        self._take(layer, run)
+        self._runs[layer] += 1
+        if self._runs[layer] == 1:
+            self._chain(layer, run)
+            self._solve(layer, run)
         self.broke = False
 
-    def _take(self, layer: int, run: BlockRun) -> None:
-        self._runs[layer] += 1
-        if self._runs[layer] > 1:
+    def _chain(self, layer: int, run: BlockRun) -> None:
+        if self._second:
             return
         if self.last is not None and not torch.equal(self.last, run.pre) and self._unchained is None:
             self._unchained = f"resid_post.{layer - 1} = resid_pre.{layer} does not hold"
         self.last = run.post
-        form, errors, why = self._solve(layer, run)
-        self._findings.forms[self.stack.name, layer] = form
-        self._findings.identities += [Identity(self.stack.name, layer, text, error) for text, error in errors]
-        if form is not None:
-            self._claim = form
-        elif self._failed is None:
-            self._failed = f"in block {layer} ({self.stack.block_paths[layer]}), {why}"
 
-    def _solve(self, layer: int, run: BlockRun) -> tuple[BlockForm | None, list[tuple[str, float]], str]:
-        why = None
-        if self._claim is not None:
-            errors, why = check_form(self._claim, run)
-            if why is None:
-                return self._claim, errors, ""
-        form, progress = find_form(run, _factors(self._blocks[layer], self._anatomy.model))
-        if form is None:
-            return None, [], why or progress
-        return form, check_form(form, run)[0], ""
+    def _solve(self, layer: int, run: BlockRun) -> None:
+        form, why = self.claim(layer), None
+        if form is not None:
+            errors, why = check_form(form, run)
+            if why is not None:
+                self.unsolved[layer] = why
+                return
+        else:
+            form, progress = find_form(run, _factors(self._blocks[layer], self._anatomy.model))
+            if form is None:
+                if self._failed is None:
+                    why = self.unsolved.get(layer, progress)
+                    self._failed = f"in block {layer} ({self.stack.block_paths[layer]}), {why}"
+            else:
+                errors, _ = check_form(form, run)
+                self._known.setdefault(_build(self._blocks[layer]), form)
+        self._findings.forms[self.stack.name, layer] = form
+        if form is not None:
+            self._findings.identities += [Identity(self.stack.name, layer, text, error) for text, error in errors]
 
     def conclude(self) -> None:
         name, refused = self.stack.name, self._findings.refused
-        again = next((layer for layer, runs in enumerate(self._runs) if runs != 1), None)
+        again = next((layer for layer, runs in enumerate(self._runs) if runs != 1 and not self._second), None)
         if again is not None:
             why = f"block {again} ({self.stack.block_paths[again]}) ran {self._runs[again]} times in one pass"
             refused |= {Site(site, stack=name): why for site in (*BRANCHES, "resid_pre", "resid_post")}
@@ -163,40 +183,57 @@ class _StackWatch:
             refused |= {Site(site, stack=name): self._failed for site in BRANCHES}
 
 
-class _BlockWatch:
-    """Records one block while it runs: what its modules are given and return, cloned, since some architectures add to
-    a branch's output in place right after it was returned."""
+def _build(block: nn.Module) -> object:
+    return type(block), tuple((name, type(child)) for name, child in block._modules.items())
 
-    def __init__(self, block: nn.Module, ended: Any) -> None:
-        self._ended = ended
+
+class _BlockWatch:
+    """Records one block while it runs: what its modules are given and return, copied, since some architectures add to
+    a branch's output in place right after it was returned. Of a block whose form is claimed, only the claimed modules.
+    """
+
+    def __init__(self, block: nn.Module, stack: _StackWatch, layer: int) -> None:
+        self._block = block
+        self._stack = stack
+        self._layer = layer
         self._pre: Tensor | None = None
         self._calls: dict[str, Call] = {}
         self._clock = 0
-        block.register_forward_pre_hook(self._begin_block, with_kwargs=True)
-        block.register_forward_hook(self._end_block)
-        for path, module in _inside(block, "", _DEPTH):
-            module.register_forward_pre_hook(
-                lambda m, args, kwargs, path=path: self._begin(path, m, args, kwargs), with_kwargs=True
-            )
-            module.register_forward_hook(lambda m, args, output, path=path: self._end(path, output))
+        self._wanted: set[tuple[str, Side]] | None = None
+        self._inside = ExitStack()
+
+    def listen(self, hooks: ExitStack) -> None:
+        hooks.callback(self._block.register_forward_pre_hook(self._begin_block, with_kwargs=True).remove)
+        hooks.callback(self._block.register_forward_hook(self._end_block).remove)
+        hooks.callback(self._inside.close)
 
     def _begin_block(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         self._pre, self._calls, self._clock = _copy(first_input((args, kwargs))), {}, 0
+        claim = self._stack.claim(self._layer)
+        self._wanted = None if claim is None else _reads(claim)
+        for path, module in _inside(block, "", _DEPTH) if self._wanted is None else _named(block, self._wanted):
+            begin = module.register_forward_pre_hook(
+                lambda m, args, kwargs, path=path: self._begin(path, m, args, kwargs), with_kwargs=True
+            )
+            end = module.register_forward_hook(lambda m, args, output, path=path: self._end(path, output))
+            self._inside.callback(begin.remove)
+            self._inside.callback(end.remove)
 
     def _end_block(self, block: nn.Module, args: Any, output: Any) -> None:
+        self._inside.close()
         pre, calls = self._pre, list(self._calls.values())
         self._pre, self._calls = None, {}
         if pre is not None:
-            self._ended(BlockRun(pre, _copy(first_tensor(output)), calls))
+            self._stack.ended(self._layer, BlockRun(pre, _copy(first_tensor(output)), calls))
 
     def _begin(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._pre is None:
-            return
         self._clock += 1
         if path in self._calls:
             self._calls[path].runs += 1
             return
         call = self._calls[path] = Call(path, type(module).__name__, self._clock)
+        if self._wanted is not None and (path, "input") not in self._wanted:
+            return
         with suppress(StopIteration):
             call.input = self._fitting(first_input((args, kwargs)), call, "input")
 
@@ -206,6 +243,8 @@ class _BlockWatch:
             return
         self._clock += 1
         call.ended = self._clock
+        if self._wanted is not None and (path, "output") not in self._wanted:
+            return
         with suppress(IndexError, KeyError, TypeError, StopIteration):
             call.output = self._fitting(first_tensor(output), call, "output")
 
@@ -223,7 +262,8 @@ class _BlockWatch:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
 
 
 def _inside(module: nn.Module, prefix: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
@@ -238,10 +278,24 @@ def _inside(module: nn.Module, prefix: str, depth: int) -> Iterator[tuple[str, n
             yield from _inside(child, path, depth - 1)
 
 
-def _watch_norms(anatomy: Anatomy, watches: Iterable[_StackWatch], findings: Findings) -> None:
+def _reads(form: BlockForm) -> set[tuple[str, Side]]:
+    """The modules, and their sides, at which a form is read and checked."""
+    places = [place for step in form.steps for place in (*dict(step.branches).values(), step.total, step.norm)]
+    return {(place.path, place.side) for place in places if place is not None}
+
+
+def _named(block: nn.Module, wanted: set[tuple[str, Side]]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of `block` that are wanted; those it lacks are left out."""
+    for path in {path for path, _ in wanted}:
+        with suppress(KeyError):
+            yield path, descend(block, path.split("."))
+
+
+def _watch_norms(anatomy: Anatomy, watches: Iterable[_StackWatch], findings: Findings, hooks: ExitStack) -> None:
     """The final norm is the norm outside the blocks that is given the last block's output."""
-    findings.final_norms = dict.fromkeys(watch.stack.name for watch in watches)
-    lists = tuple(f"{watch.stack.blocks}." for watch in watches)
+    for watch in watches:
+        findings.final_norms.setdefault(watch.stack.name, None)
+    lists = {watch.stack.blocks for watch in watches}
 
     def given(path: str, args: Any, kwargs: Any) -> None:
         tensor = first_input((args, kwargs))
@@ -253,11 +307,21 @@ def _watch_norms(anatomy: Anatomy, watches: Iterable[_StackWatch], findings: Fin
                 findings.final_norms[stack] = path
                 return
 
-    for path, module in anatomy.backbone.named_modules(prefix=anatomy.structure.backbone):
-        if "norm" in type(module).__name__.lower() and not path.startswith(lists):
-            module.register_forward_pre_hook(
+    for path, module in _outside(anatomy.backbone, anatomy.structure.backbone, lists):
+        if "norm" in type(module).__name__.lower():
+            hook = module.register_forward_pre_hook(
                 lambda _, args, kwargs, path=path: given(path, args, kwargs), with_kwargs=True
             )
+            hooks.callback(hook.remove)
+
+
+def _outside(module: nn.Module, path: str, lists: Container[str]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules below `module` that are in none of the `lists` of blocks."""
+    for name, child in module._modules.items():
+        below = f"{path}.{name}" if path else name
+        if child is not None and below not in lists:
+            yield below, child
+            yield from _outside(child, below, lists)
 
 
 def _factors(block: nn.Module, model: nn.Module) -> list[float]:
@@ -267,7 +331,7 @@ def _factors(block: nn.Module, model: nn.Module) -> list[float]:
     return [value for value in values if type(value) is float and math.isfinite(value) and value != 0]
 
 
-def _inputs(anatomy: Anatomy) -> dict[str, Any]:
+def probe_inputs(anatomy: Anatomy) -> dict[str, Any]:
     parameters = inspect.signature(anatomy.backbone.forward).parameters
     any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     tokens = min(_TOKENS, anatomy.context_length or _TOKENS)
@@ -302,10 +366,10 @@ def input_device(model: nn.Module) -> torch.device:
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Run the model by itself: evaluation mode, no hooks but ours; modes, hooks and random state come back after."""
     modules = list(model.modules())
-    hooks = [(m, name, m.__dict__[name]) for m in modules for name in _HOOKS if name in m.__dict__]
+    hooks = [(m, name, m.__dict__[name]) for m in modules for name in _HOOKS if m.__dict__.get(name)]
     shadows = [(m, m.__dict__.pop("_call_impl")) for m in modules if "_call_impl" in m.__dict__]
-    cuda = [p.device.index for p in model.parameters() if p.device.type == "cuda"]
-    with evaluating(model), torch.random.fork_rng(devices=sorted({d for d in cuda if d is not None})):
+    cuda = {p.device.index for m in modules for p in m._parameters.values() if p is not None and p.is_cuda}
+    with evaluating(model), torch.random.fork_rng(devices=sorted(cuda)):
         try:
             for module, name, _ in hooks:
                 module.__dict__[name] = OrderedDict()

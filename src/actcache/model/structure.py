@@ -42,17 +42,13 @@ class Structure:
 
 def find_structure(model: nn.Module) -> Structure:
     """The structure of `model`; raises `SiteUnavailableError` when no list of blocks can be made out."""
-    paths = {id(module): path for path, module in model.named_modules()}
+    named = dict(model.named_modules())
+    paths = {id(module): path for path, module in named.items()}
     # An adapter of peft wraps the model; what transformers offers is on the model inside.
     core = unwrapped(model)
     config = text_config(core)
-    prefix = paths[id(core)]
-    lists = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and path.startswith(prefix)
-    }
-    stacks = _stacks(core, config, lists)
+    lists = {path: module for path, module in named.items() if isinstance(module, nn.ModuleList) and len(module)}
+    stacks = _stacks(core, config, lists, list(named.values()))
     backbone = _backbone(core, [lists[stack.blocks] for stack in stacks], paths)
     embed = _accessor(core, "get_input_embeddings")
     head = _accessor(core, "get_output_embeddings")
@@ -101,29 +97,36 @@ def has_forward(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward or "forward" in module.__dict__
 
 
-def _stacks(model: nn.Module, config: Any, lists: Mapping[str, nn.ModuleList]) -> tuple[Stack, ...]:
+def _stacks(
+    model: nn.Module, config: Any, lists: Mapping[str, nn.ModuleList], modules: Sequence[nn.Module]
+) -> tuple[Stack, ...]:
+    recorded = _recorded_classes(modules)
+    # Named for placing a model on several devices; also right when blocks were taken out of a loaded model.
+    whole = {name for m in modules for name in getattr(type(m), "_no_split_modules", None) or ()}
+
+    def stack(lists: Mapping[str, nn.ModuleList], depth: int | None, name: str | None) -> Stack:
+        path = _block_list(model, depth, lists, recorded, whole)
+        return Stack(name, path, len(lists[path]))
+
     if getattr(config, "is_encoder_decoder", False):
         under = {
             name: {path: blocks for path, blocks in lists.items() if name in path.split(".")}
             for name in ("encoder", "decoder")
         }
         if all(under.values()):
-            return tuple(_stack(model, None, found, name) for name, found in under.items())
-    return (_stack(model, config, lists, None),)
+            return tuple(stack(found, None, name) for name, found in under.items())
+    return (stack(lists, getattr(config, "num_hidden_layers", None), None),)
 
 
-def _stack(model: nn.Module, config: Any, lists: Mapping[str, nn.ModuleList], name: str | None) -> Stack:
-    path = _block_list(model, config, lists)
-    return Stack(name, path, len(lists[path]))
-
-
-def _block_list(model: nn.Module, config: Any, lists: Mapping[str, nn.ModuleList]) -> str:
-    depth = getattr(config, "num_hidden_layers", None)
-    recorded = _recorded_classes(model)
+def _block_list(
+    model: nn.Module,
+    depth: int | None,
+    lists: Mapping[str, nn.ModuleList],
+    recorded: tuple[type, ...],
+    whole: set[str],
+) -> str:
     by_recorder = [path for path, layers in lists.items() if recorded and all(isinstance(m, recorded) for m in layers)]
     by_length = [path for path, layers in lists.items() if depth and len(layers) == depth]
-    # Named for placing a model on several devices; also right when blocks were taken out of a loaded model.
-    whole = {name for m in model.modules() for name in getattr(type(m), "_no_split_modules", None) or ()}
     by_name = [path for path, layers in lists.items() if all(type(m).__name__ in whole for m in layers)]
     # A list of experts may be as long as the list of blocks, but lies deeper.
     candidates = sorted(by_recorder or by_length or by_name, key=lambda path: path.count("."))
@@ -141,11 +144,11 @@ def _block_list(model: nn.Module, config: Any, lists: Mapping[str, nn.ModuleList
     return candidates[0]
 
 
-def _recorded_classes(model: nn.Module) -> tuple[type, ...]:
+def _recorded_classes(modules: Sequence[nn.Module]) -> tuple[type, ...]:
     """Classes whose outputs transformers itself records as hidden states."""
     classes: list[type] = []
-    for module in model.modules():
-        recorders = getattr(module, "_can_record_outputs", None) if hasattr(module, "config") else None
+    for module in modules:
+        recorders = getattr(module, "_can_record_outputs", None) if "config" in module.__dict__ else None
         entry = recorders.get("hidden_states") if isinstance(recorders, dict) else None
         for recorder in entry if isinstance(entry, (list, tuple)) else [entry]:
             target = getattr(recorder, "target_class", recorder)
@@ -160,9 +163,9 @@ def _backbone(model: nn.Module, stacks: Sequence[nn.Module], paths: Mapping[int,
     for candidate in (decoder, getattr(model, "base_model", None)):
         if not isinstance(candidate, nn.Module) or candidate is model or id(candidate) not in paths:
             continue
-        inside = {id(m) for m in candidate.modules()}
-        if has_forward(candidate) and all(id(blocks) in inside for blocks in stacks):
-            return paths[id(candidate)]
+        path = paths[id(candidate)]
+        if has_forward(candidate) and all(paths[id(blocks)].startswith(f"{path}.") for blocks in stacks):
+            return path
     return paths[id(model)]
 
 
