@@ -159,8 +159,8 @@ class Anatomy:
             names = [Site("embed", stack=stack.name)]
             names += [Site(name, layer, stack=stack.name) for layer in range(stack.n_layers) for name in _IN_BLOCK]
             names.append(Site("final_norm", stack=stack.name))
-            found += [site for site in names if self._why_not(site) is None]
-        return found + ([Site("logits")] if self._why_not(Site("logits")) is None else [])
+            found += [site for site in names if self.why_not(site) is None]
+        return found + ([Site("logits")] if self.why_not(Site("logits")) is None else [])
 
     def require(self, site: Site) -> None:
         """Raise when this model has no such site: `SiteUnavailableError`, `LayerRangeError`, or `AdditivityError` for
@@ -176,7 +176,7 @@ class Anatomy:
                 raise LayerRangeError(
                     f"site {str(site)!r} is out of range: the model has {n_layers} layers (0 to {n_layers - 1})"
                 )
-        why = self._why_not(site)
+        why = self.why_not(site)
         if why is not None:
             error = AdditivityError if self._refused(site) is not None else SiteUnavailableError
             raise error(self._refusal(site, why))
@@ -230,7 +230,7 @@ class Anatomy:
     def _refused(self, site: Site) -> str | None:
         return self.findings.refused.get(Site(site.name, stack=site.stack))
 
-    def _why_not(self, site: Site) -> str | None:
+    def why_not(self, site: Site) -> str | None:
         """Why this model has no such site, or None when it has. `site` is complete and in range."""
         if site.name not in _READ:
             return "it is not among the values that are read on this architecture"
@@ -262,7 +262,7 @@ class Anatomy:
         have = [
             name
             for name in _READ
-            if self._why_not(
+            if self.why_not(
                 Site(name, layer if name in _IN_BLOCK else None, stack=site.stack if name != "logits" else None)
             )
             is None
