@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from actcache.capture.entry import Entry, brief, hidden_of
+from actcache.capture.joining import Refused
 from actcache.capture.nodes import Node
 from actcache.capture.values import map_tensors, same_content, tensors_in
 from actcache.errors import ActCacheError, LayerRangeError, UnknownKeyError, did_you_mean
@@ -77,7 +78,11 @@ class ActivationCache(MutableMapping[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         data = self._data
-        return data[self._key(key, data)]
+        found = self._key(key, data)
+        value = data[found]
+        if isinstance(value, Refused):
+            raise value.error(found)
+        return value
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._data[key] = value
@@ -196,7 +201,7 @@ class ActivationCache(MutableMapping[str, Any]):
         if number not in held:
             has = f"layers {', '.join(map(str, held))}" if held else "no layer of it"
             raise LayerRangeError(f"layer {layer} of {site} is not in the cache: it holds {has}")
-        value: Tensor = self._data[str(Site(asked.name, number, stack=asked.stack))]
+        value: Tensor = self[str(Site(asked.name, number, stack=asked.stack))]
         return value
 
     def get_position(self, layer: int, position: int, site: str = "resid_post") -> Tensor:
@@ -291,7 +296,9 @@ class ActivationCache(MutableMapping[str, Any]):
 
     def _sites(self) -> list[Site]:
         return [
-            Site.parse(key) for key, value in self._data.items() if isinstance(value, Tensor) and Site.looks_like(key)
+            Site.parse(key)
+            for key, value in self._data.items()
+            if isinstance(value, (Tensor, Refused)) and Site.looks_like(key)
         ]
 
     def _numbers(self, layers: Any) -> set[int]:

@@ -1,13 +1,10 @@
-"""The forward passes inside one capture block: what each was given, which tokens are kept, how steps join.
-
-Generation runs the model once per token. A pass that continues the one before it (its KV cache holds earlier
-positions, or its token ids extend them) is a step of the same sequences; any other pass brings new sequences.
-"""
+"""The forward passes inside one capture block: what each was given, and which tokens are kept."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from actcache.capture.generation import Generation
 from actcache.capture.positions import each_prompt, resolve_positions
 from actcache.capture.values import kv_length
 
@@ -33,6 +31,13 @@ class Pass:
     past: int
     keep: Tensor | None = None
     """Kept positions ``[B, n]`` of this pass, -1 where a prompt keeps fewer than others; None keeps all."""
+    reordered: bool = False
+    """Whether the rows of the cache were exchanged since the pass before."""
+
+    @property
+    def end(self) -> int:
+        """Positions there are after this pass."""
+        return self.past + self.length
 
     def real(self) -> Tensor:
         """Which of this pass's positions are real: bool ``[B, S]``."""
@@ -46,8 +51,10 @@ class Passes:
 
     def __init__(self, positions: Any) -> None:
         self.passes: list[Pass] = []
+        self.generations: list[Generation] = []
         self._positions = None if isinstance(positions, str) and positions == "all" else positions
         self._open = False
+        self._keys: weakref.ref[Tensor] | None = None
 
     def listeners(self, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, _PassListener]]:
         """What to put on the modules with which a pass may begin: a call inside a call is the same pass."""
@@ -68,12 +75,15 @@ class Passes:
         if tokens is None or tokens.ndim < 2:
             return False
         mask = given.get("attention_mask")
+        cache = given.get("past_key_values")
+        past = kv_length(cache) if cache is not None else self._carried(given, tokens.shape[0])
         one = Pass(
             ids=None if tokens.is_floating_point() else tokens.detach().clone(),
             mask=mask.detach().clone() if isinstance(mask, Tensor) and mask.ndim == 2 else None,
             batch=tokens.shape[0],
             length=tokens.shape[1],
-            past=kv_length(given.get("past_key_values")),
+            past=past,
+            reordered=past > 0 and tokens.shape[0] > 1 and self._exchanged(cache, past),
         )
         if self._positions is not None:
             one.keep = _kept(one, self._positions).to(tokens.device)
@@ -81,8 +91,39 @@ class Passes:
         self._open = True
         return True
 
-    def finish(self) -> None:
+    def finish(self, output: Any = None) -> None:
         self._open = False
+        keys = _first_keys(getattr(output, "past_key_values", None))
+        self._keys = weakref.ref(keys) if keys is not None else None
+
+    def noted(self) -> int:
+        return len(self.passes)
+
+    def generated(self, generation: Generation) -> None:
+        """Note what a call of `generate` returned. Where one calls another, the inner one made the passes."""
+        inner = self.generations and self.generations[-1].start >= generation.start
+        if generation.stop > generation.start and not inner:
+            self.generations.append(generation)
+
+    def _exchanged(self, cache: Any, past: int) -> bool:
+        """Whether the cache holds other tensors of the same length than after the last pass: rows were reordered."""
+        before = self._keys() if self._keys is not None else None
+        keys = _first_keys(cache)
+        if keys is None or self._keys is None or keys is before or not self.passes:
+            return False
+        return past == self.passes[-1].end and tuple(keys.shape[:1]) == (self.passes[-1].batch,)
+
+    def _carried(self, given: dict[str, Any], batch: int) -> int:
+        """Positions behind a recurrent state, which does not count them: those of the passes that made it."""
+        state = given.get("cache_params")
+        if state is None or not self.passes or self.passes[-1].batch != batch:
+            return 0
+        started = getattr(state, "has_previous_state", None)
+        if callable(started):
+            return self.passes[-1].end if started() else 0
+        # transformers 4: a state that has been used is told where the one new token stands.
+        at = given.get("cache_position")
+        return self.passes[-1].end if isinstance(at, Tensor) and at.numel() == 1 else 0
 
     @property
     def cuts(self) -> bool:
@@ -109,7 +150,7 @@ class _PassListener:
 
     def end(self, token: bool, output: Any) -> None:
         if token:
-            self._passes.finish()
+            self._passes.finish(output)
 
     def fail(self, token: bool) -> None:
         if token:
@@ -141,106 +182,14 @@ def _kept(one: Pass, positions: Any) -> Tensor:
     return torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=-1) for row in rows])
 
 
-@dataclass
-class Sequences:
-    """Passes that are steps of the same sequences. `base` is how many positions came before the first of them."""
-
-    steps: list[int]
-    base: int
-
-
-def group(passes: Sequence[Pass]) -> list[Sequences]:
-    """Which passes belong to the same sequences, in order."""
-    groups: list[Sequences] = []
-    for index, one in enumerate(passes):
-        before = passes[index - 1] if index else None
-        if before is not None and before.batch == one.batch and (one.past > 0 or _extends(before, one)):
-            groups[-1].steps.append(index)
-        else:
-            groups.append(Sequences([index], base=one.past))
-    return groups
-
-
-def _extends(before: Pass, one: Pass) -> bool:
-    """Whether this pass repeats the one before it and adds tokens: generation without a KV cache."""
-    if before.ids is None or one.ids is None or before.past or one.length <= before.length:
-        return False
-    return torch.equal(one.ids[:, : before.length], before.ids)
-
-
-def join_steps(parts: Sequence[tuple[Pass, Tensor]], sequences: Sequences) -> Tensor:
-    """One value over the steps of its sequences, along dim 1.
-
-    A step whose cache was cut back (a rejected draft) replaces what it takes back; a step that runs everything again
-    replaces all. Values that hold fewer positions than their pass (kept positions, the logits of the last token)
-    are strung together.
-    """
-    joined: Tensor | None = None
-    for one, value in parts:
-        if joined is None:
-            joined = value
-        elif value.ndim < 2 or value.shape[1] != one.length or one.keep is not None:
-            joined = torch.cat([joined, value], 1)
-        else:
-            before = max(one.past - sequences.base, 0)
-            joined = value if before == 0 else torch.cat([joined[:, :before], value], 1)
-    assert joined is not None
-    return joined
-
-
-def tokens_of(
-    passes: Sequence[Pass], groups: Sequence[Sequences], ends: frozenset[int]
-) -> tuple[Tensor | None, Tensor]:
-    """Token ids (None when a pass was given embeddings) and mask of what the joined values hold: ``[B, S]`` each.
-
-    The mask leaves out padding, and whatever generation appended to a row after one of the `ends` (token ids).
-    """
-    ids, masks = [], []
-    for sequences in groups:
-        steps = [passes[i] for i in sequences.steps]
-        known = all(one.ids is not None for one in steps)
-        row_ids = (
-            join_steps([(one, _only_kept(one, one.ids)) for one in steps if one.ids is not None], sequences)
-            if known
-            else None
-        )
-        if steps[-1].keep is None:
-            width = row_ids.shape[1] if row_ids is not None else steps[-1].past - sequences.base + steps[-1].length
-            mask = steps[-1].mask
-            mask = (
-                torch.ones(steps[0].batch, width, dtype=torch.bool) if mask is None else mask[:, -width:].cpu().bool()
-            )
-        else:
-            mask = join_steps([(one, one.keep >= 0) for one in steps if one.keep is not None], sequences).cpu()
-        if row_ids is not None and len(steps) > 1 and ends:
-            prompt = sum(one.length for one in steps if one.length > 1) if steps[-1].past else steps[0].length
-            mask = mask & ~_after_end(row_ids.cpu(), prompt, ends) if steps[-1].keep is None else mask
-        ids.append(row_ids)
-        masks.append(mask)
-    given = [one for one in ids if one is not None]
-    return (join_batches(given).cpu() if len(given) == len(ids) else None), join_batches(masks)
-
-
-def _only_kept(one: Pass, values: Tensor) -> Tensor:
-    return values if one.keep is None else take_positions(values, one.keep)
-
-
-def _after_end(ids: Tensor, prompt: int, ends: frozenset[int]) -> Tensor:
-    """Positions behind the first end token that was generated: bool ``[B, S]``."""
-    end = torch.isin(ids, torch.tensor(sorted(ends)))
-    end[:, :prompt] = False
-    return end.cumsum(1) - end.long() > 0
-
-
-def join_batches(values: Sequence[Tensor]) -> Tensor:
-    """Independent passes, one after the other along dim 0; shorter ones are padded on the right with zeros."""
-    if len(values) == 1:
-        return values[0]
-    if any(v.ndim < 2 for v in values):
-        return torch.cat(list(values))
-    longest = max(v.shape[1] for v in values)
-    padded = [
-        v if v.shape[1] == longest else torch.nn.functional.pad(v, (0, 0) * (v.ndim - 2) + (0, longest - v.shape[1]))
-        for v in values
-    ]
-    return torch.cat(padded)
+def _first_keys(cache: Any) -> Tensor | None:
+    """The keys of a cache's first layer; None where there are none, or where layers move between devices."""
+    if isinstance(cache, (tuple, list)):
+        layer = cache[0] if cache else None
+        return layer[0] if isinstance(layer, (tuple, list)) and layer and isinstance(layer[0], Tensor) else None
+    cache = getattr(cache, "self_attention_cache", cache)
+    if cache is None or getattr(cache, "offloading", False):
+        return None
+    layers = getattr(cache, "layers", None)
+    keys = getattr(layers[0], "keys", None) if layers else None
+    return keys if isinstance(keys, Tensor) else None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from actcache.capture.cache import ActivationCache
+from actcache.capture.eager import eager
 from actcache.capture.entry import MISSING, Entry
-from actcache.capture.passes import Passes, group, join_batches, join_steps, tokens_of
+from actcache.capture.generation import Watch, end_tokens
+from actcache.capture.joining import Refused, Sequences, group, join, join_batches, tokens_of
+from actcache.capture.passes import Passes
 from actcache.capture.taps import Inputs, Taps
 from actcache.capture.values import make_keeper, map_tensors
 from actcache.errors import MissedModuleError
@@ -60,6 +60,7 @@ class Recording:
         self._track = False
         self._stopper: _Stopper | None = None
         self._taps: Taps | None = None
+        self._watch: Watch | None = None
 
     def track_tokens(self) -> None:
         """Note token ids and masks even when nothing but the caller needs them."""
@@ -84,6 +85,7 @@ class Recording:
         if stopper is not None:
             guards += [(module, stopper.guard) for module in {id(m): m for m in tops}.values()]
         self._stopper = stopper
+        watched = _generators(self._model, self._anatomy) if recorder.passes is not None else ()
         self._read_modules(recorder, keep, stopper, outputs, listeners)
         self._read_points(recorder, keep, stopper, outputs, listeners)
         cache = ActivationCache()
@@ -91,10 +93,10 @@ class Recording:
         taps = self._taps = Taps()
         try:
             taps.add(outputs, listeners, guards)
-            _eager.enter()
+            self._watch = Watch(watched, recorder.passes) if recorder.passes is not None else None
+            eager.enter()
         except BaseException:
-            taps.remove()
-            self._taps = None
+            self._release()
             raise
         self._cache = cache
         return cache
@@ -102,10 +104,8 @@ class Recording:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        assert self._taps is not None
-        self._taps.remove()
-        self._taps = None
-        _eager.leave()
+        self._release()
+        eager.leave()
         missed = self._cache._end()
         del self._cache
         # Only a pass that began below the model and its backbone can still carry our signal here.
@@ -117,6 +117,14 @@ class Recording:
                 "Run the model inside the block, or ask only for what it runs; the rest was captured and can be read."
             )
         return stopped
+
+    def _release(self) -> None:
+        taps, watch = self._taps, self._watch
+        self._taps = self._watch = None
+        if watch is not None:
+            watch.end()
+        if taps is not None:
+            taps.remove()
 
     def _read_modules(
         self, recorder: _Recorder, keep: Keep, stopper: _Stopper | None, outputs: list[Any], listeners: list[Any]
@@ -146,6 +154,8 @@ class Recording:
             assert recorder.passes is not None
             counter = None if stopper is None else stopper.counter(site)
             read = _site_reader(values, point.extract, keep, recorder.passes, counter)
+            if point.around is not None:
+                listeners.append((point.around[0], OnInput(point.around[1])))
             if point.side == "output":
                 outputs.append((point.module, read))
             else:
@@ -160,19 +170,22 @@ class _Recorder:
         self.sites: dict[str, list[tuple[int, Tensor]]] = {}
         self.passes: Passes | None = None
         self._required = required
-        self._published: dict[str, int] = {}
+        self._published: dict[str, tuple[int, int]] = {}
         self._anatomy = anatomy
+        self._groups: tuple[tuple[int, int], list[Sequences]] = (0, 0), []
 
     def publish(self, items: dict[str, Any]) -> None:
         """Put what is new since the last call into `items`."""
         published = self._published
         for key, entry in self.entries.items():
             if key not in published and len(entry):
-                published[key] = 1
+                published[key] = 1, 0
                 items[key] = entry
         for key, values in self.sites.items():
-            if values and published.get(key) != len(values):
-                published[key] = len(values)
+            # What a call of generate returned may join what was published while it ran in another way.
+            state = len(values), len(self.passes.generations) if self.passes is not None else 0
+            if values and published.get(key) != state:
+                published[key] = state
                 items[key] = self._joined(values)
 
     def missed(self) -> list[str]:
@@ -189,23 +202,27 @@ class _Recorder:
     def tokens(self) -> tuple[Tensor | None, Tensor | None]:
         """Token ids and mask of the passes so far."""
         passes = self.passes.passes if self.passes is not None else []
-        return tokens_of(passes, group(passes), _end_tokens(self._anatomy)) if passes else (None, None)
+        return tokens_of(passes, self._sequences(), _end_tokens(self._anatomy)) if passes else (None, None)
 
-    def _joined(self, values: list[tuple[int, Tensor]]) -> Tensor:
+    def _sequences(self) -> list[Sequences]:
+        assert self.passes is not None
+        passes, generations = self.passes.passes, self.passes.generations
+        state = len(passes), len(generations)
+        if self._groups[0] != state:
+            self._groups = state, group(passes, generations)
+        return self._groups[1]
+
+    def _joined(self, values: list[tuple[int, Tensor]]) -> Tensor | Refused:
         assert self.passes is not None
         # A block that runs again in the same pass (recomputed for the gradient) gave the same value already.
         first: dict[int, Tensor] = {}
         for index, value in values:
             first.setdefault(index, value)
-        passes = self.passes.passes
-        if len(first) == 1 or not passes:
+        if not self.passes.passes:
             return join_batches(list(first.values()))
-        joined = []
-        for sequences in group(passes):
-            steps = [(passes[i], first[i]) for i in sequences.steps if i in first]
-            if steps:
-                joined.append(join_steps(steps, sequences))
-        return join_batches(joined)
+        groups = self._sequences()
+        refusal = next((one.refusal for one in groups if one.refusal is not None), None)
+        return join(groups, self.passes.passes, first) if refusal is None else Refused(refusal)
 
 
 class _Pair:
@@ -286,40 +303,6 @@ class _Stopper:
             self._depth -= 1
 
 
-class _Eager:
-    """While any block is open, compiled models run their original code: taps added after compilation do not fire."""
-
-    def __init__(self) -> None:
-        self._open = 0
-        self._stance: Any = None
-        self._lock = threading.Lock()
-
-    def enter(self) -> None:
-        with self._lock:
-            self._open += 1
-            if self._open == 1 and _something_is_compiled():
-                stance = getattr(torch.compiler, "set_stance", None)
-                if stance is not None:
-                    self._stance = stance("force_eager")
-
-    def leave(self) -> None:
-        with self._lock:
-            self._open -= 1
-            if self._open == 0 and self._stance is not None:
-                stance, self._stance = self._stance, None
-                stance.__exit__(None, None, None)
-
-
-_eager = _Eager()
-
-
-def _something_is_compiled() -> bool:
-    """Whether compiled code may exist. Setting the stance costs more than all else on entering a block."""
-    frames = sys.modules.get("torch._dynamo.eval_frame")
-    # Every use of torch.compile leaves its backend there; where torch keeps no such table, assume the worst.
-    return frames is not None and bool(getattr(frames, "cached_backends", True))
-
-
 def _reader(put: Callable[[Any], None], keep: Keep, count: Callable[[], None] | None) -> Callable[[Any], None]:
     if count is None:
 
@@ -361,11 +344,23 @@ def _cutting(keep: Keep, passes: Passes) -> Keep:
     return lambda value: keep(map_tensors(value, cut))
 
 
+def _generators(model: nn.Module, anatomy: Anatomy | None) -> list[nn.Module]:
+    """The modules whose `generate` may run the backbone: those that hold it, and the model itself."""
+    found = [model]
+    if anatomy is not None:
+        for name in anatomy.structure.backbone.split("."):
+            inner = found[-1]._modules.get(name)
+            if inner is None:
+                break
+            found.append(inner)
+    return found
+
+
 def _end_tokens(anatomy: Anatomy | None) -> frozenset[int]:
     if anatomy is None:
         return frozenset()
     for holder in (getattr(anatomy.model, "generation_config", None), getattr(anatomy.model, "config", None)):
         end = getattr(holder, "eos_token_id", None)
         if end is not None:
-            return frozenset(end if isinstance(end, (list, tuple)) else [end])
+            return end_tokens(end)
     return frozenset()

@@ -1,0 +1,43 @@
+"""Compiled models while a capture block is open."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import torch
+
+
+class Eager:
+    """While any block is open, compiled models run their original code: taps added after compilation do not fire."""
+
+    def __init__(self) -> None:
+        self._open = 0
+        self._stance: Any = None
+        self._lock = threading.Lock()
+
+    def enter(self) -> None:
+        with self._lock:
+            self._open += 1
+            if self._open == 1 and _something_is_compiled():
+                stance = getattr(torch.compiler, "set_stance", None)
+                if stance is not None:
+                    self._stance = stance("force_eager")
+
+    def leave(self) -> None:
+        with self._lock:
+            self._open -= 1
+            if self._open == 0 and self._stance is not None:
+                stance, self._stance = self._stance, None
+                stance.__exit__(None, None, None)
+
+
+eager = Eager()
+
+
+def _something_is_compiled() -> bool:
+    """Whether compiled code may exist. Setting the stance costs more than all else on entering a block."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    # Every use of torch.compile leaves its backend there; where torch keeps no such table, assume the worst.
+    return frames is not None and bool(getattr(frames, "cached_backends", True))

@@ -1,0 +1,275 @@
+"""From the values of many passes to one value per token: which rows and positions of which pass are taken.
+
+Generation runs the model once per token. A pass that continues the one before it (its KV cache holds earlier
+positions, or its token ids extend them) is a step of the same sequences; any other pass brings new sequences. Where
+`generate` made the passes, what it returned decides, and everything is held against it (`generation.Generation`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actcache.capture.generation import Generation
+from actcache.capture.passes import Pass, take_positions
+from actcache.errors import SiteUnavailableError
+
+_INSTEAD = (
+    "What each pass gave is right, and is there by module path: ac.capture(model, [path]) holds one visit per step."
+)
+_REORDERED = (
+    "rows of the KV cache were reordered between two passes, so that a row's steps belong to different sequences, and "
+    "which ones is known only where the captured model's own generate() did it (capture the model that generates, not "
+    f"a part of it; its custom decoding loops do not tell). {_INSTEAD}"
+)
+_CONTRADICTED = (
+    "the passes cannot be matched to what generate() returned: this way of decoding runs other tokens, or other rows, "
+    f"than those it returns. With beams, return_dict_in_generate=True may tell more. {_INSTEAD}"
+)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Stands for the value of a site that cannot be joined."""
+
+    reason: str
+
+    def error(self, key: str) -> SiteUnavailableError:
+        return SiteUnavailableError(f"site {key!r} cannot be joined into one row per sequence: {self.reason}")
+
+
+@dataclass
+class Piece:
+    """What one pass gives to the joined value: its positions ``start .. stop - 1``.
+
+    `rows` ``[N]`` are the rows that are taken (None: all, in order), `absent` ``[N]`` those that had ended.
+    """
+
+    index: int
+    start: int
+    stop: int
+    rows: Tensor | None = None
+    absent: Tensor | None = None
+
+    def of(self, value: Tensor) -> Tensor:
+        """The rows of one pass's value, zero where absent."""
+        if self.rows is None:
+            return value
+        taken = value[self.rows.to(value.device)]
+        if self.absent is not None:
+            taken[self.absent.to(value.device)] = 0
+        return taken
+
+
+@dataclass
+class Sequences:
+    """Passes that are steps of the same sequences, and how they join; `refusal` says why they cannot be."""
+
+    pieces: list[Piece]
+    generation: Generation | None
+    refusal: str | None = None
+
+
+def group(passes: Sequence[Pass], generations: Sequence[Generation] = ()) -> list[Sequences]:
+    """Which passes belong to the same sequences, in order."""
+    steps: list[list[int]] = []
+    made_by: list[Generation | None] = []
+    of_pass = {index: made for made in generations for index in range(made.start, made.stop)}
+    for index, one in enumerate(passes):
+        made, before = of_pass.get(index), passes[index - 1] if index else None
+        if made is not None and index > made.start:
+            steps[-1].append(index)
+        elif (
+            before is not None
+            and before.batch == one.batch
+            and (one.past > 0 or _extends(before, one))
+            and _goes_on(made_by[-1], made, before, one)
+        ):
+            steps[-1].append(index)
+            made_by[-1] = made if made is not None else made_by[-1]
+        else:
+            steps.append([index])
+            made_by.append(made)
+    return [_sequences(passes, indices, made) for indices, made in zip(steps, made_by, strict=True)]
+
+
+def _goes_on(earlier: Generation | None, made: Generation | None, before: Pass, one: Pass) -> bool:
+    """Whether sequences go on across a call of `generate`: by a cache, and never where beams were searched, which leave
+    it with other rows than those they return."""
+    if (earlier is not None and earlier.beams is not None) or (made is not None and made.beams is not None):
+        return False
+    return made is None or 0 < one.past <= before.end
+
+
+def _extends(before: Pass, one: Pass) -> bool:
+    """Whether this pass repeats the one before it and adds tokens: generation without a KV cache."""
+    if before.ids is None or one.ids is None or before.past or one.length <= before.length:
+        return False
+    return torch.equal(one.ids[:, : before.length], before.ids)
+
+
+def _sequences(passes: Sequence[Pass], indices: list[int], made: Generation | None) -> Sequences:
+    if len(indices) == 1 and (made is None or made.beams is None):
+        return Sequences([Piece(indices[0], 0, passes[indices[0]].length)], made)
+    steps = [(index, passes[index]) for index in indices]
+    if made is None or made.stop <= indices[-1]:
+        # Steps of the caller's own, with nothing to hold them against.
+        moved = any(one.reordered for _, one in steps)
+        return Sequences(_in_order(steps), None, _REORDERED if moved else None)
+    same = all(one.batch == steps[0][1].batch for _, one in steps)
+    if made.sequences is None or not same:
+        return Sequences([], made, _CONTRADICTED)
+    if made.beams is not None:
+        for origin in dict.fromkeys((steps[0][1].end if steps[0][1].ids is None else 0, 0, steps[0][1].past)):
+            pieces = _by_beams(steps, made.beams, origin + made.sequences.shape[1] - made.beams.shape[1])
+            if pieces and _agree(passes, pieces, made.sequences, origin):
+                return Sequences(pieces, made)
+        return Sequences([], made, _CONTRADICTED)
+    if any(one.reordered for _, one in steps):
+        return Sequences([], made, _REORDERED)
+    # All tokens but the last went through the model, and with drafts some that were given up again.
+    width = made.sequences.shape[1] - 1
+    for origin in dict.fromkeys((steps[-1][1].end - width, 0)):
+        pieces = _in_order(steps, origin + width)
+        if _agree(passes, pieces, made.sequences, origin):
+            return Sequences(pieces, made)
+    return Sequences([], made, _CONTRADICTED)
+
+
+def _in_order(steps: list[tuple[int, Pass]], limit: int | None = None) -> list[Piece]:
+    """Row after row as they are, up to position `limit`. A pass whose cache was cut back (a rejected draft) replaces
+    what it takes back; one that runs everything again replaces all."""
+    pieces: list[Piece] = []
+    for index, one in steps:
+        for piece, (_, earlier) in zip(reversed(pieces), reversed(steps[: len(pieces)]), strict=True):
+            if earlier.past + piece.stop <= one.past:
+                break
+            piece.stop = max(one.past - earlier.past, piece.start)
+        stop = one.length if limit is None else min(one.length, max(limit - one.past, 0))
+        pieces.append(Piece(index, 0, stop))
+    return pieces
+
+
+def _by_beams(steps: list[tuple[int, Pass]], beams: Tensor, prompt: int) -> list[Piece]:
+    """The positions that each pass added, in the rows from which the returned sequences come."""
+    pieces: list[Piece] = []
+    covered = steps[0][1].past
+    for index, one in steps:
+        step = max(one.end - prompt, 0)
+        if step >= beams.shape[1]:
+            # The search went on, and nothing of that was returned.
+            break
+        rows = beams[:, step].long()
+        if bool((rows >= one.batch).any()):
+            return []
+        pieces.append(Piece(index, max(covered - one.past, 0), one.length, rows.clamp_min(0), rows < 0))
+        covered = max(covered, one.end)
+    return pieces
+
+
+def _agree(passes: Sequence[Pass], pieces: Sequence[Piece], sequences: Tensor, origin: int) -> bool:
+    """Whether the tokens that went through the model are those of the returned sequences, whose first column is
+    position `origin`."""
+    for piece in pieces:
+        one = passes[piece.index]
+        first = max(piece.start, origin - one.past)
+        if one.ids is None or first >= piece.stop:
+            continue
+        seen = piece.of(one.ids)[:, first : piece.stop]
+        returned = sequences[:, one.past + first - origin : one.past + piece.stop - origin].to(seen.device)
+        if seen.shape != returned.shape:
+            return False
+        different = seen != returned
+        if piece.absent is not None:
+            different &= ~piece.absent.to(seen.device)[:, None]
+        if bool(different.any()):
+            return False
+    return True
+
+
+def join(groups: Sequence[Sequences], passes: Sequence[Pass], values: dict[int, Tensor]) -> Tensor:
+    """One value per token from the value of each pass: steps along dim 1, sequences along dim 0.
+
+    Values that hold fewer positions than their pass (kept positions, the logits of the last token) are strung together.
+    """
+    joined = []
+    for sequences in groups:
+        parts = []
+        for piece in sequences.pieces:
+            value = values.get(piece.index)
+            if value is None:
+                continue
+            one = passes[piece.index]
+            whole = one.keep is None and value.ndim >= 2 and value.shape[1] == one.length
+            if not whole or piece.stop > piece.start:
+                value = piece.of(value)
+                # Where nothing is left out the value stays the tensor it is: a gradient may be asked for it.
+                cut = whole and piece.stop - piece.start < one.length
+                parts.append(value[:, piece.start : piece.stop] if cut else value)
+        if parts:
+            joined.append(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+    return join_batches(joined)
+
+
+def tokens_of(
+    passes: Sequence[Pass], groups: Sequence[Sequences], ends: frozenset[int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Token ids (None when a pass was given embeddings) and mask of what the joined values hold: ``[B, S]`` each.
+
+    The mask leaves out padding, and whatever generation appended to a row after one of the `ends` (token ids). Both
+    are None where values cannot be joined.
+    """
+    if any(sequences.refusal is not None for sequences in groups):
+        return None, None
+    mask = join(groups, passes, {i: one.real() if one.keep is None else one.keep >= 0 for i, one in enumerate(passes)})
+    if any(one.ids is None for one in passes):
+        return None, mask.cpu()
+    known = {i: one.ids for i, one in enumerate(passes) if one.ids is not None}
+    ids = join(groups, passes, {i: _only_kept(passes[i], value) for i, value in known.items()}).cpu()
+    mask = mask.cpu()
+    row = 0
+    for sequences in groups:
+        first = passes[sequences.pieces[0].index]
+        rows = slice(row, row + (first.batch if sequences.pieces[0].rows is None else len(sequences.pieces[0].rows)))
+        row = rows.stop
+        made = sequences.generation
+        own = made.ends if made is not None and made.ends is not None else ends
+        with_beams = made is not None and made.beams is not None
+        if len(sequences.pieces) > 1 and own and not with_beams and first.keep is None:
+            mask[rows] &= ~_after_end(ids[rows], _prompt_length(passes, sequences), own)
+    return ids, mask
+
+
+def _prompt_length(passes: Sequence[Pass], sequences: Sequences) -> int:
+    steps = [passes[piece.index] for piece in sequences.pieces]
+    if sequences.generation is not None and sequences.generation.prompt is not None:
+        return sequences.generation.prompt
+    return sum(one.length for one in steps if one.length > 1) if steps[-1].past else steps[0].length
+
+
+def _only_kept(one: Pass, values: Tensor) -> Tensor:
+    return values if one.keep is None else take_positions(values, one.keep)
+
+
+def _after_end(ids: Tensor, prompt: int, ends: frozenset[int]) -> Tensor:
+    """Positions behind the first end token that was generated: bool ``[B, S]``."""
+    end = torch.isin(ids, torch.tensor(sorted(ends)))
+    end[:, :prompt] = False
+    return end.cumsum(1) - end.long() > 0
+
+
+def join_batches(values: Sequence[Tensor]) -> Tensor:
+    """Independent passes, one after the other along dim 0; shorter ones are padded on the right with zeros."""
+    if len(values) == 1:
+        return values[0]
+    if any(v.ndim < 2 for v in values):
+        return torch.cat(list(values))
+    longest = max(v.shape[1] for v in values)
+    padded = [
+        v if v.shape[1] == longest else torch.nn.functional.pad(v, (0, 0) * (v.ndim - 2) + (0, longest - v.shape[1]))
+        for v in values
+    ]
+    return torch.cat(padded)
