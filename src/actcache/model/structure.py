@@ -114,8 +114,13 @@ def _stacks(
             for name in ("encoder", "decoder")
         }
         if all(under.values()):
-            return tuple(stack(found, None, name) for name, found in under.items())
+            return tuple(stack(found, _depth_of(config, name), name) for name, found in under.items())
     return (stack(lists, getattr(config, "num_hidden_layers", None), None),)
+
+
+def _depth_of(config: Any, stack: str) -> int | None:
+    names = (f"{stack}_layers", f"num_{stack}_layers", "num_layers", "num_hidden_layers")
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
 
 
 def _block_list(
