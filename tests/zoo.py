@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from actcache.testing.tiny import BOS, EOS, PAD, ROPE_THRESHOLD, VOCABULARY, WINDOW, tiny_model
 
+# transformers' major version.
+GENERATION = int(transformers.__version__.partition(".")[0])
 BLOCK_SITES = ("resid_pre", "attn_out", "cross_attn_out", "mixer_out", "resid_mid", "mlp_out", "resid_post")
 
 
@@ -313,6 +316,8 @@ FAMILIES: dict[str, Zoo] = {
         "pre",
         {"attn_out": out("attn"), "resid_mid": into("mlp_norm"), "mlp_out": out("mlp")},
         head=lambda model, hidden: model.decoder(model.head(hidden)),
+        # Up to 4.57 its last entry was left before the norm, as in no other family.
+        hidden="stream" if GENERATION >= 5 else "post",
     ),
     # Not among the families that are promised: found by structure alone.
     "deepseek_v3": llama_like(known=False),
@@ -352,6 +357,15 @@ def expected_sites(family: str, model: nn.Module) -> list[str]:
         found += [f"{dot}{name}.{i}" for i in range(depth) for name in BLOCK_SITES if name not in missing]
         found += [f"{dot}final_norm"] * ("final_norm" not in missing)
     return [*found, "logits"]
+
+
+def site_names(family: str, model: nn.Module) -> dict[str, list[str]]:
+    """Site names without a layer -> the complete ones, by layer."""
+    found: dict[str, list[str]] = {}
+    for site in expected_sites(family, model):
+        name, _, layer = site.rpartition(".")
+        found.setdefault(name if layer.isdigit() else site, []).append(site)
+    return found
 
 
 def shifted_right(model: Any, ids: Sequence[int]) -> list[int]:
