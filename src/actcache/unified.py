@@ -63,7 +63,9 @@ class UnifiedCache:
         layers: int, list of ints, ``"all"``, ``"last"`` or ``"middle"`` (the middle third); negative from the end.
         pooling: how `cache_pooled` makes one vector of a prompt.
         cache_pooled: store one vector per prompt, site and layer; False stores every token's.
-        sites: names of `ac.sites(model)`; names without a layer are taken at every one of `layers`.
+        sites: names of `ac.sites(model)`; names without a layer are taken at every one of `layers`. Those of an
+            encoder-decoder model begin with their stack (``"encoder.resid_post"``); its decoder is given the prompt
+            shifted right behind the start token, so that row ``i`` there is the state that predicts token ``i``.
         dtype: compute dtype; None means float32 (a loaded model keeps its own).
         device: where the model runs; ``"auto"`` takes an accelerator when there is one.
         batch_size: upper bound on prompts per batch; None leaves it to the token budget.
@@ -75,7 +77,8 @@ class UnifiedCache:
         allow_hooks: names of hooks on a loaded model that are known not to change what is stored.
 
     Raises:
-        OptionError, ModelLoadError, UnknownSiteError, LayerRangeError: before any weights are read.
+        OptionError, ModelLoadError, UnknownSiteError, SiteUnavailableError, LayerRangeError: before any weights are
+            read.
     """
 
     def __init__(
@@ -250,7 +253,7 @@ class UnifiedCache:
         groups = self.extractor.site_names
         if site is not None:
             if site not in groups:
-                named = complete_sites(site, None, lambda: self.extractor.source.n_layers)
+                named = complete_sites(site, None, self.extractor.source)
                 complete = [name for name in named if name in self.extractor.sites]
                 if not complete:
                     known = [*groups, *self.extractor.sites]
@@ -264,7 +267,7 @@ class UnifiedCache:
             return groups
         chosen: dict[str, list[str]] = {}
         for name, stored in groups.items():
-            wanted = complete_sites(name, layers, lambda: self.extractor.source.n_layers)
+            wanted = complete_sites(name, layers, self.extractor.source)
             chosen[name] = next(iter(wanted.values()))
             absent = [n for n in chosen[name] if n not in stored]
             if absent:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from actcache.errors import PromptError, PromptTypeError, TokenizerError
-from actcache.model.structure import text_config
+from actcache.model.config_values import context_length, first_int, text_values
+from actcache.model.decoder_inputs import require_decoder_start
+from actcache.model.forward_inputs import ForwardInputs, accepts
+from actcache.model.invariance import BatchPolicy, batch_policy
+from actcache.model.offload import input_device
+from actcache.model.rope import forget_lengths
+from actcache.model.structure import unwrapped
 
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
 
@@ -25,17 +31,22 @@ class Prepared:
 
 
 def prepare(model: nn.Module, inputs: Inputs, tokenizer: Any) -> Prepared:
-    """Arguments for ``model(**kwargs)``: right padding, mask from lengths, position ids where the model takes them.
+    """Arguments for ``model(**kwargs)``: right padding, mask from lengths, position ids where the model takes them, and
+    the prompt shifted right for the decoder of an encoder-decoder model.
 
     A mapping is passed on as it is, moved to the model's device, with position ids that follow its mask when it has
-    none of its own. Raises `PromptError`, `PromptTypeError` or `TokenizerError`.
+    none of its own. Raises `PromptError` (also for prompts that would change each other's values in one pass),
+    `PromptTypeError`, `TokenizerError` or `OptionError`.
     """
-    device = _device(model)
+    device = input_device(model)
+    config = _config(model)
+    policy = batch_policy(config, model=model)
     if isinstance(inputs, Mapping):
         kwargs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         mask = kwargs.get("attention_mask")
         fresh = "position_ids" not in kwargs and kwargs.get("past_key_values") is None
-        if fresh and isinstance(mask, Tensor) and mask.ndim == 2 and _takes(model, "position_ids"):
+        counts = policy.position_ids and accepts(model, "position_ids")
+        if fresh and counts and isinstance(mask, Tensor) and mask.ndim == 2:
             kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
         ids = kwargs.get("input_ids")
         rows = None
@@ -44,18 +55,12 @@ def prepare(model: nn.Module, inputs: Inputs, tokenizer: Any) -> Prepared:
             rows = [row[here.bool()].tolist() for row, here in zip(ids, real, strict=True)]
         return Prepared(kwargs, _strings(rows, tokenizer))
     prompts, tokenizer = _token_ids(model, inputs, tokenizer)
-    _check(model, prompts)
-    longest = max(map(len, prompts))
-    lengths = torch.tensor([len(ids) for ids in prompts])
-    # Any id will do behind the mask; 0 exists in every vocabulary.
-    padded = torch.tensor([[*ids, *([0] * (longest - len(ids)))] for ids in prompts])
-    positions = torch.arange(longest).expand(len(prompts), -1)
-    kwargs = {"input_ids": padded, "attention_mask": (positions < lengths[:, None]).long()}
-    if _takes(model, "position_ids"):
-        kwargs["position_ids"] = positions.contiguous()
-    kwargs = {key: value.to(device) for key, value in kwargs.items()}
-    if _takes(model, "use_cache"):
-        kwargs["use_cache"] = False
+    _check(config, prompts)
+    _check_together(policy, prompts)
+    if policy.forget_lengths:
+        forget_lengths(model)
+    start = partial(require_decoder_start, config)
+    kwargs = ForwardInputs(model, policy, decoder_start=start, always_mask=True).make(prompts, device)
     return Prepared(kwargs, _strings(prompts, tokenizer))
 
 
@@ -110,16 +115,32 @@ def _is_id(value: object) -> bool:
     return hasattr(value, "__index__") and getattr(value, "shape", ()) == ()
 
 
-def _check(model: nn.Module, prompts: list[list[int]]) -> None:
-    config = text_config(model)
-    limit = getattr(config, "max_position_embeddings", None)
-    size = getattr(config, "vocab_size", None)
+def _config(model: nn.Module) -> Mapping[str, Any]:
+    to_dict = getattr(getattr(unwrapped(model), "config", None), "to_dict", None)
+    config: Mapping[str, Any] = to_dict() if callable(to_dict) else {}
+    return config
+
+
+def _check_together(policy: BatchPolicy, prompts: list[list[int]]) -> None:
+    """Refuse prompts that one pass would not give what they are alone."""
+    alone, unequal = policy.lengths == "alone", len(set(map(len, prompts))) > 1
+    if policy.coupled and len(prompts) > 1 and (alone or unequal):
+        what = "one prompt at a time" if alone else "prompts of one length at a time"
+        raise PromptError(
+            f"{len(prompts)} prompts in one pass of this model would change each other's values. {policy.why} "
+            f"Pass {what}, or use UnifiedCache, which batches them so."
+        )
+
+
+def _check(config: Mapping[str, Any], prompts: list[list[int]]) -> None:
+    values = text_values(config)
+    limit, size = context_length(values), first_int(values, "vocab_size")
     for i, ids in enumerate(prompts):
         if not ids:
             raise PromptError(f"prompt {i} has no tokens: every prompt needs at least one")
-        if isinstance(limit, int) and len(ids) > limit > 0:
+        if limit is not None and len(ids) > limit:
             raise PromptError(f"prompt {i} has {len(ids)} tokens, the model's context is {limit}: shorten it")
-        if isinstance(size, int) and not 0 <= min(ids) <= max(ids) < size:
+        if size is not None and not 0 <= min(ids) <= max(ids) < size:
             bad = next(t for t in ids if not 0 <= t < size)
             raise PromptError(f"prompt {i} holds token id {bad}, the model's vocabulary is 0 to {size - 1}")
 
@@ -128,21 +149,3 @@ def _strings(prompts: list[list[int]] | None, tokenizer: Any) -> list[list[str]]
     if prompts is None or tokenizer is None:
         return None
     return [[str(token) for token in tokenizer.convert_ids_to_tokens(ids)] for ids in prompts]
-
-
-def _takes(model: nn.Module, name: str) -> bool:
-    """Whether the model hands an argument of this name on to something that uses it."""
-    parameters = inspect.signature(model.forward).parameters
-    if name in parameters:
-        return True
-    base = getattr(model, "base_model", model)
-    if base is model or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return False
-    return name in inspect.signature(base.forward).parameters
-
-
-def _device(model: nn.Module) -> torch.device:
-    embed = getattr(model, "get_input_embeddings", lambda: None)()
-    weights = list(embed.parameters())[:1] if isinstance(embed, nn.Module) else []
-    weight = weights[0] if weights else next(model.parameters(), None)
-    return weight.device if weight is not None else torch.device("cpu")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actcache.errors import OptionError
+from actcache.model.invariance import Lengths
 
 CPU_TOKEN_BUDGET = 512
 ACCELERATOR_TOKEN_BUDGET = 16_384
@@ -39,16 +40,19 @@ def token_budget(device: str) -> int:
 
 
 def make_batches(
-    lengths: Sequence[int], *, max_tokens: int, batch_size: int | None = None, equal_lengths: bool = False
+    lengths: Sequence[int], *, max_tokens: int, batch_size: int | None = None, together: Lengths = "any"
 ) -> list[Batch]:
     """Split prompts of the given token counts into batches that hold every prompt once, longest first.
 
     Lengths that fill a batch of their own go first: such a batch has no padding, needs no mask, and gives
     each prompt the very numbers it has alone. What is left over is padded to the longest of its batch.
     A batch holds at most `max_tokens` padded tokens (one prompt alone may exceed it) and at most
-    `batch_size` prompts; with `equal_lengths` only prompts of one length share a batch.
+    `batch_size` prompts. `together` says which may share one: those of "any" length, of "equal" length, or none
+    ("alone").
     The longest batches run first, so that memory runs out at once or never.
     """
+    if together == "alone":
+        batch_size = 1
     by_length: dict[int, list[int]] = {}
     for i, n in enumerate(lengths):
         by_length.setdefault(n, []).append(i)
@@ -57,7 +61,7 @@ def make_batches(
     for length in sorted(by_length, reverse=True):
         same = by_length[length]
         room = _room(length, max_tokens, batch_size)
-        full = len(same) if equal_lengths else len(same) - len(same) % room
+        full = len(same) if together == "equal" else len(same) - len(same) % room
         batches += [Batch(tuple(same[k : k + room]), length, False) for k in range(0, full, room)]
         left += same[full:]
     start = 0

@@ -202,12 +202,21 @@ class CachedExtractor:
         return (source.vocab_size or source.d_model) if name == "logits" else source.d_model
 
     def _depth(self) -> float:
+        """The fraction of the blocks that runs: those before the deepest site, an encoder's before its decoder's."""
         from actcache.model.sites import Site
 
-        layers = [Site.parse(name).layer for name in self.extractor.sites]
-        if any(layer is None for layer in layers):
-            return 1.0
-        return (max(layer for layer in layers if layer is not None) + 1) / self.extractor.source.n_layers
+        source = self.extractor.source
+        before, start = {}, 0
+        for stack in source.stacks:
+            before[stack] = start
+            start += source.depth(stack)
+        deepest = 0
+        for site in map(Site.parse, self.extractor.sites):
+            if site.name == "logits":
+                return 1.0
+            blocks = source.depth(site.stack) if site.name == "final_norm" else (site.layer or 0) + 1
+            deepest = max(deepest, before[site.stack] + blocks)
+        return deepest / start
 
     def fill(self, request: Request) -> Filled:
         """Compute and store what `request` lacks; a batch that fails is noted and the rest goes on.

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from actcache.capture.positions import POOLINGS, check_positions
-from actcache.errors import OptionError, require_choice
+from actcache.errors import OptionError, SiteUnavailableError, require_choice
 from actcache.extract.activations import Activations
 from actcache.extract.backends import Backend, Pooling, Reduction, Rows, Session
 from actcache.extract.batching import Batch, check_limits, make_batches, token_budget
 from actcache.extract.prompts import Prompt, check_tokens, read_prompts, tokenize
+from actcache.model.decoder_inputs import require_decoder_start
 from actcache.model.loading import open_source
 from actcache.model.options import LoadOptions
-from actcache.model.rope import depends_on_longest
 from actcache.model.sites import Site, resolve_layers
 from actcache.progress import progress
 
@@ -34,7 +35,9 @@ class ActivationExtractor:
     Args:
         model: Hub id, local folder, or a loaded transformers model.
         tokenizer: an object, folder or Hub id; by default the model's own.
-        sites: site names (`ac.sites(model)` lists them), e.g. ``"resid_post"`` or ``["attn_out.3", "logits"]``.
+        sites: site names (`ac.sites(model)` lists them), e.g. ``"resid_post"`` or ``["attn_out.3", "logits"]``;
+            of an encoder-decoder model with their stack, ``"encoder.resid_post"``. Its decoder is given the prompt
+            shifted right behind the start token, so that row ``i`` there is the state that predicts token ``i``.
         layers: which blocks for names without a layer: int, list, ``"all"``, ``"last"`` or ``"middle"``.
         pooling: None for every token, or ``"last_token"``, ``"first_token"``, ``"mean"``, ``"max"``, ``"min"``,
             or a function ``tensor[T, D] -> tensor[D]``.
@@ -47,7 +50,8 @@ class ActivationExtractor:
         allow_hooks: names of hooks on a loaded model that are known not to change what is read.
 
     Raises:
-        OptionError, ModelLoadError, UnknownSiteError, LayerRangeError: before any weights are read.
+        OptionError, ModelLoadError, UnknownSiteError, SiteUnavailableError, LayerRangeError: before any weights are
+            read.
     """
 
     def __init__(
@@ -100,7 +104,9 @@ class ActivationExtractor:
         self.batch_size = batch_size
         self.max_batch_tokens = max_batch_tokens
         self.add_special_tokens = add_special_tokens
-        self.site_names = complete_sites(sites, layers, lambda: self.source.n_layers)
+        self.site_names = complete_sites(sites, layers, self.source)
+        if self.source.stacks != (None,) and any(not name.startswith("encoder.") for name in self.sites):
+            require_decoder_start(self.source.config)
 
     @property
     def sites(self) -> list[str]:
@@ -166,13 +172,13 @@ class ActivationExtractor:
         """
         backend = self.backend()
         budget = self.max_batch_tokens or token_budget(backend.device)
-        todo = make_batches(
-            [len(i) for i in ids],
-            max_tokens=budget,
-            batch_size=self.batch_size,
-            equal_lengths=depends_on_longest(self.source.config),
-        )
         with backend.session(sites, self.reduction) as session:
+            todo = make_batches(
+                [len(i) for i in ids],
+                max_tokens=budget,
+                batch_size=self.batch_size,
+                together=session.policy.lengths,
+            )
             in_flight: list[tuple[Batch, Rows]] = []
             for batch in todo:
                 for part, rows in _run(session, batch, ids, on_failure):
@@ -216,11 +222,11 @@ def _fail(batch: Batch, error: Exception, on_failure: Callable[[Batch, Exception
     on_failure(batch, error)
 
 
-def complete_sites(sites: str | Sequence[str], layers: Any, n_layers: Callable[[], int]) -> dict[str, list[str]]:
+def complete_sites(sites: str | Sequence[str], layers: Any, source: ModelSource) -> dict[str, list[str]]:
     """Complete site names by the name asked for: ``{"resid_post": ["resid_post.0", ...], "logits": ["logits"]}``.
 
     Raises:
-        UnknownSiteError, LayerRangeError, OptionError.
+        UnknownSiteError, SiteUnavailableError, LayerRangeError, OptionError.
     """
     asked = [sites] if isinstance(sites, str) else list(sites)
     if not asked:
@@ -228,11 +234,18 @@ def complete_sites(sites: str | Sequence[str], layers: Any, n_layers: Callable[[
     complete: dict[str, list[str]] = {}
     for text in asked:
         site = Site.parse(text)
+        bare = str(replace(site, stack=None))
+        if site.name == "logits":
+            if site.stack is not None:
+                raise SiteUnavailableError(f"site {text!r}: logits belong to the whole model, write 'logits'")
+            complete.setdefault(bare, [bare])
+            continue
+        source.require_stack(site.stack, bare)
         if not site.per_layer or site.layer is not None:
             if site.layer is not None:
-                site = Site(site.name, resolve_layers(site.layer, n_layers())[0], site.head, site.stack)
+                site = replace(site, layer=resolve_layers(site.layer, source.depth(site.stack))[0])
             complete.setdefault(str(site), [str(site)])
             continue
-        chosen = resolve_layers("all" if layers is None else layers, n_layers())
-        complete[text] = [str(Site(site.name, layer, site.head, site.stack)) for layer in chosen]
+        chosen = resolve_layers("all" if layers is None else layers, source.depth(site.stack))
+        complete[text] = [str(replace(site, layer=layer)) for layer in chosen]
     return complete

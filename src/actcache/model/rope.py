@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-_TYPES = ("dynamic", "longrope")
+_TYPES = ("longrope", "su")
 _ORIGINAL = "original_inv_freq"
 
 
 def depends_on_longest(config: Mapping[str, Any]) -> bool:
-    """Whether a prompt's values depend on the longest prompt of its batch."""
-    return any(kind in found for found in _rope_types(config) for kind in _TYPES)
+    """Whether a prompt's values depend on the longest prompt of its batch: `config` of either generation."""
+    # Older files of these families say "su" or "yarn" and mean what is called longrope now.
+    types = (*_TYPES, "yarn") if str(config.get("model_type")).startswith(("phi3", "phi4")) else _TYPES
+    return any("dynamic" in found or found in types for found in _rope_types(config))
 
 
 def _rope_types(config: Mapping[str, Any]) -> Iterator[str]:

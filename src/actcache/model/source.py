@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from actcache.errors import SiteUnavailableError
-from actcache.model.config_values import WIDTH, context_length, depth_names, first_int
+from actcache.model.config_values import WIDTH, context_length, depth_names, first_int, text_values
 from actcache.model.decoder_inputs import is_encoder_decoder
 from actcache.model.options import LoadOptions
 
@@ -136,12 +136,7 @@ class ModelSource(ABC):
         return context_length(self._text_config())
 
     def _text_config(self, stack: str | None = None) -> Mapping[str, Any]:
-        config = self.config
-        parts = [config.get(name) for name in ("text_config", stack or self.stacks[0])]
-        merged = dict(config)
-        for part in parts:
-            merged |= part if isinstance(part, Mapping) else {}
-        return merged
+        return text_values(self.config, stack or self.stacks[0])
 
     def _anatomy(self) -> Any:
         from actcache.model.anatomy import describe

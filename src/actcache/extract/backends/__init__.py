@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+    from actcache.model.invariance import BatchPolicy
+
 Pooling = str | Callable[[Any], Any] | None
 
 
@@ -42,8 +44,13 @@ class Rows(Protocol):
 class Session(Protocol):
     """A model made ready to run batches for a fixed set of sites."""
 
+    @property
+    def policy(self) -> BatchPolicy:
+        """Which prompts may share a batch."""
+
     def run(self, sequences: Sequence[npt.NDArray[np.int32]]) -> Rows:
-        """One forward pass over `sequences` (token ids of each prompt); they may differ in length."""
+        """One forward pass over `sequences` (token ids of each prompt); they may differ in length
+        where `policy` allows it."""
 
 
 class Backend(Protocol):

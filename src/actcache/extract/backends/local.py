@@ -1,32 +1,36 @@
 """Extraction with transformers in this process.
 
-Only the backbone runs (no head unless logits are asked for), only up to the deepest site requested, without
-a KV cache, and rows are cut and pooled on the device before they are copied.
+Only the backbone runs (no head unless logits are asked for, no decoder for sites of the encoder), only up to the
+deepest site requested, without a KV cache, and rows are cut and pooled on the device before they are copied.
 """
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 
 from actcache.capture.hooks import StopForward, observe
 from actcache.capture.positions import pool, pool_rows, resolve_positions
 from actcache.errors import MissedModuleError, OptionError
 from actcache.extract.backends import Reduction
-from actcache.model.anatomy import check_identities, describe
+from actcache.model.anatomy import Anatomy, ReadPoint, check_identities, describe
+from actcache.model.decoder_inputs import require_decoder_start
+from actcache.model.forward_inputs import ForwardInputs
+from actcache.model.invariance import BatchPolicy
 from actcache.model.modes import evaluating
+from actcache.model.offload import input_device, is_dispatched
 from actcache.model.options import resolve_device
-from actcache.model.rope import depends_on_longest, forget_lengths
+from actcache.model.rope import forget_lengths
 from actcache.model.sites import Site
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
 
     from actcache.model.source import ModelSource
@@ -41,7 +45,7 @@ class LocalBackend:
     @property
     def device(self) -> str:
         if self._source.loaded:
-            return str(_input_device(self._source.model()))
+            return str(input_device(self._source.model()))
         return resolve_device(self._source.options.device)
 
     @contextmanager
@@ -53,21 +57,39 @@ class LocalBackend:
             stack.enter_context(_lock_of(model))
             stack.enter_context(evaluating(model))
             stack.enter_context(_exact_float32())
-            stack.enter_context(torch.autocast(_input_device(model).type, enabled=False))
+            stack.enter_context(torch.autocast(input_device(model).type, enabled=False))
             check_identities(model, sites=list(parsed.values()))
             anatomy = describe(model)
             points = {name: anatomy.read_point(site) for name, site in parsed.items()}
-            whole = any(site.name == "logits" for site in parsed.values())
+            module = _to_run(anatomy, list(parsed.values()), list(points.values()))
+            policy = self._source.batch_policy()
+            start = partial(require_decoder_start, self._source.config)
             session = LocalSession(
-                model if whole else anatomy.backbone,
-                _input_device(model),
+                module,
+                input_device(model),
                 reduction,
-                sites=list(parsed),
-                forget_lengths=depends_on_longest(self._source.config),
+                policy,
+                ForwardInputs(module, policy, decoder_start=start),
+                parsed,
             )
             stack.enter_context(torch.no_grad())
-            session.observer = stack.enter_context(observe(points, session.receive, stop_after_last=True))
+            # Weights that were brought in for a pass leave at its end, which an exception would skip.
+            to_the_end = is_dispatched(model)
+            session.observer = stack.enter_context(observe(points, session.receive, stop_after_last=not to_the_end))
             yield session
+
+
+def _to_run(anatomy: Anatomy, sites: Sequence[Site], points: Sequence[ReadPoint]) -> torch.nn.Module:
+    """The smallest module that is a forward pass of its own and runs everything that is read."""
+    if any(site.name == "logits" for site in sites):
+        return anatomy.model
+    encoder = getattr(anatomy.model, "get_encoder", None)
+    if {site.stack for site in sites} == {"encoder"} and callable(encoder):
+        found = encoder()
+        inside = {id(module) for module in found.modules()} if isinstance(found, torch.nn.Module) else set()
+        if all(id(point.module) in inside for point in points):
+            return cast(torch.nn.Module, found)
+    return anatomy.backbone
 
 
 class LocalSession:
@@ -80,16 +102,16 @@ class LocalSession:
         module: torch.nn.Module,
         device: torch.device,
         reduction: Reduction,
-        *,
-        sites: Sequence[str],
-        forget_lengths: bool,
+        policy: BatchPolicy,
+        inputs: ForwardInputs,
+        sites: Iterable[str],
     ) -> None:
+        self.policy = policy
         self._module = module
         self._device = device
         self._reduction = reduction
-        self._sites = sites
-        self._forget_lengths = forget_lengths
-        self._accepts = set(inspect.signature(module.forward).parameters)
+        self._inputs = inputs
+        self._sites = list(sites)
         self._lengths: list[int] = []
         self._on_device: dict[torch.device, torch.Tensor] = {}
         self._rows: dict[str, torch.Tensor] = {}
@@ -99,32 +121,15 @@ class LocalSession:
         self._on_device = {}
         self._rows = {}
         self.observer.reset()
-        if self._forget_lengths:
+        if self.policy.forget_lengths:
             forget_lengths(self._module)
         with suppress(StopForward):
-            self._module(**self._inputs(sequences))
+            self._module(**self._inputs.make(sequences, self._device))
         rows, self._rows = self._rows, {}
         missed = [site for site in self._sites if site not in rows]
         if missed:
             raise MissedModuleError(f"{', '.join(missed)} did not run in this pass: ask for other sites.")
         return CopiedRows(rows)
-
-    def _inputs(self, sequences: Sequence[npt.NDArray[np.int32]]) -> dict[str, Any]:
-        longest = max(self._lengths)
-        # Any id will do after a prompt's end: those positions are masked and never kept.
-        ids = np.zeros((len(sequences), longest), np.int64)
-        for row, sequence in zip(ids, sequences, strict=True):
-            row[: len(sequence)] = sequence
-        inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids).to(self._device)}
-        if min(self._lengths) != longest:
-            mask = np.arange(longest)[None, :] < np.asarray(self._lengths)[:, None]
-            inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64)).to(self._device)
-        if "position_ids" in self._accepts:
-            positions = torch.arange(longest, device=self._device)
-            inputs["position_ids"] = positions.unsqueeze(0).expand(len(sequences), -1)
-        if "use_cache" in self._accepts:
-            inputs["use_cache"] = False
-        return inputs
 
     def receive(self, site: str, hidden: torch.Tensor) -> None:
         """Keep what the reduction asks for of `hidden` `[B, S, D]`, as a tensor of its own."""
@@ -189,12 +194,6 @@ def _one_row(pooled: Any, rows: torch.Tensor) -> torch.Tensor:
             f"the pooling function returned a value {shape} for rows {tuple(rows.shape)}: expected one vector [D]."
         )
     return pooled
-
-
-def _input_device(model: torch.nn.Module) -> torch.device:
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    parameter = next((embedding if embedding is not None else model).parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 _locks: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()

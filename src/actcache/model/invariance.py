@@ -1,0 +1,171 @@
+"""What may share a forward pass, so that each prompt gives what it gives alone.
+
+Most architectures allow any prompts together: padding goes to the right and is masked. What does not is recognised by
+values of the configuration, so that architectures nobody has named here are recognised too, and by name only where
+neither the configuration nor the modules tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from actcache.model.forward_inputs import accepts
+from actcache.model.quantized import activation_scale
+from actcache.model.rope import depends_on_longest
+
+if TYPE_CHECKING:
+    import torch
+
+Lengths = Literal["any", "equal", "alone"]
+_STRICTNESS: tuple[Lengths, ...] = ("alone", "equal", "any")
+
+
+@dataclass(frozen=True)
+class BatchPolicy:
+    """How prompts of one model may be batched.
+
+    Attributes:
+        lengths: ``"any"`` prompts may share a batch, padded on the right; only those of ``"equal"`` length; or each
+            runs ``"alone"``.
+        why: the reason, as a sentence for people.
+        coupled: whether a padded batch is known to give other values; otherwise unequal lengths are kept apart as a
+            precaution.
+        position_ids: whether to pass ``0, 1, 2, ...`` where the model takes position ids; False where the model makes
+            others of its own.
+        mask_always: whether the model needs a mask also without padding: it would make one from the ids otherwise, and
+            lose real tokens that have the padding id.
+        forget_lengths: whether the model remembers the longest pass so far, and must be reset before each.
+    """
+
+    lengths: Lengths = "any"
+    why: str = "Padding on the right under a mask changes no other position in this architecture."
+    coupled: bool = False
+    position_ids: bool = True
+    mask_always: bool = False
+    forget_lengths: bool = False
+
+
+# Position ids are counted from the token ids (`padding_idx` + 1 for the first), padding inside a prompt included.
+POSITIONS_FROM_IDS = frozenset(
+    {
+        "camembert",
+        "data2vec-text",
+        "esm",
+        "ibert",
+        "lilt",
+        "longformer",
+        "luke",
+        "markuplm",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
+# Positions start at 2 without looking at the ids.
+_POSITIONS_OFFSET = frozenset({"mra", "nystromformer", "yoso"})
+# Without a mask, tokens that have the padding id are taken for padding.
+_MASK_FROM_IDS = frozenset({"flaubert", "fsmt", "xlm"})
+# Convolutions, pooling, or blocks whose number follows the padded length: a mask does not keep padding out.
+_MIXES_PADDING = frozenset(
+    {
+        "big_bird",
+        "bigbird_pegasus",
+        "canine",
+        "convbert",
+        "cpmant",
+        "fnet",
+        "funnel",
+        "longt5",
+        "mobilebert",
+        "mra",
+        "nystromformer",
+        "reformer",
+        "yoso",
+    }
+)
+# A state that is carried from token to token, seen in names of config values and in kinds of layers.
+_STATE_VALUES = ("mamba_", "ssm_", "lru_", "linear_conv_", "linear_attn_", "conv_L_cache", "state_size")
+_STATE_LAYERS = ("linear_attention", "mamba", "recurrent", "conv", "ssm", "rwkv", "deltanet")
+_LAYER_LISTS = ("layer_types", "block_types", "layers_block_type")
+_STATE_TYPES = ("mamba", "rwkv", "xlstm", "retnet", "recurrent")
+
+
+def batch_policy(
+    config: Mapping[str, Any], *, model: torch.nn.Module | None = None, quantization_config: object = None
+) -> BatchPolicy:
+    """How prompts may be batched on the model of this configuration.
+
+    Args:
+        config: ``config.json``, or ``model.config.to_dict()``, of any version of transformers; nested configurations
+            (``text_config``) count.
+        model: the model itself when it is in memory: its modules tell more.
+        quantization_config: what the model is quantised with when it is loaded.
+    """
+    kinds = {str(part.get("model_type")) for part in _nested(config)}
+    found = list(_limits(config, kinds, model, quantization_config))
+    asked: list[Lengths] = ["any", *(lengths for lengths, _, _ in found)]
+    strictest = min(asked, key=_STRICTNESS.index)
+    reasons = [why for lengths, _, why in found if lengths == strictest]
+    own_positions = kinds & (POSITIONS_FROM_IDS | _POSITIONS_OFFSET) or (model is not None and _own_positions(model))
+    return BatchPolicy(
+        lengths=strictest,
+        why=" ".join(reasons) or BatchPolicy.why,
+        coupled=any(coupled for _, coupled, _ in found),
+        position_ids=not own_positions,
+        mask_always=bool(kinds & _MASK_FROM_IDS),
+        forget_lengths=depends_on_longest(config),
+    )
+
+
+def _limits(
+    config: Mapping[str, Any], kinds: set[str], model: torch.nn.Module | None, quantization_config: object
+) -> Iterator[tuple[Lengths, bool, str]]:
+    """What limits batches: which lengths may meet, whether padding is known to change values, and why."""
+    if any(isinstance(part.get("expert_capacity"), int) for part in _nested(config)):
+        yield "alone", True, "Its experts take a limited number of tokens, so that prompts displace each other's."
+    if activation_scale(config if model is None else model, quantization_config) == "per_batch":
+        yield "alone", True, "Its activations are quantised with a scale over the whole batch."
+    if depends_on_longest(config):
+        yield "equal", True, "The frequencies of its rotary embedding depend on the longest prompt of the batch."
+    if kinds & _MIXES_PADDING:
+        yield "equal", True, "Its layers mix neighbouring positions, padding included, whatever the mask says."
+    elif model is not None and not accepts(model, "attention_mask"):
+        yield "equal", True, "It takes no attention mask, so that padding would count as text."
+    if _carries_state(config, kinds):
+        yield "equal", False, "It carries a state from token to token, so that prompts are not padded."
+
+
+def _carries_state(config: Mapping[str, Any], kinds: Iterable[str]) -> bool:
+    if any(name in kind for kind in kinds for name in _STATE_TYPES):
+        return True
+    for part in _nested(config):
+        if any(str(key).startswith(_STATE_VALUES) and value is not None for key, value in part.items()):
+            return True
+        layers = [kind for key in _LAYER_LISTS for kind in part.get(key) or ()]
+        if any(state in str(kind) for kind in layers for state in _STATE_LAYERS):
+            return True
+    return False
+
+
+def _nested(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield config
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _nested(value)
+
+
+def _own_positions(model: torch.nn.Module) -> bool:
+    """Whether its table of positions has a row for padding, or its own ids do not start at 0."""
+    for module in model.modules():
+        table = module._modules.get("position_embeddings")
+        if getattr(table, "padding_idx", None) is not None:
+            return True
+        own = module._buffers.get("position_ids")
+        if own is not None and own.numel() and not own.is_meta and int(own.flatten()[0]) != 0:
+            return True
+    return False
