@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from actcache.model.discovery import find_form
 from actcache.model.forms import BlockForm, BlockRun, Call, Side, check_form, first_input, first_tensor
 from actcache.model.modes import evaluating
+from actcache.model.offload import input_device
 from actcache.model.sites import Site
 from actcache.model.structure import Stack, descend, text_config
 
@@ -348,18 +349,6 @@ def _spread(tokens: int, vocabulary: int) -> Tensor:
     """Ids spread over the vocabulary, without touching the random state; the last ids are often special."""
     ids = (torch.arange(_PROMPTS * tokens) * 7919 + 3) % max(1, vocabulary - 1)
     return ids.view(_PROMPTS, tokens)
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its token ids: where its embeddings are, or will be while they run (accelerate)."""
-    embed = getattr(model, "get_input_embeddings", lambda: None)()
-    holder = embed if isinstance(embed, nn.Module) else model
-    for module in (holder, model):
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    parameter = next(holder.parameters(), None)
-    return torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device
 
 
 @contextmanager
