@@ -25,7 +25,6 @@ _LABELS = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "inference_mode",
-        "init_lora_weights",
         "lora_dropout",
         "peft_version",
         "revision",
@@ -81,10 +80,9 @@ def attach(model: nn.Module, folder: Path) -> nn.Module:
     Raises `MissingExtraError` without peft, `ModelLoadError` for an adapter that does not fit or lacks weights.
     """
     try:
-        import peft as peft_module
+        import peft
     except ImportError as error:
         raise MissingExtraError(f"{str(folder)!r} holds an adapter, which needs peft: pip install peft") from error
-    peft: Any = peft_module
     try:
         config = peft.PeftConfig.from_pretrained(folder)
         _refuse(config, f"the adapter in {str(folder)!r}", ModelLoadError)
