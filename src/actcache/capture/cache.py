@@ -20,16 +20,20 @@ if TYPE_CHECKING:
     from actcache.model.anatomy import Anatomy
 
 
+# Token ids and mask of each stack, by its name; first the one that stands for the cache as a whole.
+Tables = dict[str | None, tuple[Tensor | None, Tensor | None]]
+
+
 class _Source(Protocol):
     """A block that is still filling the cache."""
 
     def publish(self, items: dict[str, Any]) -> None: ...
 
-    def tokens(self) -> tuple[Tensor | None, Tensor | None]: ...
+    def tokens(self) -> Tables: ...
 
     def missed(self) -> list[str]: ...
 
-    def close(self) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+    def close(self) -> Callable[[], Tables]:
         """Let go of the values; what is left answers for the tokens."""
 
 
@@ -49,8 +53,8 @@ class ActivationCache(MutableMapping[str, Any]):
         self._model: weakref.ref[nn.Module] | None = None
         # Blocks of each stack of the model, by the stack's name.
         self._depths: dict[str | None, int] = {}
-        self._tokens: tuple[Tensor | None, Tensor | None] | None = None
-        self._read_tokens: Callable[[], tuple[Tensor | None, Tensor | None]] | None = None
+        self._tokens: Tables | None = None
+        self._read_tokens: Callable[[], Tables] | None = None
         self.missed: list[str] = []
         self.tokens: list[list[str]] | None = None
 
@@ -145,21 +149,36 @@ class ActivationCache(MutableMapping[str, Any]):
 
     @property
     def input_ids(self) -> Tensor | None:
-        """Token ids ``[B, S]`` of what was captured, on the CPU; None when not known."""
+        """Token ids ``[B, S]`` of what was captured, on the CPU; None when not known. Of an encoder-decoder those of
+        the stack that was captured, the encoder's (the prompts) where both were."""
         return self._token_table()[0]
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """Which positions are real, bool ``[B, S]`` on the CPU; None when not known."""
+        """Which positions are real, bool ``[B, S]`` on the CPU; None when not known. Of the stack of `input_ids`."""
         return self._token_table()[1]
 
     def _token_table(self) -> tuple[Tensor | None, Tensor | None]:
+        return next(iter(self._tables().values()), (None, None))
+
+    def _tables(self) -> Tables:
         if self._source is not None:
             return self._source.tokens()
         if self._tokens is None:
-            self._tokens = self._read_tokens() if self._read_tokens is not None else (None, None)
+            self._tokens = self._read_tokens() if self._read_tokens is not None else {}
             self._read_tokens = None
         return self._tokens
+
+    def _mask_of(self, key: str, value: Tensor) -> Tensor | None:
+        """Which positions of the value of `key` are real; None when not known."""
+        tables = self._tables()
+        if len(tables) > 1 and Site.looks_like(key):
+            # Logits have no stack, and are the decoder's.
+            tables = {None: tables[Site.parse(key).stack or "decoder"]}
+        masks = [mask for _, mask in tables.values() if mask is not None]
+        # The logits of generation exist for the last positions only.
+        fitting = (m for m in masks if value.ndim > 1 and m.shape[0] == value.shape[0] and m.shape[1] >= value.shape[1])
+        return next(fitting, None)
 
     # -- layers and positions
 
@@ -209,7 +228,7 @@ class ActivationCache(MutableMapping[str, Any]):
         positions from each prompt's end. Raises `LayerRangeError` naming layer, position and range."""
         value = self.get_layer(layer, site)
         picked: list[Tensor] = []
-        for row in self._real_rows(value):
+        for row in self._real_rows(site, value):
             if not -row.shape[0] <= position < row.shape[0]:
                 raise LayerRangeError(
                     f"position {position} of layer {layer} is out of range: "
@@ -230,13 +249,12 @@ class ActivationCache(MutableMapping[str, Any]):
         value = _tensor_of(self[key])
         if value is None:
             raise UnknownKeyError(f"{key!r} holds no tensor that has one row per token")
-        return self._real_rows(value)
+        return self._real_rows(self._key(key, self._data), value)
 
-    def _real_rows(self, value: Tensor) -> list[Tensor]:
-        mask = self.attention_mask
-        if mask is None or value.ndim < 2 or mask.shape[0] != value.shape[0] or mask.shape[1] < value.shape[1]:
+    def _real_rows(self, key: str, value: Tensor) -> list[Tensor]:
+        mask = self._mask_of(key, value)
+        if mask is None:
             return list(value.unbind(0))
-        # The logits of generation exist for the last positions only.
         rows = []
         for row, real in zip(value, mask[:, mask.shape[1] - value.shape[1] :], strict=True):
             at = real.nonzero()[:, 0]
@@ -259,7 +277,8 @@ class ActivationCache(MutableMapping[str, Any]):
         names = None if sites is None else {Site.parse(s) for s in ([sites] if isinstance(sites, str) else sites)}
         numbers = None if layers is None else self._numbers(layers)
         rows = slice(prompts, prompts + 1 or None) if isinstance(prompts, int) else prompts
-        ids, mask = self._token_table()
+        tables = self._tables()
+        mask = self._token_table()[1]
         batch = mask.shape[0] if mask is not None else None
         for key, value in self._data.items():
             if (names is not None or numbers is not None) and not _wanted(key, names, numbers):
@@ -268,9 +287,9 @@ class ActivationCache(MutableMapping[str, Any]):
         if not part._items and self._items:
             raise UnknownKeyError(f"nothing in the cache matches sites={sites!r}, layers={layers!r}")
         if rows is None:
-            part._tokens, part.tokens = (ids, mask), self.tokens
+            part._tokens, part.tokens = tables, self.tokens
         else:
-            part._tokens = (_take_rows(ids, rows, batch), _take_rows(mask, rows, batch))
+            part._tokens = {name: _take_rows(table, rows, batch) for name, table in tables.items()}
             chosen = range(batch or 0)[rows] if isinstance(rows, slice) else rows
             part.tokens = None if self.tokens is None else [self.tokens[i] for i in chosen]
         return part
@@ -308,7 +327,7 @@ class ActivationCache(MutableMapping[str, Any]):
         return set(resolve_layers(layers, max(self._depths.values(), default=max(held, default=-1) + 1)))
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_items": dict(self._data), "_tokens": self._token_table()}
+        state = {**self.__dict__, "_items": dict(self._data), "_tokens": self._tables()}
         # A copy is a cache of its own: it knows neither the model nor the block that fills the original.
         return {**state, "_source": None, "_read_tokens": None, "_model": None}
 

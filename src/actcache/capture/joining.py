@@ -73,8 +73,14 @@ class Sequences:
     refusal: str | None = None
 
 
-def group(passes: Sequence[Pass], generations: Sequence[Generation] = ()) -> list[Sequences]:
-    """Which passes belong to the same sequences, in order."""
+def group(passes: Sequence[Pass], generations: Sequence[Generation], *, steps: bool) -> list[Sequences]:
+    """Which passes belong to the same sequences, in order. Without `steps` (an encoder) each pass is for itself."""
+    if not steps:
+        return [Sequences([Piece(index, 0, one.length)], None) for index, one in enumerate(passes)]
+    return [_sequences(passes, indices, made) for indices, made in _steps(passes, generations)]
+
+
+def _steps(passes: Sequence[Pass], generations: Sequence[Generation]) -> list[tuple[list[int], Generation | None]]:
     steps: list[list[int]] = []
     made_by: list[Generation | None] = []
     of_pass = {index: made for made in generations for index in range(made.start, made.stop)}
@@ -93,7 +99,7 @@ def group(passes: Sequence[Pass], generations: Sequence[Generation] = ()) -> lis
         else:
             steps.append([index])
             made_by.append(made)
-    return [_sequences(passes, indices, made) for indices, made in zip(steps, made_by, strict=True)]
+    return list(zip(steps, made_by, strict=True))
 
 
 def _goes_on(earlier: Generation | None, made: Generation | None, before: Pass, one: Pass) -> bool:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from actcache.capture.cache import ActivationCache
 from actcache.capture.eager import eager
 from actcache.capture.entry import MISSING, Entry
-from actcache.capture.generation import Watch, end_tokens
-from actcache.capture.joining import Refused, Sequences, group, join, join_batches, tokens_of
+from actcache.capture.generation import Watch
 from actcache.capture.passes import Passes
+from actcache.capture.stacks import Tokens, Track, Tracks
 from actcache.capture.taps import Inputs, Taps
 from actcache.capture.values import make_keeper, map_tensors
 from actcache.errors import MissedModuleError
@@ -69,7 +69,7 @@ class Recording:
     def __enter__(self) -> ActivationCache:
         if self._taps is not None:
             raise RuntimeError("this capture block is already open: call capture() again for another one")
-        recorder = _Recorder(self._anatomy, self._required)
+        recorder = _Recorder(self._required)
         keep: Keep = make_keeper(**self._keep)
         outputs: list[tuple[nn.Module, Callable[[Any], None]]] = []
         listeners: list[tuple[nn.Module, Any]] = []
@@ -78,14 +78,12 @@ class Recording:
         tops = (self._model, self._anatomy.backbone) if self._anatomy is not None else (self._model,)
         cuts = not (isinstance(self._positions, str) and self._positions == "all")
         if self._points or cuts or self._track:
-            recorder.passes = Passes(self._positions)
-            # The inputs of the model itself are cut too, before its backbone is called.
-            listeners += recorder.passes.listeners(tops if cuts and self._modules else tops[-1:])
+            recorder.tracks = Tracks(self._model, self._anatomy, self._positions)
+            listeners += recorder.tracks.listeners(self._model, self._anatomy, whole=cuts and bool(self._modules))
         stopper = _Stopper(len(self._modules) + len(self._points)) if self._stop else None
         if stopper is not None:
             guards += [(module, stopper.guard) for module in {id(m): m for m in tops}.values()]
         self._stopper = stopper
-        watched = _generators(self._model, self._anatomy) if recorder.passes is not None else ()
         self._read_modules(recorder, keep, stopper, outputs, listeners)
         self._read_points(recorder, keep, stopper, outputs, listeners)
         cache = ActivationCache()
@@ -93,7 +91,7 @@ class Recording:
         taps = self._taps = Taps()
         try:
             taps.add(outputs, listeners, guards)
-            self._watch = Watch(watched, recorder.passes) if recorder.passes is not None else None
+            self._watch = recorder.tracks.watch(self._model, self._anatomy) if recorder.tracks is not None else None
             eager.enter()
         except BaseException:
             self._release()
@@ -127,13 +125,11 @@ class Recording:
             taps.remove()
 
     def _read_modules(
-        self, recorder: _Recorder, keep: Keep, stopper: _Stopper | None, outputs: list[Any], listeners: list[Any]
+        self, recorder: _Recorder, keep_all: Keep, stopper: _Stopper | None, outputs: list[Any], listeners: list[Any]
     ) -> None:
         include_output, include_inputs = self._sides
-        passes = recorder.passes
-        if passes is not None and passes.cuts:
-            keep = _cutting(keep, passes)
         for key, module in self._modules.items():
+            keep = _cutting(keep_all, recorder.tracks, key)
             if include_inputs:
                 pair = _Pair(keep, include_output, None if stopper is None else stopper.counter(key))
                 recorder.entries[key] = Entry(pair.outputs, pair.inputs)
@@ -150,10 +146,11 @@ class Recording:
     ) -> None:
         for site, point in self._points.items():
             values: list[tuple[int, Tensor]] = []
-            recorder.sites[str(site)] = values
-            assert recorder.passes is not None
+            assert recorder.tracks is not None
+            track = recorder.tracks.of(site)
+            recorder.sites[str(site)] = track, values
             counter = None if stopper is None else stopper.counter(site)
-            read = _site_reader(values, point.extract, keep, recorder.passes, counter)
+            read = _site_reader(values, point.extract, keep, track.passes, counter)
             if point.around is not None:
                 listeners.append((point.around[0], OnInput(point.around[1])))
             if point.side == "output":
@@ -165,64 +162,45 @@ class Recording:
 class _Recorder:
     """What the taps of one block fill, and the form in which the cache takes it over."""
 
-    def __init__(self, anatomy: Anatomy | None, required: Sequence[str]) -> None:
+    def __init__(self, required: Sequence[str]) -> None:
         self.entries: dict[str, Entry] = {}
-        self.sites: dict[str, list[tuple[int, Tensor]]] = {}
-        self.passes: Passes | None = None
+        self.sites: dict[str, tuple[Track, list[tuple[int, Tensor]]]] = {}
+        self.tracks: Tracks | None = None
         self._required = required
-        self._published: dict[str, tuple[int, int]] = {}
-        self._anatomy = anatomy
-        self._groups: tuple[tuple[int, int], list[Sequences]] = (0, 0), []
+        self._published: dict[str, tuple[int, ...]] = {}
 
     def publish(self, items: dict[str, Any]) -> None:
         """Put what is new since the last call into `items`."""
         published = self._published
         for key, entry in self.entries.items():
             if key not in published and len(entry):
-                published[key] = 1, 0
+                published[key] = ()
                 items[key] = entry
-        for key, values in self.sites.items():
+        for key, (track, values) in self.sites.items():
             # What a call of generate returned may join what was published while it ran in another way.
-            state = len(values), len(self.passes.generations) if self.passes is not None else 0
+            state = len(values), *track.state
             if values and published.get(key) != state:
                 published[key] = state
-                items[key] = self._joined(values)
+                items[key] = track.joined(values)
 
     def missed(self) -> list[str]:
         if not self._required and not any(map(len, self.entries.values())):
             # Whatever runs was asked for, and nothing did.
             return ["model"]
-        return [key for key in self._required if not (self.sites.get(key) or len(self.entries.get(key, ())))]
+        return [key for key in self._required if not (len(self.entries.get(key, ())) or self._ran(key))]
 
-    def close(self) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+    def _ran(self, key: str) -> bool:
+        return key in self.sites and bool(self.sites[key][1])
+
+    def close(self) -> Callable[[], dict[str | None, Tokens]]:
         """Let go of the values, which the cache now holds; what is left answers for the tokens."""
-        self.entries, self.sites = {}, {}
+        self.entries = {}
+        self.sites = {key: (track, []) for key, (track, _) in self.sites.items()}
         return self.tokens
 
-    def tokens(self) -> tuple[Tensor | None, Tensor | None]:
-        """Token ids and mask of the passes so far."""
-        passes = self.passes.passes if self.passes is not None else []
-        return tokens_of(passes, self._sequences(), _end_tokens(self._anatomy)) if passes else (None, None)
-
-    def _sequences(self) -> list[Sequences]:
-        assert self.passes is not None
-        passes, generations = self.passes.passes, self.passes.generations
-        state = len(passes), len(generations)
-        if self._groups[0] != state:
-            self._groups = state, group(passes, generations)
-        return self._groups[1]
-
-    def _joined(self, values: list[tuple[int, Tensor]]) -> Tensor | Refused:
-        assert self.passes is not None
-        # A block that runs again in the same pass (recomputed for the gradient) gave the same value already.
-        first: dict[int, Tensor] = {}
-        for index, value in values:
-            first.setdefault(index, value)
-        if not self.passes.passes:
-            return join_batches(list(first.values()))
-        groups = self._sequences()
-        refusal = next((one.refusal for one in groups if one.refusal is not None), None)
-        return join(groups, self.passes.passes, first) if refusal is None else Refused(refusal)
+    def tokens(self) -> dict[str | None, Tokens]:
+        """Token ids and mask of the passes so far, by stack."""
+        return self.tracks.tokens(self.sites) if self.tracks is not None else {}
 
 
 class _Pair:
@@ -336,31 +314,14 @@ def _site_reader(
     return read
 
 
-def _cutting(keep: Keep, passes: Passes) -> Keep:
+def _cutting(keep: Keep, tracks: Tracks | None, path: str) -> Keep:
+    track = tracks.of_module(path) if tracks is not None else None
+    if track is None or not track.passes.cuts:
+        return keep
+    passes = track.passes
+
     def cut(tensor: Tensor) -> Tensor:
         # With four dimensions the second may be heads as well as positions.
         return passes.cut(tensor) if tensor.ndim in (2, 3) else tensor
 
     return lambda value: keep(map_tensors(value, cut))
-
-
-def _generators(model: nn.Module, anatomy: Anatomy | None) -> list[nn.Module]:
-    """The modules whose `generate` may run the backbone: those that hold it, and the model itself."""
-    found = [model]
-    if anatomy is not None:
-        for name in anatomy.structure.backbone.split("."):
-            inner = found[-1]._modules.get(name)
-            if inner is None:
-                break
-            found.append(inner)
-    return found
-
-
-def _end_tokens(anatomy: Anatomy | None) -> frozenset[int]:
-    if anatomy is None:
-        return frozenset()
-    for holder in (getattr(anatomy.model, "generation_config", None), getattr(anatomy.model, "config", None)):
-        end = getattr(holder, "eos_token_id", None)
-        if end is not None:
-            return end_tokens(end)
-    return frozenset()
