@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from actcache.errors import OptionError
-from actcache.model.decoder_inputs import decoder_definition, decoder_start, require_decoder_start, shift_right
+from actcache.model.decoder_inputs import decoder_start, decoder_values, require_decoder_start, shift_right
 from actcache.testing.tiny import EOS, PAD, tiny_model
 
 
@@ -25,7 +25,7 @@ def test_it_is_what_the_model_does_with_the_prompt_as_its_own_target(family, sta
     config = model.config.to_dict()
     assert decoder_start(config) == start
     assert torch.equal(shift_right(ids, require_decoder_start(config)), seen[0])
-    assert decoder_definition(config) == f"shifted-right:{start}"
+    assert decoder_values(config) == {"decoder_input": f"shifted-right:{start}"}
 
 
 def test_the_input_is_left_as_it_was():
@@ -45,6 +45,7 @@ def test_where_the_start_token_is_found():
 
 
 def test_only_encoder_decoders_have_a_definition():
-    assert decoder_definition({"decoder_start_token_id": 0}) is None
-    assert decoder_definition({"is_encoder_decoder": False, "bos_token_id": 1}) is None
-    assert decoder_definition({"is_encoder_decoder": True}) == "shifted-right:None"
+    assert decoder_values({"decoder_start_token_id": 0}) == {}
+    assert decoder_values({"is_encoder_decoder": False, "bos_token_id": 1}) == {}
+    # Its encoder can be read all the same.
+    assert decoder_values({"is_encoder_decoder": True}) == {"decoder_input": "shifted-right:None"}

@@ -42,9 +42,9 @@ def require_decoder_start(config: Mapping[str, Any]) -> int:
     return start
 
 
-def decoder_definition(config: Mapping[str, Any]) -> str | None:
-    """The name of this definition for a model's identity; None for a model without a decoder of its own."""
-    return f"shifted-right:{decoder_start(config)}" if is_encoder_decoder(config) else None
+def decoder_values(config: Mapping[str, Any]) -> dict[str, str]:
+    """What this definition adds to a model's identity; nothing for a model with one stack of blocks."""
+    return {"decoder_input": f"shifted-right:{decoder_start(config)}"} if is_encoder_decoder(config) else {}
 
 
 def shift_right(ids: Tensor, start: int) -> Tensor:

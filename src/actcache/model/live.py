@@ -12,6 +12,7 @@ from actcache.errors import ModelLoadError, OptionError
 from actcache.model import identity, in_memory
 from actcache.model.adapters import of_model, unwrapped
 from actcache.model.anatomy import original
+from actcache.model.decoder_inputs import decoder_values
 from actcache.model.folders import find_folder, no_tokenizer
 from actcache.model.offload import stored_weights
 from actcache.model.options import LoadOptions, dtype_name
@@ -93,6 +94,7 @@ class LiveSource(ModelSource):
         adapters = of_model(self._model)
         if adapters is not None:
             values["adapters"] = adapters
+        values |= decoder_values(self.config)
         return ModelIdentity(values, {"model_name": self.name, "revision": None, "dtype": dtype, **provenance()})
 
     def tokenizer_source(self) -> TokenizerSource:

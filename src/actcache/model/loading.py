@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from actcache.errors import ModelChangedError, ModelLoadError, did_you_mean
 from actcache.model import adapters, identity
 from actcache.model.classes import auto_class, load_whole
+from actcache.model.decoder_inputs import decoder_values
 from actcache.model.files import ModelFiles
 from actcache.model.folders import find_folder
 from actcache.model.host_memo import host_memo
@@ -91,6 +92,7 @@ class PathSource(ModelSource):
         }
         if options.allow_hooks:
             values["hooks"] = sorted(options.allow_hooks)
+        values |= decoder_values(self.config)
         label = {
             "model_name": self.name,
             "revision": self._files.given.commit or options.revision,
