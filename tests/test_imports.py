@@ -16,6 +16,8 @@ import actcache as ac
 
 HEAVY = ("torch", "transformers", "numpy", "rich", "click", "huggingface_hub", "safetensors")
 FACE = Path(ac.__file__)
+# Rooms that are named as their main function.
+ROOMS = ("capture", "selftest")
 
 
 def python(*arguments: str) -> str:
@@ -65,15 +67,14 @@ def test_type_checkers_see_the_same_names() -> None:
     assert sorted(seen) == sorted(ac.__all__) == sorted(ac._PUBLIC)
     for name, (module, attribute) in seen.items():
         loaded = sys.modules.get(f"{module}.{attribute}") or getattr(__import__(str(module), fromlist=["x"]), attribute)
-        if name != "capture":
+        if name not in ROOMS:
             assert getattr(ac, name) is loaded
 
 
-def test_capture_is_both_a_function_and_a_room() -> None:
-    python("-c", "import actcache.capture; import actcache as ac; assert callable(ac.capture)")
-    python(
-        "-c", "import actcache as ac; f = ac.capture; import actcache.capture as room; assert f is room is ac.capture"
-    )
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_room_stands_for_its_main_function(name: str) -> None:
+    python("-c", f"import actcache.{name}; import actcache as ac; assert callable(ac.{name})")
+    python("-c", f"import actcache as ac; f = ac.{name}; import actcache.{name} as room; assert f is room is ac.{name}")
 
 
 def test_unknown_name_suggests_the_nearest() -> None:

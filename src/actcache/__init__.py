@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from actcache.extract.plan import Plan
     from actcache.model.sites import Site
     from actcache.model.sites import list_sites as sites
+    from actcache.selftest.report import SelftestReport
+    from actcache.selftest.run import selftest
     from actcache.store.default import (
         cache_info,
         clear_cache,
@@ -53,6 +55,9 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "UnifiedCache": ("unified", "UnifiedCache"),
     "WarmupStats": ("unified", "WarmupStats"),
     "Plan": ("extract.plan", "Plan"),
+    # Is it right here?
+    "selftest": ("selftest", ""),  # as with capture
+    "SelftestReport": ("selftest.report", "SelftestReport"),
     # What is kept
     "Store": ("store.store", "Store"),
     "cache_info": ("store.default", "cache_info"),
@@ -70,6 +75,7 @@ __all__ = [
     "CachedExtractor",
     "Entry",
     "Plan",
+    "SelftestReport",
     "Site",
     "Store",
     "UnifiedCache",
@@ -84,6 +90,7 @@ __all__ = [
     "invalidate_extraction_cache",
     "new_space",
     "run_with_cache",
+    "selftest",
     "set_cache_backend",
     "sites",
 ]

@@ -23,6 +23,7 @@ VERBS = {
     "list": "List the prompts that are stored for a model.",
     "show": "Show what is stored for one prompt.",
     "sites": "List the places of a model that can be read.",
+    "selftest": "Prove on this machine that a model's activations are right.",
     "clear": "Delete what is stored, for a model or altogether.",
     "version": "Print versions.",
 }

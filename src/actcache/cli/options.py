@@ -57,15 +57,17 @@ def _parse_names(_ctx: click.Context, _param: click.Parameter, value: str) -> tu
     return names
 
 
+layers_option = click.option(
+    "--layers",
+    default="all",
+    show_default=True,
+    callback=_parse_layers,
+    metavar="SPEC",
+    help="all, last, middle, or block numbers such as 0,5,-1.",
+)
+
 _MODEL_OPTIONS = (
-    click.option(
-        "--layers",
-        default="all",
-        show_default=True,
-        callback=_parse_layers,
-        metavar="SPEC",
-        help="all, last, middle, or block numbers such as 0,5,-1.",
-    ),
+    layers_option,
     click.option(
         "--sites",
         default="resid_post",

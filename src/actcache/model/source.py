@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +145,7 @@ class ModelSource(ABC):
         return describe(self.model())
 
 
+@cache
 def package_version(package: str) -> str | None:
     try:
         return version(package)

@@ -56,7 +56,7 @@ class LocalBackend:
             # What one thread's pass reads must not be read by another's.
             stack.enter_context(_lock_of(model))
             stack.enter_context(evaluating(model))
-            stack.enter_context(_exact_float32())
+            stack.enter_context(exact_float32())
             stack.enter_context(torch.autocast(input_device(model).type, enabled=False))
             check_identities(model, sites=list(parsed.values()))
             anatomy = describe(model)
@@ -206,7 +206,7 @@ def _lock_of(model: torch.nn.Module) -> threading.RLock:
 
 
 @contextmanager
-def _exact_float32() -> Iterator[None]:
+def exact_float32() -> Iterator[None]:
     """No TF32 and no bfloat16 inside float32 products: they keep 10 and 7 bits of each factor."""
     backends: Any = torch.backends
     places: list[Any] = []
