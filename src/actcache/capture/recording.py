@@ -18,6 +18,7 @@ from actcache.capture.taps import Inputs, Taps
 from actcache.capture.values import make_keeper, map_tensors
 from actcache.errors import MissedModuleError
 from actcache.model.anatomy import Anatomy, ReadPoint
+from actcache.model.offload import is_dispatched
 from actcache.model.sites import Site
 
 Keep = Callable[[Any], Any]
@@ -80,7 +81,9 @@ class Recording:
         if self._points or cuts or self._track:
             recorder.tracks = Tracks(self._model, self._anatomy, self._positions)
             listeners += recorder.tracks.listeners(self._model, self._anatomy, whole=cuts and bool(self._modules))
-        stopper = _Stopper(len(self._modules) + len(self._points)) if self._stop else None
+        # Weights that accelerate brought in for a pass leave at its end, which an exception would skip.
+        stops = self._stop and not is_dispatched(self._model)
+        stopper = _Stopper(len(self._modules) + len(self._points)) if stops else None
         if stopper is not None:
             guards += [(module, stopper.guard) for module in {id(m): m for m in tops}.values()]
         self._stopper = stopper
