@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 _BEAMS = "_update_finished_beams"
 _lock = threading.Lock()
+# One list per running call of a thread: `generate` may be called inside `generate`.
+_running = threading.local()
 
 
 @dataclass(frozen=True)
@@ -108,14 +110,9 @@ class _Beams(_Stand):
 
     name = _BEAMS
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        # One list per running call of this thread: `generate` may be called inside `generate`.
-        self.running = threading.local()
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self.__wrapped__(*args, **kwargs)
-        calls = getattr(self.running, "calls", None)
+        calls = getattr(_running, "calls", None)
         if calls and isinstance(result, tuple) and len(result) > 2:
             calls[-1][:] = result[:3]
         return result
@@ -141,7 +138,9 @@ class _Generate(_Stand):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         starts = [(reader, reader.noted()) for reader in self.readers]
-        calls = self._calls()
+        if not hasattr(_running, "calls"):
+            _running.calls = []
+        calls: list[list[Any]] = _running.calls
         calls.append([])
         result = None
         try:
@@ -167,15 +166,6 @@ class _Generate(_Stand):
                         None if ends is None and "eos_token_id" not in kwargs else end_tokens(ends),
                     )
                 )
-
-    def _calls(self) -> list[list[Any]]:
-        if self.beams is None:
-            return []
-        running = self.beams.running
-        if not hasattr(running, "calls"):
-            running.calls = []
-        calls: list[list[Any]] = running.calls
-        return calls
 
     def _encodes(self) -> bool:
         return bool(getattr(getattr(self.module, "config", None), "is_encoder_decoder", False))

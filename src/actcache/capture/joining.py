@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ _REORDERED = (
 _CONTRADICTED = (
     "the passes cannot be matched to what generate() returned: this way of decoding runs other tokens, or other rows, "
     f"than those it returns. With beams, return_dict_in_generate=True may tell more. {_INSTEAD}"
+)
+_LEFT_BEHIND = (
+    "this version of transformers exchanges the beams of this model without its recurrent state, so that from there on "
+    "a row's state is another sequence's, in the search itself too. With use_cache=False both are right. "
+    f"{_INSTEAD}"
 )
 
 
@@ -132,7 +138,7 @@ def _sequences(passes: Sequence[Pass], indices: list[int], made: Generation | No
         for origin in dict.fromkeys((steps[0][1].end if steps[0][1].ids is None else 0, 0, steps[0][1].past)):
             pieces = _by_beams(steps, made.beams, origin + made.sequences.shape[1] - made.beams.shape[1])
             if pieces and _agree(passes, pieces, made.sequences, origin):
-                return Sequences(pieces, made)
+                return Sequences(pieces, made, _LEFT_BEHIND if _left_behind(passes, pieces) else None)
         return Sequences([], made, _CONTRADICTED)
     if any(one.reordered for _, one in steps):
         return Sequences([], made, _REORDERED)
@@ -174,6 +180,16 @@ def _by_beams(steps: list[tuple[int, Pass]], beams: Tensor, prompt: int) -> list
         pieces.append(Piece(index, max(covered - one.past, 0), one.length, rows.clamp_min(0), rows < 0))
         covered = max(covered, one.end)
     return pieces
+
+
+def _left_behind(passes: Sequence[Pass], pieces: Sequence[Piece]) -> bool:
+    """Whether a sequence went on in another row of a cache whose rows were not exchanged."""
+    for before, piece in pairwise(pieces):
+        if passes[piece.index].reordered is False and before.rows is not None and piece.rows is not None:
+            moved = before.rows != piece.rows
+            if bool((moved if piece.absent is None else moved & ~piece.absent).any()):
+                return True
+    return False
 
 
 def _agree(passes: Sequence[Pass], pieces: Sequence[Piece], sequences: Tensor, origin: int) -> bool:
@@ -253,7 +269,7 @@ def _prompt_length(passes: Sequence[Pass], sequences: Sequences) -> int:
     steps = [passes[piece.index] for piece in sequences.pieces]
     if sequences.generation is not None and sequences.generation.prompt is not None:
         return sequences.generation.prompt
-    return sum(one.length for one in steps if one.length > 1) if steps[-1].past else steps[0].length
+    return steps[0].length + (sum(one.length for one in steps[1:] if one.length > 1) if steps[-1].past else 0)
 
 
 def _only_kept(one: Pass, values: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ class Pass:
     past: int
     keep: Tensor | None = None
     """Kept positions ``[B, n]`` of this pass, -1 where a prompt keeps fewer than others; None keeps all."""
-    reordered: bool = False
-    """Whether the rows of the cache were exchanged since the pass before."""
+    reordered: bool | None = None
+    """Whether the rows of the cache were exchanged since the pass before; None when that cannot be told."""
 
     @property
     def end(self) -> int:
@@ -54,7 +54,7 @@ class Passes:
         self.generations: list[Generation] = []
         self._positions = None if isinstance(positions, str) and positions == "all" else positions
         self._open = False
-        self._keys: weakref.ref[Tensor] | None = None
+        self._state: weakref.ref[Tensor] | None = None
 
     def listeners(self, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, _PassListener]]:
         """What to put on the modules with which a pass may begin: a call inside a call is the same pass."""
@@ -77,13 +77,14 @@ class Passes:
         mask = given.get("attention_mask")
         cache = given.get("past_key_values")
         past = kv_length(cache) if cache is not None else self._carried(given, tokens.shape[0])
+        state = _first_state(given.get("cache_params") if cache is None else cache) if past else None
         one = Pass(
             ids=None if tokens.is_floating_point() else tokens.detach().clone(),
             mask=mask.detach().clone() if isinstance(mask, Tensor) and mask.ndim == 2 else None,
             batch=tokens.shape[0],
             length=tokens.shape[1],
             past=past,
-            reordered=past > 0 and tokens.shape[0] > 1 and self._exchanged(cache, past),
+            reordered=self._exchanged(state, past, tokens.shape[0]),
         )
         if self._positions is not None:
             one.keep = _kept(one, self._positions).to(tokens.device)
@@ -93,8 +94,9 @@ class Passes:
 
     def finish(self, output: Any = None) -> None:
         self._open = False
-        keys = _first_keys(getattr(output, "past_key_values", None))
-        self._keys = weakref.ref(keys) if keys is not None else None
+        cache = getattr(output, "past_key_values", None)
+        state = _first_state(getattr(output, "cache_params", None) if cache is None else cache)
+        self._state = weakref.ref(state) if state is not None else None
 
     def noted(self) -> int:
         return len(self.passes)
@@ -105,13 +107,12 @@ class Passes:
         if generation.stop > generation.start and not inner:
             self.generations.append(generation)
 
-    def _exchanged(self, cache: Any, past: int) -> bool:
-        """Whether the cache holds other tensors of the same length than after the last pass: rows were reordered."""
-        before = self._keys() if self._keys is not None else None
-        keys = _first_keys(cache)
-        if keys is None or self._keys is None or keys is before or not self.passes:
-            return False
-        return past == self.passes[-1].end and tuple(keys.shape[:1]) == (self.passes[-1].batch,)
+    def _exchanged(self, state: Tensor | None, past: int, batch: int) -> bool | None:
+        """Whether the cache holds another tensor of the same length than after the last pass."""
+        before = self.passes[-1] if self.passes else None
+        if state is None or self._state is None or before is None or (before.end, before.batch) != (past, batch):
+            return None
+        return batch > 1 and self._state() is not state
 
     def _carried(self, given: dict[str, Any], batch: int) -> int:
         """Positions behind a recurrent state, which does not count them: those of the passes that made it."""
@@ -182,14 +183,17 @@ def _kept(one: Pass, positions: Any) -> Tensor:
     return torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=-1) for row in rows])
 
 
-def _first_keys(cache: Any) -> Tensor | None:
-    """The keys of a cache's first layer; None where there are none, or where layers move between devices."""
-    if isinstance(cache, (tuple, list)):
-        layer = cache[0] if cache else None
-        return layer[0] if isinstance(layer, (tuple, list)) and layer and isinstance(layer[0], Tensor) else None
+def _first_state(cache: Any) -> Tensor | None:
+    """The first tensor that a KV cache or a recurrent state holds; None where there is none, or where layers move
+    between devices. Exchanging rows puts another tensor there, which running the model does not do in between."""
     cache = getattr(cache, "self_attention_cache", cache)
     if cache is None or getattr(cache, "offloading", False):
         return None
     layers = getattr(cache, "layers", None)
-    keys = getattr(layers[0], "keys", None) if layers else None
-    return keys if isinstance(keys, Tensor) else None
+    holder = layers[0] if layers else cache
+    found = getattr(holder, "keys", None) if layers else None
+    if not isinstance(found, Tensor):
+        found = getattr(holder, "conv_states", cache if isinstance(cache, (tuple, list)) else None)
+    while isinstance(found, (tuple, list, dict)) and found:
+        found = next(iter(found.values())) if isinstance(found, dict) else found[0]
+    return found if isinstance(found, Tensor) else None

@@ -75,8 +75,6 @@ class Recording:
         outputs: list[tuple[nn.Module, Callable[[Any], None]]] = []
         listeners: list[tuple[nn.Module, Any]] = []
         guards: list[tuple[nn.Module, Any]] = []
-        # A pass may begin at the model itself or at its backbone.
-        tops = (self._model, self._anatomy.backbone) if self._anatomy is not None else (self._model,)
         cuts = not (isinstance(self._positions, str) and self._positions == "all")
         if self._points or cuts or self._track:
             recorder.tracks = Tracks(self._model, self._anatomy, self._positions)
@@ -85,6 +83,8 @@ class Recording:
         stops = self._stop and not is_dispatched(self._model)
         stopper = _Stopper(len(self._modules) + len(self._points)) if stops else None
         if stopper is not None:
+            # A pass may begin at the model itself or at its backbone.
+            tops = (self._model, self._anatomy.backbone) if self._anatomy is not None else (self._model,)
             guards += [(module, stopper.guard) for module in {id(m): m for m in tops}.values()]
         self._stopper = stopper
         self._read_modules(recorder, keep, stopper, outputs, listeners)
