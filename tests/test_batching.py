@@ -26,6 +26,24 @@ def test_longest_batches_run_first(lengths):
     assert order == sorted(order, reverse=True)
 
 
+@given(lengths_of, st.integers(1, 2_000), st.none() | st.integers(1, 9))
+def test_what_may_share_a_batch(lengths, max_tokens, batch_size):
+    def batches(together):
+        return make_batches(lengths, max_tokens=max_tokens, batch_size=batch_size, together=together)
+
+    equal, alone = batches("equal"), batches("alone")
+    for kept in (equal, alone):
+        assert sorted(i for b in kept for i in b.indices) == list(range(len(lengths)))
+        assert not any(b.ragged for b in kept)
+    assert all(len({lengths[i] for i in b.indices}) == 1 for b in equal)
+    assert all(len(b.indices) == 1 for b in alone)
+
+
+def test_equal_lengths_still_share_a_batch():
+    batches = make_batches([7, 5, 7, 7, 5], max_tokens=512, together="equal")
+    assert [b.indices for b in batches] == [(0, 2, 3), (1, 4)]
+
+
 def test_equal_lengths_that_fill_a_batch_are_not_padded():
     lengths = [10] * 50 + [9] * 50 + [11]
     batches = make_batches(lengths, max_tokens=100)

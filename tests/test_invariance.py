@@ -256,6 +256,28 @@ def test_each_prompt_runs_alone_where_it_must(monkeypatch):
     assert sizes == [1, 1, 1]
 
 
+def test_the_plan_says_why_lengths_are_kept_apart():
+    assert ac.UnifiedCache(tiny_model("llama")).plan([[1]]).batching == ""
+    plan = ac.UnifiedCache(tiny_model("llama-longrope")).plan([[1]])
+    assert plan.batching == "The frequencies of its rotary embedding depend on the longest prompt of the batch."
+
+
+def test_rows_that_are_not_the_prompts_tokens_are_refused(monkeypatch):
+    """A model that puts tokens of its own in front would have them read as the prompt's."""
+    model = tiny_model("llama")
+    forward = type(model.model.layers[0]).forward
+
+    def with_a_token_more(self, hidden_states, *args, **kwargs):
+        output = forward(self, hidden_states, *args, **kwargs)
+        return torch.cat([output[:, :1], output], 1) if self is model.model.layers[0] else output
+
+    extractor = ac.ActivationExtractor(model, sites="resid_post.0")
+    extractor.extract([[1, 2]])
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", with_a_token_more)
+    with pytest.raises(errors.SiteUnavailableError, match=r"shape \[1, 3, 32\] for 1 prompts of up to 2 tokens"):
+        extractor.extract([[1, 2]])
+
+
 class TestOnePass:
     """`run_with_cache` makes one pass of what it is given."""
 

@@ -38,3 +38,5 @@ def command(
     click.echo(f"to extract       {count(plan.missing, 'prompt')}, {count(plan.tokens, 'token')}")
     click.echo(f"to write         {size(plan.bytes_to_write)} ({size(plan.bytes_free)} free)")
     click.echo(f"time, roughly    {duration(plan.seconds) if plan.seconds >= 1 else 'less than a second'}")
+    if plan.missing and plan.batching:
+        click.echo(f"not mixed        {plan.batching}")

@@ -182,6 +182,7 @@ class CachedExtractor:
         if tokens:
             device = self.extractor.backend().device
             seconds = estimate_seconds(source, request.space, device, tokens, depth=self._depth())
+        policy = source.batch_policy()
         return Plan(
             cached=request.cached,
             missing=request.to_compute,
@@ -189,6 +190,7 @@ class CachedExtractor:
             bytes_to_write=nbytes,
             bytes_free=bytes_free(Path(self.store.location)),
             seconds=seconds,
+            batching="" if policy.lengths == "any" else policy.why,
         )
 
     @staticmethod

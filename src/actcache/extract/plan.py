@@ -26,6 +26,7 @@ class Plan:
         bytes_to_write: bytes of activations they will add to the store.
         bytes_free: bytes free where the store lives.
         seconds: estimated time; from earlier runs of this model on this host, else from its size.
+        batching: why prompts of different lengths do not run together; empty where they do.
     """
 
     cached: int
@@ -34,6 +35,7 @@ class Plan:
     bytes_to_write: int
     bytes_free: int
     seconds: float
+    batching: str = ""
 
     def require_room(self, place: Path) -> None:
         """Raise `DiskFullError` when `bytes_to_write` is more than is free."""

@@ -17,7 +17,7 @@ import torch
 
 from actcache.capture.hooks import StopForward, observe
 from actcache.capture.positions import pool, pool_rows, resolve_positions
-from actcache.errors import MissedModuleError, OptionError
+from actcache.errors import MissedModuleError, OptionError, SiteUnavailableError
 from actcache.extract.backends import Reduction
 from actcache.model.anatomy import Anatomy, ReadPoint, check_identities, describe
 from actcache.model.decoder_inputs import require_decoder_start
@@ -133,6 +133,12 @@ class LocalSession:
 
     def receive(self, site: str, hidden: torch.Tensor) -> None:
         """Keep what the reduction asks for of `hidden` `[B, S, D]`, as a tensor of its own."""
+        expected = len(self._lengths), max(self._lengths)
+        if tuple(hidden.shape[:2]) != expected:
+            raise SiteUnavailableError(
+                f"site {site!r} has the shape {list(hidden.shape)} for {expected[0]} prompts of up to {expected[1]} "
+                "tokens: this model adds or arranges tokens inside, so that it has no row for each of the prompt's."
+            )
         self._rows[site] = self._reduce(hidden)
 
     def _reduce(self, hidden: torch.Tensor) -> torch.Tensor:
