@@ -112,19 +112,22 @@ class PathSource(ModelSource):
         key = identity.digest_json([dict(self.config), code, package_version("transformers"), package_version("torch")])
         known = host_memo().get("attention", key)
         if known is None:
-            import torch
-
-            config = self._auto_config()
             try:
-                with torch.device("meta"):
-                    model = auto_class(config).from_config(config, **self._code_arguments())
+                known = str(self._without_weights().config._attn_implementation or "eager")
             except (ValueError, KeyError, ImportError) as error:
                 raise ModelLoadError(
                     f"transformers cannot make a model of the config of {self.name!r}: {error}"
                 ) from error
-            known = str(model.config._attn_implementation or "eager")
             host_memo().put("attention", key, known)
         return known
+
+    def _without_weights(self, **arguments: Any) -> Any:
+        """The model on the meta device; raises what transformers raises for arguments that cannot be."""
+        import torch
+
+        config = self._auto_config()
+        with torch.device("meta"):
+            return auto_class(config).from_config(config, **self._code_arguments(), **arguments)
 
     def _code_arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {"trust_remote_code": self._files.trusted}
@@ -181,6 +184,7 @@ class PathSource(ModelSource):
 
     def _load(self, values: Mapping[str, Any]) -> torch.nn.Module:
         import torch
+        from safetensors import SafetensorError
 
         options = self.options
         device = resolve_device(options.device)
@@ -204,10 +208,13 @@ class PathSource(ModelSource):
             place = base.name
             kwargs |= {"revision": base.commit, "token": options.token}
         try:
+            if options.attn_implementation is not None:
+                # Before gigabytes are fetched and read for nothing.
+                self._without_weights(attn_implementation=options.attn_implementation)
             model = load_whole(auto_class(self._auto_config()), place, kwargs, self.name)
         except ModelLoadError:
             raise
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise self._explained(error, values["attn_implementation"]) from error
         if self._files.adapter is not None:
             model = adapters.attach(model, self._files.adapter_folder())
@@ -222,7 +229,9 @@ class PathSource(ModelSource):
         if "trust_remote_code" in text and not self._files.trusted:
             return self._untrusted(self._files.base().name)
         remedy = ""
-        if any(word in text for word in ("attn_implementation", "ttention implementation", attention)):
+        if any(
+            word in text for word in ("attn_implementation", "ttention implementation", "FlashAttention", attention)
+        ):
             remedy = f" Pass another attn_implementation than {attention!r} ('eager' works for every model), or none."
         elif "offload_folder" in text:
             remedy = " Pass model_kwargs={'offload_folder': <a folder with room for the weights>}."
