@@ -13,6 +13,9 @@ from actcache.model import host_memo
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch is imported. Models of 32 dimensions have no work to share out: threads that wait for one another make
+# these tests several times slower on a machine that is busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
