@@ -177,6 +177,21 @@ class TestWithoutTheGuard:
         policy(position_ids=True)
         assert worst("roberta") > 1e-2
 
+    @pytest.mark.filterwarnings("ignore::UserWarning:torch.*", "ignore::DeprecationWarning")
+    def test_activations_quantised_over_the_batch(self, policy):
+        model = tiny_model("llama")
+        torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, inplace=True)
+        prompts = prompts_with_padding_inside()
+        expected = [zoo.alone("llama", model, ids)["resid_post.3"] for ids in prompts]
+
+        def error() -> float:
+            ours = ac.ActivationExtractor(model, layers=3).extract(prompts)["resid_post.3"]
+            return max(zoo.relative_error(one, other) for one, other in zip(ours, expected, strict=True))
+
+        assert error() < FLOAT32
+        policy(lengths="any")
+        assert error() > 1e-2
+
     @pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert", "t5", "bart"])
     def test_padding_unmasked_where_tokens_look_ahead(self, family, monkeypatch):
         from actcache.model.forward_inputs import ForwardInputs
