@@ -76,12 +76,15 @@ def _extract(subject: Subject, batch_size: int, order: list[int]) -> None:
 
 def _compare_batches(subject: Subject, watched: Watched, order: list[int], ours: list[dict[str, Tensor]]) -> None:
     """Hold the rows of each prompt against it alone, under the check that its batch belongs to."""
+    groups: dict[str, list[tuple[int, dict[str, Tensor]]]] = {}
     for number, batch in enumerate(watched.batches):
         name = "alone" if len(batch.indices) == 1 else "padded" if batch.ragged else "equal lengths"
-        for row, choices in zip(batch.indices, subject.choices_of(watched, number), strict=True):
-            subject.compare(name, order[row], ours[row], choices)
-            if name == "alone":
-                hidden.check_extracted(subject, order[row], ours[row])
+        groups.setdefault(name, []).extend(zip(batch.indices, subject.choices_of(watched, number), strict=True))
+    for name, members in groups.items():
+        which, rows = [order[row] for row, _ in members], [ours[row] for row, _ in members]
+        subject.compare(name, which, rows, [choices for _, choices in members])
+        if name == "alone":
+            hidden.check_extracted(subject, which, rows)
 
 
 def _store(subject: Subject, order: list[int]) -> None:
@@ -122,9 +125,14 @@ def _pooled(subject: Subject) -> None:
             cached.extract(subject.prompts, cache_only=True)
             read = _read_pooled(cached, subject)
             cached.store.close()
-        for number, batch in enumerate(watched.batches):
-            for i, choices in zip(batch.indices, subject.choices_of(watched, number), strict=True):
-                subject.compare("pooled", i, {name: rows[i : i + 1] for name, rows in read.items()}, choices)
+        pairs = [
+            pair
+            for number, batch in enumerate(watched.batches)
+            for pair in zip(batch.indices, subject.choices_of(watched, number), strict=True)
+        ]
+        which = [i for i, _ in pairs]
+        ours = [{name: rows[i : i + 1] for name, rows in read.items()} for i in which]
+        subject.compare("pooled", which, ours, [choices for _, choices in pairs])
 
 
 def _read_pooled(cached: CachedExtractor, subject: Subject) -> dict[str, Tensor]:
@@ -157,16 +165,18 @@ def _capture(subject: Subject, side: str) -> None:
     with subject.watching(watched):
         _, cache = run_with_cache(subject.model, subject.inputs(rows, side), sites=list(subject.sites))
     longest = max(map(len, rows))
-    for row, i in enumerate(chosen):
-        tokens = len(subject.prompts[i])
+    ours, choices = [], []
+    for row, tokens in enumerate(map(len, rows)):
         real = slice(0, tokens) if side == "right" else slice(longest - tokens, longest)
-        ours = {site: cache[site][row, real] for site in subject.sites}
-        choices = {
-            path: visits[0].reshape(len(rows), longest, -1)[row, real]
-            for path, visits in watched.choices.items()
-            if len(visits) == 1 and len(visits[0]) == len(rows) * longest
-        }
-        subject.compare(name, i, ours, choices)
+        ours.append({site: cache[site][row, real] for site in subject.sites})
+        choices.append(
+            {
+                path: visits[0].reshape(len(rows), longest, -1)[row, real]
+                for path, visits in watched.choices.items()
+                if len(visits) == 1 and len(visits[0]) == len(rows) * longest
+            }
+        )
+    subject.compare(name, chosen, ours, choices)
 
 
 def _different_lengths(subject: Subject) -> list[int]:

@@ -7,6 +7,9 @@ end with the last block's output, or with a projection of it that is no site.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import torch
 from torch import Tensor
 
 from actcache.model.sites import Site
@@ -26,15 +29,23 @@ def check_alone(subject: Subject) -> None:
         for name, state in states.items():
             ours = subject.alone[i].values[name]
             right = same(ours, state)
-            error = 0.0 if right else float(row_errors(ours, state).max())
+            error = 0.0 if right else float(row_errors(ours, state, subject.scales[i][name]).max())
             wrong = None if right else f"is not transformers' hidden state (off by {error:.2g}) on prompt {i}"
             subject.ledger.note(CHECK, name, error, wrong=wrong)
 
 
-def check_extracted(subject: Subject, i: int, ours: dict[str, Tensor]) -> None:
-    """What was extracted of prompt `i` by itself, ``[T, D]`` by site, against its hidden states."""
-    for name, state in sites_of(subject, i).items():
-        subject.ledger.compare(CHECK, name, ours[name], state, prompt=i)
+def check_extracted(subject: Subject, which: Sequence[int], ours: Sequence[Mapping[str, Tensor]]) -> None:
+    """What was extracted of some prompts by themselves, ``[T, D]`` by site, against their hidden states."""
+    states = [sites_of(subject, i) for i in which]
+    for name in states[0]:
+        subject.ledger.compare(
+            CHECK,
+            name,
+            torch.cat([rows[name] for rows in ours]),
+            torch.cat([state[name] for state in states]),
+            torch.cat([subject.scales[i][name] for i in which]),
+            prompts=[i for i, rows in zip(which, ours, strict=True) for _ in range(len(rows[name]))],
+        )
 
 
 def sites_of(subject: Subject, i: int) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from actcache.model.decoder_inputs import is_encoder_decoder, require_decoder_st
 from actcache.model.offload import input_device
 from actcache.selftest.alone import Alone, run_alone
 from actcache.selftest.experts import Flips, find_routers
-from actcache.selftest.ledger import Ledger
+from actcache.selftest.ledger import Ledger, row_scale
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -73,6 +73,7 @@ class Subject:
         self.points: dict[str, ReadPoint] = {name: anatomy.read_point(site) for name, site in sites.items()}
         self.routers = find_routers(anatomy, text_values(source.config))
         self.alone: list[Alone] = []
+        self.scales: list[dict[str, Tensor]] = []
         self.routed = self.flipped = 0
         self._extractor = extractor
 
@@ -108,6 +109,7 @@ class Subject:
             found[i] = run_alone(self.model, self.inputs([self.prompts[i]]), self.points, self.routers)
             yield found[i]
         self.alone = [found[i] for i in range(len(self.prompts))]
+        self.scales = [{name: row_scale(value) for name, value in one.values.items()} for one in self.alone]
 
     @contextmanager
     def extracting(self, batch_size: int, pooling: str | None = None) -> Iterator[tuple[ActivationExtractor, Watched]]:
@@ -129,24 +131,42 @@ class Subject:
         with observe(self.routers, lambda path, chosen: watched.choices[path].append(chosen.cpu())):
             yield
 
-    def compare(self, check: str, i: int, ours: Mapping[str, Tensor], choices: Mapping[str, Tensor]) -> None:
-        """Hold every site of prompt `i`, ``[T, D]`` each (``[1, D]``: its last token), against the prompt alone."""
-        flips = self._flips(i, choices)
-        for name, value in ours.items():
-            theirs = self.alone[i].values[name]
-            skip = flips.touched(self.sites[name], len(theirs)) if flips is not None and flips.flipped else None
-            self.ledger.compare(check, name, value, theirs, skip=skip, prompt=i)
+    def compare(
+        self,
+        check: str,
+        which: Sequence[int],
+        ours: Sequence[Mapping[str, Tensor]],
+        choices: Sequence[Mapping[str, Tensor]],
+    ) -> None:
+        """Hold every site of some prompts, ``[T, D]`` each or ``[1, D]`` of its last token, against them alone."""
+        if not which:
+            return
+        flips = [self._flips(i, chosen) for i, chosen in zip(which, choices, strict=True)]
+        for name, site in self.sites.items():
+            counts = [len(rows[name]) for rows in ours]
+            theirs = torch.cat([self.alone[i].values[name][-n:] for i, n in zip(which, counts, strict=True)])
+            scale = torch.cat([self.scales[i][name][-n:] for i, n in zip(which, counts, strict=True)])
+            skip = None
+            if any(flip is not None and flip.flipped for flip in flips):
+                touched = [_touched(flip, site, len(self.prompts[i])) for flip, i in zip(flips, which, strict=True)]
+                skip = torch.cat([rows[-n:] for rows, n in zip(touched, counts, strict=True)])
+            whose = [i for i, n in zip(which, counts, strict=True) for _ in range(n)]
+            self.ledger.compare(
+                check, name, torch.cat([rows[name] for rows in ours]), theirs, scale, skip=skip, prompts=whose
+            )
 
     def _flips(self, i: int, choices: Mapping[str, Tensor]) -> Flips | None:
         if not choices:
             return None
-        flips = Flips(self.anatomy, self.alone[i].choices, choices)
+        # Behind its end there is padding, which is sent to experts too.
+        here = {path: chosen[: len(self.prompts[i])] for path, chosen in choices.items()}
+        flips = Flips(self.anatomy, self.alone[i].choices, here)
         self.routed += flips.routed
         self.flipped += flips.flipped
         return flips
 
     def choices_of(self, watched: Watched, number: int) -> list[dict[str, Tensor]]:
-        """For each prompt of batch `number`, what each router chose for its tokens."""
+        """For each prompt of batch `number`, what each router chose for its tokens, and for the padding behind them."""
         batch = watched.batches[number]
         found: list[dict[str, Tensor]] = [{} for _ in batch.indices]
         for path, visits in watched.choices.items():
@@ -156,3 +176,7 @@ class Subject:
             for row, chosen in enumerate(table):
                 found[row][path] = chosen
         return found
+
+
+def _touched(flips: Flips | None, site: Site, tokens: int) -> Tensor:
+    return torch.zeros(tokens, dtype=torch.bool) if flips is None else flips.touched(site, tokens)
