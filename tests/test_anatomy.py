@@ -214,6 +214,17 @@ def test_a_block_that_runs_several_times_has_no_sites() -> None:
         ac.capture(model, sites="resid_post")
 
 
+def test_a_stream_of_another_shape_is_refused() -> None:
+    class Transposed(Unseen):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return super().forward(input_ids.T).transpose(0, 1)
+
+    model = Transposed("pre").eval()
+    for site in ("embed", "resid_post", "attn_out"):
+        with pytest.raises(AdditivityError, match=r"for 2 x 4 tokens, block 0 .* was given rows \(4, 2\)"):
+            ac.capture(model, sites=site)
+
+
 def test_a_model_that_cannot_be_run_on_tokens_keeps_its_stream() -> None:
     class Demanding(Unseen):
         def forward(self, input_ids: Tensor, pixels: Tensor | None = None) -> Tensor:

@@ -67,6 +67,7 @@ class Findings:
     refused: dict[Site, str] = field(default_factory=dict)
 
 
+_STREAM = ("resid_pre", "resid_post")
 BRANCHES = ("attn_out", "cross_attn_out", "mixer_out", "resid_mid", "mlp_out")
 
 
@@ -121,7 +122,10 @@ class _StackWatch:
         self._known: dict[object, BlockForm] = {}
         self._failed: str | None = None
         self._unchained: str | None = None
+        self._shape: str | None = None
         self._second = False
+        decoder = _DECODER_TOKENS if stack.name == "decoder" else _TOKENS
+        self._tokens = min(decoder, anatomy.context_length or decoder)
 
     def listen(self, hooks: ExitStack) -> None:
         self._second = bool(self.unsolved)
@@ -147,6 +151,12 @@ class _StackWatch:
     def _chain(self, layer: int, run: BlockRun) -> None:
         if self._second:
             return
+        rows = tuple(run.pre.shape[:-1])
+        if rows != (_PROMPTS, self._tokens) and self._shape is None:
+            self._shape = (
+                f"for {_PROMPTS} x {self._tokens} tokens, block {layer} ({self.stack.block_paths[layer]}) was given "
+                f"rows {rows}, not one for each token of each prompt"
+            )
         if self.last is not None and not torch.equal(self.last, run.pre) and self._unchained is None:
             self._unchained = f"resid_post.{layer - 1} = resid_pre.{layer} does not hold"
         self.last = run.post
@@ -176,10 +186,13 @@ class _StackWatch:
         again = next((layer for layer, runs in enumerate(self._runs) if runs != 1 and not self._second), None)
         if again is not None:
             why = f"block {again} ({self.stack.block_paths[again]}) ran {self._runs[again]} times in one pass"
-            refused |= {Site(site, stack=name): why for site in (*BRANCHES, "resid_pre", "resid_post")}
+            refused |= {Site(site, stack=name): why for site in (*BRANCHES, *_STREAM)}
+            return
+        if self._shape is not None:
+            refused |= {Site(site, stack=name): self._shape for site in (*BRANCHES, *_STREAM, "embed", "final_norm")}
             return
         if self._unchained is not None:
-            refused |= {Site(site, stack=name): self._unchained for site in ("resid_pre", "resid_post", "final_norm")}
+            refused |= {Site(site, stack=name): self._unchained for site in (*_STREAM, "final_norm")}
         if self._failed is not None:
             refused |= {Site(site, stack=name): self._failed for site in BRANCHES}
 
