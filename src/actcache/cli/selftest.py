@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -71,32 +72,32 @@ def _show(report: SelftestReport) -> None:
     from actcache.cli.output import console, count, duration
 
     out = console()
+
+    def say(text: str) -> None:
+        out.print(text, markup=False)
+
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
-    blocks = " + ".join(f"{n} {stack} blocks".replace("  ", " ") for stack, n in report.blocks.items())
+    blocks = " + ".join(count(number, f"{stack} block".strip()) for stack, number in report.blocks.items())
     lengths = report.prompt_lengths
-    click.echo(f"{report.model} ({report.model_class}), {blocks}")
-    click.echo(f"{report.dtype}, {report.attn_implementation} attention, {report.device}; {versions}")
-    click.echo(
-        f"{count(len(lengths), 'prompt')} of {min(lengths)} to {max(lengths)} tokens, {duration(report.seconds)}"
-    )
+    say(f"{report.model} ({report.model_class}), {blocks}")
+    say(f"{report.dtype}, {report.attn_implementation} attention, {report.device}; {versions}")
+    say(f"{count(len(lengths), 'prompt')} of {min(lengths)} to {max(lengths)} tokens, {duration(report.seconds)}")
     for stack in report.blocks:
-        click.echo()
+        say("")
         out.print(_sites(report, stack))
     whole = [cell for cell in report.cells if "." not in _bare(cell) and _measured(cell)]
-    if whole:
-        click.echo("\n" + "   ".join(f"{cell.site} {_text(cell)}" for cell in whole))
+    say("\n" + "   ".join(f"{cell.site} {_text(cell)}" for cell in whole))
     for cell in report.cells:
         if not _measured(cell):
-            click.echo(f"{cell.site}: {cell.verdict}. {_sentence(cell.why)}")
-    click.echo()
+            say(f"{cell.site}: {cell.verdict}. {_sentence(cell.why)}")
+    say("")
     out.print(_checks(report))
-    click.echo()
-    click.echo(f"batching: {_LENGTHS[report.batching]}. {report.batching_why}")
+    say(f"\nbatching: {_LENGTHS[report.batching]}. {report.batching_why}")
     for stack, where in report.hidden_states.items():
-        click.echo(f"transformers' hidden_states{f' of the {stack}' if stack else ''}: {where}.")
+        say(f"transformers' hidden_states{f' of the {stack}' if stack else ''}: {where}.")
     for threshold in report.not_reached:
-        click.echo(f"not reached: {threshold} (--max-tokens goes further).")
-    click.echo(f"\n{report.verdict}")
+        say(f"not reached: {threshold} (--max-tokens goes further).")
+    say(f"\n{report.verdict}")
 
 
 _LENGTHS = {
@@ -117,8 +118,9 @@ def _sites(report: SelftestReport, stack: str) -> Table:
         if cell.site.startswith(prefix) and layer.isdigit():
             found.setdefault(int(layer), {})[name] = cell
     names = list(dict.fromkeys(name for cells in found.values() for name in cells))
-    title = f"{stack} block" if stack else "block"
-    rows = table(title, *names, right=tuple(names))
+    # In one line, the columns of a decoder would need more than 80 characters.
+    shown = [name.replace("cross_", "cross_\n") for name in names]
+    rows = table(stack or "block", *shown, right=tuple(shown))
     layers = sorted(found)
     width = -(-len(layers) // _ROWS)
     for start in range(0, len(layers), width):
@@ -135,15 +137,15 @@ def _worst(cells: list[Cell]) -> str:
 def _checks(report: SelftestReport) -> Table:
     from actcache.cli.output import table
 
-    rows = table("check", "", "largest error", "where", right=("largest error",))
+    rows = table("check", "largest error", "where", "", right=("largest error",))
     for check in report.checks:
         if check.name == "experts" and report.flipped_experts is None:
             continue
         if check.verdict == "not applicable":
-            rows.add_row(check.name, check.about, "-", "")
+            rows.add_row(check.name, "-", "", f"not done: {check.why}")
         else:
-            shown = "wrong" if check.error is None else _error(check.error, wrong=check.verdict == "wrong")
-            rows.add_row(check.name, check.about, shown, check.site or "")
+            shown = "WRONG" if check.error is None else _error(check.error, wrong=check.verdict == "wrong")
+            rows.add_row(check.name, shown, check.site or "", check.about)
     return rows
 
 
@@ -165,7 +167,7 @@ def _text(cell: Cell) -> str:
 
 def _error(error: float, *, wrong: bool) -> str:
     shown = "exact" if error == 0 else f"{error:.1e}"
-    return f"WRONG {shown}" if wrong else shown
+    return ("WRONG" if math.isinf(error) else f"WRONG {shown}") if wrong else shown
 
 
 def _sentence(why: str | None) -> str:

@@ -23,16 +23,16 @@ from actcache.selftest.subject import Subject, Watched
 from actcache.store.store import Store
 
 ABOUT = {
-    "identities": "the parts of each block add up to its stream",
-    "hidden states": "the same as transformers' own hidden_states",
-    "alone": "extracted one prompt at a time",
-    "equal lengths": "extracted in batches of prompts of one length",
+    "identities": "parts add up to the stream",
+    "hidden states": "transformers' own, the same",
+    "alone": "extracted one at a time",
+    "equal lengths": "extracted in batches of one length",
     "padded": "extracted in padded batches",
-    "right padding": "captured in one pass, padded on the right",
-    "left padding": "captured in one pass, padded on the left",
-    "store": "stored, then read by a new reader: bit for bit",
-    "pooled": "last-token vectors, stored and read",
-    "experts": "routings that another batch decides otherwise",
+    "right padding": "captured, padded on the right",
+    "left padding": "captured, padded on the left",
+    "store": "stored, then read by a new reader",
+    "pooled": "last tokens, stored and read",
+    "experts": "routings that the batch changed",
 }
 
 
