@@ -281,4 +281,8 @@ class TestByPath:
         (folders / "base" / "config.json").write_text(json.dumps(config))
         with pytest.raises(errors.ModelLoadError, match="on an adapter's word"):
             ac.UnifiedCache(folders / "adapter", trust_remote_code=True).warmup([IDS])
+        tokenizer = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
+        (folders / "base" / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+        with pytest.raises(errors.TokenizerError, match="trust_remote_code"):
+            _ = ac.UnifiedCache(folders / "adapter", trust_remote_code=True).tokenizer
         assert not marker.exists()

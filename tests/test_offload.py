@@ -58,7 +58,7 @@ def by_block(seed=1, device="cpu"):
 
 def in_memory(model):
     """The offloaded weights that are in memory."""
-    names = stored_weights(model)
+    names = stored_weights(model.named_modules())
     assert names
     return [name for name, p in model.named_parameters() if name in names and not p.is_meta]
 

@@ -159,7 +159,7 @@ class ModelFiles:
             folder, _, commit = self.given
             weights = f"commit:{commit}" if commit else f"files:{identity.file_digest(adapters.files(folder)[1])}"
             found["adapter"] = {"weights": weights, "config": adapters.config_digest(adapter)}
-        if self._options.trust_remote_code:
+        if self.trusted:
             found["code"] = identity.files_digest(self.code())
         return found
 

@@ -63,7 +63,7 @@ def live_weights_digest(model: nn.Module) -> str:
 
 def weights_state(model: nn.Module) -> dict[str, Any]:
     """What changes when somebody changes a weight of a loaded model, by its name; moving it to a device does not."""
-    elsewhere = stored_weights(model)
+    elsewhere = stored_weights(list(model.named_modules()))
     # Some quantisers rearrange their weights as they run.
     quantized = bool(getattr(model, "is_quantized", False))
     state: dict[str, Any] = {
@@ -108,21 +108,25 @@ def settings_of(model: nn.Module) -> str:
 
 
 def _weights_of(model: nn.Module) -> Iterator[tuple[str, _Weight]]:
-    elsewhere = stored_weights(model)
-    # Frequencies that follow the last pass say nothing about the weights.
-    buffers = [(n, b) for n, b in model.named_buffers(remove_duplicate=False) if not n.endswith("inv_freq")]
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *buffers]:
-        if name in elsewhere:
-            stored = elsewhere[name]
-            yield name, _Weight(stored.state, partial(_loaded, stored), passing=True)
-            continue
-        parts = _parts_of(tensor)
-        yield name, _Weight(tuple((what, *_state_of(t)) for what, t in parts), partial(list, parts))
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
+    modules = list(model.named_modules())
+    elsewhere = stored_weights(modules)
+    for path, module in modules:
+        prefix = f"{path}." if path else ""
+        for own, tensor in (*module._parameters.items(), *module._buffers.items()):
+            # Frequencies that follow the last pass say nothing about the weights.
+            if tensor is None or own.endswith("inv_freq"):
+                continue
+            name = prefix + own
+            if name in elsewhere:
+                stored = elsewhere[name]
+                yield name, _Weight(stored.state, partial(_loaded, stored), passing=True)
+            else:
+                parts = _parts_of(tensor)
+                yield name, _Weight(tuple([(what, *_state_of(t)) for what, t in parts]), partial(list, parts))
+        for own, value in vars(module).items():
             # Unpacking them is too much work for every look at the state.
             if isinstance(value, torch.ScriptObject):
-                yield f"{path}.{name}", _Weight((id(value),), partial(_unpacked, value), value, passing=True)
+                yield prefix + own, _Weight((id(value),), partial(_unpacked, value), value, passing=True)
 
 
 def _loaded(stored: Stored) -> list[tuple[str, Tensor]]:
@@ -161,12 +165,10 @@ def _state_of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _sample(tensor: Tensor) -> int:
-    flat = tensor.detach()
-    if flat.numel() == 0 or flat.is_meta or flat.is_quantized or not flat.is_contiguous():
+    size = tensor.numel()
+    if size == 0 or tensor.is_meta or tensor.is_quantized or not tensor.is_contiguous():
         return 0
-    flat = flat.view(-1)
-    step = max(1, flat.numel() // 64)
-    return xxhash.xxh3_64_intdigest(_bytes_of(flat[::step]))
+    return xxhash.xxh3_64_intdigest(_bytes_of(tensor.detach().view(-1)[:: max(1, size // 64)]))
 
 
 def _digest_of(tensor: Tensor, seen: dict[Any, str]) -> str:
@@ -191,5 +193,6 @@ def _quantized_parts(tensor: Tensor) -> list[Tensor]:
 def _bytes_of(tensor: Tensor) -> Any:
     if tensor.is_meta:
         return b""
-    flat = tensor.detach().to("cpu").contiguous().view(-1)
+    plain = tensor.detach()
+    flat = (plain if plain.is_cpu else plain.to("cpu")).contiguous().view(-1)
     return flat.view(torch.uint8).numpy() if flat.numel() else b""

@@ -48,7 +48,7 @@ class LiveSource(ModelSource):
         compiled = model._modules.get("_orig_mod")
         self._wrapper = model if compiled is None else compiled
         self._model = original(unwrapped(self._wrapper))
-        elsewhere = stored_weights(self._model)
+        elsewhere = stored_weights(self._model.named_modules())
         if any(p.is_meta and name not in elsewhere for name, p in self._model.named_parameters()):
             raise OptionError(
                 "the model has weights that are not in memory (on the meta device), nor where accelerate would find "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,8 @@ class PathSource(ModelSource):
                 if by_name
                 else self._files.tokenizer_folder()
             ),
-            options,
+            # Nor is code of a tokenizer run that only an adapter leads to.
+            options if by_name else replace(options, trust_remote_code=self._files.trusted),
         )
 
     @property

@@ -9,15 +9,16 @@ where accelerate was told to preload them. A pass through such a model must ther
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from actcache.model.identity import stat_signature
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ def hooks_of(module: nn.Module) -> list[Any]:
 
 def input_device(model: nn.Module) -> torch.device:
     """Where token ids must be for a pass: the device of the embedding, or the one it is brought to for a call."""
+    import torch
+
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    start = embedding if isinstance(embedding, nn.Module) else model
+    start = model if embedding is None else embedding
     for hook in hooks_of(start):
         device = getattr(hook, "execution_device", None)
         if device is not None:
@@ -63,10 +66,13 @@ def input_device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def stored_weights(model: nn.Module) -> dict[str, Stored]:
-    """The offloaded parameters and buffers of `model`, by their names in it; in place for a call or not."""
+def stored_weights(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Stored]:
+    """The offloaded parameters and buffers of a model, by their names in it; in place for a call or not.
+
+    `modules` are its ``named_modules()``.
+    """
     found: dict[str, Stored] = {}
-    for path, module in model.named_modules():
+    for path, module in modules:
         for hook in hooks_of(module):
             weights = getattr(hook, "weights_map", None)
             if not getattr(hook, "offload", False) or not isinstance(weights, Mapping):
@@ -101,7 +107,7 @@ def _state(weights: Mapping[str, Any], name: str) -> tuple[Any, ...] | None:
     while hasattr(weights, "dataset") and hasattr(weights, "prefix"):
         name, weights = f"{weights.prefix}{name}", weights.dataset
     memory: Any = getattr(weights, "state_dict", weights)
-    if isinstance(memory, Mapping) and name in memory and isinstance(memory[name], Tensor):
+    if isinstance(memory, Mapping) and name in memory and hasattr(memory[name], "is_inference"):
         tensor = memory[name]
         return (id(tensor), -1 if tensor.is_inference() else tensor._version)
     index = getattr(weights, "index", None)
