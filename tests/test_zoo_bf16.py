@@ -76,10 +76,12 @@ def test_a_batch_of_one_and_one_length_are_the_prompt_alone(family: str, loaded:
     alone = [zoo.alone(family, model, ids) for ids in prompts]
     for rows in zip(extract(model, sites, prompts[:2], 1), alone, strict=False):
         assert all(torch.equal(rows[0][site], rows[1][site]) for site in sites)
+    if family in ROUTED:
+        return
     together = extract(model, sites, prompts, 8)
     for site in sites:
         ours, theirs = joined(together, site), joined(alone, site)
-        assert float((ours != theirs).double().mean()) < 0.01, site
+        assert (ours - theirs).norm() < 0.25 * ULP * theirs.norm(), site
         assert zoo.relative_error(ours, theirs) < ULP, site
 
 
