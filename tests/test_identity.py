@@ -115,3 +115,19 @@ class TestLiveWeights:
             model.load_state_dict(self.model().state_dict())
         assert changed != before
         assert in_memory.live_weights_digest(model) == before
+
+
+def test_the_release_of_transformers_counts_where_it_changes_numbers() -> None:
+    from importlib.metadata import version
+
+    from actcache.model.loading import open_source
+    from actcache.model.options import LoadOptions
+    from actcache.testing.tiny import tiny_model
+
+    def values(family: str, **overrides: object) -> dict[str, object]:
+        model = tiny_model(family, **overrides)
+        return dict(open_source(model, LoadOptions()).identity().values)
+
+    assert values("mamba2", n_groups=2)["transformers"] == version("transformers")
+    assert "transformers" not in values("mamba2", n_groups=1)
+    assert "transformers" not in values("mamba")

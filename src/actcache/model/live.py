@@ -16,6 +16,7 @@ from actcache.model.decoder_inputs import decoder_values
 from actcache.model.folders import find_folder, no_tokenizer
 from actcache.model.offload import stored_weights
 from actcache.model.options import LoadOptions, dtype_name
+from actcache.model.releases import release_values
 from actcache.model.source import ModelIdentity, ModelSource, provenance
 from actcache.model.tokenizer import TokenizerSource
 from actcache.model.touched import refuse_foreign_hooks
@@ -94,7 +95,7 @@ class LiveSource(ModelSource):
         adapters = of_model(self._model)
         if adapters is not None:
             values["adapters"] = adapters
-        values |= decoder_values(self.config)
+        values |= decoder_values(self.config) | release_values(self.config)
         return ModelIdentity(values, {"model_name": self.name, "revision": None, "dtype": dtype, **provenance()})
 
     def tokenizer_source(self) -> TokenizerSource:

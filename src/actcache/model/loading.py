@@ -23,6 +23,7 @@ from actcache.model.options import (
     resolve_device,
 )
 from actcache.model.quantized import canonical
+from actcache.model.releases import release_values
 from actcache.model.source import ModelIdentity, ModelSource, package_version, provenance
 from actcache.model.tokenizer import TokenizerSource
 from actcache.model.touched import refuse_foreign_hooks
@@ -94,7 +95,7 @@ class PathSource(ModelSource):
         }
         if options.allow_hooks:
             values["hooks"] = sorted(options.allow_hooks)
-        values |= decoder_values(self.config)
+        values |= decoder_values(self.config) | release_values(self.config)
         label = {
             "model_name": self.name,
             "revision": self._files.given.commit or options.revision,
