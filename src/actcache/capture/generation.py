@@ -124,12 +124,15 @@ class _Generate(_Stand):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.readers: tuple[Reader, ...] = ()
-        self.beams = _Beams(module) if callable(getattr(type(module), _BEAMS, None)) else None
+        # Made when it is first called: most blocks never generate.
+        self.beams: _Beams | None = None
 
-    def install(self) -> None:
-        super().install()
-        if self.beams is not None:
-            self.beams.install()
+    def look_into_beams(self) -> None:
+        with _lock:
+            # Whoever asked for it may have gone in the meantime.
+            if self.readers and self.beams is None and callable(getattr(type(self.module), _BEAMS, None)):
+                self.beams = _Beams(self.module)
+                self.beams.install()
 
     def uninstall(self) -> None:
         super().uninstall()
@@ -138,6 +141,8 @@ class _Generate(_Stand):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         starts = [(reader, reader.noted()) for reader in self.readers]
+        if starts:
+            self.look_into_beams()
         if not hasattr(_running, "calls"):
             _running.calls = []
         calls: list[list[Any]] = _running.calls

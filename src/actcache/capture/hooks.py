@@ -54,6 +54,9 @@ def capture(
     after all hooks, detached (`detach`), on `device` (None: where it is), floating tensors in `dtype`, copied
     (`copy`; modules that hand the same tensor on share one copy). `positions` counts real tokens of each pass and cuts
     before the copy. `stop_after_last` ends each pass once everything asked for has run; the call then returns None.
+
+    Over `model.generate` the steps of a site are joined along positions, and rows follow the sequences it returns, with
+    beams too; where that cannot be told, reading the site is a `SiteUnavailableError` (modules hold one visit a step).
     Passes of a model with offloaded weights always run to their end, which is where the weights leave memory again.
 
     Raises, before any pass, `UnknownModuleError`, `UnknownSiteError`, `SiteUnavailableError`, `AdditivityError`,

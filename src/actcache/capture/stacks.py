@@ -47,7 +47,8 @@ class Track:
         first: dict[int, Tensor] = {}
         for index, value in values:
             first.setdefault(index, value)
-        if not self.passes.passes:
+        # Nothing to join is by far the most frequent case.
+        if not self.passes.passes or (len(first) == 1 and not self.passes.generations):
             return join_batches(list(first.values()))
         groups = self.sequences()
         refusal = next((one.refusal for one in groups if one.refusal is not None), None)
