@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from actcache.model.identity import digest_json
 from actcache.model.offload import Stored, stored_weights
+from actcache.model.rope import ORIGINAL, depends_on_longest
 
 
 @dataclass(frozen=True)
@@ -89,44 +91,123 @@ _SETTINGS = (
     "activation_qtype",
 )
 _PLAIN = ("torch", "transformers")
+# With accelerate's stand-ins for `to` and `cuda`; of a forward on the module itself `refuse_foreign_hooks` decides.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))
+# What a pass, a mode or the way of loading leaves on modules, and no value depends on.
+_PASSING = frozenset(
+    {"_is_hf_initialized", "compute_type_is_set", "gradient_checkpointing", "is_quantized", "name_or_path"}
+)
+_NUMBERS = (bool, int, float, str)
 
 
 def settings_of(model: nn.Module) -> str:
-    """Digest of what decides a model's values beside weights and config: the numbers its modules hold (an epsilon, a
-    scale), the state of their adapters, and the classes of modules that are neither torch's nor transformers'."""
+    """Digest of what decides a model's values beside weights and config: the classes of its modules, the numbers,
+    switches, names and functions that they hold (an epsilon, a scale, a causal mask or none, an activation), and the
+    state of their adapters."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         kind = type(module)
-        settings: dict[str, Any] = {k: v for k, v in vars(module).items() if type(v) is float}
-        plain = kind.__module__.split(".")[0] in _PLAIN and not kind.__module__.startswith("torch.ao.")
+        plain = _is_plain(kind)
+        settings: dict[str, Any] = {"class": kind.__qualname__}
         if not plain:
             settings["class"] = f"{kind.__module__}.{kind.__qualname__}"
             settings |= {n: v for n in _SETTINGS if (v := getattr(module, n, None)) is not None and not callable(v)}
-        if settings:
-            found[path] = settings
+        for name, value in vars(module).items():
+            # The private ones of known libraries are their bookkeeping.
+            if name in _OF_EVERY_MODULE or name in _PASSING or (name[0] == "_" and plain) or "cache" in name:
+                continue
+            told = _told(value, containers=not plain)
+            if told is not None:
+                settings[name] = told
+        found[path] = settings
     return digest_json(found)
+
+
+def attention_of(model: nn.Module) -> str:
+    """The attention implementation of a model in memory, with those of its parts that have another one."""
+    config = getattr(model, "config", None)
+    whole = str(getattr(config, "_attn_implementation", None) or "eager")
+    others = [f"{name}: {attention}" for name, attention in _attention_of_parts(config) if attention != whole]
+    return f"{whole} ({', '.join(others)})" if others else whole
+
+
+def _attention_of_parts(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, part in vars(config).items() if config is not None else ():
+        attention = getattr(part, "_attn_implementation", None)
+        if attention is not None:
+            yield prefix + name, str(attention)
+            yield from _attention_of_parts(part, f"{prefix}{name}.")
+
+
+def _is_plain(kind: type) -> bool:
+    return kind.__module__.split(".")[0] in _PLAIN and not kind.__module__.startswith("torch.ao.")
+
+
+def _told(value: Any, *, containers: bool) -> Any:
+    """What can be said of an attribute in JSON values, None for what cannot be told from another one."""
+    if value is None or isinstance(value, _NUMBERS):
+        return value
+    if isinstance(value, (FunctionType, BuiltinFunctionType, MethodType)):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, partial):
+        return [_told(part, containers=True) for part in (value.func, value.args, value.keywords)]
+    if isinstance(value, (list, tuple)) and (containers or all(type(item) in _NUMBERS for item in value)):
+        return [_told(item, containers=containers) for item in value]
+    if isinstance(value, dict) and containers:
+        return {str(key): _told(item, containers=containers) for key, item in value.items()}
+    return None
 
 
 def _weights_of(model: nn.Module) -> Iterator[tuple[str, _Weight]]:
     modules = list(model.named_modules())
     elsewhere = stored_weights(modules)
+    config: Any = getattr(model, "config", None)
+    follows = hasattr(config, "to_dict") and depends_on_longest(config.to_dict())
     for path, module in modules:
         prefix = f"{path}." if path else ""
         for own, tensor in (*module._parameters.items(), *module._buffers.items()):
-            # Frequencies that follow the last pass say nothing about the weights.
-            if tensor is None or own.endswith("inv_freq"):
-                continue
             name = prefix + own
+            if tensor is None:
+                continue
+            if own.endswith("inv_freq"):
+                # Frequencies that follow the last pass say nothing about the model.
+                if not follows or own.endswith(ORIGINAL):
+                    yield name, _Weight(_state_of(tensor), partial(_rounded, tensor), passing=True)
+                continue
             if name in elsewhere:
                 stored = elsewhere[name]
                 yield name, _Weight(stored.state, partial(_loaded, stored), passing=True)
             else:
                 parts = _parts_of(tensor)
                 yield name, _Weight(tuple([(what, *_state_of(t)) for what, t in parts]), partial(list, parts))
+        foreign = not _is_plain(type(module))
         for own, value in vars(module).items():
+            if foreign and own not in _OF_EVERY_MODULE and "cache" not in own:
+                # A steering vector or a mask of somebody's own module.
+                for what, held in _held(value):
+                    parts = _parts_of(held)
+                    kept = tuple([(at, *_state_of(t)) for at, t in parts])
+                    yield f"{prefix}{own}{what}", _Weight(kept, partial(list, parts))
             # Unpacking them is too much work for every look at the state.
             if isinstance(value, torch.ScriptObject):
                 yield prefix + own, _Weight((id(value),), partial(_unpacked, value), value, passing=True)
+
+
+def _held(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors that an attribute holds, in lists and mappings too."""
+    if isinstance(value, Tensor):
+        yield prefix, value
+    elif isinstance(value, (list, tuple, dict)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _held(item, f"{prefix}.{key}")
+
+
+def _rounded(frequencies: Tensor) -> list[tuple[str, Tensor]]:
+    """Rotary frequencies to four digits: devices compute them with other last bits; a model that was cast to half
+    precision as a whole, its frequencies too, is another one."""
+    if frequencies.is_meta:
+        return [("", frequencies)]
+    return [("", frequencies.detach().to("cpu", torch.float64).log2().mul(4096).round())]
 
 
 def _loaded(stored: Stored) -> list[tuple[str, Tensor]]:

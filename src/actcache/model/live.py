@@ -87,7 +87,7 @@ class LiveSource(ModelSource):
             "class": type(self._model).__qualname__,
             "config": identity.config_digest(self.config),
             "dtype": dtype,
-            "attn_implementation": str(getattr(self._model.config, "_attn_implementation", None) or "eager"),
+            "attn_implementation": in_memory.attention_of(self._model),
             "settings": in_memory.settings_of(self._model),
             "hooks": sorted(self.options.allow_hooks),
             "edits": [],

@@ -269,8 +269,11 @@ def _check_attention(name: object) -> None:
 
 
 def _state_of(model: torch.nn.Module) -> object:
-    """What changes when somebody changes weights or attention of a loaded model; moving it to a device does not."""
-    from actcache.model.in_memory import settings_of, weights_state
+    """What changes when somebody changes weights, configuration or attention of a loaded model; moving it to a device
+    does not."""
+    from actcache.model.in_memory import attention_of, settings_of, weights_state
 
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return attention, settings_of(model), weights_state(model)
+    # Some values are looked up there in each pass.
+    config: Any = getattr(model, "config", None)
+    values = identity.config_digest(config.to_dict()) if hasattr(config, "to_dict") else None
+    return attention_of(model), values, settings_of(model), weights_state(model)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 _TYPES = ("longrope", "su")
-_ORIGINAL = "original_inv_freq"
+ORIGINAL = "original_inv_freq"
 
 
 def depends_on_longest(config: Mapping[str, Any]) -> bool:
@@ -35,8 +35,8 @@ def forget_lengths(model: torch.nn.Module) -> None:
     """Put every rotary embedding of `model` back to where it was before its first pass."""
     for module in model.modules():
         known = {**module.__dict__, **module._buffers}
-        for name in [name for name in known if name.endswith(_ORIGINAL)]:
-            prefix = name.removesuffix(_ORIGINAL)
+        for name in [name for name in known if name.endswith(ORIGINAL)]:
+            prefix = name.removesuffix(ORIGINAL)
             current = getattr(module, f"{prefix}inv_freq", None)
             if current is None or not hasattr(module, "original_max_seq_len"):
                 continue
