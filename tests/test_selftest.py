@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from actcache.capture import inputs as capture_inputs
 from actcache.demo import model_path
 from actcache.errors import LayerRangeError, MissedModuleError, OptionError
 from actcache.extract.lookup import Lookup
+from actcache.model import forward_inputs, invariance
 from actcache.model.anatomy import describe
 from actcache.selftest import prompts as selftest_prompts
 from actcache.selftest.ledger import Ledger, row_errors, row_scale, tolerance_of
@@ -287,6 +289,34 @@ def test_a_rotary_embedding_that_remembers_is_found(monkeypatch: pytest.MonkeyPa
     report = ac.selftest(tiny_model("llama-dynamic"))
     assert not report.ok
     assert {"alone", "equal lengths", "pooled"} & wrong_checks(report)
+
+
+@pytest.mark.parametrize("family", ["llama-longrope", "phi3-longrope"])
+def test_lengths_that_may_not_meet_are_found_when_they_do(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    policy = invariance.batch_policy
+
+    def lenient(*args: Any, **kwargs: Any) -> invariance.BatchPolicy:
+        return dataclasses.replace(policy(*args, **kwargs), lengths="any", coupled=False)
+
+    monkeypatch.setattr(invariance, "batch_policy", lenient)
+    report = ac.selftest(tiny_model(family))
+    assert wrong_checks(report) == {"padded", "right padding", "left padding", "pooled"}
+
+
+@pytest.mark.parametrize(("family", "found"), [("bert", "padded"), ("bart", "alone")])
+def test_inputs_that_are_made_wrongly_are_found(monkeypatch: pytest.MonkeyPatch, family: str, found: str) -> None:
+    """No mask for a model that looks ahead; a decoder that is given what it should predict."""
+    make = forward_inputs.ForwardInputs.make
+
+    def wrongly(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        made = make(*args, **kwargs)
+        made.pop("attention_mask", None)
+        return made | ({"decoder_input_ids": made["input_ids"]} if "decoder_input_ids" in made else {})
+
+    monkeypatch.setattr(forward_inputs.ForwardInputs, "make", wrongly)
+    report = ac.selftest(tiny_model(family))
+    assert not report.ok
+    assert found in wrong_checks(report)
 
 
 # -- mixtures of experts

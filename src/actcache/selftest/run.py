@@ -120,7 +120,7 @@ def selftest(
             bar.update()
         run_checks(subject, bar.update, seed=seed)
     checks = ledger.checks()
-    cells = [ledger.cell(site) or Cell(site, "refused", why="it was not reached") for site in sites]
+    cells = [ledger.cell(site) or Cell(site, "wrong", why="no check could compare it") for site in sites]
     cells = sorted([*cells, *absent], key=_order)
     return SelftestReport(
         ok=not any(verdict == "wrong" for verdict in [*(c.verdict for c in cells), *(c.verdict for c in checks)]),
