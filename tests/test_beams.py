@@ -128,6 +128,39 @@ def test_sampling_several_sequences_of_each_prompt(model: Any, use_cache: bool, 
     hold(cache, model, sequences, PROMPTS, ENDS)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_a_cache_of_fixed_size(family: str, options: dict[str, int]) -> None:
+    """The mask is made into one of queries and keys there, and a version counts what is in the cache wrongly."""
+    model = tiny_model(family)
+    with ac.capture(model, sites=SITES) as cache:
+        sequences = model.generate(
+            **left_padded(PROMPTS),
+            cache_implementation="static",
+            max_new_tokens=5,
+            min_new_tokens=5,
+            pad_token_id=PAD,
+            **options,
+        )
+    for row, sequence in enumerate(sequences[:, 6:-1].tolist()):
+        ids = [*PROMPTS[row // options.get("num_return_sequences", 1)], *sequence]
+        assert cache.input_ids[row][cache.attention_mask[row]].tolist() == ids
+        assert relative_error(cache.rows("resid_post.3")[row], alone(model, ids, "resid_post.3")) < 1e-5
+
+
+def test_beams_of_a_model_with_an_adapter() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    bare = tiny_model("llama")
+    model = peft.get_peft_model(bare, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    with ac.capture(model, sites="resid_post.3") as cache:
+        sequences = model.generate(
+            **left_padded(PROMPTS), num_beams=3, num_return_sequences=2, max_new_tokens=5, min_new_tokens=5
+        )
+    for row, sequence in enumerate(sequences[:, 6:-1].tolist()):
+        ids = [*PROMPTS[row // 2], *sequence]
+        assert relative_error(cache.rows("resid_post.3")[row], alone(bare, ids, "resid_post.3")) < 1e-5
+
+
 @pytest.mark.parametrize("asked", [None, False, True])
 def test_the_caller_gets_what_it_asked_for(model: Any, asked: bool | None) -> None:
     options = {} if asked is None else {"return_dict_in_generate": asked, "output_scores": asked}

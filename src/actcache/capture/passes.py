@@ -21,8 +21,8 @@ _ID_NAMES = ("input_ids", "decoder_input_ids", "inputs_embeds")
 
 @dataclass
 class Pass:
-    """One run of the backbone: token ids ``[B, S]`` (None when it was given embeddings), the mask over all positions
-    so far ``[B, past + S]`` (None: all real), and how many positions came before."""
+    """One run of the backbone: token ids ``[B, S]`` (None when it was given embeddings), the mask over its positions,
+    or over all so far, ``[B, past + S]`` (None: all real), and how many positions came before."""
 
     ids: Tensor | None
     mask: Tensor | None
@@ -74,13 +74,12 @@ class Passes:
             tokens = next((t for t in args if isinstance(t, Tensor)), None)
         if tokens is None or tokens.ndim < 2:
             return False
-        mask = given.get("attention_mask")
         cache = given.get("past_key_values")
-        past = kv_length(cache) if cache is not None else self._carried(given, tokens.shape[0])
+        past = _cached(cache, given) if cache is not None else self._carried(given, tokens.shape[0])
         state = _first_state(given.get("cache_params") if cache is None else cache) if past else None
         one = Pass(
             ids=None if tokens.is_floating_point() else tokens.detach().clone(),
-            mask=mask.detach().clone() if isinstance(mask, Tensor) and mask.ndim == 2 else None,
+            mask=_mask_of_tokens(given.get("attention_mask"), past, tokens.shape[1]),
             batch=tokens.shape[0],
             length=tokens.shape[1],
             past=past,
@@ -181,6 +180,29 @@ def _kept(one: Pass, positions: Any) -> Tensor:
         rows.append(at[resolve_positions(choice, len(at))])
     width = max(len(row) for row in rows)
     return torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=-1) for row in rows])
+
+
+def _cached(cache: Any, given: dict[str, Any]) -> int:
+    """Positions in a cache. One of fixed size counts what is not zero, and may miss padding: transformers 4 says."""
+    at = given.get("cache_position")
+    if isinstance(at, Tensor) and at.numel() and getattr(cache, "is_compileable", False):
+        return int(at[0])
+    return kv_length(cache)
+
+
+def _mask_of_tokens(mask: Any, past: int, length: int) -> Tensor | None:
+    """The mask as one row per prompt, also where it was made into one of queries and keys, ``[B, 1, S, K]``, as is
+    done for a cache of fixed size: a token that does not see itself is padding."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        return None
+    if mask.ndim == 2:
+        return mask.detach().clone()
+    if mask.shape[2] != length or mask.shape[3] < past + length:
+        return None
+    own = mask.detach()[:, 0, :, past : past + length].diagonal(dim1=1, dim2=2)
+    return own.clone() if own.dtype == torch.bool else own == 0
 
 
 def _first_state(cache: Any) -> Tensor | None:
