@@ -132,7 +132,7 @@ class CachedExtractor:
             return to_torch(values), to_torch(mask)
         import torch
 
-        if len({self._width(name) for name in names}) == 1:
+        if len(set(self._widths(names))) == 1:
             pooled = answer.pooled().reshape(len(read), -1)
         else:
             # Site by site: each array has one width.
@@ -177,7 +177,7 @@ class CachedExtractor:
             count = sum(self._tokens_of(request, i) for i in members)
             tokens += count
             rows = count if self.layout == TOKENS else len(members)
-            nbytes += rows * itemsize * sum(self._width(name) for name in names)
+            nbytes += rows * itemsize * sum(self._widths(names))
         seconds = 0.0
         if tokens:
             device = self.extractor.backend().device
@@ -199,9 +199,10 @@ class CachedExtractor:
         assert ids is not None
         return len(ids)
 
-    def _width(self, name: str) -> int:
+    def _widths(self, names: Iterable[str]) -> list[int]:
         source = self.extractor.source
-        return (source.vocab_size or source.d_model) if name == "logits" else source.d_model
+        width = source.d_model
+        return [(source.vocab_size or width) if name == "logits" else width for name in names]
 
     def _depth(self) -> float:
         """The fraction of the blocks that runs: those before the deepest site, an encoder's before its decoder's."""
