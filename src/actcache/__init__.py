@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from actcache import errors
     from actcache._version import __version__
     from actcache.capture.cache import ActivationCache
+    from actcache.capture.edits import edit
     from actcache.capture.entry import Entry
     from actcache.capture.hooks import capture, run_with_cache
+    from actcache.capture.ready_made import ReadyMade, ablate, patch, steer
     from actcache.errors import ActCacheError
     from actcache.extract.cached import CachedExtractor
     from actcache.extract.extractor import ActivationExtractor
@@ -46,6 +48,11 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "run_with_cache": ("capture.hooks", "run_with_cache"),
     "ActivationCache": ("capture.cache", "ActivationCache"),
     "Entry": ("capture.entry", "Entry"),
+    "edit": ("capture.edits", "edit"),
+    "ablate": ("capture.ready_made", "ablate"),
+    "steer": ("capture.ready_made", "steer"),
+    "patch": ("capture.ready_made", "patch"),
+    "ReadyMade": ("capture.ready_made", "ReadyMade"),
     "Site": ("model.sites", "Site"),
     "sites": ("model.sites", "list_sites"),
     # Many prompts
@@ -75,24 +82,29 @@ __all__ = [
     "CachedExtractor",
     "Entry",
     "Plan",
+    "ReadyMade",
     "SelftestReport",
     "Site",
     "Store",
     "UnifiedCache",
     "WarmupStats",
     "__version__",
+    "ablate",
     "activations",
     "cache_info",
     "capture",
     "clear_cache",
     "discover_cached",
+    "edit",
     "errors",
     "invalidate_extraction_cache",
     "new_space",
+    "patch",
     "run_with_cache",
     "selftest",
     "set_cache_backend",
     "sites",
+    "steer",
 ]
 
 

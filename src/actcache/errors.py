@@ -70,6 +70,10 @@ class ModelChangedError(ActCacheError, RuntimeError):
     """A model loaded from files was changed in memory, so that its values would be stored as those of the files."""
 
 
+class EditError(ActCacheError, ValueError):
+    """An edit that does not fit the value of its target."""
+
+
 class AdditivityError(ActCacheError, RuntimeError):
     """The residual identities of this model do not hold, so its sites would be mislabelled."""
 

@@ -42,6 +42,9 @@ class Generation:
 class Reader(Protocol):
     """Who wants to know."""
 
+    def begins(self, prompt: int | None) -> None:
+        """Told that a call begins, and how many tokens its prompt has where it says so."""
+
     def noted(self) -> int:
         """How many passes there were so far."""
 
@@ -141,6 +144,9 @@ class _Generate(_Stand):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         starts = [(reader, reader.noted()) for reader in self.readers]
+        prompt = None if self._encodes() else _prompt(args, kwargs)
+        for reader, _ in starts:
+            reader.begins(prompt)
         if starts:
             self.look_into_beams()
         if not hasattr(_running, "calls"):
@@ -167,7 +173,7 @@ class _Generate(_Stand):
                         # The caller may change what it was given.
                         None if sequences is None else sequences.detach().clone(),
                         None if beams is None else beams.detach().clone(),
-                        None if self._encodes() else _prompt(args, kwargs),
+                        prompt,
                         None if ends is None and "eos_token_id" not in kwargs else end_tokens(ends),
                     )
                 )

@@ -97,6 +97,9 @@ class Passes:
         state = _first_state(getattr(output, "cache_params", None) if cache is None else cache)
         self._state = weakref.ref(state) if state is not None else None
 
+    def begins(self, prompt: int | None) -> None:
+        return None
+
     def noted(self) -> int:
         return len(self.passes)
 
@@ -126,6 +129,11 @@ class Passes:
         return self.passes[-1].end if isinstance(at, Tensor) and at.numel() == 1 else 0
 
     @property
+    def running(self) -> bool:
+        """Whether a noted pass has not ended yet."""
+        return self._open
+
+    @property
     def cuts(self) -> bool:
         return self._positions is not None
 
@@ -142,7 +150,7 @@ class _PassListener:
 
     def __init__(self, passes: Passes, module: nn.Module) -> None:
         self._passes = passes
-        self._names = _argument_names(type(module).forward)
+        self._names = argument_names(type(module).forward)
 
     def begin(self, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
         args, kwargs = inputs
@@ -158,7 +166,7 @@ class _PassListener:
 
 
 @cache
-def _argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 

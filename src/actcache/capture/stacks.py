@@ -96,14 +96,8 @@ class Tracks:
         return found
 
     def watch(self, model: nn.Module, anatomy: Anatomy | None) -> Watch:
-        """Begin to watch the `generate` of every module that may run the backbone: those that hold it."""
-        found = [model]
-        for name in anatomy.structure.backbone.split(".") if anatomy is not None else ():
-            inner = found[-1]._modules.get(name)
-            if inner is None:
-                break
-            found.append(inner)
-        return Watch(found, self._last.passes)
+        """Begin to watch the `generate` of every module that may run the backbone."""
+        return Watch(generating(model, anatomy), self._last.passes)
 
     def tokens(self, sites: Iterable[str]) -> dict[str | None, Tokens]:
         """Token ids and mask of the passes so far, by stack; first the stack which `sites` are of (the encoder's where
@@ -116,6 +110,17 @@ class Tracks:
         if asked and "encoder" not in asked:
             return dict(reversed(tables.items()))
         return tables
+
+
+def generating(model: nn.Module, anatomy: Anatomy | None) -> list[nn.Module]:
+    """The modules whose `generate` may run the backbone: those that hold it."""
+    found = [model]
+    for name in anatomy.structure.backbone.split(".") if anatomy is not None else ():
+        inner = found[-1]._modules.get(name)
+        if inner is None:
+            break
+        found.append(inner)
+    return found
 
 
 def _holds(path: str, inner: str) -> bool:

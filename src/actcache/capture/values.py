@@ -91,27 +91,29 @@ def same_device(one: torch.device, other: torch.device) -> bool:
     return (here if one.index is None else one.index) == (here if other.index is None else other.index)
 
 
-def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+def map_tensors(value: Any, function: Callable[[Tensor], Any], *, of_cache: Callable[[Any], Any] | None = None) -> Any:
     """`value` with `function` applied to every tensor inside tuples, lists, dicts, named tuples, model outputs and
-    dataclasses; KV caches become a `KVSummary`, anything else stays the object it is."""
+    dataclasses; KV caches become a `KVSummary` (or what `of_cache` makes of them), anything else stays the object it
+    is."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (str, bytes, int, float)) or value is None:
         return value
     if isinstance(value, tuple):
-        items = [map_tensors(item, function) for item in value]
+        items = [map_tensors(item, function, of_cache=of_cache) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else _same_class(value, items)
     if isinstance(value, list):
-        return _same_class(value, [map_tensors(item, function) for item in value])
+        return _same_class(value, [map_tensors(item, function, of_cache=of_cache) for item in value])
     if isinstance(value, dict):
-        return _map_dict(value, function)
+        return _map_dict(value, function, of_cache)
     if is_kv_cache(value):
-        return summarise(value)
+        return summarise(value) if of_cache is None else of_cache(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         result = copying.copy(value)
         for field in dataclasses.fields(value):
             if hasattr(value, field.name):
-                object.__setattr__(result, field.name, map_tensors(getattr(value, field.name), function))
+                mapped = map_tensors(getattr(value, field.name), function, of_cache=of_cache)
+                object.__setattr__(result, field.name, mapped)
         return result
     return value
 
@@ -211,8 +213,8 @@ def _same_class(value: Any, items: list[Any]) -> Any:
         return plain(items)
 
 
-def _map_dict(value: dict[Any, Any], function: Callable[[Tensor], Any]) -> Any:
-    mapped = {key: map_tensors(item, function) for key, item in value.items()}
+def _map_dict(value: dict[Any, Any], function: Callable[[Tensor], Any], of_cache: Callable[[Any], Any] | None) -> Any:
+    mapped = {key: map_tensors(item, function, of_cache=of_cache) for key, item in value.items()}
     if type(value) is dict:
         return mapped
     if hasattr(type(value), "__dataclass_fields__"):

@@ -183,11 +183,7 @@ class Anatomy:
 
     def read_point(self, site: Site) -> ReadPoint:
         """Where `site` is read. Raises as `require` does."""
-        known = self._places.get(site)
-        if known is None:
-            self.require(site)
-            known = self._places[site] = self._place_of(site)
-        names, place, block = known
+        names, place, block = self.place(site)
         module = descend(self.model, names)
         if not place.flat:
             return ReadPoint(module, ".".join(names), place.side, _extractor(site, place))
@@ -195,6 +191,16 @@ class Anatomy:
         unflatten = _Unflatten(_extractor(site, place))
         around = descend(self.model, block), unflatten.note
         return ReadPoint(module, ".".join(names), place.side, unflatten, around)
+
+    def place(self, site: Site) -> tuple[tuple[str, ...], Place, tuple[str, ...]]:
+        """Module names from the root, the place of `site` on that module, and the names of the block that holds it.
+
+        Raises as `require` does."""
+        known = self._places.get(site)
+        if known is None:
+            self.require(site)
+            known = self._places[site] = self._place_of(site)
+        return known
 
     def points(self, sites: str | Site | Sequence[str | Site], layers: Any = None) -> dict[Site, ReadPoint]:
         """`expand_sites` and `read_point` in one, each site held against its identity. Raises what they raise."""
@@ -205,7 +211,6 @@ class Anatomy:
         return {site: self.read_point(site) for site in wanted}
 
     def _place_of(self, site: Site) -> tuple[tuple[str, ...], Place, tuple[str, ...]]:
-        """Module names from the root, the place on that module, and the names of the block."""
         if site.name == "logits":
             return (), Place("", "output"), ()
         if site.name == "final_norm":

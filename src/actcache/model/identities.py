@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,6 +30,8 @@ _PROMPTS, _TOKENS, _DECODER_TOKENS = 2, 4, 3
 _DEPTH = 4
 # A longer list of modules inside a block is a list of experts, each of which sees some of the tokens.
 _EXPERTS = 8
+# Two such passes at once on one model would read each other's values.
+_alone = threading.RLock()
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -100,7 +103,7 @@ def check(anatomy: Anatomy) -> Findings:
 
 
 def _run(anatomy: Anatomy, watches: Sequence[_StackWatch], findings: Findings) -> None:
-    with _undisturbed(anatomy.model), torch.no_grad(), ExitStack() as hooks:
+    with undisturbed(anatomy.model), torch.no_grad(), ExitStack() as hooks:
         for watch in watches:
             watch.listen(hooks)
         _watch_norms(anatomy, watches, findings, hooks)
@@ -365,8 +368,13 @@ def _spread(tokens: int, vocabulary: int) -> Tensor:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run the model by itself: evaluation mode, no hooks but ours; modes, hooks and random state come back after."""
+    with _alone:
+        yield from _without_hooks(model)
+
+
+def _without_hooks(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     hooks = [(m, name, m.__dict__[name]) for m in modules for name in _HOOKS if m.__dict__.get(name)]
     shadows = [(m, m.__dict__.pop("_call_impl")) for m in modules if "_call_impl" in m.__dict__]

@@ -1,4 +1,4 @@
-"""What somebody else has put on a model: hooks, and forward methods of single modules."""
+"""What somebody else has put on a model: hooks, edits, and forward methods of single modules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _HARMLESS = ("transformers", "accelerate")
 
 
 def refuse_foreign_hooks(model: torch.nn.Module, allowed: Collection[str]) -> None:
-    """Raise `ForeignHooksError` for a hook, or a forward replaced on a module, whose name is not `allowed`.
+    """Raise `ForeignHooksError` inside an `ac.edit` block, and for a hook, or a forward replaced on a module, whose name is
+    not `allowed`.
 
     Those of transformers and accelerate place tensors and record outputs; they change no value. A module's own methods
     (of a quantised layer, say) are part of what it is, like its forward.
@@ -29,6 +30,12 @@ def refuse_foreign_hooks(model: torch.nn.Module, allowed: Collection[str]) -> No
         for hook in hooks.values()
     ]
     for path, part in model.named_modules():
+        # Of edits that are part of an identity, the run that made them takes care.
+        if any(not change.declared for change in _changes(part)):
+            raise ForeignHooksError(
+                f"the model is inside an ac.edit block, which edits {path or 'its root'!r}, so its values are not what "
+                "would be stored as its own: close the block first."
+            )
         if part._forward_hooks or part._forward_pre_hooks:
             hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
             found += [(path, hook) for hook in hooks if getattr(hook, "__self__", None) is not part]
@@ -43,6 +50,12 @@ def refuse_foreign_hooks(model: torch.nn.Module, allowed: Collection[str]) -> No
             f"the model has a hook or forward of its own, {name!r} on {path or 'its root'!r}, which may change what is "
             f"stored: remove it, or pass allow_hooks=[{name!r}] if it does not."
         )
+
+
+def _changes(part: torch.nn.Module) -> tuple[Any, ...]:
+    """The edits on a module: they stand around its call."""
+    found: tuple[Any, ...] = getattr(part.__dict__.get("_call_impl"), "changes", ())
+    return found
 
 
 def _foreign_forward(part: torch.nn.Module) -> Any:

@@ -1,0 +1,236 @@
+"""Where the positions of an edit are in the pass that is running.
+
+Positions are those of what the caller hands over. In a call of the model that is the sequence as of that call: the
+tokens in its KV cache, whose positions are done, and the new ones. In a call of `generate` it is the prompt, with and
+without a KV cache, and however many beams each prompt has.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actcache.capture.generation import Generation, Watch
+from actcache.capture.passes import Pass, Passes, argument_names
+from actcache.capture.positions import each_prompt, resolve_positions
+from actcache.capture.stacks import generating
+from actcache.errors import EditError, OptionError
+from actcache.model.anatomy import Anatomy
+from actcache.model.structure import descend
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Positions of one pass: element ``i`` is position ``at[i]`` of row ``rows[i]``, which is the ``number[i]``-th one
+    that was asked for of prompt ``prompts[i]``."""
+
+    rows: Tensor
+    at: Tensor
+    number: Tensor
+    prompts: Tensor
+    counts: tuple[int, ...]
+    """How many positions were asked for of each prompt."""
+    beams: bool
+    """Whether several prompts, one below the other, may be the beams of one: in generation."""
+
+
+@dataclass
+class _Running:
+    """The passes of one stack in one thread."""
+
+    passes: Passes = field(default_factory=lambda: Passes("all"))
+    known: bool = False
+    first: Pass | None = None
+    """The pass in which `generate` ran the prompt; None outside of it."""
+    chosen: dict[str, Chosen] = field(default_factory=dict)
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.stacks: dict[str | None, _Running] = {}
+        # Calls of `generate` that are running, and the tokens of the outermost one's prompt.
+        self.depth = 0
+        self.prompt: int | None = None
+
+
+class PromptPositions:
+    """Follows the passes of a model while an edit needs to know them; each thread has its own."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy | None) -> None:
+        self._here = _Here()
+        stacks = anatomy.structure.stacks if anatomy is not None else ()
+        if anatomy is not None and len(stacks) == 2:
+            self._paths = {stack.name: stack.blocks.rpartition(".")[0] for stack in stacks}
+        else:
+            self._paths = {None: anatomy.structure.backbone if anatomy is not None else ""}
+        self._last = next(reversed(self._paths))
+        self._generating = generating(model, anatomy)
+        self._begins = [(descend(model, path.split(".") if path else ()), stack) for stack, path in self._paths.items()]
+
+    def forget(self) -> None:
+        """Start anew: nothing has run yet."""
+        self._here = _Here()
+
+    def listeners(self) -> list[tuple[nn.Module, Any]]:
+        """What to put on the modules with which passes begin."""
+        return [(module, _Begins(self, stack, module)) for module, stack in self._begins]
+
+    def watch(self) -> Watch:
+        """Begin to watch `generate`."""
+        return Watch(self._generating, self)
+
+    def stack_of(self, path: str) -> str | None:
+        """The stack that holds a module; the last one (of an encoder-decoder, the decoder) for one that none holds."""
+        inside = (stack for stack, own in self._paths.items() if own == "" or f"{path}.".startswith(f"{own}."))
+        return next(inside, self._last)
+
+    def find(self, positions: Any, stack: str | None, value: Tensor, target: str) -> Chosen:
+        """Where `positions` are in `value` ``[B, S, ...]`` of the pass that is running.
+
+        Raises `LayerRangeError` for a position outside a prompt, `EditError` where positions cannot be told.
+        """
+        running = self._here.stacks.get(stack if stack in self._paths else self._last)
+        one = running.passes.passes[-1] if running is not None and running.known else None
+        rows, length = value.shape[:2] if value.ndim > 1 else (0, 0)
+        # In generation logits are computed for the last positions only.
+        missing = 0 if one is None else one.length - length
+        if one is None or rows != one.batch or missing < 0 or (missing and not self._here.depth):
+            given = (
+                "this pass shows no token ids" if one is None else f"this pass has {one.batch} x {one.length} tokens"
+            )
+            raise EditError(
+                f"the positions of an edit of {target!r} cannot be told: {given}, and the value is "
+                f"{list(value.shape)}. Leave positions out to edit all of them."
+            )
+        assert running is not None
+        key = f"{positions!r}"
+        if key not in running.chosen:
+            running.chosen[key] = self._choose(positions, running, one)
+        chosen = running.chosen[key]
+        if not missing:
+            return chosen
+        there = chosen.at >= missing
+        return replace(
+            chosen,
+            rows=chosen.rows[there],
+            at=chosen.at[there] - missing,
+            number=chosen.number[there],
+            prompts=chosen.prompts[there],
+        )
+
+    def _choose(self, positions: Any, running: _Running, one: Pass) -> Chosen:
+        first = running.first
+        if first is not None:
+            self._check_whole(first)
+        real = _real(first or one)
+        if one.batch % real.shape[0]:
+            raise EditError(f"a pass of {one.batch} rows does not continue one of {real.shape[0]} rows")
+        listed = isinstance(positions, list) and bool(positions) and all(isinstance(p, list) for p in positions)
+        # In generation a prompt has a row for each of its beams, one below the other.
+        per_list = real.shape[0] // len(positions) if listed and first is not None else 1
+        choices = each_prompt(positions, real.shape[0] // max(per_list, 1))
+        columns = []
+        for row, here in enumerate(real):
+            at = here.nonzero()[:, 0]
+            columns.append(at[resolve_positions(choices[row // max(per_list, 1)], len(at))])
+        repeat = one.batch // real.shape[0]
+        rows, ats, numbers, prompts = [], [], [], []
+        for row in range(one.batch):
+            at = columns[row // repeat] - one.past
+            number = ((at >= 0) & (at < one.length)).nonzero()[:, 0]
+            ats.append(at[number])
+            numbers.append(number)
+            rows.append(torch.full_like(number, row))
+            prompts.append(torch.full_like(number, row // repeat))
+        counts = tuple(map(len, columns))
+        return Chosen(
+            torch.cat(rows), torch.cat(ats), torch.cat(numbers), torch.cat(prompts), counts, first is not None
+        )
+
+    # -- told by the modules with which passes begin, and by `generate`
+
+    def began(self, stack: str | None, args: tuple[Any, ...], given: dict[str, Any]) -> bool:
+        running = self._here.stacks.setdefault(stack, _Running())
+        passes = running.passes
+        inside = passes.running
+        started = passes.start(args, given)
+        if not inside:
+            running.known = started
+            running.chosen = {}
+        if started:
+            one = passes.passes[-1]
+            # An edit may stay for thousands of passes; the last one is what positions are told by.
+            del passes.passes[:-1]
+            if self._here.depth and running.first is None:
+                running.first = one
+        return started
+
+    def finished(self, stack: str | None, output: Any) -> None:
+        self._here.stacks[stack].passes.finish(output)
+
+    def _check_whole(self, one: Pass) -> None:
+        prompt = self._here.prompt
+        if prompt is not None and one.end < prompt:
+            raise EditError(
+                f"generate runs the {prompt} tokens of its prompt in chunks of {one.length}, so that positions of the "
+                "prompt cannot be told: leave prefill_chunk_size out, or edit all positions"
+            )
+
+    def begins(self, prompt: int | None) -> None:
+        if self._here.depth == 0:
+            self._here.prompt = prompt
+            self._end_of_prompt()
+        self._here.depth += 1
+
+    def noted(self) -> int:
+        return 0
+
+    def generated(self, generation: Generation) -> None:
+        self._here.depth -= 1
+        if self._here.depth == 0:
+            self._end_of_prompt()
+
+    def _end_of_prompt(self) -> None:
+        for running in self._here.stacks.values():
+            running.first = None
+
+
+class _Begins:
+    """A listener on a module with which passes of a stack begin."""
+
+    __slots__ = ("_names", "_positions", "_stack")
+
+    def __init__(self, positions: PromptPositions, stack: str | None, module: nn.Module) -> None:
+        self._positions = positions
+        self._stack = stack
+        forward: Callable[..., Any] = type(module).forward
+        self._names = argument_names(forward)
+
+    def begin(self, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
+        args, kwargs = inputs
+        return self._positions.began(self._stack, args, {**dict(zip(self._names, args, strict=False)), **kwargs})
+
+    def end(self, token: bool, output: Any) -> None:
+        if token:
+            self._positions.finished(self._stack, output)
+
+    def fail(self, token: bool) -> None:
+        if token:
+            self._positions.finished(self._stack, None)
+
+
+def _real(one: Pass) -> Tensor:
+    """Which positions up to the end of a pass are real, bool ``[B, past + S]`` on the CPU."""
+    if one.mask is None:
+        return torch.ones(one.batch, one.end, dtype=torch.bool)
+    if one.mask.shape[1] != one.end:
+        raise OptionError(
+            f"positions cannot be told: the attention mask covers {one.mask.shape[1]} positions, and there are "
+            f"{one.end} ({one.past} in the KV cache). Pass a mask over all of them."
+        )
+    return one.mask.to(device="cpu", dtype=torch.bool)
