@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+    from actcache.capture.ready_made import ReadyMade
     from actcache.store.store import Store
 
 Answer = tuple["torch.Tensor", "torch.Tensor | None"]
@@ -75,6 +76,8 @@ class UnifiedCache:
             model_kwargs: as transformers takes them.
         add_special_tokens: whether text gets the tokenizer's special tokens.
         allow_hooks: names of hooks on a loaded model that are known not to change what is stored.
+        edits: ready-made edits (`ac.ablate`, `ac.steer`, `ac.patch`) to run the model with; what is stored is stored
+            apart from what other edits, or none, give. They mean the same for every prompt.
 
     Raises:
         OptionError, ModelLoadError, UnknownSiteError, SiteUnavailableError, LayerRangeError: before any weights are
@@ -105,6 +108,7 @@ class UnifiedCache:
         model_kwargs: Mapping[str, Any] | None = None,
         add_special_tokens: bool = True,
         allow_hooks: Sequence[str] = (),
+        edits: ReadyMade | Sequence[ReadyMade] = (),
     ) -> None:
         if not callable(pooling):
             require_choice(pooling, POOLINGS, "pooling")
@@ -128,6 +132,7 @@ class UnifiedCache:
             model_kwargs=model_kwargs,
             add_special_tokens=add_special_tokens,
             allow_hooks=allow_hooks,
+            edits=edits,
         )
         self.cached = CachedExtractor(self.extractor, store)
         self.cache_pooled = cache_pooled

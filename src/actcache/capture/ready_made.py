@@ -52,6 +52,11 @@ class ReadyMade(ABC):
     def changed(self, value: Tensor, chosen: Chosen | None) -> Tensor:
         """A new tensor ``[B, S, D]``: `value` edited where `chosen` says (None: everywhere)."""
 
+    def check_length(self, length: int) -> None:
+        """Raise `LayerRangeError` or `OptionError` when it cannot be applied to a prompt of `length` tokens."""
+        for choice in self.positions if _listed(self.positions) else [self.positions]:
+            resolve_positions(choice, length)
+
     @property
     def everywhere(self) -> bool:
         """Whether it edits every position alike, padding too, which means nothing."""
@@ -171,6 +176,13 @@ class _Replace(ReadyMade):
         new = value.clone()
         new[chosen.rows.to(value.device), chosen.at.to(value.device)] = self.values.at(chosen, value, self.target)
         return new
+
+    def check_length(self, length: int) -> None:
+        super().check_length(length)
+        if isinstance(self.values, _Rows) and not _listed(self.positions):
+            count = len(resolve_positions(self.positions, length))
+            if any(count != mine for mine in self.values.counts):
+                raise OptionError(f"it has values for {self.values.counts[0]} positions, and would need {count}")
 
     @property
     def everywhere(self) -> bool:

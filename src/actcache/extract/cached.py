@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actcache.errors import ModelChangedError, OptionError, PartialWarmupError
+from actcache.extract.declared import check_edited
 from actcache.extract.extractor import ActivationExtractor
 from actcache.extract.lookup import Lookup, Question, look_up
 from actcache.extract.plan import Plan, bytes_free, estimate_seconds, remember_speed
@@ -158,6 +159,7 @@ class CachedExtractor:
         absent = np.flatnonzero(~lookup.found).tolist()
         if absent:
             check_tokens(read, absent, source)
+            check_edited(read, absent, self.extractor.edits)
         missing: dict[tuple[str, ...], list[int]] = {}
         seen: set[bytes] = set()
         for i in absent:

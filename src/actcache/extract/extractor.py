@@ -13,6 +13,7 @@ from actcache.errors import OptionError, SiteUnavailableError, require_choice
 from actcache.extract.activations import Activations
 from actcache.extract.backends import Backend, Pooling, Reduction, Rows, Session
 from actcache.extract.batching import Batch, check_limits, make_batches, token_budget
+from actcache.extract.declared import check_edited, declared_edits
 from actcache.extract.prompts import Prompt, check_tokens, read_prompts, tokenize
 from actcache.model.decoder_inputs import require_decoder_start
 from actcache.model.loading import open_source
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+    from actcache.capture.ready_made import ReadyMade
     from actcache.model.source import ModelSource
 
 BatchRows = Mapping[str, "torch.Tensor"]
@@ -48,6 +50,8 @@ class ActivationExtractor:
         max_batch_tokens: padded tokens per batch; None takes what suits the device.
         add_special_tokens: whether text gets the tokenizer's special tokens.
         allow_hooks: names of hooks on a loaded model that are known not to change what is read.
+        edits: ready-made edits (`ac.ablate`, `ac.steer`, `ac.patch`) to run the model with; what is stored is stored
+            apart from what other edits, or none, give. They mean the same for every prompt.
 
     Raises:
         OptionError, ModelLoadError, UnknownSiteError, SiteUnavailableError, LayerRangeError: before any weights are
@@ -77,6 +81,7 @@ class ActivationExtractor:
         model_kwargs: Mapping[str, Any] | None = None,
         add_special_tokens: bool = True,
         allow_hooks: Sequence[str] = (),
+        edits: ReadyMade | Sequence[ReadyMade] = (),
     ) -> None:
         require_choice(backend, ("local",), "backend")
         check_limits(batch_size, max_batch_tokens)
@@ -100,6 +105,8 @@ class ActivationExtractor:
             allow_hooks=tuple(allow_hooks),
         )
         self.source: ModelSource = open_source(model, options, tokenizer)
+        self.edits = declared_edits(edits, self.source)
+        self.source.edits = tuple(edit.identity() for edit in self.edits)
         self.reduction = Reduction(pooling, positions)
         self.batch_size = batch_size
         self.max_batch_tokens = max_batch_tokens
@@ -123,6 +130,7 @@ class ActivationExtractor:
         everything = range(len(read))
         tokenize(read, everything, self.source, add_special_tokens=self.add_special_tokens)
         check_tokens(read, everything, self.source)
+        check_edited(read, everything, self.edits)
         ids = [i for i in read.ids if i is not None]
         parts: dict[str, list[torch.Tensor | None]] = {site: [None] * len(ids) for site in self.sites}
         with progress(len(ids), "extracting") as bar:
@@ -157,7 +165,7 @@ class ActivationExtractor:
         """The backend that runs the model."""
         from actcache.extract.backends.local import LocalBackend
 
-        return LocalBackend(self.source)
+        return LocalBackend(self.source, self.edits)
 
     def batches(
         self,

@@ -55,6 +55,11 @@ class ForwardInputs:
             self._start = decoder_start()
             self._decoder_masked = accepts(module, "decoder_attention_mask")
 
+    @property
+    def tells_lengths(self) -> bool:
+        """Whether a mask tells the model which tokens of a padded batch are real, in each of its stacks."""
+        return self._masked and (self._start is None or self._decoder_masked)
+
     def make(self, sequences: Sequence[Sequence[int] | npt.NDArray[np.int32]], device: torch.device) -> dict[str, Any]:
         """Arguments for `sequences` (token ids of each prompt): padded on the right, masked by their lengths."""
         import numpy as np

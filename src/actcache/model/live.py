@@ -90,7 +90,7 @@ class LiveSource(ModelSource):
             "attn_implementation": in_memory.attention_of(self._model),
             "settings": in_memory.settings_of(self._model),
             "hooks": sorted(self.options.allow_hooks),
-            "edits": [],
+            "edits": list(self.edits),
         }
         adapters = of_model(self._model)
         if adapters is not None:

@@ -91,7 +91,7 @@ class PathSource(ModelSource):
             "attn_implementation": self._attn_implementation(digests.get("code")),
             "quantization": self._quantization,
             "model_kwargs": self._extra or None,
-            "edits": [],
+            "edits": list(self.edits),
         }
         if options.allow_hooks:
             values["hooks"] = sorted(options.allow_hooks)

@@ -39,6 +39,8 @@ class ModelSource(ABC):
 
     name: str
     options: LoadOptions
+    # What identifies the ready-made edits with which it is run; set before its identity is asked for.
+    edits: tuple[Mapping[str, Any], ...] = ()
 
     @property
     @abstractmethod

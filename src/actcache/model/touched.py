@@ -16,8 +16,8 @@ _HARMLESS = ("transformers", "accelerate")
 
 
 def refuse_foreign_hooks(model: torch.nn.Module, allowed: Collection[str]) -> None:
-    """Raise `ForeignHooksError` inside an `ac.edit` block, and for a hook, or a forward replaced on a module, whose name is
-    not `allowed`.
+    """Raise `ForeignHooksError` inside an `ac.edit` block, and for a hook or a replaced forward whose name is not
+    `allowed`.
 
     Those of transformers and accelerate place tensors and record outputs; they change no value. A module's own methods
     (of a quantised layer, say) are part of what it is, like its forward.
@@ -30,12 +30,9 @@ def refuse_foreign_hooks(model: torch.nn.Module, allowed: Collection[str]) -> No
         for hook in hooks.values()
     ]
     for path, part in model.named_modules():
-        # Of edits that are part of an identity, the run that made them takes care.
+        # Those of a run's own are part of its identity.
         if any(not change.declared for change in _changes(part)):
-            raise ForeignHooksError(
-                f"the model is inside an ac.edit block, which edits {path or 'its root'!r}, so its values are not what "
-                "would be stored as its own: close the block first."
-            )
+            raise _edited(path)
         if part._forward_hooks or part._forward_pre_hooks:
             hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
             found += [(path, hook) for hook in hooks if getattr(hook, "__self__", None) is not part]
@@ -50,6 +47,20 @@ def refuse_foreign_hooks(model: torch.nn.Module, allowed: Collection[str]) -> No
             f"the model has a hook or forward of its own, {name!r} on {path or 'its root'!r}, which may change what is "
             f"stored: remove it, or pass allow_hooks=[{name!r}] if it does not."
         )
+
+
+def refuse_edits(model: torch.nn.Module) -> None:
+    """Raise `ForeignHooksError` for any edit on `model`, that of another extraction too."""
+    for path, part in model.named_modules():
+        if _changes(part):
+            raise _edited(path)
+
+
+def _edited(path: str) -> ForeignHooksError:
+    return ForeignHooksError(
+        f"the model is inside an ac.edit block, which edits {path or 'its root'!r}, so its values are not what would "
+        "be stored as its own: close the block first, or give ready-made edits to the extraction (edits=)."
+    )
 
 
 def _changes(part: torch.nn.Module) -> tuple[Any, ...]:

@@ -10,11 +10,13 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from actcache.capture.edits import Editing
 from actcache.capture.hooks import StopForward, observe
 from actcache.capture.positions import pool, pool_rows, resolve_positions
 from actcache.errors import MissedModuleError, OptionError, SiteUnavailableError
@@ -28,19 +30,22 @@ from actcache.model.offload import input_device, is_dispatched
 from actcache.model.options import resolve_device
 from actcache.model.rope import forget_lengths
 from actcache.model.sites import Site
+from actcache.model.touched import refuse_edits
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from actcache.capture.ready_made import ReadyMade
     from actcache.model.source import ModelSource
 
 
 class LocalBackend:
     """Runs the model of a source here."""
 
-    def __init__(self, source: ModelSource) -> None:
+    def __init__(self, source: ModelSource, edits: Sequence[ReadyMade] = ()) -> None:
         self._source = source
+        self._edits = list(edits)
 
     @property
     def device(self) -> str:
@@ -55,6 +60,7 @@ class LocalBackend:
         with ExitStack() as stack:
             # What one thread's pass reads must not be read by another's.
             stack.enter_context(_lock_of(model))
+            refuse_edits(model)
             stack.enter_context(evaluating(model))
             stack.enter_context(exact_float32())
             stack.enter_context(torch.autocast(input_device(model).type, enabled=False))
@@ -64,15 +70,13 @@ class LocalBackend:
             module = _to_run(anatomy, list(parsed.values()), list(points.values()))
             policy = self._source.batch_policy()
             start = partial(require_decoder_start, self._source.config)
-            session = LocalSession(
-                module,
-                input_device(model),
-                reduction,
-                policy,
-                ForwardInputs(module, policy, decoder_start=start),
-                parsed,
-            )
+            inputs = ForwardInputs(module, policy, decoder_start=start)
+            if policy.lengths == "any" and not inputs.tells_lengths and not all(e.everywhere for e in self._edits):
+                policy = replace(policy, lengths="equal", why="Edits at positions need to know each prompt's length.")
+            session = LocalSession(module, input_device(model), reduction, policy, inputs, parsed)
             stack.enter_context(torch.no_grad())
+            if self._edits:
+                stack.enter_context(Editing(model, self._edits, declared=True))
             # Weights that were brought in for a pass leave at its end, which an exception would skip.
             to_the_end = is_dispatched(model)
             session.observer = stack.enter_context(observe(points, session.receive, stop_after_last=not to_the_end))
