@@ -289,6 +289,17 @@ def test_steps_of_generation_are_left_alone(model: Any) -> None:
 
 
 @torch.no_grad()
+def test_drafts_of_another_model_are_no_part_of_the_prompt() -> None:
+    model = tiny_model("llama")
+    edit = ac.steer("resid_post.1", VECTOR, scale=4.0, positions="last")
+    options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    with ac.edit(model, edit):
+        expected = model.generate(IDS[:1], **options)
+        drafted = model.generate(IDS[:1], **options, assistant_model=tiny_model("llama", seed=1))
+    assert torch.equal(drafted, expected)
+
+
+@torch.no_grad()
 def test_logits_of_generation(model: Any) -> None:
     """The prompt's pass computes logits for its last position only."""
     row = torch.full((259,), -1.0)

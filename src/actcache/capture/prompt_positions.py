@@ -125,9 +125,7 @@ class PromptPositions:
 
     def _choose(self, positions: Any, running: _Running, one: Pass) -> Chosen:
         first = running.first
-        if first is not None:
-            self._check_whole(first)
-        real = _real(first or one)
+        real = self._prompt_of(first) if first is not None else _real(one)
         if one.batch % real.shape[0]:
             raise EditError(f"a pass of {one.batch} rows does not continue one of {real.shape[0]} rows")
         listed = isinstance(positions, list) and bool(positions) and all(isinstance(p, list) for p in positions)
@@ -173,13 +171,18 @@ class PromptPositions:
     def finished(self, stack: str | None, output: Any) -> None:
         self._here.stacks[stack].passes.finish(output)
 
-    def _check_whole(self, one: Pass) -> None:
+    def _prompt_of(self, one: Pass) -> Tensor:
+        """Which positions of the prompt are real, told by the pass that ran it."""
         prompt = self._here.prompt
-        if prompt is not None and one.end < prompt:
+        if prompt is None:
+            return _real(one)
+        if one.end < prompt:
             raise EditError(
                 f"generate runs the {prompt} tokens of its prompt in chunks of {one.length}, so that positions of the "
                 "prompt cannot be told: leave prefill_chunk_size out, or edit all positions"
             )
+        # A draft model's tokens may come in the same pass. Embeddings have what was put in front of the prompt.
+        return _real(one) if one.ids is None else _real(one)[:, :prompt]
 
     def begins(self, prompt: int | None) -> None:
         if self._here.depth == 0:
