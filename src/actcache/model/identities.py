@@ -17,6 +17,7 @@ from actcache.model.discovery import find_form
 from actcache.model.forms import BlockForm, BlockRun, Call, Side, check_form, first_input, first_tensor
 from actcache.model.modes import evaluating
 from actcache.model.offload import input_device
+from actcache.model.rope import restore_attention
 from actcache.model.sites import Site
 from actcache.model.structure import Stack, descend, text_config
 
@@ -377,6 +378,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 module.__dict__[name] = OrderedDict()
             yield
         finally:
+            restore_attention(model)
             for module, name, saved in hooks:
                 module.__dict__[name] = saved
             for module, shadow in shadows:

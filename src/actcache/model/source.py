@@ -82,9 +82,11 @@ class ModelSource(ABC):
         """How prompts may share a forward pass; of a model in memory the modules count too."""
         from actcache.model.invariance import batch_policy
 
+        model: Any = self.model() if self.loaded else None
         return batch_policy(
-            self.config,
-            model=self.model() if self.loaded else None,
+            # A file may leave out what is its class's default.
+            self.config if model is None else model.config.to_dict(),
+            model=model,
             quantization_config=self.options.quantization_config,
         )
 
