@@ -341,6 +341,44 @@ def test_replaced_blocks_are_described_anew() -> None:
     assert describe(model).read_point(Site("mlp_out", 1)).module is replaced
 
 
+def test_a_factor_that_changed_is_found_anew() -> None:
+    model = tiny_model("granite")
+    captured(model, "attn_out.1")
+    for module in model.modules():
+        if "residual_multiplier" in vars(module):
+            module.residual_multiplier = 0.75
+    cache = captured(model, "resid_pre.1", "attn_out.1", "resid_mid.1", "mlp_out.1", "resid_post.1")
+    torch.testing.assert_close(cache["resid_pre.1"] + cache["attn_out.1"], cache["resid_mid.1"])
+    torch.testing.assert_close(cache["resid_mid.1"] + cache["mlp_out.1"], cache["resid_post.1"])
+
+
+@pytest.mark.parametrize("mixer", ["self_attn", "conv"])
+def test_a_branch_behind_a_norm_is_what_the_norm_was_given(mixer: str) -> None:
+    """A norm's name says nothing, neither of attention nor of what is none."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(mixer, nn.Linear(16, 16))
+            self.post_norm = nn.LayerNorm(16)
+            self.post_attention_layernorm = nn.LayerNorm(16)
+            self.mlp = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            behind, before = self.post_norm, self.post_attention_layernorm
+            if mixer == "conv":
+                behind, before = before, behind
+            x = x + behind(getattr(self, mixer)(x))
+            out: Tensor = x + self.mlp(before(x))
+            return out
+
+    model = Unseen("pre")
+    model.storeys = nn.ModuleList(Block() for _ in range(3))
+    names = {site.name for site in describe(model).sites()}
+    assert ("attn_out" if mixer == "self_attn" else "mixer_out") in names
+    assert ("mixer_out" if mixer == "self_attn" else "attn_out") not in names
+
+
 def test_a_backbone_without_a_head() -> None:
     backbone = tiny_model("llama").model
     anatomy = describe(backbone)

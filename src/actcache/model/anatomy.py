@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from actcache.errors import AdditivityError, LayerRangeError, SiteUnavailableError
 from actcache.model.forms import BlockForm, Place, Side, first_input, first_tensor
-from actcache.model.identities import BRANCHES, Findings, Identity, check
+from actcache.model.identities import BRANCHES, Findings, Identity, check, numbers_of
 from actcache.model.sites import Site, SiteInfo, expand_sites, list_sites
 from actcache.model.structure import Stack, Structure, descend, find_structure
 
@@ -62,6 +62,7 @@ class Anatomy:
         self._places: dict[Site, tuple[tuple[str, ...], Place, tuple[str, ...]]] = {}
         self._expanded: dict[Any, list[Site]] = {}
         self._findings: Findings | None = None
+        self._numbers: list[float] = []
 
     @property
     def model(self) -> nn.Module:
@@ -115,6 +116,7 @@ class Anatomy:
             # Two passes at once on one model would read each other's values.
             with _checking:
                 if self._findings is None:
+                    self._numbers = self._numbers_now()
                     self._findings = check(self)
         return self._findings
 
@@ -142,7 +144,10 @@ class Anatomy:
         raise SiteUnavailableError(f"unknown stack {name!r}: expected 'encoder' or 'decoder'")
 
     def current(self) -> bool:
-        """Whether the model still has the blocks that were described."""
+        """Whether the model still has the blocks that were described, and they the numbers that they were checked
+        with."""
+        if self._findings is not None and self._numbers_now() != self._numbers:
+            return False
         for names, refs in self._block_refs:
             try:
                 children = descend(self.model, names)._modules.values()
@@ -151,6 +156,9 @@ class Anatomy:
             if len(children) != len(refs) or any(r() is not m for r, m in zip(refs, children, strict=True)):
                 return False
         return True
+
+    def _numbers_now(self) -> list[float]:
+        return numbers_of((block for _, refs in self._block_refs for ref in refs if (block := ref())), self.model)
 
     def sites(self) -> list[Site]:
         """Every complete site this model has, in the order of a forward pass."""

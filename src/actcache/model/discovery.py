@@ -62,7 +62,7 @@ class _Search:
         for attn, mid in self._steps(self.run.pre, -1, factor, self.inputs):
             if _CROSS.search(attn.path):
                 continue
-            name = "attn_out" if _named_attention(attn) else "mixer_out"
+            name = "attn_out" if self._attends(attn) else "mixer_out"
             self.progress = f"resid_pre + {name} = resid_mid holds with {attn.path}, but nothing adds up from there"
             assert mid.input is not None
             first = Step(((name, _output(attn, factor)),), total=_input(mid))
@@ -73,6 +73,13 @@ class _Search:
                     second = Step((("cross_attn_out", _output(cross, factor)),), total=_input(after))
                     used = [attn, mid, cross, after]
                     yield from self._ends("sequential", [first, second], used, after.input, after.begun, factor)
+
+    def _attends(self, branch: Call) -> bool:
+        """Whether a branch is attention's: of a norm, the values it was given decide, whatever it is called."""
+        if not _NORM.search(branch.kind):
+            return _named_attention(branch)
+        before = (call for call in self.outputs if call.ended < branch.begun)
+        return any(_named_attention(call) for call in before if not _NORM.search(call.kind))
 
     def _ends(
         self, kind: Kind, steps: list[Step], used: list[Call], stream: Tensor, after: int, factor: float

@@ -341,9 +341,18 @@ def _outside(module: nn.Module, path: str, lists: Container[str]) -> Iterator[tu
 
 def _factors(block: nn.Module, model: nn.Module) -> list[float]:
     """Numbers by which this block may multiply a branch: its own, then the config's."""
+    return numbers_of([block], model)
+
+
+def numbers_of(blocks: Iterable[nn.Module], model: nn.Module) -> list[float]:
+    """The numbers that blocks hold themselves, then those of the config. A branch that was found with one of them as
+    its factor has to be found again when it changes."""
     config = text_config(model)
-    values = [*vars(block).values(), *(vars(config).values() if config is not None else ())]
-    return [value for value in values if type(value) is float and math.isfinite(value) and value != 0]
+    holders = [vars(block) for block in blocks]
+    if config is not None:
+        holders.append(vars(config))
+    values = [value for holder in holders for value in holder.values() if type(value) is float]
+    return [value for value in values if math.isfinite(value) and value != 0]
 
 
 def probe_inputs(anatomy: Anatomy) -> dict[str, Any]:
