@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,7 +62,8 @@ class Anatomy:
         self._places: dict[Site, tuple[tuple[str, ...], Place, tuple[str, ...]]] = {}
         self._expanded: dict[Any, list[Site]] = {}
         self._findings: Findings | None = None
-        self._numbers: list[float] = []
+        # Those that the findings rest on; empty until there are some.
+        self._numbers: list[tuple[Mapping[str, Any], str, float]] = []
 
     @property
     def model(self) -> nn.Module:
@@ -116,7 +117,7 @@ class Anatomy:
             # Two passes at once on one model would read each other's values.
             with _checking:
                 if self._findings is None:
-                    self._numbers = self._numbers_now()
+                    self._numbers = numbers_of(self.blocks, self.model)
                     self._findings = check(self)
         return self._findings
 
@@ -146,7 +147,7 @@ class Anatomy:
     def current(self) -> bool:
         """Whether the model still has the blocks that were described, and they the numbers that they were checked
         with."""
-        if self._findings is not None and self._numbers_now() != self._numbers:
+        if any(holder.get(name) != value for holder, name, value in self._numbers):
             return False
         for names, refs in self._block_refs:
             try:
@@ -156,9 +157,6 @@ class Anatomy:
             if len(children) != len(refs) or any(r() is not m for r, m in zip(refs, children, strict=True)):
                 return False
         return True
-
-    def _numbers_now(self) -> list[float]:
-        return numbers_of((block for _, refs in self._block_refs for ref in refs if (block := ref())), self.model)
 
     def sites(self) -> list[Site]:
         """Every complete site this model has, in the order of a forward pass."""

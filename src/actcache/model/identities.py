@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -341,18 +341,17 @@ def _outside(module: nn.Module, path: str, lists: Container[str]) -> Iterator[tu
 
 def _factors(block: nn.Module, model: nn.Module) -> list[float]:
     """Numbers by which this block may multiply a branch: its own, then the config's."""
-    return numbers_of([block], model)
+    return [value for _, _, value in numbers_of([block], model) if math.isfinite(value) and value != 0]
 
 
-def numbers_of(blocks: Iterable[nn.Module], model: nn.Module) -> list[float]:
-    """The numbers that blocks hold themselves, then those of the config. A branch that was found with one of them as
-    its factor has to be found again when it changes."""
+def numbers_of(blocks: Iterable[nn.Module], model: nn.Module) -> list[tuple[Mapping[str, Any], str, float]]:
+    """The numbers that blocks hold themselves, then those of the config: holder, name, value. A branch that was found
+    with one of them as its factor has to be found again when it changes."""
     config = text_config(model)
     holders = [vars(block) for block in blocks]
     if config is not None:
         holders.append(vars(config))
-    values = [value for holder in holders for value in holder.values() if type(value) is float]
-    return [value for value in values if math.isfinite(value) and value != 0]
+    return [(holder, name, value) for holder in holders for name, value in holder.items() if type(value) is float]
 
 
 def probe_inputs(anatomy: Anatomy) -> dict[str, Any]:
