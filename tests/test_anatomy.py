@@ -415,6 +415,31 @@ def test_list_of_sites_says_where_each_is_read() -> None:
     assert (infos["logits"].path, infos["logits"].shape) == ("", "[B, S, V]")
 
 
+@pytest.mark.parametrize("kind", ["images", "sounds"])
+def test_blocks_of_a_tower_for_other_inputs_are_not_the_blocks(kind: str) -> None:
+    """Beside the language model and as deep in the model, or even shallower."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text = {"model_type": "qwen2", "vocab_size": VOCABULARY, "intermediate_size": 48, **sizes}
+    if kind == "images":
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+        renamed = {"rope_scaling": rope, "rope_theta": 1e4, "bos_token_id": 1, "eos_token_id": 2}
+        tower = {"depth": 3, "embed_dim": 32, "hidden_size": 32, "num_heads": 4}
+        config = transformers.Qwen2VLConfig(
+            text_config=text | renamed | {"model_type": "qwen2_vl_text"}, vision_config=tower
+        )
+        model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    else:
+        tower = {"d_model": 32, "encoder_layers": 3, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
+        small = {"model_type": "qwen2_audio_encoder", "num_mel_bins": 16, "max_source_positions": 20}
+        config = transformers.Qwen2AudioConfig(text_config=text, audio_config=tower | small)
+        model = transformers.Qwen2AudioForConditionalGeneration(config).eval()
+    assert "language_model" in describe(model).block_paths[0]
+    cache = captured(model, "resid_pre.1", "attn_out.1", "resid_mid.1")
+    torch.testing.assert_close(cache["resid_pre.1"] + cache["attn_out.1"], cache["resid_mid.1"])
+
+
 def test_experts_as_many_as_blocks_are_not_the_blocks() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
