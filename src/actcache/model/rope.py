@@ -54,10 +54,10 @@ def switches_attention(config: Mapping[str, Any]) -> bool:
 def restore_attention(model: torch.nn.Module) -> None:
     """Give modules whose attention a short pass has exchanged the one of their configuration again."""
     # Outermost first: each takes those inside along. The list, since modules are exchanged.
-    for module in list(model.modules()):
+    for module in [m for m in model.modules() if hasattr(type(m), "set_attention_type")]:
         config: Any = getattr(module, "config", None)
         wanted = getattr(config, "attention_type", None)
-        switch = getattr(module, "set_attention_type", None)
+        switch: Any = module.set_attention_type
         # Beside cross-attention it is full from the beginning.
-        if isinstance(wanted, str) and callable(switch) and not getattr(config, "add_cross_attention", False):
+        if isinstance(wanted, str) and not getattr(config, "add_cross_attention", False):
             switch(wanted)
