@@ -207,6 +207,30 @@ def test_a_branch_that_adds_nothing_is_still_found() -> None:
     assert not captured(model, "attn_out.0")["attn_out.0"].any()
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "olmo2"])
+def test_branches_that_gave_nothing_are_looked_for_again(family: str) -> None:
+    """Weights that training starts from tell neither what runs in parallel nor whether a norm follows."""
+    model, begun = tiny_model(family), tiny_model(family)
+    with torch.no_grad():
+        for name, parameter in begun.named_parameters():
+            if ".dense" in name or ".o_proj" in name or ".down_proj" in name:
+                parameter.zero_()
+    ac.sites(begun)
+    begun.load_state_dict(model.state_dict())
+    assert [(i.site, i.path) for i in ac.sites(begun)] == [(i.site, i.path) for i in ac.sites(model)]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "t5"])
+def test_a_branch_too_small_for_half_precision_is_still_the_one_that_is_added(family: str) -> None:
+    """Everything else a block computes adds up as well there: which one is named must not be left to rounding."""
+    model, large = tiny_model(family), tiny_model(family).to(torch.bfloat16)
+    with torch.no_grad():
+        large.get_input_embeddings().weight.mul_(1e6 if family == "gemma2" else 1e4)
+    paths = {str(i.site): i.path for i in ac.sites(model)}
+    found = {str(i.site): i.path for i in ac.sites(large)}
+    assert found == {site: paths[site] for site in found}
+
+
 def test_a_block_that_runs_several_times_has_no_sites() -> None:
     model = Unseen("pre").eval()
     model.storeys = nn.ModuleList([model.storeys[0]] * 3)

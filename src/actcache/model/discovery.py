@@ -39,7 +39,7 @@ def find_form(run: BlockRun, factors: Iterable[float]) -> tuple[BlockForm | None
     return None, search.progress
 
 
-Ranked = tuple[tuple[float, int, int], BlockForm]
+Ranked = tuple[tuple[int, int, int, float], BlockForm]
 
 
 class _Search:
@@ -161,10 +161,17 @@ class _Search:
         return tensor.reshape(-1)[self._at].double() if known is None else known
 
     def _ranked(self, form: BlockForm, used: list[Call]) -> Ranked:
-        """Smallest error first, then the shallowest modules, then the earliest."""
+        """The branches that ended last first, then the shallowest and earliest modules, then the smallest error.
+
+        Of modules that give the same, the outermost ends last. Where a branch is too small to be seen in the stream
+        (half precision, or zero), others seem to add up too, with errors that say nothing: what is added is what was
+        computed right before."""
+        branches = {place.path for step in form.steps for _, place in step.branches}
+        ended = sum(call.ended for call in used if call.path in branches)
+        begun = sum(call.begun for call in used if call.path not in branches)
         errors, _ = check_form(form, self.run)
-        total = sum(error for _, error in errors)
-        return (total, sum(call.path.count(".") for call in used), sum(call.begun for call in used)), form
+        depth = sum(call.path.count(".") for call in used)
+        return (-ended, depth, begun, sum(error for _, error in errors)), form
 
 
 def _named_attention(call: Call) -> bool:

@@ -60,12 +60,15 @@ class Findings:
         final_norms: by stack, the path of the norm that takes the last block's output.
         identities: every identity that was measured.
         refused: site names (a `Site` without layer) that are refused, with the reason.
+        passing: whether a branch gave nothing but zeros where its block's form was found (as weights do that training
+            starts from), so that it may be another one when they change.
     """
 
     forms: dict[tuple[str | None, int], BlockForm | None] = field(default_factory=dict)
     final_norms: dict[str | None, str | None] = field(default_factory=dict)
     identities: list[Identity] = field(default_factory=list)
     refused: dict[Site, str] = field(default_factory=dict)
+    passing: bool = False
 
 
 _STREAM = ("resid_pre", "resid_post")
@@ -177,6 +180,8 @@ class _StackWatch:
                     self._failed = f"in block {layer} ({self.stack.block_paths[layer]}), {why}"
             else:
                 errors, _ = check_form(form, run)
+                branches = [run.value(place) for step in form.steps for _, place in step.branches]
+                self._findings.passing |= any(value is not None and not value.any() for value in branches)
                 self._known.setdefault(_build(self._blocks[layer]), form)
         self._findings.forms[self.stack.name, layer] = form
         if form is not None:
