@@ -143,6 +143,16 @@ def test_a_config_file_that_leaves_out_its_defaults(tmp_path):
     assert source.batch_policy().lengths == "alone"
 
 
+def test_arguments_of_loading_that_make_lengths_count(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    options = LoadOptions(device="cpu", model_kwargs={"rope_scaling": rope})
+    source = open_source(str(tmp_path), options)
+    source.model()
+    policy = source.batch_policy()
+    assert (policy.lengths, policy.forget_lengths) == ("equal", True)
+
+
 @pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta", "camembert", "mpnet", "esm", "longformer", "mra"])
 def test_families_that_make_their_own_positions_are_given_none(model_type):
     assert not batch_policy({"model_type": model_type}).position_ids
