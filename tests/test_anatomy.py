@@ -249,6 +249,22 @@ def test_a_stream_of_another_shape_is_refused() -> None:
             ac.capture(model, sites=site)
 
 
+def test_a_cross_attention_that_runs_only_when_it_is_given_states_comes_before_the_middle() -> None:
+    from transformers import BartForCausalLM
+
+    whole = tiny_model("bart")
+    model = BartForCausalLM(whole.config).eval()
+    model.model.decoder.load_state_dict(whole.model.decoder.state_dict())
+    states = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
+    assert not describe(model).findings.refused
+    for given in ({}, {"encoder_hidden_states": states}):
+        with torch.no_grad(), ac.capture(model, sites=["resid_mid", "mlp_out", "resid_post"]) as cache:
+            model(IDS, **given)
+            for layer, block in enumerate(model.model.decoder.layers):
+                total = cache[f"resid_mid.{layer}"] + cache[f"mlp_out.{layer}"]
+                assert torch.equal(block.final_layer_norm(total), cache[f"resid_post.{layer}"])
+
+
 def test_a_model_that_cannot_be_run_on_tokens_keeps_its_stream() -> None:
     class Demanding(Unseen):
         def forward(self, input_ids: Tensor, pixels: Tensor | None = None) -> Tensor:

@@ -123,7 +123,23 @@ class _Search:
             if _named_attention(mlp) or not torch.equal(last.output, self.run.post):
                 continue
             step = Step((("mlp_out", _output(mlp, factor)),), total=_input(last), norm=_output(last))
-            yield self._ranked(BlockForm("post-norm", (*steps, step)), [*used, mlp, last])
+            form = BlockForm("post-norm", (*steps, step), self._given_to(norm, mlp))
+            yield self._ranked(form, [*used, mlp, last])
+
+    def _given_to(self, norm: Call, mlp: Call) -> Place | None:
+        """Where the stream behind `norm` goes into the part that `mlp` ends. That is the place to read it: an attention
+        to another model's states, which runs only when there are some, lies in between."""
+        assert norm.output is not None
+        given = [
+            call
+            for call in self.inputs
+            if norm.ended < call.begun <= mlp.begun
+            and call.input is not None
+            and torch.equal(call.input, norm.output)
+            and not _named_attention(call)
+        ]
+        first = min(given, key=lambda call: (call.path.count("."), call.begun), default=None)
+        return None if first is None else _input(first)
 
     def mixer(self, factor: float) -> Iterator[Ranked]:
         for branch in self._sums(self.run.pre, -1, factor, self.run.post):

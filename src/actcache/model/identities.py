@@ -163,6 +163,8 @@ class _StackWatch:
             )
         if self.last is not None and not torch.equal(self.last, run.pre) and self._unchained is None:
             self._unchained = f"resid_post.{layer - 1} = resid_pre.{layer} does not hold"
+            if bool(self.last.isnan().any()):
+                self._unchained = f"block {layer - 1} ({self.stack.block_paths[layer - 1]}) returns nan"
         self.last = run.post
 
     def _solve(self, layer: int, run: BlockRun) -> None:
@@ -301,6 +303,7 @@ def _inside(module: nn.Module, prefix: str, depth: int) -> Iterator[tuple[str, n
 def _reads(form: BlockForm) -> set[tuple[str, Side]]:
     """The modules, and their sides, at which a form is read and checked."""
     places = [place for step in form.steps for place in (*dict(step.branches).values(), step.total, step.norm)]
+    places.append(form.middle)
     return {(place.path, place.side) for place in places if place is not None}
 
 
