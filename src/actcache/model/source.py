@@ -129,6 +129,11 @@ class ModelSource(ABC):
         return n if n is not None else int(self._anatomy().d_model)
 
     @property
+    @abstractmethod
+    def dtype(self) -> str:
+        """The compute dtype, such as ``"float32"``."""
+
+    @property
     def vocab_size(self) -> int | None:
         """Number of token ids the model knows."""
         return first_int(self._text_config(), "vocab_size")
