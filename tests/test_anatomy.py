@@ -207,6 +207,30 @@ def test_a_branch_that_adds_nothing_is_still_found() -> None:
     assert not captured(model, "attn_out.0")["attn_out.0"].any()
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "olmo2"])
+def test_branches_that_gave_nothing_are_looked_for_again(family: str) -> None:
+    """Weights that training starts from tell neither what runs in parallel nor whether a norm follows."""
+    model, begun = tiny_model(family), tiny_model(family)
+    with torch.no_grad():
+        for name, parameter in begun.named_parameters():
+            if ".dense" in name or ".o_proj" in name or ".down_proj" in name:
+                parameter.zero_()
+    ac.sites(begun)
+    begun.load_state_dict(model.state_dict())
+    assert [(i.site, i.path) for i in ac.sites(begun)] == [(i.site, i.path) for i in ac.sites(model)]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "t5"])
+def test_a_branch_too_small_for_half_precision_is_still_the_one_that_is_added(family: str) -> None:
+    """Everything else a block computes adds up as well there: which one is named must not be left to rounding."""
+    model, large = tiny_model(family), tiny_model(family).to(torch.bfloat16)
+    with torch.no_grad():
+        large.get_input_embeddings().weight.mul_(1e6 if family == "gemma2" else 1e4)
+    paths = {str(i.site): i.path for i in ac.sites(model)}
+    found = {str(i.site): i.path for i in ac.sites(large)}
+    assert found == {site: paths[site] for site in found}
+
+
 def test_a_block_that_runs_several_times_has_no_sites() -> None:
     model = Unseen("pre").eval()
     model.storeys = nn.ModuleList([model.storeys[0]] * 3)
@@ -223,6 +247,22 @@ def test_a_stream_of_another_shape_is_refused() -> None:
     for site in ("embed", "resid_post", "attn_out"):
         with pytest.raises(AdditivityError, match=r"for 2 x 4 tokens, block 0 .* was given rows \(4, 2\)"):
             ac.capture(model, sites=site)
+
+
+def test_a_cross_attention_that_runs_only_when_it_is_given_states_comes_before_the_middle() -> None:
+    from transformers import BartForCausalLM
+
+    whole = tiny_model("bart")
+    model = BartForCausalLM(whole.config).eval()
+    model.model.decoder.load_state_dict(whole.model.decoder.state_dict())
+    states = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
+    assert not describe(model).findings.refused
+    for given in ({}, {"encoder_hidden_states": states}):
+        with torch.no_grad(), ac.capture(model, sites=["resid_mid", "mlp_out", "resid_post"]) as cache:
+            model(IDS, **given)
+            for layer, block in enumerate(model.model.decoder.layers):
+                total = cache[f"resid_mid.{layer}"] + cache[f"mlp_out.{layer}"]
+                assert torch.equal(block.final_layer_norm(total), cache[f"resid_post.{layer}"])
 
 
 def test_a_model_that_cannot_be_run_on_tokens_keeps_its_stream() -> None:
@@ -341,6 +381,44 @@ def test_replaced_blocks_are_described_anew() -> None:
     assert describe(model).read_point(Site("mlp_out", 1)).module is replaced
 
 
+def test_a_factor_that_changed_is_found_anew() -> None:
+    model = tiny_model("granite")
+    captured(model, "attn_out.1")
+    for module in model.modules():
+        if "residual_multiplier" in vars(module):
+            module.residual_multiplier = 0.75
+    cache = captured(model, "resid_pre.1", "attn_out.1", "resid_mid.1", "mlp_out.1", "resid_post.1")
+    torch.testing.assert_close(cache["resid_pre.1"] + cache["attn_out.1"], cache["resid_mid.1"])
+    torch.testing.assert_close(cache["resid_mid.1"] + cache["mlp_out.1"], cache["resid_post.1"])
+
+
+@pytest.mark.parametrize("mixer", ["self_attn", "conv"])
+def test_a_branch_behind_a_norm_is_what_the_norm_was_given(mixer: str) -> None:
+    """A norm's name says nothing, neither of attention nor of what is none."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(mixer, nn.Linear(16, 16))
+            self.post_norm = nn.LayerNorm(16)
+            self.post_attention_layernorm = nn.LayerNorm(16)
+            self.mlp = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            behind, before = self.post_norm, self.post_attention_layernorm
+            if mixer == "conv":
+                behind, before = before, behind
+            x = x + behind(getattr(self, mixer)(x))
+            out: Tensor = x + self.mlp(before(x))
+            return out
+
+    model = Unseen("pre")
+    model.storeys = nn.ModuleList(Block() for _ in range(3))
+    names = {site.name for site in describe(model).sites()}
+    assert ("attn_out" if mixer == "self_attn" else "mixer_out") in names
+    assert ("mixer_out" if mixer == "self_attn" else "attn_out") not in names
+
+
 def test_a_backbone_without_a_head() -> None:
     backbone = tiny_model("llama").model
     anatomy = describe(backbone)
@@ -375,6 +453,31 @@ def test_list_of_sites_says_where_each_is_read() -> None:
         "input",
     )
     assert (infos["logits"].path, infos["logits"].shape) == ("", "[B, S, V]")
+
+
+@pytest.mark.parametrize("kind", ["images", "sounds"])
+def test_blocks_of_a_tower_for_other_inputs_are_not_the_blocks(kind: str) -> None:
+    """Beside the language model and as deep in the model, or even shallower."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text = {"model_type": "qwen2", "vocab_size": VOCABULARY, "intermediate_size": 48, **sizes}
+    if kind == "images":
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+        renamed = {"rope_scaling": rope, "rope_theta": 1e4, "bos_token_id": 1, "eos_token_id": 2}
+        tower = {"depth": 3, "embed_dim": 32, "hidden_size": 32, "num_heads": 4}
+        config = transformers.Qwen2VLConfig(
+            text_config=text | renamed | {"model_type": "qwen2_vl_text"}, vision_config=tower
+        )
+        model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    else:
+        tower = {"d_model": 32, "encoder_layers": 3, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
+        small = {"model_type": "qwen2_audio_encoder", "num_mel_bins": 16, "max_source_positions": 20}
+        config = transformers.Qwen2AudioConfig(text_config=text, audio_config=tower | small)
+        model = transformers.Qwen2AudioForConditionalGeneration(config).eval()
+    assert "language_model" in describe(model).block_paths[0]
+    cache = captured(model, "resid_pre.1", "attn_out.1", "resid_mid.1")
+    torch.testing.assert_close(cache["resid_pre.1"] + cache["attn_out.1"], cache["resid_mid.1"])
 
 
 def test_experts_as_many_as_blocks_are_not_the_blocks() -> None:

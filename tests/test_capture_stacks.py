@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from typing import Any
@@ -151,3 +152,27 @@ def test_generation_of_recurrent_models(family: str, use_cache: bool, options: d
             model(sequence[None, :-1])
         handle.remove()
         assert relative_error(cache.rows("resid_post.3")[row], found[0][0]) < 1e-5
+
+
+def test_drafts_by_the_model_itself_are_held_against_what_the_outer_call_returned():
+    """In transformers 5 an encoder-decoder that drafts for itself runs its drafts at other positions than those of
+    their tokens: parts of them must not be taken for the sequence's."""
+    model = tiny_model("t5")
+    ids = torch.tensor([[5, 9, 100, 7, 3]])
+    with ac.capture(model, sites="decoder.resid_post.1") as cache:
+        made = model.generate(input_ids=ids, max_new_tokens=8, assistant_model=model)
+    with torch.no_grad():
+        output = model(input_ids=ids, decoder_input_ids=made[:, :-1], output_hidden_states=True)
+    right = output.decoder_hidden_states[2]
+    with contextlib.suppress(SiteUnavailableError):
+        torch.testing.assert_close(cache["decoder.resid_post.1"], right, rtol=0, atol=1e-4)
+
+
+def test_drafts_that_are_right_are_kept():
+    model = tiny_model("llama")
+    ids = torch.tensor([[5, 9, 100, 7, 3]])
+    with ac.capture(model, sites="resid_post.1") as cache:
+        made = model.generate(input_ids=ids, max_new_tokens=8, assistant_model=model)
+    with torch.no_grad():
+        states = model(input_ids=made[:, :-1], output_hidden_states=True).hidden_states[2]
+    torch.testing.assert_close(cache["resid_post.1"], states, rtol=0, atol=1e-4)

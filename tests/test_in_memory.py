@@ -146,3 +146,24 @@ def test_a_config_changed_in_memory_is_no_longer_that_of_the_files(tmp_path):
     source.model_to_run().config.sliding_window = 3
     with pytest.raises(ModelChangedError, match="changed in memory"):
         source.model_to_run()
+
+
+@pytest.mark.parametrize("where", [(3, 4), (slice(None), 3), (slice(5, 9), slice(0, 7)), (-1, -1)])
+def test_a_few_values_written_through_data_are_seen(where):
+    """Ablating a neuron or a head in this way moves no version."""
+    model = tiny_model("llama", intermediate_size=2048)
+    before = identity(model)
+    weight = model.model.layers[2].mlp.up_proj.weight
+    kept = weight.data[where].clone()
+    weight.data[where] += 0.5
+    assert identity(model) != before
+    weight.data[where] = kept
+    assert identity(model) == before
+
+
+def test_a_few_values_written_through_data_of_a_model_of_files_are_refused(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    source = open_source(str(tmp_path), LoadOptions(device="cpu"))
+    source.model_to_run().model.layers[1].mlp.down_proj.weight.data[3, 5] = 0
+    with pytest.raises(ModelChangedError, match="changed in memory"):
+        source.model_to_run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from typing import Any
 
@@ -13,6 +14,8 @@ import actcache as ac
 import zoo
 from actcache import errors
 from actcache.model.invariance import BatchPolicy, batch_policy
+from actcache.model.loading import open_source
+from actcache.model.options import LoadOptions
 from actcache.model.source import ModelSource
 from actcache.testing.tiny import EOS, PAD, VOCABULARY, tiny_model
 
@@ -37,6 +40,7 @@ EQUAL: dict[str, dict[str, Any]] = {
     "never-seen": {"model_type": "tomorrow", "ssm_state_size": 64},
     "fnet": {"model_type": "fnet"},
     "convbert": {"model_type": "convbert", "conv_kernel_size": 9},
+    "big_bird": {"model_type": "big_bird", "attention_type": "block_sparse"},
 }
 ANY: dict[str, dict[str, Any]] = {
     "llama3": {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
@@ -71,7 +75,82 @@ def test_what_is_reset_before_a_pass():
         "longrope-older-name",
         "by-layer",
         "nested",
+        "big_bird",
     }
+
+
+class TestAttentionThatAShortPassExchanges:
+    """BigBird: sparse for long sequences, full for short ones, and full for ever after the first short one."""
+
+    SHORT, LONG = [5, 6, 7], [(7 * i) % 250 + 3 for i in range(160)]
+
+    def model(self):
+        from transformers import BigBirdConfig, BigBirdForMaskedLM
+
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = BigBirdConfig(
+            vocab_size=VOCABULARY, block_size=8, num_random_blocks=1, max_position_embeddings=256, **sizes
+        )
+        torch.manual_seed(0)
+        model = BigBirdForMaskedLM(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(4)
+        return model
+
+    def fresh(self, prompt):
+        with torch.no_grad():
+            states = self.model()(input_ids=torch.tensor([prompt]), output_hidden_states=True).hidden_states
+        return states[-1][0]
+
+    def test_each_prompt_gives_what_it_gives_a_fresh_model(self):
+        extractor = ac.ActivationExtractor(self.model(), layers="last")
+        for prompts in ([self.SHORT, self.LONG], [self.LONG], [self.SHORT], [self.LONG]):
+            for prompt, ours in zip(prompts, extractor.extract(prompts)["resid_post.1"], strict=True):
+                torch.testing.assert_close(ours, self.fresh(prompt), rtol=0, atol=1e-4)
+
+    def test_looking_at_the_model_leaves_its_attention(self):
+        model = self.model()
+        ac.sites(model)
+        with torch.no_grad():
+            ours = model(input_ids=torch.tensor([self.LONG]), output_hidden_states=True).hidden_states[-1][0]
+        assert torch.equal(ours, self.fresh(self.LONG))
+
+    def test_extraction_leaves_the_model_the_same(self):
+        model = self.model()
+        ac.UnifiedCache(model, layers="last").warmup([self.SHORT])
+        assert ac.UnifiedCache(model, layers="last").plan([self.SHORT]).missing == 0
+
+    def test_the_guard_is_needed(self):
+        model = self.model()
+        with torch.no_grad():
+            model(input_ids=torch.tensor([self.SHORT]))
+            after = model(input_ids=torch.tensor([self.LONG]), output_hidden_states=True).hidden_states[-1][0]
+        assert (after - self.fresh(self.LONG)).abs().max() > 1e-2
+
+
+def test_a_config_file_that_leaves_out_its_defaults(tmp_path):
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    config = SwitchTransformersConfig(vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    SwitchTransformersForConditionalGeneration(config).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    assert values.pop("expert_capacity")
+    path.write_text(json.dumps(values))
+    source = open_source(str(tmp_path), LoadOptions(device="cpu"))
+    source.model()
+    assert source.batch_policy().lengths == "alone"
+
+
+def test_arguments_of_loading_that_make_lengths_count(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    options = LoadOptions(device="cpu", model_kwargs={"rope_scaling": rope})
+    source = open_source(str(tmp_path), options)
+    source.model()
+    policy = source.batch_policy()
+    assert (policy.lengths, policy.forget_lengths) == ("equal", True)
 
 
 @pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta", "camembert", "mpnet", "esm", "longformer", "mra"])

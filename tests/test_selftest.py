@@ -52,8 +52,8 @@ def test_a_right_model_is_right_at_every_site() -> None:
     assert verdicts["cross_attn_out"] == verdicts["mixer_out"] == "not applicable"
     done = {c.name for c in report.checks if c.verdict in ("exact", "within tolerance")}
     assert done == {
-        "identities", "hidden states", "alone", "equal lengths", "padded", "right padding", "left padding", "store",
-        "pooled",
+        "finite", "identities", "hidden states", "alone", "equal lengths", "padded", "right padding", "left padding",
+        "store", "pooled",
     }  # fmt: skip
     assert check(report, "hidden states").verdict == "exact"
     assert (report.blocks, report.forms) == ({"": 4}, {"": ["sequential"]})
@@ -228,6 +228,19 @@ def scale_the_output(layer: Any) -> None:
             return output * 1.01
 
     layer.__class__ = Scaling
+
+
+def test_a_model_that_computes_no_numbers_is_not_called_right() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[3, 5] = torch.nan
+    report = ac.selftest(model)
+    assert not report.ok
+    assert "finite" in wrong_checks(report)
+    assert "inf or nan" in report.verdict
+    assert wrong_cells(report) == {"logits"}
+    refused = {cell.site: cell.why for cell in report.cells if cell.verdict == "refused"}
+    assert refused["resid_post"] == "block 2 (model.layers.2) returns nan"
 
 
 def test_an_identity_that_held_once_and_does_no_more_is_found() -> None:

@@ -104,10 +104,16 @@ class Passes:
         return len(self.passes)
 
     def generated(self, generation: Generation) -> None:
-        """Note what a call of `generate` returned. Where one calls another, the inner one made the passes."""
-        inner = self.generations and self.generations[-1].start >= generation.start
-        if generation.stop > generation.start and not inner:
-            self.generations.append(generation)
+        """Note what a call of `generate` returned. Where one does nothing but call others, these made the passes; where
+        it calls others between its own (for drafts), it says what came of all."""
+        first = next((i for i, one in enumerate(self.generations) if one.start >= generation.start), None)
+        inner = self.generations[first:] if first is not None else []
+        ends = [generation.start, *(one.stop for one in inner)]
+        if generation.stop > generation.start and ([one.start for one in inner], generation.stop) != (
+            ends[:-1],
+            ends[-1],
+        ):
+            self.generations[len(self.generations) - len(inner) :] = [generation]
 
     def _exchanged(self, state: Tensor | None, past: int, batch: int) -> bool | None:
         """Whether the cache holds another tensor of the same length than after the last pass."""

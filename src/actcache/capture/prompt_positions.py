@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from actcache.capture.generation import Generation, Watch
 from actcache.capture.passes import Pass, Passes, argument_names
 from actcache.capture.positions import each_prompt, resolve_positions
-from actcache.capture.stacks import generating
+from actcache.capture.stacks import way_to_backbone
 from actcache.errors import EditError, OptionError
 from actcache.model.anatomy import Anatomy
 from actcache.model.structure import descend
@@ -69,7 +69,7 @@ class PromptPositions:
         else:
             self._paths = {None: anatomy.structure.backbone if anatomy is not None else ""}
         self._last = next(reversed(self._paths))
-        self._generating = generating(model, anatomy)
+        self._generating = way_to_backbone(model, anatomy)
         self._begins = [(descend(model, path.split(".") if path else ()), stack) for stack, path in self._paths.items()]
 
     def forget(self) -> None:

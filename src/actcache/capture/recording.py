@@ -13,7 +13,7 @@ from actcache.capture.eager import eager
 from actcache.capture.entry import MISSING, Entry
 from actcache.capture.generation import Watch
 from actcache.capture.passes import Passes
-from actcache.capture.stacks import Tokens, Track, Tracks
+from actcache.capture.stacks import Tokens, Track, Tracks, way_to_backbone
 from actcache.capture.taps import Inputs, Taps
 from actcache.capture.values import make_keeper, map_tensors
 from actcache.errors import MissedModuleError
@@ -75,17 +75,17 @@ class Recording:
         outputs: list[tuple[nn.Module, Callable[[Any], None]]] = []
         listeners: list[tuple[nn.Module, Any]] = []
         guards: list[tuple[nn.Module, Any]] = []
+        # A pass may begin at the model itself or at its backbone.
+        tops = way_to_backbone(self._model, self._anatomy)
         cuts = not (isinstance(self._positions, str) and self._positions == "all")
         if self._points or cuts or self._track:
             recorder.tracks = Tracks(self._model, self._anatomy, self._positions)
-            listeners += recorder.tracks.listeners(self._model, self._anatomy, whole=cuts and bool(self._modules))
+            listeners += recorder.tracks.listeners(tops, whole=cuts and bool(self._modules))
         # Weights that accelerate brought in for a pass leave at its end, which an exception would skip.
         stops = self._stop and not is_dispatched(self._model)
         stopper = _Stopper(len(self._modules) + len(self._points)) if stops else None
         if stopper is not None:
-            # A pass may begin at the model itself or at its backbone.
-            tops = (self._model, self._anatomy.backbone) if self._anatomy is not None else (self._model,)
-            guards += [(module, stopper.guard) for module in {id(m): m for m in tops}.values()]
+            guards += [(module, stopper.guard) for module in {id(m): m for m in (tops[0], tops[-1])}.values()]
         self._stopper = stopper
         self._read_modules(recorder, keep, stopper, outputs, listeners)
         self._read_points(recorder, keep, stopper, outputs, listeners)
@@ -94,7 +94,7 @@ class Recording:
         taps = self._taps = Taps()
         try:
             taps.add(outputs, listeners, guards)
-            self._watch = recorder.tracks.watch(self._model, self._anatomy) if recorder.tracks is not None else None
+            self._watch = recorder.tracks.watch(tops) if recorder.tracks is not None else None
             eager.enter()
         except BaseException:
             self._release()

@@ -84,20 +84,19 @@ class Tracks:
                 return track
         return None if any(_holds(path, track.path) for track in self._of.values()) else self._last
 
-    def listeners(self, model: nn.Module, anatomy: Anatomy | None, *, whole: bool) -> list[tuple[nn.Module, Any]]:
-        """What to put on the modules with which passes begin: the backbone, with `whole` the model itself too (whose
-        inputs are to be cut before its backbone is called), or each of two stacks."""
+    def listeners(self, tops: list[nn.Module], *, whole: bool) -> list[tuple[nn.Module, Any]]:
+        """What to put on the modules with which passes begin: the last of `tops` (the backbone), with `whole` the first
+        too (the model, whose inputs are to be cut before its backbone is called), or each of two stacks."""
         if len(self._of) == 1:
-            backbone = model if anatomy is None else anatomy.backbone
-            return self._last.passes.listeners([model, backbone] if whole else [backbone])
+            return self._last.passes.listeners([tops[0], tops[-1]] if whole else tops[-1:])
         found: list[tuple[nn.Module, Any]] = []
         for track in self._of.values():
-            found += track.passes.listeners([descend(model, track.path.split(".") if track.path else ())])
+            found += track.passes.listeners([descend(tops[0], track.path.split(".") if track.path else ())])
         return found
 
-    def watch(self, model: nn.Module, anatomy: Anatomy | None) -> Watch:
+    def watch(self, tops: list[nn.Module]) -> Watch:
         """Begin to watch the `generate` of every module that may run the backbone."""
-        return Watch(generating(model, anatomy), self._last.passes)
+        return Watch(tops, self._last.passes)
 
     def tokens(self, sites: Iterable[str]) -> dict[str | None, Tokens]:
         """Token ids and mask of the passes so far, by stack; first the stack which `sites` are of (the encoder's where
@@ -112,14 +111,12 @@ class Tracks:
         return tables
 
 
-def generating(model: nn.Module, anatomy: Anatomy | None) -> list[nn.Module]:
-    """The modules whose `generate` may run the backbone: those that hold it."""
+def way_to_backbone(model: nn.Module, anatomy: Anatomy | None) -> list[nn.Module]:
+    """The model, the modules on the way to its backbone, and the backbone; without an anatomy only the model."""
     found = [model]
-    for name in anatomy.structure.backbone.split(".") if anatomy is not None else ():
-        inner = found[-1]._modules.get(name)
-        if inner is None:
-            break
-        found.append(inner)
+    path = anatomy.structure.backbone if anatomy is not None else ""
+    for name in path.split(".") if path else ():
+        found.append(descend(found[-1], (name,)))
     return found
 
 

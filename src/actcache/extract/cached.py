@@ -174,7 +174,7 @@ class CachedExtractor:
         """What filling `request` would cost."""
         source = self.extractor.source
         tokens = nbytes = 0
-        itemsize = {"float64": 8, "float32": 4}.get(str(source.identity().values["dtype"]), 2)
+        itemsize = {"float64": 8, "float32": 4}.get(source.dtype, 2)
         for names, members in request.missing.items():
             count = sum(self._tokens_of(request, i) for i in members)
             tokens += count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from actcache.errors import AdditivityError, LayerRangeError, SiteUnavailableError
 from actcache.model.forms import BlockForm, Place, Side, first_input, first_tensor
-from actcache.model.identities import BRANCHES, Findings, Identity, check
+from actcache.model.identities import BRANCHES, Findings, Identity, check, numbers_of
 from actcache.model.sites import Site, SiteInfo, expand_sites, list_sites
 from actcache.model.structure import Stack, Structure, descend, find_structure
 
@@ -62,6 +62,8 @@ class Anatomy:
         self._places: dict[Site, tuple[tuple[str, ...], Place, tuple[str, ...]]] = {}
         self._expanded: dict[Any, list[Site]] = {}
         self._findings: Findings | None = None
+        # Those that the findings rest on; empty until there are some.
+        self._numbers: list[tuple[Mapping[str, Any], str, float]] = []
 
     @property
     def model(self) -> nn.Module:
@@ -115,6 +117,7 @@ class Anatomy:
             # Two passes at once on one model would read each other's values.
             with _checking:
                 if self._findings is None:
+                    self._numbers = numbers_of(self.blocks, self.model)
                     self._findings = check(self)
         return self._findings
 
@@ -142,7 +145,12 @@ class Anatomy:
         raise SiteUnavailableError(f"unknown stack {name!r}: expected 'encoder' or 'decoder'")
 
     def current(self) -> bool:
-        """Whether the model still has the blocks that were described."""
+        """Whether the model still has the blocks that were described, and they the numbers that they were checked
+        with; never where the check saw a branch that gave nothing."""
+        if (self._findings is not None and self._findings.passing) or any(
+            holder.get(name) != value for holder, name, value in self._numbers
+        ):
+            return False
         for names, refs in self._block_refs:
             try:
                 children = descend(self.model, names)._modules.values()

@@ -39,7 +39,7 @@ def find_form(run: BlockRun, factors: Iterable[float]) -> tuple[BlockForm | None
     return None, search.progress
 
 
-Ranked = tuple[tuple[float, int, int], BlockForm]
+Ranked = tuple[tuple[int, int, int, float], BlockForm]
 
 
 class _Search:
@@ -62,7 +62,7 @@ class _Search:
         for attn, mid in self._steps(self.run.pre, -1, factor, self.inputs):
             if _CROSS.search(attn.path):
                 continue
-            name = "attn_out" if _named_attention(attn) else "mixer_out"
+            name = "attn_out" if self._attends(attn) else "mixer_out"
             self.progress = f"resid_pre + {name} = resid_mid holds with {attn.path}, but nothing adds up from there"
             assert mid.input is not None
             first = Step(((name, _output(attn, factor)),), total=_input(mid))
@@ -73,6 +73,13 @@ class _Search:
                     second = Step((("cross_attn_out", _output(cross, factor)),), total=_input(after))
                     used = [attn, mid, cross, after]
                     yield from self._ends("sequential", [first, second], used, after.input, after.begun, factor)
+
+    def _attends(self, branch: Call) -> bool:
+        """Whether a branch is attention's: of a norm, the values it was given decide, whatever it is called."""
+        if not _NORM.search(branch.kind):
+            return _named_attention(branch)
+        before = (call for call in self.outputs if call.ended < branch.begun)
+        return any(_named_attention(call) for call in before if not _NORM.search(call.kind))
 
     def _ends(
         self, kind: Kind, steps: list[Step], used: list[Call], stream: Tensor, after: int, factor: float
@@ -116,7 +123,23 @@ class _Search:
             if _named_attention(mlp) or not torch.equal(last.output, self.run.post):
                 continue
             step = Step((("mlp_out", _output(mlp, factor)),), total=_input(last), norm=_output(last))
-            yield self._ranked(BlockForm("post-norm", (*steps, step)), [*used, mlp, last])
+            form = BlockForm("post-norm", (*steps, step), self._given_to(norm, mlp))
+            yield self._ranked(form, [*used, mlp, last])
+
+    def _given_to(self, norm: Call, mlp: Call) -> Place | None:
+        """Where the stream behind `norm` goes into the part that `mlp` ends. That is the place to read it: an attention
+        to another model's states, which runs only when there are some, lies in between."""
+        assert norm.output is not None
+        given = [
+            call
+            for call in self.inputs
+            if norm.ended < call.begun <= mlp.begun
+            and call.input is not None
+            and torch.equal(call.input, norm.output)
+            and not _named_attention(call)
+        ]
+        first = min(given, key=lambda call: (call.path.count("."), call.begun), default=None)
+        return None if first is None else _input(first)
 
     def mixer(self, factor: float) -> Iterator[Ranked]:
         for branch in self._sums(self.run.pre, -1, factor, self.run.post):
@@ -154,10 +177,17 @@ class _Search:
         return tensor.reshape(-1)[self._at].double() if known is None else known
 
     def _ranked(self, form: BlockForm, used: list[Call]) -> Ranked:
-        """Smallest error first, then the shallowest modules, then the earliest."""
+        """The branches that ended last first, then the shallowest and earliest modules, then the smallest error.
+
+        Of modules that give the same, the outermost ends last. Where a branch is too small to be seen in the stream
+        (half precision, or zero), others seem to add up too, with errors that say nothing: what is added is what was
+        computed right before."""
+        branches = {place.path for step in form.steps for _, place in step.branches}
+        ended = sum(call.ended for call in used if call.path in branches)
+        begun = sum(call.begun for call in used if call.path not in branches)
         errors, _ = check_form(form, self.run)
-        total = sum(error for _, error in errors)
-        return (total, sum(call.path.count(".") for call in used), sum(call.begun for call in used)), form
+        depth = sum(call.path.count(".") for call in used)
+        return (-ended, depth, begun, sum(error for _, error in errors)), form
 
 
 def _named_attention(call: Call) -> bool:

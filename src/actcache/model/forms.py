@@ -59,16 +59,20 @@ class Step:
 
 @dataclass(frozen=True)
 class BlockForm:
-    """One kind of block: its steps, in order."""
+    """One kind of block: its steps, in order.
+
+    `middle` is where ``resid_mid`` is read when that is not where the last step but one leaves the stream.
+    """
 
     kind: Kind
     steps: tuple[Step, ...]
+    middle: Place | None = None
 
     def places(self) -> dict[str, Place]:
         """Site name -> where it is read, for the sites inside the block."""
         found = {name: place for step in self.steps for name, place in step.branches}
         if len(self.steps) > 1:
-            middle = self.steps[-2].stream
+            middle = self.middle or self.steps[-2].stream
             assert middle is not None
             found["resid_mid"] = middle
         return found
@@ -140,6 +144,10 @@ def check_form(form: BlockForm, run: BlockRun) -> tuple[list[tuple[str, float]],
             if behind is None:
                 return errors, f"{text} cannot be checked: its norm did not run once"
             stream = behind
+    if form.middle is not None:
+        middle, behind = run.value(form.middle), run.value(form.steps[-2].stream or form.middle)
+        if middle is None or behind is None or not torch.equal(middle, behind):
+            return errors, "resid_mid is not what the last branch is computed from"
     holds, error = (True, 0.0) if stream is run.post else deviation(run.post, [(stream, 1.0)])
     return errors, None if holds else f"the block returns something else than its last norm (off by {error:.2g})"
 

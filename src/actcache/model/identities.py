@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-import threading
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from actcache.model.discovery import find_form
 from actcache.model.forms import BlockForm, BlockRun, Call, Side, check_form, first_input, first_tensor
 from actcache.model.modes import evaluating
 from actcache.model.offload import input_device
+from actcache.model.rope import restore_attention
 from actcache.model.sites import Site
 from actcache.model.structure import Stack, descend, text_config
 
@@ -30,8 +30,6 @@ _PROMPTS, _TOKENS, _DECODER_TOKENS = 2, 4, 3
 _DEPTH = 4
 # A longer list of modules inside a block is a list of experts, each of which sees some of the tokens.
 _EXPERTS = 8
-# Two such passes at once on one model would read each other's values.
-_alone = threading.RLock()
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -62,12 +60,15 @@ class Findings:
         final_norms: by stack, the path of the norm that takes the last block's output.
         identities: every identity that was measured.
         refused: site names (a `Site` without layer) that are refused, with the reason.
+        passing: whether a branch gave nothing but zeros where its block's form was found (as weights do that training
+            starts from), so that it may be another one when they change.
     """
 
     forms: dict[tuple[str | None, int], BlockForm | None] = field(default_factory=dict)
     final_norms: dict[str | None, str | None] = field(default_factory=dict)
     identities: list[Identity] = field(default_factory=list)
     refused: dict[Site, str] = field(default_factory=dict)
+    passing: bool = False
 
 
 _STREAM = ("resid_pre", "resid_post")
@@ -162,6 +163,8 @@ class _StackWatch:
             )
         if self.last is not None and not torch.equal(self.last, run.pre) and self._unchained is None:
             self._unchained = f"resid_post.{layer - 1} = resid_pre.{layer} does not hold"
+            if bool(self.last.isnan().any()):
+                self._unchained = f"block {layer - 1} ({self.stack.block_paths[layer - 1]}) returns nan"
         self.last = run.post
 
     def _solve(self, layer: int, run: BlockRun) -> None:
@@ -179,6 +182,8 @@ class _StackWatch:
                     self._failed = f"in block {layer} ({self.stack.block_paths[layer]}), {why}"
             else:
                 errors, _ = check_form(form, run)
+                branches = [run.value(place) for step in form.steps for _, place in step.branches]
+                self._findings.passing |= any(value is not None and not value.any() for value in branches)
                 self._known.setdefault(_build(self._blocks[layer]), form)
         self._findings.forms[self.stack.name, layer] = form
         if form is not None:
@@ -298,6 +303,7 @@ def _inside(module: nn.Module, prefix: str, depth: int) -> Iterator[tuple[str, n
 def _reads(form: BlockForm) -> set[tuple[str, Side]]:
     """The modules, and their sides, at which a form is read and checked."""
     places = [place for step in form.steps for place in (*dict(step.branches).values(), step.total, step.norm)]
+    places.append(form.middle)
     return {(place.path, place.side) for place in places if place is not None}
 
 
@@ -343,9 +349,17 @@ def _outside(module: nn.Module, path: str, lists: Container[str]) -> Iterator[tu
 
 def _factors(block: nn.Module, model: nn.Module) -> list[float]:
     """Numbers by which this block may multiply a branch: its own, then the config's."""
+    return [value for _, _, value in numbers_of([block], model) if math.isfinite(value) and value != 0]
+
+
+def numbers_of(blocks: Iterable[nn.Module], model: nn.Module) -> list[tuple[Mapping[str, Any], str, float]]:
+    """The numbers that blocks hold themselves, then those of the config: holder, name, value. A branch that was found
+    with one of them as its factor has to be found again when it changes."""
     config = text_config(model)
-    values = [*vars(block).values(), *(vars(config).values() if config is not None else ())]
-    return [value for value in values if type(value) is float and math.isfinite(value) and value != 0]
+    holders = [vars(block) for block in blocks]
+    if config is not None:
+        holders.append(vars(config))
+    return [(holder, name, value) for holder in holders for name, value in holder.items() if type(value) is float]
 
 
 def probe_inputs(anatomy: Anatomy) -> dict[str, Any]:
@@ -370,11 +384,6 @@ def _spread(tokens: int, vocabulary: int) -> Tensor:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run the model by itself: evaluation mode, no hooks but ours; modes, hooks and random state come back after."""
-    with _alone:
-        yield from _without_hooks(model)
-
-
-def _without_hooks(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     hooks = [(m, name, m.__dict__[name]) for m in modules for name in _HOOKS if m.__dict__.get(name)]
     shadows = [(m, m.__dict__.pop("_call_impl")) for m in modules if "_call_impl" in m.__dict__]
@@ -385,6 +394,7 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
                 module.__dict__[name] = OrderedDict()
             yield
         finally:
+            restore_attention(model)
             for module, name, saved in hooks:
                 module.__dict__[name] = saved
             for module, shadow in shadows:

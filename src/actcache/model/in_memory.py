@@ -17,6 +17,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from actcache.model.checksum import checksum
 from actcache.model.identity import digest_json
 from actcache.model.offload import Stored, stored_weights
 from actcache.model.rope import ORIGINAL, depends_on_longest
@@ -42,8 +43,8 @@ _live: weakref.WeakKeyDictionary[Any, tuple[Any, list[object], str]] = weakref.W
 def live_weights_digest(model: nn.Module) -> str:
     """Digest of all weights of a model in memory: names, shapes, dtypes and bytes. Where they lie makes no difference.
 
-    Computed once per state of the weights. The state is recognised by every tensor's `data_ptr` and
-    `_version`, and by a sample of its values, since a write through ``.data`` moves no version.
+    Computed once per state of the weights. The state is recognised by every tensor's `data_ptr` and `_version`, and by
+    a checksum of its bytes where it lies, since a write through ``.data`` moves no version.
     """
     weights = dict(_weights_of(model))
     state = {name: weight.state for name, weight in weights.items()}
@@ -64,15 +65,23 @@ def live_weights_digest(model: nn.Module) -> str:
 
 
 def weights_state(model: nn.Module) -> dict[str, Any]:
-    """What changes when somebody changes a weight of a loaded model, by its name; moving it to a device does not."""
+    """What changes when somebody changes a weight of a loaded model, by its name; moving it to a device does not.
+
+    Of buffers those that are saved with the model count: others hold what passes leave behind.
+    """
     elsewhere = stored_weights(list(model.named_modules()))
     # Some quantisers rearrange their weights as they run.
     quantized = bool(getattr(model, "is_quantized", False))
     state: dict[str, Any] = {
-        name: (id(p), str(p.dtype), version_of(p))
+        name: (id(p), str(p.dtype), version_of(p), checksum(p))
         for name, p in model.named_parameters(remove_duplicate=False)
         if name not in elsewhere and not (quantized and (type(p) is not nn.Parameter or not p.is_floating_point()))
     }
+    for path, module in () if quantized else model.named_modules():
+        for own, buffer in module._buffers.items():
+            name = f"{path}.{own}" if path else own
+            if buffer is not None and own not in module._non_persistent_buffers_set and name not in elsewhere:
+                state[name] = (str(buffer.dtype), checksum(buffer))
     return state | {name: stored.state for name, stored in elsewhere.items()}
 
 
@@ -242,14 +251,7 @@ def _unpacked(value: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
 
 
 def _state_of(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), version_of(tensor), tuple(tensor.shape), str(tensor.dtype), _sample(tensor)
-
-
-def _sample(tensor: Tensor) -> int:
-    size = tensor.numel()
-    if size == 0 or tensor.is_meta or tensor.is_quantized or not tensor.is_contiguous():
-        return 0
-    return xxhash.xxh3_64_intdigest(_bytes_of(tensor.detach().view(-1)[:: max(1, size // 64)]))
+    return tensor.data_ptr(), version_of(tensor), tuple(tensor.shape), str(tensor.dtype), checksum(tensor)
 
 
 def _digest_of(tensor: Tensor, seen: dict[Any, str]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from actcache.model.forward_inputs import accepts
 from actcache.model.quantized import activation_scale
-from actcache.model.rope import depends_on_longest
+from actcache.model.rope import depends_on_longest, switches_attention
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,8 @@ class BatchPolicy:
             others of its own.
         mask_always: whether the model needs a mask also without padding: it would make one from the ids otherwise, and
             lose real tokens that have the padding id.
-        forget_lengths: whether the model remembers the longest pass so far, and must be reset before each.
+        forget_lengths: whether the model remembers the longest or the shortest pass so far, and must be reset before
+            each.
     """
 
     lengths: Lengths = "any"
@@ -118,7 +119,7 @@ def batch_policy(
         coupled=any(coupled for _, coupled, _ in found),
         position_ids=not own_positions,
         mask_always=bool(kinds & _MASK_FROM_IDS),
-        forget_lengths=depends_on_longest(config),
+        forget_lengths=depends_on_longest(config) or any(map(switches_attention, _nested(config))),
     )
 
 

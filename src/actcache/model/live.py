@@ -73,6 +73,10 @@ class LiveSource(ModelSource):
         return "float32" if parameter is None else str(parameter.dtype).removeprefix("torch.")
 
     @property
+    def dtype(self) -> str:
+        return self._dtype_of(self._model)
+
+    @property
     def config(self) -> Mapping[str, Any]:
         model: Any = self._model
         config: dict[str, Any] = model.config.to_dict()
@@ -80,7 +84,7 @@ class LiveSource(ModelSource):
 
     def identity(self) -> ModelIdentity:
         refuse_foreign_hooks(self._wrapper, self.options.allow_hooks)
-        dtype = self._dtype_of(self._model)
+        dtype = self.dtype
         values: dict[str, Any] = {
             "identity": identity.IDENTITY_VERSION,
             "weights": f"tensors:{in_memory.live_weights_digest(self._model)}",

@@ -78,6 +78,10 @@ class PathSource(ModelSource):
     def config(self) -> Mapping[str, Any]:
         return self._files.config
 
+    @property
+    def dtype(self) -> str:
+        return dtype_name(self.options.dtype) or "float32"
+
     def identity(self) -> ModelIdentity:
         signature = identity.stat_signature(self._files.all())
         if self._state is not None and self._state[0] == signature:
@@ -87,7 +91,7 @@ class PathSource(ModelSource):
         values: dict[str, Any] = {
             "identity": identity.IDENTITY_VERSION,
             **digests,
-            "dtype": dtype_name(options.dtype) or "float32",
+            "dtype": self.dtype,
             "attn_implementation": self._attn_implementation(digests.get("code")),
             "quantization": self._quantization,
             "model_kwargs": self._extra or None,

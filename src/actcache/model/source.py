@@ -84,9 +84,11 @@ class ModelSource(ABC):
         """How prompts may share a forward pass; of a model in memory the modules count too."""
         from actcache.model.invariance import batch_policy
 
+        model: Any = self.model() if self.loaded else None
         return batch_policy(
-            self.config,
-            model=self.model() if self.loaded else None,
+            # A file may leave out what is its class's default.
+            self.config if model is None else model.config.to_dict(),
+            model=model,
             quantization_config=self.options.quantization_config,
         )
 
@@ -127,6 +129,11 @@ class ModelSource(ABC):
         """Width of the residual stream."""
         n = first_int(self._text_config(), *WIDTH)
         return n if n is not None else int(self._anatomy().d_model)
+
+    @property
+    @abstractmethod
+    def dtype(self) -> str:
+        """The compute dtype, such as ``"float32"``."""
 
     @property
     def vocab_size(self) -> int | None:

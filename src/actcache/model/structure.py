@@ -133,8 +133,13 @@ def _block_list(
     by_recorder = [path for path, layers in lists.items() if recorded and all(isinstance(m, recorded) for m in layers)]
     by_length = [path for path, layers in lists.items() if depth and len(layers) == depth]
     by_name = [path for path, layers in lists.items() if all(type(m).__name__ in whole for m in layers)]
+    candidates = by_recorder or by_length or by_name
+    # Beside the language model there may be a tower for images or sounds.
+    decoder = _accessor(model, "get_decoder")
+    inside = {id(module) for module in decoder.modules()} if decoder is not None else set()
+    candidates = [path for path in candidates if id(lists[path]) in inside] or candidates
     # A list of experts may be as long as the list of blocks, but lies deeper.
-    candidates = sorted(by_recorder or by_length or by_name, key=lambda path: path.count("."))
+    candidates = sorted(candidates, key=lambda path: path.count("."))
     if not candidates:
         raise SiteUnavailableError(
             f"cannot make out the blocks of {type(model).__name__}: no module list "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -120,13 +121,16 @@ def _overwrite(place: Place) -> Callable[[Inputs, Tensor], Inputs]:
 
 # -- whether what is written to the middle of a block goes on along the stream
 
+_checking = threading.Lock()
 _checked: weakref.WeakKeyDictionary[Anatomy, dict[tuple[str | None, int], str | None]] = weakref.WeakKeyDictionary()
 
 
 def _require_carried(anatomy: Anatomy, site: Site) -> None:
-    known = _checked.get(anatomy)
-    if known is None:
-        known = _checked[anatomy] = _carried(anatomy)
+    # Two passes at once on one model would read each other's values.
+    with _checking:
+        known = _checked.get(anatomy)
+        if known is None:
+            known = _checked[anatomy] = _carried(anatomy)
     layer = (site.layer or 0) % anatomy.depth(site.stack)
     why = known.get((site.stack, layer), "its block did not run")
     if why is not None:

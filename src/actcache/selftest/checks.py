@@ -23,6 +23,7 @@ from actcache.selftest.subject import Subject, Watched
 from actcache.store.store import Store
 
 ABOUT = {
+    "finite": "values are numbers, not inf or nan",
     "identities": "parts add up to the stream",
     "hidden states": "transformers' own, the same",
     "alone": "extracted one at a time",
@@ -41,6 +42,7 @@ def run_checks(subject: Subject, step: Callable[[], object], *, seed: int) -> No
     ledger = subject.ledger
     for name, about in ABOUT.items():
         ledger.expect(name, about, rounded=name == "identities")
+    _finite(subject)
     check_additions(subject)
     hidden.check_alone(subject)
     step()
@@ -65,6 +67,21 @@ def run_checks(subject: Subject, step: Callable[[], object], *, seed: int) -> No
             _capture(subject, side)
         step()
     _experts(subject)
+
+
+def _finite(subject: Subject) -> None:
+    """A model that computes no numbers agrees with itself, and shows nothing."""
+    for name in subject.sites:
+        bad = [i for i, one in enumerate(subject.alone) if not _numbers(name, one.values[name])]
+        wrong = f"holds inf or nan on prompt {bad[0]}" if bad else None
+        error = float("inf") if bad else 0.0
+        subject.ledger.note("finite", name, error, wrong=wrong, count=len(subject.alone))
+
+
+def _numbers(name: str, values: Tensor) -> bool:
+    # Heads may rule tokens out.
+    odd = values.isnan() | values.isposinf() if name == "logits" else ~values.isfinite()
+    return not bool(odd.any())
 
 
 def _extract(subject: Subject, batch_size: int, order: list[int]) -> None:

@@ -127,8 +127,13 @@ class LocalSession:
         self.observer.reset()
         if self.policy.forget_lengths:
             forget_lengths(self._module)
-        with suppress(StopForward):
-            self._module(**self._inputs.make(sequences, self._device))
+        try:
+            with suppress(StopForward):
+                self._module(**self._inputs.make(sequences, self._device))
+        finally:
+            # What it is recognised by is the same after a pass as before.
+            if self.policy.forget_lengths:
+                forget_lengths(self._module)
         rows, self._rows = self._rows, {}
         missed = [site for site in self._sites if site not in rows]
         if missed:
