@@ -434,6 +434,15 @@ def test_models_that_are_no_transformer() -> None:
         describe(nn.Sequential(nn.Linear(2, 2)))
 
 
+def test_blocks_that_nothing_points_at_are_named_with_what_would_point_at_them() -> None:
+    model = Unseen("pre")
+    del type(model.config).num_hidden_layers
+    with pytest.raises(
+        SiteUnavailableError, match=r"it has storeys of 3\); set it in the config, or .*_no_split_modules"
+    ):
+        describe(model)
+
+
 def test_sites_that_are_not_read() -> None:
     model = tiny_model("gpt2")
     with pytest.raises(SiteUnavailableError, match="It has embed, resid_pre"):

@@ -495,3 +495,8 @@ def test_a_block_can_be_opened_again(model: Any) -> None:
         model(IDS)
     assert first == second
     assert first is not second
+
+
+def test_help_shows_the_function() -> None:
+    assert "stop_after_last" in str(ac.capture.__doc__)
+    assert "max_tokens" in str(ac.selftest.__doc__)

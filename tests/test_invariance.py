@@ -420,6 +420,7 @@ class _Config(ModelSource):
     config = property(lambda self: self._config)
     loaded = property(lambda self: False)
     weight_bytes = property(lambda self: 0)
+    dtype = "float32"
 
     def identity(self):
         raise AssertionError

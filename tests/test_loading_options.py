@@ -153,3 +153,25 @@ def test_weights_that_cannot_be_read(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
     with pytest.raises(errors.ModelLoadError, match=r"cannot load .*header"):
         opened(tmp_path).warmup([IDS])
+
+
+def test_arguments_that_change_the_config_change_what_is_known_of_the_model(folder):
+    short = ac.UnifiedCache(folder, cache_pooled=False, model_kwargs={"num_hidden_layers": 2})
+    assert short.sites == ["resid_post.0", "resid_post.1"]
+    rows, _ = short.get_activations([IDS])
+    model = tiny_model("llama", seed=1)
+    assert relative_error(rows[0, :, :32], alone(model, IDS, "resid_post.0")) < FLOAT32
+    assert relative_error(rows[0, :, 32:], alone(model, IDS, "resid_post.1")) < FLOAT32
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"model_kwargs": 3}, errors.OptionError, "expected a dict"),
+        ({"quantization_config": "int8"}, errors.OptionError, "QuantoConfig"),
+        ({"model_kwargs": {"foo": 1}}, errors.ModelLoadError, "foo"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_in_a_line(folder, options, error, message):
+    with pytest.raises(error, match=message):
+        opened(folder, **options).warmup([IDS])

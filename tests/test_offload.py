@@ -202,3 +202,13 @@ def test_the_device_of_the_inputs(folder, tmp_path):
     assert input_device(by_block()) == torch.device("cpu")
     assert input_device(tiny_model("gpt2")) == torch.device("cpu")
     assert input_device(by_block(device="meta")) == torch.device("meta")
+
+
+def test_an_adapter_is_not_put_on_weights_that_are_elsewhere(folder, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(errors.ModelLoadError, match=r"offloaded: merge it first"):
+        ac.ActivationExtractor(tmp_path / "adapter", **options(tmp_path)).extract([IDS])

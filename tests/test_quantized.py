@@ -277,7 +277,7 @@ def test_a_method_that_is_not_there(folder):
     config = {"quant_method": "awq", "bits": 4}
     with pytest.raises(errors.ModelLoadError, match=r"cannot load .*llama"):
         ac.UnifiedCache(folder, quantization_config=config).warmup([IDS])
-    with pytest.raises(errors.OptionError, match="part of the model's identity"):
+    with pytest.raises(errors.OptionError, match="expected a config object of transformers"):
         ac.UnifiedCache(folder, quantization_config=object())
 
 

@@ -57,6 +57,8 @@ def test_a_right_model_is_right_at_every_site() -> None:
     }  # fmt: skip
     assert check(report, "hidden states").verdict == "exact"
     assert (report.blocks, report.forms) == ({"": 4}, {"": ["sequential"]})
+    assert str(report).splitlines()[-1] == report.verdict
+    assert "alone: exact, largest error 0.0e+00" in str(report)
 
 
 def test_a_model_is_left_as_it_was() -> None:

@@ -17,6 +17,12 @@ class _CallableRoom(ModuleType):
         return capture(*args, **kwargs)
 
     @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        from actcache.capture.hooks import capture
+
+        return capture.__doc__
+
+    @property
     def __signature__(self) -> Any:
         from inspect import signature
 

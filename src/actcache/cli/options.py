@@ -90,7 +90,7 @@ _MODEL_OPTIONS = (
         is_flag=True,
         help="Store the vectors of every token instead of one per prompt.",
     ),
-    click.option("--dtype", metavar="NAME", help="float32, float16 or bfloat16. [default: float32]"),
+    click.option("--dtype", metavar="NAME", help="float32, float16, bfloat16 or float64. [default: float32]"),
     click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1, mps."),
     click.option(
         "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Most prompts in a batch."

@@ -92,6 +92,8 @@ class ActivationExtractor:
             raise OptionError(
                 "positions has a list for each prompt: give those to get_activations(..., positions=...)."
             )
+        if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
+            raise OptionError(f"model_kwargs is {model_kwargs!r}: expected a dict of arguments of from_pretrained.")
         options = LoadOptions(
             dtype=dtype,
             device=str(device),

@@ -35,6 +35,6 @@ def checksum(tensor: Tensor) -> int:
             sums = blocks @ weights
         else:
             sums = torch.cat([(chunk * weights).sum(1) for chunk in blocks.split(_CHUNK)]).cpu()
-        hasher.update(memoryview(sums.numpy()))
-    hasher.update(memoryview(octets[whole:].cpu().numpy()))
+        hasher.update(sums.numpy().tobytes())
+    hasher.update(octets[whole:].cpu().numpy().tobytes())
     return hasher.intdigest()

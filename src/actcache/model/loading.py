@@ -76,7 +76,8 @@ class PathSource(ModelSource):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        return self._files.config
+        # Values of the config among the arguments of loading take the place of the file's.
+        return {**self._files.config, **self._extra} if self._extra else self._files.config
 
     @property
     def dtype(self) -> str:
@@ -162,7 +163,7 @@ class PathSource(ModelSource):
             )
         return ModelLoadError(
             f"{self.name!r} needs code of its own, which is not run unasked: read the code, and pass "
-            "trust_remote_code=True if you trust it."
+            "trust_remote_code=True (--trust-remote-code on the command line) if you trust it."
         )
 
     def tokenizer_source(self) -> TokenizerSource:
@@ -221,8 +222,13 @@ class PathSource(ModelSource):
             model = load_whole(auto_class(self._auto_config()), place, kwargs, self.name)
         except ModelLoadError:
             raise
-        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
             raise self._explained(error, values["attn_implementation"]) from error
+        if self._files.adapter is not None and any(p.is_meta for p in model.parameters()):
+            raise ModelLoadError(
+                f"the adapter of {self.name!r} cannot be put on a model whose weights are offloaded: merge it first "
+                "(peft: merge_and_unload, save_pretrained), or leave out device_map."
+            )
         if self._files.adapter is not None:
             model = adapters.attach(model, self._files.adapter_folder())
         if "device_map" not in kwargs and not quantized:

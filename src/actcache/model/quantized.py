@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from actcache.errors import OptionError
 from actcache.model.options import as_json
 
 if TYPE_CHECKING:
@@ -69,9 +70,14 @@ def canonical(quantization_config: object) -> Any:
 
     Raises `OptionError` for an object that could not be told from another one.
     """
+    if quantization_config is None:
+        return None
+    if not isinstance(quantization_config, Mapping) and not hasattr(quantization_config, "to_dict"):
+        raise OptionError(
+            f"quantization_config is {quantization_config!r}: expected a config object of transformers, such as "
+            "QuantoConfig(weights='int8'), or its values as a dict."
+        )
     given = as_json(quantization_config)
-    if not isinstance(given, Mapping):
-        return given
     # An object spells out what it was not given.
     return {key: value for key, value in given.items() if value is not None}
 

@@ -142,9 +142,19 @@ def _block_list(
     candidates = sorted(candidates, key=lambda path: path.count("."))
     if not candidates:
         raise SiteUnavailableError(
-            f"cannot make out the blocks of {type(model).__name__}: no module list "
-            + (f"of num_hidden_layers = {depth}" if depth else "and no config.num_hidden_layers")
-            + "; capture by module path works on any model"
+            f"cannot make out the blocks of {type(model).__name__}: "
+            + (
+                f"no module list has num_hidden_layers = {depth} members"
+                if depth
+                else "config.num_hidden_layers is not set"
+            )
+            + (
+                f" (it has {', '.join(f'{path} of {len(found)}' for path, found in list(lists.items())[:3])})"
+                if lists
+                else ""
+            )
+            + "; set it in the config, or name the block's class in _no_split_modules of the model's class; "
+            "capture by module path works on any model"
         )
     if len(candidates) > 1 and candidates[0].count(".") == candidates[1].count("."):
         raise SiteUnavailableError(

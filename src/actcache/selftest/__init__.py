@@ -17,6 +17,12 @@ class _CallableRoom(ModuleType):
         return selftest(*args, **kwargs)
 
     @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        from actcache.selftest.run import selftest
+
+        return selftest.__doc__
+
+    @property
     def __signature__(self) -> Any:
         from inspect import signature
 

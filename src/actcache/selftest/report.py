@@ -37,7 +37,7 @@ class Check:
     """One way in which values were obtained and compared with the prompt run alone.
 
     Attributes:
-        name: ``"identities"``, ``"hidden states"``, ``"alone"``, ``"equal lengths"``, ``"padded"``,
+        name: ``"finite"``, ``"identities"``, ``"hidden states"``, ``"alone"``, ``"equal lengths"``, ``"padded"``,
             ``"right padding"``, ``"left padding"``, ``"store"``, ``"pooled"``, ``"experts"``.
         about: what was done.
         verdict: as in `Cell`.
@@ -98,3 +98,12 @@ class SelftestReport:
     versions: dict[str, str]
     checks: list[Check] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model} ({self.model_class}), {self.dtype}, {self.attn_implementation} attention, {self.device}"
+        ]
+        for check in self.checks:
+            size = "" if check.error is None else f", largest error {check.error:.1e}"
+            lines.append(f"  {check.name}: {check.verdict}{size}")
+        return "\n".join([*lines, self.verdict])
