@@ -14,9 +14,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from actcache import errors
     from actcache._version import __version__
+    from actcache.capture import aggregate
     from actcache.capture.cache import ActivationCache
     from actcache.capture.entry import Entry
     from actcache.capture.hooks import capture, run_with_cache
+    from actcache.capture.notes import ValueWithInfo
+    from actcache.capture.residual import FullActivationCache
     from actcache.errors import ActCacheError
     from actcache.extract.cached import CachedExtractor
     from actcache.extract.extractor import ActivationExtractor
@@ -46,6 +49,9 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "run_with_cache": ("capture.hooks", "run_with_cache"),
     "ActivationCache": ("capture.cache", "ActivationCache"),
     "Entry": ("capture.entry", "Entry"),
+    "FullActivationCache": ("capture.residual", "FullActivationCache"),
+    "ValueWithInfo": ("capture.notes", "ValueWithInfo"),
+    "aggregate": ("capture.aggregate", ""),
     "Site": ("model.sites", "Site"),
     "sites": ("model.sites", "list_sites"),
     # Many prompts
@@ -74,14 +80,17 @@ __all__ = [
     "ActivationExtractor",
     "CachedExtractor",
     "Entry",
+    "FullActivationCache",
     "Plan",
     "SelftestReport",
     "Site",
     "Store",
     "UnifiedCache",
+    "ValueWithInfo",
     "WarmupStats",
     "__version__",
     "activations",
+    "aggregate",
     "cache_info",
     "capture",
     "clear_cache",

@@ -7,9 +7,11 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from actcache.capture.notes import ValueWithInfo
 from actcache.errors import OptionError, did_you_mean
 
 CPU = torch.device("cpu")
@@ -105,6 +107,8 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
         return _same_class(value, [map_tensors(item, function) for item in value])
     if isinstance(value, dict):
         return _map_dict(value, function)
+    if isinstance(value, ValueWithInfo):
+        return ValueWithInfo(map_tensors(value.value(), function), value.info())
     if is_kv_cache(value):
         return summarise(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -140,6 +144,10 @@ def same_content(one: Any, other: Any) -> bool:
         )
     if type(one) is not type(other):
         return False
+    if isinstance(one, ValueWithInfo):
+        return same_content(one.value(), other.value()) and same_content(one.info(), other.info())
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
     if isinstance(one, Mapping):
         return one.keys() == other.keys() and all(same_content(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
