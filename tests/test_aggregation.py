@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import actcache as ac
+from actcache.capture import aggregation
 from actcache.errors import AggregationError, JoinError, OptionError, UnknownKeyError, UnsavableError
 from actcache.testing.tiny import tiny_model
 
@@ -456,3 +457,63 @@ def test_unions_keep_each_values_mask(gpt2: Any) -> None:
     assert left["mine"] == 2
     with pytest.raises(TypeError):
         left | 3
+
+
+def test_many_batches_are_joined_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(aggregation, "merge", lambda parts, *rest, **options: calls.append(len(parts)) or parts[0])
+    cache = ac.ActivationCache()
+    for i in range(50):
+        cache.cat(of(x=torch.full((1, 2), float(i)), y=i))
+        # Keys are known before values are.
+        assert list(cache) == ["x", "y"]
+        assert len(cache) == 2
+        assert "x" in cache and "z" not in cache
+    assert calls == []
+    list(cache.items())
+    assert calls == [50, 50]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_whole_models_with_their_inputs_join(family: str) -> None:
+    model = tiny_model(family)
+    caches = [ac.run_with_cache(model, part, include_inputs=True)[1] for part in (PROMPTS[:2], PROMPTS[3:])]
+    both = ac.ActivationCache.concatenate(caches)
+    assert list(both) == list(caches[0])
+    logits = both[""].output.logits
+    assert logits.shape[:2] == (4, 6)
+    assert torch.equal(logits[1], torch.nn.functional.pad(caches[0][""].output.logits[1], (0, 0, 0, 1)))
+    assert type(both[""].output) is type(caches[0][""].output)
+    assert both[""].inputs[1]["input_ids"].shape == (4, 6)
+    with ac.capture(model) as twice, torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6]]), **({"labels": torch.tensor([[5, 6]])} if family == "t5" else {}))
+        model(input_ids=torch.tensor([[5, 6]]), **({"labels": torch.tensor([[5, 6]])} if family == "t5" else {}))
+    outputs_only = ac.run_with_cache(model, PROMPTS[:1], [key for key in twice if key in caches[0]])[1]
+    with pytest.raises(JoinError, match=r"an entry of 1 visits .* an entry of [24] visits"):
+        outputs_only.cat(ac.ActivationCache({key: twice[key] for key in outputs_only}))
+
+
+def test_known_and_unknown_masks(gpt2: Any) -> None:
+    known = ac.run_with_cache(gpt2, PROMPTS[:2], sites="resid_post", layers=[1])[1]
+    unknown = ac.ActivationCache({"resid_post.1": torch.ones(1, 4, 32)})
+    for caches, lengths in (([known, unknown], [3, 5, 4]), ([unknown, known], [4, 3, 5])):
+        both = ac.ActivationCache.concatenate(caches)
+        assert [len(row) for row in both.rows("resid_post.1")] == lengths
+        assert both.attention_mask.sum(1).tolist() == lengths
+        assert both.input_ids is None
+
+
+def test_columns_written_while_joining() -> None:
+    cache = of(x=torch.ones(1, 2))
+    batch = of(x=torch.ones(1, 2))
+    batch.columns["label"] = ["b"]
+    with cache.deferred_mode():
+        cache.columns["label"] = ["a"]
+        cache.add_metadata(model_name="tiny")
+        cache.cat(batch)
+        cache.cat(batch)
+    assert cache.columns == {"label": ["a", "b", "b"]}
+    assert cache.metadata["model_name"] == "tiny"
+    part = cache.select(prompts=[0])
+    part.register_aggregation("x", keep_old)
+    assert len(cache.cat(cache)["x"]) == 6

@@ -57,6 +57,11 @@ class Join:
             self._tokens = base.tokens
             self._rows, self.batches = base.rows, base.batches
 
+    @property
+    def keys(self) -> Mapping[str, Any]:
+        """The keys of the result."""
+        return self._parts
+
     def add(self, batch: Batch, *, missing: str, copy: bool) -> None:
         """Add a batch, in memory of our own with `copy`. All checks come first: an error changes nothing."""
         if self._strategies.new:

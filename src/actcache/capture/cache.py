@@ -43,7 +43,7 @@ class ActivationCache(Parts):
         with `register_aggregation` comes first. Keys that only one side has: an error, or with ``missing="pad"`` zeros
         (None) and a mask that leaves them out, or with ``missing="drop"`` they go.
 
-        Values are joined when they are next read, so that any number of calls in a row costs one join; to read in
+        Values are joined when one is next read, so that any number of calls in a row costs one join; to read values in
         between at no cost, see `deferred_mode`. Raises `JoinError` or `AggregationError`; either changes nothing.
         """
         return self._add(other, missing, pad, copying=True)
@@ -147,7 +147,8 @@ class ActivationCache(Parts):
     @property
     def metadata(self) -> dict[str, Any]:
         """What was said with `add_metadata` about how the values were made. Caches to be joined must agree in it."""
-        self._data  # noqa: B018 - joins what was added
+        # Also in deferred mode: what is written here must agree with what comes next.
+        self._settle()
         if self._metadata is None:
             self._metadata = {}
         return self._metadata

@@ -6,7 +6,7 @@ import copy
 import difflib
 import re
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
@@ -143,14 +143,19 @@ class Keyed(MutableMapping[str, Any]):
         if self._masks:
             self._masks.pop(found, None)
 
+    @property
+    def _names(self) -> Mapping[str, Any]:
+        """The keys, which are known without joining values."""
+        return self._join.keys if self._join is not None and not self._deferred else self._data
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._data)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self._names)
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self._find(key, self._data) is not None
+        return isinstance(key, str) and self._find(key, self._names) is not None
 
     def __eq__(self, other: object) -> bool:
         """By content: the same keys, and values equal in dtype, shape and elements."""
@@ -161,7 +166,7 @@ class Keyed(MutableMapping[str, Any]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def _find(self, key: str, data: dict[str, Any]) -> str | None:
+    def _find(self, key: str, data: Mapping[str, Any]) -> str | None:
         """The key under which `key` is held, or None."""
         if key in data:
             return key

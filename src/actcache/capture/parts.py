@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -137,7 +138,8 @@ class Parts(Keyed):
     def columns(self) -> dict[str, Any]:
         """Labels and other values with one item per prompt, by name: lists, arrays or tensors, to be set by whoever
         fills the cache. They follow the prompts when caches are joined and when prompts are selected."""
-        self._data  # noqa: B018 - joins what was added
+        # Also in deferred mode: what is written here is to be joined with what comes next.
+        self._settle()
         if self._columns is None:
             self._columns = {}
         return self._columns
@@ -231,7 +233,7 @@ class Parts(Keyed):
         if not part._items and self._items:
             raise UnknownKeyError(f"nothing in the cache matches sites={sites!r}, layers={layers!r}")
         part._metadata, part._batches = dict(self._metadata or {}), self._batches
-        part._strategies = self._strategies
+        part._strategies = copy.copy(self._strategies)
         if rows is None:
             part._tokens, part.tokens, part._columns = tables, self.tokens, self._columns
             part._masks = {key: own for key, own in masks.items() if key in part._items}
