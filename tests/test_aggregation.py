@@ -464,7 +464,7 @@ def test_many_batches_are_joined_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aggregation, "merge", lambda parts, *rest, **options: calls.append(len(parts)) or parts[0])
     cache = ac.ActivationCache()
     for i in range(50):
-        cache.cat(of(x=torch.full((1, 2), float(i)), y=i))
+        cache.cat(of(x=torch.full((1, 2 + i % 2), float(i)), y=i))
         # Keys are known before values are.
         assert list(cache) == ["x", "y"]
         assert len(cache) == 2

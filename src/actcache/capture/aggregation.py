@@ -48,6 +48,9 @@ class Join:
         self._tokens: list[list[str]] | None = None
         self._metadata = base.metadata
         self._rows = self.batches = 0
+        # Keys, shapes, dtypes and devices of the last batch, when it was all tensors joined by default.
+        self._form: list[tuple[Any, ...]] | None = None
+        self._alike = False
         # Whether some prompts lack values that others have.
         self._padded = False
         if base.items or base.columns:
@@ -76,6 +79,11 @@ class Join:
         columns = self._with_columns(batch, missing, first)
         if self._metadata and batch.metadata and not same_content(self._metadata, batch.metadata):
             raise JoinError(_other_metadata(self._metadata, batch.metadata))
+        form = [(k, v.shape, v.dtype, v.device) for k, v in batch.items.items() if type(v) is Tensor]
+        if form == self._form and len(form) == len(batch.items):
+            # As the batch before, which was checked: by far the most frequent case.
+            self._commit(batch, self._kept(batch.items, copy, self._alike), columns)
+            return
         parts: dict[str, Any] = {}
         padding: dict[str, tuple[Any, TokenState]] = {}
         folded: dict[str, Any] = {}
@@ -96,7 +104,7 @@ class Join:
             if key in late:
                 padding[key] = _padding(key, value, self._rows, self.batches)
             parts[key] = value
-        parts = self._kept(parts, copy or first)
+        parts = self._kept(parts, copy or first, alike=False)
         states = dict.fromkeys(parts, batch.state)
         if missing == "pad":
             for key in lacking:
@@ -109,10 +117,26 @@ class Join:
             self._parts[key] = [before]
         for key, value in folded.items():
             self._parts[key] = [(value, batch.state)]
-        for key, value in parts.items():
-            self._parts.setdefault(key, []).append((value, states[key]))
         self._plans.update(plans)
         self._padded |= missing == "pad" and bool(late or lacking)
+        self._form = form if len(form) == len(parts) == len(self._parts) else None
+        self._alike = len(form) > 1 and _all_alike(list(batch.items.values()))
+        self._commit(batch, parts, columns, states)
+
+    def _commit(
+        self,
+        batch: Batch,
+        parts: dict[str, Any],
+        columns: dict[str, list[Any]],
+        states: dict[str, TokenState] | None = None,
+    ) -> None:
+        first = not self._states
+        for key, value in parts.items():
+            part = value, batch.state if states is None else states[key]
+            if key in self._parts:
+                self._parts[key].append(part)
+            else:
+                self._parts[key] = [part]
         self._columns = columns
         self._tokens = _add_tokens(self._tokens, batch.tokens, first)
         self._metadata = self._metadata or dict(batch.metadata)
@@ -130,6 +154,9 @@ class Join:
         masks: dict[str, Tensor] = {}
         for key, parts in self._parts.items():
             values = [value for value, _ in parts]
+            if blank and len(parts) > 1 and _all_alike(values):
+                items[key] = torch.cat(values)
+                continue
             items[key] = merge(values, position_axes(key), pad=self.pad)
             if len(parts) == 1:
                 if len(states) == 1 and key in parts[0][1].masks:
@@ -150,18 +177,20 @@ class Join:
         axes = position_axes(key)
         return self._strategies.of(key), axes, signature(known, axes)
 
-    def _kept(self, values: dict[str, Any], copy: bool) -> dict[str, Any]:
+    def _kept(self, values: dict[str, Any], copy: bool, alike: bool) -> dict[str, Any]:
         """Values in memory of our own. What is joined without a copy gets it by the join."""
-        tensors = [value for value in values.values() if type(value) is Tensor and value.ndim]
         if not copy and self.pad:
             return {k: v if isinstance(v, (Tensor, np.ndarray)) else copied(v) for k, v in values.items()}
-        alike = len(tensors) == len(values) > 1 and len({(t.shape, t.dtype, t.device) for t in tensors}) == 1
-        if not alike or not self._states or not self.pad:
+        if not alike or not self.pad:
             return {key: copied(value) for key, value in values.items()}
         # One copy of them all costs less than one of each.
-        return dict(zip(values, torch.cat(tensors).split(len(tensors[0])), strict=True))
+        tensors = list(values.values())
+        together = torch.cat(tensors).view(len(tensors), *tensors[0].shape)
+        return dict(zip(values, together.unbind(), strict=True))
 
     def _with_columns(self, batch: Batch, missing: str, first: bool) -> dict[str, list[Any]]:
+        if not batch.columns and not self._columns:
+            return {}
         for name, column in batch.columns.items():
             if not hasattr(column, "__len__") or isinstance(column, (str, dict)) or len(column) != batch.rows:
                 raise JoinError(
@@ -207,6 +236,15 @@ def overlay(left: Batch, right: Batch) -> Batch:
         metadata={**left.metadata, **right.metadata},
         tokens=left.tokens if mine else right.tokens,
     )
+
+
+def _all_alike(values: list[Any]) -> bool:
+    """Whether these are tensors of one form, which join as they are."""
+    first = values[0]
+    if type(first) is not Tensor or first.ndim == 0:
+        return False
+    shape, dtype, device = first.shape, first.dtype, first.device
+    return all(type(v) is Tensor and v.shape == shape and v.dtype == dtype and v.device == device for v in values)
 
 
 def _apply(strategy: Strategy, key: str, old: Any, new: Any) -> Any:

@@ -98,8 +98,7 @@ class Keyed(MutableMapping[str, Any]):
 
     def _batch(self) -> Batch:
         """All that is held, for joining."""
-        items = dict(self._data)
-        state = self._state()
+        items, state = self._data, self._state()
         batches = self._batches if items else 0
         return Batch(
             items, state, self._n_rows(), batches, dict(self._columns or {}), dict(self._metadata or {}), self.tokens
