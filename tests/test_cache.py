@@ -216,3 +216,65 @@ def test_copies_are_equal_and_independent(everything: ac.ActivationCache, cache:
     twin = copy.deepcopy(cache)
     twin["resid_post.0"].zero_()
     assert cache["resid_post.0"].any()
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("resid_psot.3", "resid_post.3"),
+        ("encoder.resid_pst.0", "encoder.resid_post.0"),
+        ("resid_mdi_4", "resid_mid_4"),
+        ("patern_L1H2", "pattern_L1H2"),
+        ("router_logit.2", "router_logits.2"),
+    ],
+)
+def test_mistyped_sites_are_no_keys(key: str, meant: str) -> None:
+    cache = ac.ActivationCache()
+    with pytest.raises(ac.errors.UnknownSiteError, match=f"Did you mean '{meant}'"):
+        cache[key] = torch.ones(1)
+    assert cache.is_empty()
+    cache[meant] = torch.ones(1)
+    with pytest.raises(UnknownKeyError, match=f"Did you mean '{meant}'"):
+        cache[key]
+
+
+@pytest.mark.parametrize(
+    "key", ["my note", "layers.3", "run 4", "resid_post", "logits_3", "transformer.h.0", "x_1", "é"]
+)
+def test_other_text_is_a_key(key: str) -> None:
+    cache = ac.ActivationCache()
+    cache[key] = 3
+    assert cache[key] == 3
+    assert list(cache) == [key]
+    with pytest.raises(ac.ActCacheError, match="keys of a cache are strings"):
+        cache[3] = 1  # type: ignore[index]
+
+
+def test_sites_under_names_that_others_use() -> None:
+    cache = ac.ActivationCache()
+    cache["resid_out_0"] = torch.zeros(1, 2, 3)
+    assert list(cache) == ["resid_out_0"]
+    assert cache["resid_post.0"] is cache["blocks.0.hook_resid_post"] is cache["resid_out_0"]
+    assert cache.layer_numbers("resid_post") == [0]
+    assert cache.get_layer(-1) is cache["resid_out_0"]
+    cache["resid_post.10"] = torch.ones(1, 2, 3)
+    cache["resid_out_10"] = torch.full((1, 2, 3), 2.0)
+    assert list(cache) == ["resid_out_0", "resid_post.10"]
+    assert cache.stack("resid_post")[:, 0, 0, 0].tolist() == [0, 2]
+    assert cache.get_position(10, -1).tolist() == [[2, 2, 2]]
+    del cache["layer_0"]
+    assert cache.n_layers == 1
+
+
+def test_the_dictionary_methods(cache: ac.ActivationCache) -> None:
+    mine = copy.copy(cache)
+    assert mine.pop("resid_out_0") is cache["resid_post.0"]
+    assert mine.setdefault("resid_post.1", 3) is cache["resid_post.1"]
+    assert mine.setdefault("note", 3) == 3
+    mine.update([("note", 4)], more=5)
+    assert list(mine)[-2:] == ["note", "more"]
+    assert dict(mine.items())["note"] == 4
+    assert mine.popitem()[0] in cache
+    mine.clear()
+    assert not mine
+    assert len(cache) == 8

@@ -14,11 +14,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from actcache import errors
     from actcache._version import __version__
+    from actcache.capture import aggregate
     from actcache.capture.cache import ActivationCache
     from actcache.capture.edits import edit
     from actcache.capture.entry import Entry
     from actcache.capture.hooks import capture, run_with_cache
+    from actcache.capture.notes import ValueWithInfo
     from actcache.capture.ready_made import ReadyMade, ablate, patch, steer
+    from actcache.capture.residual import FullActivationCache
     from actcache.errors import ActCacheError
     from actcache.extract.cached import CachedExtractor
     from actcache.extract.extractor import ActivationExtractor
@@ -53,6 +56,9 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "steer": ("capture.ready_made", "steer"),
     "patch": ("capture.ready_made", "patch"),
     "ReadyMade": ("capture.ready_made", "ReadyMade"),
+    "FullActivationCache": ("capture.residual", "FullActivationCache"),
+    "ValueWithInfo": ("capture.notes", "ValueWithInfo"),
+    "aggregate": ("capture.aggregate", ""),
     "Site": ("model.sites", "Site"),
     "sites": ("model.sites", "list_sites"),
     # Many prompts
@@ -81,16 +87,19 @@ __all__ = [
     "ActivationExtractor",
     "CachedExtractor",
     "Entry",
+    "FullActivationCache",
     "Plan",
     "ReadyMade",
     "SelftestReport",
     "Site",
     "Store",
     "UnifiedCache",
+    "ValueWithInfo",
     "WarmupStats",
     "__version__",
     "ablate",
     "activations",
+    "aggregate",
     "cache_info",
     "capture",
     "clear_cache",

@@ -42,6 +42,22 @@ class UnknownKeyError(ActCacheError, KeyError):
     """A key that a cache does not hold."""
 
 
+class JoinError(ActCacheError, ValueError):
+    """Caches, or values of theirs, that cannot be joined as they are."""
+
+
+class AggregationError(ActCacheError, RuntimeError):
+    """A strategy for joining that raised; the cause is what it raised."""
+
+
+class UnsavableError(ActCacheError, TypeError):
+    """A value or a strategy that cannot be kept in a file."""
+
+
+class MissingFileError(ActCacheError, FileNotFoundError):
+    """A file that is to be read and is not there."""
+
+
 class OptionError(ActCacheError, ValueError):
     """An option whose value is not one of the valid choices."""
 

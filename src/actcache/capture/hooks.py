@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from actcache.capture.inputs import Inputs, prepare
-from actcache.capture.positions import check_positions, each_prompt, resolve_positions
+from actcache.capture.positions import check_named, each_prompt, resolve_positions
 from actcache.capture.recording import OnInput, Recording, StopForward
 from actcache.capture.requests import Modules, every_module, resolve_modules
 from actcache.capture.taps import Taps
@@ -53,7 +53,9 @@ def capture(
     every module that runs. `sites` (with `layers`) are names that mean the same on every architecture. What is kept is
     after all hooks, detached (`detach`), on `device` (None: where it is), floating tensors in `dtype`, copied
     (`copy`; modules that hand the same tensor on share one copy). `positions` counts real tokens of each pass and cuts
-    before the copy. `stop_after_last` ends each pass once everything asked for has run; the call then returns None.
+    before the copy; a dict names them, ``{"subject": (3, 6), "last": -1}``, for ``cache.at`` and ``cache.map_to_dict``
+    (a list of lists is one list per prompt). `stop_after_last` ends each pass once everything asked for has run; the
+    call then returns None.
 
     Over `model.generate` the steps of a site are joined along positions, and rows follow the sequences it returns, with
     beams too; where that cannot be told, reading the site is a `SiteUnavailableError` (modules hold one visit a step).
@@ -69,7 +71,7 @@ def capture(
         raise OptionError("include_output and include_inputs are both off: there would be nothing to record")
     if layers is not None and sites is None:
         raise OptionError("layers chooses among sites: name some, such as sites='resid_post'")
-    check_positions(positions)
+    check_named(positions)
     model = original(model)
     named: dict[str, nn.Module] = {}
     points: dict[Site, ReadPoint] = {}
@@ -209,8 +211,12 @@ def observe(
 
 
 def _per_prompt(positions: Any, tokens: list[list[str]]) -> list[list[int]]:
-    choices = each_prompt(positions, len(tokens))
-    return [resolve_positions(choice, len(row)) for choice, row in zip(choices, tokens, strict=True)]
+    named = positions.values() if isinstance(positions, dict) else [positions]
+    choices = zip(*(each_prompt(choice, len(tokens)) for choice in named), strict=True)
+    return [
+        [p for choice in mine for p in resolve_positions(choice, len(row))]
+        for mine, row in zip(choices, tokens, strict=True)
+    ]
 
 
 def _anatomy_if_any(model: nn.Module) -> Anatomy | None:

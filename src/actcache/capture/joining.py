@@ -16,6 +16,7 @@ from torch import Tensor
 
 from actcache.capture.generation import Generation
 from actcache.capture.passes import Pass, take_positions
+from actcache.capture.tokens import Tokens, columns_of
 from actcache.errors import SiteUnavailableError
 
 _INSTEAD = (
@@ -236,19 +237,17 @@ def join(groups: Sequence[Sequences], passes: Sequence[Pass], values: dict[int, 
     return join_batches(joined)
 
 
-def tokens_of(
-    passes: Sequence[Pass], groups: Sequence[Sequences], ends: frozenset[int]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Token ids (None when a pass was given embeddings) and mask of what the joined values hold: ``[B, S]`` each.
+def tokens_of(passes: Sequence[Pass], groups: Sequence[Sequences], ends: frozenset[int]) -> Tokens:
+    """Token ids (None when a pass was given embeddings), mask and named positions of what the joined values hold.
 
     The mask leaves out padding, and whatever generation appended to a row after one of the `ends` (token ids). Both
     are None where values cannot be joined.
     """
     if any(sequences.refusal is not None for sequences in groups):
-        return None, None
+        return Tokens()
     mask = join(groups, passes, {i: one.real() if one.keep is None else one.keep >= 0 for i, one in enumerate(passes)})
     if any(one.ids is None for one in passes):
-        return None, mask.cpu()
+        return Tokens(None, mask.cpu(), _names_of(passes, groups))
     known = {i: one.ids for i, one in enumerate(passes) if one.ids is not None}
     ids = join(groups, passes, {i: _only_kept(passes[i], value) for i, value in known.items()}).cpu()
     mask = mask.cpu()
@@ -262,7 +261,32 @@ def tokens_of(
         with_beams = made is not None and made.beams is not None
         if len(sequences.pieces) > 1 and own and not with_beams and first.keep is None:
             mask[rows] &= ~_after_end(ids[rows], _prompt_length(passes, sequences), own)
-    return ids, mask
+    return Tokens(ids, mask, _names_of(passes, groups))
+
+
+def _names_of(passes: Sequence[Pass], groups: Sequence[Sequences]) -> dict[str, Tensor]:
+    """Where each named position is in the joined values: the columns of every pass that gave something to them."""
+    if not passes[0].names:
+        return {}
+    starts = {}
+    for sequences in groups:
+        start = 0
+        for piece in sequences.pieces:
+            starts[piece.index] = start
+            keep = passes[piece.index].keep
+            start += keep.shape[1] if keep is not None else 0
+    steps = any(len(sequences.pieces) > 1 for sequences in groups)
+    names = {}
+    for name, single in passes[0].names.items():
+        # One more than the column, so that the zeros of rows and columns that are absent mean none.
+        columns = {
+            index: torch.where(found >= 0, found + start + 1, 0)
+            for index, start in starts.items()
+            for found in [columns_of(passes[index].names[name])]
+        }
+        joined = join(groups, passes, columns) - 1
+        names[name] = joined[:, 0] if single.ndim == 1 and not steps else joined
+    return names
 
 
 def _prompt_length(passes: Sequence[Pass], sequences: Sequences) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from actcache.capture.generation import Generation
-from actcache.capture.positions import each_prompt, resolve_positions
+from actcache.capture.positions import each_prompt, is_single, resolve_positions
 from actcache.capture.values import kv_length
 
 _ID_NAMES = ("input_ids", "decoder_input_ids", "inputs_embeds")
@@ -31,6 +31,8 @@ class Pass:
     past: int
     keep: Tensor | None = None
     """Kept positions ``[B, n]`` of this pass, -1 where a prompt keeps fewer than others; None keeps all."""
+    names: dict[str, Tensor] = field(default_factory=dict)
+    """Columns of `keep` that belong to each named position, as in `tokens.Tokens`."""
     reordered: bool | None = None
     """Whether the rows of the cache were exchanged since the pass before; None when that cannot be told."""
 
@@ -86,7 +88,8 @@ class Passes:
             reordered=self._exchanged(state, past, tokens.shape[0]),
         )
         if self._positions is not None:
-            one.keep = _kept(one, self._positions).to(tokens.device)
+            kept, one.names = _kept(one, self._positions)
+            one.keep = kept.to(tokens.device)
         self.passes.append(one)
         self._open = True
         return True
@@ -187,7 +190,23 @@ def take_positions(tensor: Tensor, index: Tensor) -> Tensor:
     return taken
 
 
-def _kept(one: Pass, positions: Any) -> Tensor:
+def _kept(one: Pass, positions: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Kept positions, and where each name is among them: a name has the same columns in every prompt."""
+    if not isinstance(positions, dict):
+        return _chosen(one, positions), {}
+    blocks: list[Tensor] = []
+    names: dict[str, Tensor] = {}
+    start = 0
+    for name, choice in positions.items():
+        block = _chosen(one, choice)
+        columns = torch.arange(start, start + block.shape[1]).expand_as(block).where(block >= 0, -1)
+        names[name] = columns[:, 0] if is_single(choice) else columns
+        start += block.shape[1]
+        blocks.append(block)
+    return torch.cat(blocks, 1), names
+
+
+def _chosen(one: Pass, positions: Any) -> Tensor:
     rows: list[Tensor] = []
     for choice, real in zip(each_prompt(positions, one.batch), one.real(), strict=True):
         at = real.nonzero()[:, 0]

@@ -93,6 +93,26 @@ def check_positions(positions: Any) -> None:
         raise OptionError(f"positions is {positions!r}: expected {_EXPECTED}")
 
 
+def check_named(positions: Any) -> None:
+    """`check_positions`, for what may also be a dict of named positions: ``{"subject": (3, 6), "last": -1}``."""
+    if not isinstance(positions, dict):
+        check_positions(positions)
+    elif not positions:
+        raise OptionError("positions is an empty dict: name at least one, such as {'last': -1}")
+    else:
+        for name, choice in positions.items():
+            if not isinstance(name, str) or not name:
+                raise OptionError(f"position {name!r} has no name: the keys of positions are non-empty strings")
+            if choice is None:
+                raise OptionError(f"position {name!r} is None: expected {_EXPECTED}")
+            check_positions(choice)
+
+
+def is_single(choice: Any) -> bool:
+    """Whether this names exactly one token of every prompt."""
+    return _is_int(choice) or choice in ("first", "last")
+
+
 def each_prompt(positions: Any, n_prompts: int) -> list[Any]:
     """The positions of each prompt: a list of lists is one list per prompt, anything else holds for all of them."""
     if isinstance(positions, list) and positions and all(isinstance(item, list) for item in positions):

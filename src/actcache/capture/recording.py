@@ -13,8 +13,9 @@ from actcache.capture.eager import eager
 from actcache.capture.entry import MISSING, Entry
 from actcache.capture.generation import Watch
 from actcache.capture.passes import Passes
-from actcache.capture.stacks import Tokens, Track, Tracks, way_to_backbone
+from actcache.capture.stacks import Track, Tracks, way_to_backbone
 from actcache.capture.taps import Inputs, Taps
+from actcache.capture.tokens import Tables
 from actcache.capture.values import make_keeper, map_tensors
 from actcache.errors import MissedModuleError
 from actcache.model.anatomy import Anatomy, ReadPoint
@@ -195,13 +196,13 @@ class _Recorder:
     def _ran(self, key: str) -> bool:
         return key in self.sites and bool(self.sites[key][1])
 
-    def close(self) -> Callable[[], dict[str | None, Tokens]]:
+    def close(self) -> Callable[[], Tables]:
         """Let go of the values, which the cache now holds; what is left answers for the tokens."""
         self.entries = {}
         self.sites = {key: (track, []) for key, (track, _) in self.sites.items()}
         return self.tokens
 
-    def tokens(self) -> dict[str | None, Tokens]:
+    def tokens(self) -> Tables:
         """Token ids and mask of the passes so far, by stack."""
         return self.tracks.tokens(self.sites) if self.tracks is not None else {}
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from actcache.capture.generation import Watch, end_tokens
 from actcache.capture.joining import Refused, Sequences, group, join, join_batches, tokens_of
 from actcache.capture.passes import Passes
+from actcache.capture.tokens import Tables, Tokens
 from actcache.model.anatomy import Anatomy
 from actcache.model.sites import Site
 from actcache.model.structure import descend
-
-Tokens = tuple[Tensor | None, Tensor | None]
 
 
 class Track:
@@ -98,11 +97,11 @@ class Tracks:
         """Begin to watch the `generate` of every module that may run the backbone."""
         return Watch(tops, self._last.passes)
 
-    def tokens(self, sites: Iterable[str]) -> dict[str | None, Tokens]:
+    def tokens(self, sites: Iterable[str]) -> Tables:
         """Token ids and mask of the passes so far, by stack; first the stack which `sites` are of (the encoder's where
         they are of both: its tokens are the prompts)."""
         tables = {
-            name: tokens_of(track.passes.passes, track.sequences(), self._ends) if track.passes.passes else (None, None)
+            name: tokens_of(track.passes.passes, track.sequences(), self._ends) if track.passes.passes else Tokens()
             for name, track in self._of.items()
         }
         asked = {Site.parse(key).stack for key in sites}

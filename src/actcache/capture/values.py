@@ -7,9 +7,11 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from actcache.capture.notes import ValueWithInfo
 from actcache.errors import OptionError, did_you_mean
 
 CPU = torch.device("cpu")
@@ -106,6 +108,8 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any], *, of_cache: Call
         return _same_class(value, [map_tensors(item, function, of_cache=of_cache) for item in value])
     if isinstance(value, dict):
         return _map_dict(value, function, of_cache)
+    if isinstance(value, ValueWithInfo):
+        return ValueWithInfo(map_tensors(value.value(), function, of_cache=of_cache), value.info())
     if is_kv_cache(value):
         return summarise(value) if of_cache is None else of_cache(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -142,6 +146,10 @@ def same_content(one: Any, other: Any) -> bool:
         )
     if type(one) is not type(other):
         return False
+    if isinstance(one, ValueWithInfo):
+        return same_content(one.value(), other.value()) and same_content(one.info(), other.info())
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
     if isinstance(one, Mapping):
         return one.keys() == other.keys() and all(same_content(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):

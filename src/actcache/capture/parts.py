@@ -1,0 +1,283 @@
+"""Parts of a cache: prompts, sites, layers, positions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from actcache.capture.entry import Entry
+from actcache.capture.keyed import Keyed
+from actcache.capture.residual import FullActivationCache
+from actcache.capture.tokens import columns_of, cut_tables, position_axes, real_rows, take_columns, tensor_of
+from actcache.capture.values import map_tensors
+from actcache.errors import LayerRangeError, UnknownKeyError, did_you_mean
+from actcache.model.sites import Site, resolve_layers
+
+
+class Parts(Keyed):
+    """What can be taken out of a cache."""
+
+    # -- layers and positions
+
+    def layer_numbers(self, site: str = "resid_post") -> list[int]:
+        """The layers of `site` that the cache holds, in ascending order."""
+        asked = Site.parse(site)
+        same = [s for s in self._sites() if (s.stack, s.name) == (asked.stack, asked.name) and s.head is None]
+        return sorted(s.layer for s in same if s.layer is not None)
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers the cache holds, whatever the site."""
+        return len({s.layer for s in self._sites() if s.layer is not None})
+
+    def seq_len(self) -> int:
+        """Positions per prompt, padding included; raises `LayerRangeError` on an empty cache."""
+        mask = self.attention_mask
+        if mask is not None:
+            return int(mask.shape[1])
+        for value in self._data.values():
+            tensor = tensor_of(value)
+            if tensor is not None and tensor.ndim >= 2:
+                return int(tensor.shape[1])
+        raise LayerRangeError("the cache is empty: it has no positions")
+
+    def is_empty(self) -> bool:
+        """Whether nothing is held."""
+        return not self._data
+
+    def get_layer(self, layer: int, site: str = "resid_post") -> Tensor:
+        """`site` at one layer, ``[B, S, D]``; negative layers count from the end of the model.
+
+        Raises `LayerRangeError` (an `IndexError`) for a layer that the cache does not hold.
+        """
+        asked = Site.parse(site)
+        held = self.layer_numbers(site)
+        depth = self._depths.get(asked.stack, held[-1] + 1 if held else 0)
+        number = layer + depth if layer < 0 else layer
+        if number not in held:
+            has = f"layers {', '.join(map(str, held))}" if held else "no layer of it"
+            raise LayerRangeError(f"layer {layer} of {site} is not in the cache: it holds {has}")
+        value: Tensor = self[str(Site(asked.name, number, stack=asked.stack))]
+        return value
+
+    def get_position(self, layer: int, position: int, site: str = "resid_post") -> Tensor:
+        """One position of every prompt, ``[B, D]``: real tokens are counted, whatever the padding side, negative
+        positions from each prompt's end. Raises `LayerRangeError` naming layer, position and range."""
+        value = self.get_layer(layer, site)
+        picked: list[Tensor] = []
+        for row in real_rows(site, value, self._layer_mask(layer, site, value)):
+            if not -row.shape[0] <= position < row.shape[0]:
+                raise LayerRangeError(
+                    f"position {position} of layer {layer} is out of range: "
+                    f"prompt {len(picked)} has {row.shape[0]} tokens (0 to {row.shape[0] - 1})"
+                )
+            picked.append(row[position])
+        return torch.stack(picked)
+
+    def _layer_mask(self, layer: int, site: str, value: Tensor) -> Tensor | None:
+        asked = Site.parse(site)
+        number = layer + self._depths.get(asked.stack, 0) if layer < 0 else layer
+        name = str(Site(asked.name, number, stack=asked.stack))
+        return self._mask_of(self._find(name, self._data) or name, value)
+
+    def stack(self, site: str = "resid_post") -> Tensor:
+        """Every held layer of `site`, ``[L, B, S, D]``, in ascending order of layers."""
+        numbers = self.layer_numbers(site)
+        if not numbers:
+            raise LayerRangeError(f"the cache holds no layer of {site}")
+        return torch.stack([self.get_layer(number, site) for number in numbers])
+
+    def residual_stream(self, prompt: int = 0, site: str = "resid_post") -> FullActivationCache:
+        """One prompt's `site` at every held layer, ``[T, D]`` each, without padding (views).
+
+        Raises `LayerRangeError` for a prompt or a site that the cache does not hold.
+        """
+        numbers = self.layer_numbers(site)
+        if not numbers:
+            raise LayerRangeError(f"the cache holds no layer of {site}")
+        asked = Site.parse(site)
+        stream = FullActivationCache.with_capacity(self._depths.get(asked.stack, numbers[-1] + 1), site=site)
+        for number in numbers:
+            rows = self.rows(str(Site(asked.name, number, stack=asked.stack)))
+            if not -len(rows) <= prompt < len(rows):
+                raise LayerRangeError(f"prompt {prompt} is out of range: the cache holds {len(rows)} prompts")
+            stream.push(rows[prompt], number)
+        return stream
+
+    # -- prompts and positions
+
+    def rows(self, key: str) -> list[Tensor]:
+        """The value of `key` prompt by prompt, without padding: one ``[T, D]`` each (views)."""
+        value = self[key]
+        found = self._key(key, self._data)
+        if isinstance(value, list) and value and all(isinstance(part, Tensor) for part in value):
+            return self._rows_of_parts(found, value)
+        tensor = tensor_of(value)
+        if tensor is None or tensor.ndim == 0:
+            raise UnknownKeyError(f"{key!r} holds no tensor that has one row per token")
+        return real_rows(found, tensor, self._mask_of(found, tensor))
+
+    def _rows_of_parts(self, key: str, parts: list[Tensor]) -> list[Tensor]:
+        """The same for batches that were joined without padding: their masks are padded on the right."""
+        total = sum(part.shape[0] for part in parts)
+        mask = (self._masks or {}).get(key)
+        mask = mask if mask is not None else self._state().table_of(key).mask
+        rows: list[Tensor] = []
+        for part in parts:
+            real = None
+            if mask is not None and mask.shape[0] == total and part.ndim > 1:
+                real = mask[len(rows) : len(rows) + part.shape[0], : part.shape[position_axes(key)[0]]]
+            rows += real_rows(key, part, real)
+        return rows
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Labels and other values with one item per prompt, by name: lists, arrays or tensors, to be set by whoever
+        fills the cache. They follow the prompts when caches are joined and when prompts are selected."""
+        # Also in deferred mode: what is written here is to be joined with what comes next.
+        self._settle()
+        if self._columns is None:
+            self._columns = {}
+        return self._columns
+
+    def at(self, name: str) -> Self:
+        """A cache with only the positions called `name` (as captured with ``positions={name: ...}``), ``[B, w, D]``
+        for every value that has them; a prompt with fewer of them is padded, and says so in `attention_mask`.
+
+        Raises `UnknownKeyError` for a name under which nothing was captured.
+        """
+        state = self._state()
+        self._require_name(name, sorted({known for table in state.tables.values() for known in table.names}))
+        part = type(self)()
+        part._model, part._depths, part.tokens = self._model, self._depths, None
+        part._tokens = cut_tables(state.tables, name)
+        part._columns, part._metadata = dict(self._columns or {}), dict(self._metadata or {})
+        for key, value in self._data.items():
+            taken = self._named(key, value)
+            if taken is not None and name in taken:
+                part._items[key] = taken[name]
+        return part
+
+    def map_to_dict(self, key: str) -> dict[str, Tensor]:
+        """The value of `key` at every named position: ``{name: [B, w, D]}``, and ``[B, D]`` for the name of a single
+        position. The batch axis is always there; where a prompt has fewer positions than others, zeros.
+
+        Raises `UnknownKeyError` when positions were not named, or `key` has no value per position.
+        """
+        value = self[key]
+        found = self._key(key, self._data)
+        names = self._state().table_of(found).names
+        taken = self._named(found, value)
+        if not names or taken is None:
+            why = "no positions were named: capture with positions={'last': -1}" if not names else "it has no positions"
+            raise UnknownKeyError(f"{key!r} cannot be mapped to named positions: {why}")
+        result = {}
+        for name, part in taken.items():
+            tensor = tensor_of(part)
+            assert tensor is not None
+            result[name] = tensor.squeeze(position_axes(found)[0]) if names[name].ndim == 1 else tensor
+        return result
+
+    def _named(self, key: str, value: Any) -> dict[str, Any] | None:
+        """The value at each named position; None for one that has no positions."""
+        table, axes, tensor = self._state().table_of(key), position_axes(key), tensor_of(value)
+        if table.mask is None or tensor is None or tensor.ndim <= max(axes):
+            return None
+        shape = table.mask.shape
+
+        def fits(part: Tensor) -> bool:
+            return part.ndim > max(axes) and part.shape[0] == shape[0] and all(part.shape[a] == shape[1] for a in axes)
+
+        if not fits(tensor):
+            return None
+        result = {}
+        for name, index in table.names.items():
+            columns = columns_of(index)
+
+            def take(part: Tensor, columns: Tensor = columns) -> Tensor:
+                return take_columns(part, columns, axes) if fits(part) else part
+
+            result[name] = _map(value, take)
+        return result
+
+    @staticmethod
+    def _require_name(name: str, known: list[str]) -> None:
+        if name not in known:
+            held = ", ".join(map(repr, known)) or "none: capture with positions={'last': -1}"
+            raise UnknownKeyError(
+                f"no positions are called {name!r}; named positions: {held}.{did_you_mean(name, known)}"
+            )
+
+    def select(self, prompts: int | slice | Sequence[int] | None = None, sites: Any = None, layers: Any = None) -> Self:
+        """A cache of some prompts (an int, a slice, or a list of row numbers), sites and layers.
+
+        Memory is shared where prompts are an int or a slice. `sites` and `layers` choose among site keys; naming either
+        leaves modules out.
+        """
+        part = type(self)()
+        part._model, part._depths, part.missed = self._model, self._depths, list(self.missed)
+        names = None if sites is None else {Site.parse(s) for s in ([sites] if isinstance(sites, str) else sites)}
+        numbers = None if layers is None else self._numbers(layers)
+        rows = slice(prompts, prompts + 1 or None) if isinstance(prompts, int) else prompts
+        tables, masks = self._tables(), self._masks or {}
+        mask = self.attention_mask
+        batch = mask.shape[0] if mask is not None else None
+        for key, value in self._data.items():
+            if (names is not None or numbers is not None) and not _wanted(key, names, numbers):
+                continue
+            part._items[key] = value if rows is None else _take_rows(value, rows, batch)
+        if not part._items and self._items:
+            raise UnknownKeyError(f"nothing in the cache matches sites={sites!r}, layers={layers!r}")
+        part._metadata, part._batches = dict(self._metadata or {}), self._batches
+        part._strategies = copy.copy(self._strategies)
+        if rows is None:
+            part._tokens, part.tokens, part._columns = tables, self.tokens, self._columns
+            part._masks = {key: own for key, own in masks.items() if key in part._items}
+        else:
+            part._tokens = {name: _take_rows(table, rows, batch) for name, table in tables.items()}
+            part._masks = {key: _take_rows(own, rows, batch) for key, own in masks.items() if key in part._items}
+            chosen = range(self._n_rows())[rows] if isinstance(rows, slice) else [int(row) for row in rows]
+            part.tokens = None if self.tokens is None else [self.tokens[i] for i in chosen]
+            part._columns = {name: _take_items(column, chosen) for name, column in (self._columns or {}).items()}
+        return part
+
+    def _numbers(self, layers: Any) -> set[int]:
+        held = [s.layer for s in self._sites() if s.layer is not None]
+        return set(resolve_layers(layers, max(self._depths.values(), default=max(held, default=-1) + 1)))
+
+
+def _wanted(key: str, names: set[Site] | None, numbers: set[int] | None) -> bool:
+    if not Site.looks_like(key):
+        return False
+    site = Site.parse(key)
+    named = names is None or site in names or Site(site.name, None, None, site.stack) in names
+    return named and (numbers is None or site.layer in numbers)
+
+
+def _take_rows(value: Any, rows: Any, batch: int | None) -> Any:
+    """The chosen prompts of every tensor whose first dimension is the batch."""
+
+    def take(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0 or (batch is not None and tensor.shape[0] != batch):
+            return tensor
+        return tensor[rows] if isinstance(rows, slice) else tensor[torch.as_tensor(list(rows), device=tensor.device)]
+
+    return _map(value, take)
+
+
+def _take_items(column: Any, chosen: Sequence[int]) -> Any:
+    if isinstance(column, (list, tuple)):
+        return [column[i] for i in chosen]
+    return column[list(chosen)]
+
+
+def _map(value: Any, function: Any) -> Any:
+    return (
+        value.map(lambda part: map_tensors(part, function))
+        if isinstance(value, Entry)
+        else map_tensors(value, function)
+    )
