@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 PY_TF4 := $(VENV_TF4)/bin/python
 
 # The tests whose outcome can depend on the version of transformers.
-TF4_TESTS = $(sort $(wildcard $(foreach subject,adapters anatomy architectures beams capture cli demo extract identity loading offload prompts quantized readme rope selftest sites staleness traps unified zoo,tests/test_*$(subject)*.py)))
+TF4_TESTS = $(sort $(wildcard $(foreach subject,adapters anatomy architectures beams capture cli demo edits extract identity in_memory loading offload prompts quantized readme rope selftest sites staleness traps unified zoo,tests/test_*$(subject)*.py)))
 BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py))
 
 export PYTHON

@@ -14,8 +14,10 @@ import actcache as ac
 from actcache.testing.tiny import tiny_model
 
 _DRIVER = """
-import sys, time
+import signal, sys, time
 import actcache as ac
+# What runs in the background of a shell script is started with interrupts ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from actcache.extract.backends.local import LocalSession
 
 run = LocalSession.run
