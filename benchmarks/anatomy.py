@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from _measure import Ratio
 from actcache.model.anatomy import Anatomy
-from actcache.model.identities import probe_inputs
+from actcache.model.probe import probe_inputs
 from actcache.model.structure import find_structure
 
 BOUND = 0.050

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,30 +13,17 @@ from torch import Tensor, nn
 
 from actcache.model.discovery import find_form
 from actcache.model.forms import BlockForm, BlockRun, Call, Side, check_form, first_input, first_tensor
-from actcache.model.modes import evaluating
-from actcache.model.offload import input_device
-from actcache.model.rope import restore_attention
+from actcache.model.probe import DECODER_TOKENS, PROMPTS, TOKENS, probe_inputs, undisturbed
 from actcache.model.sites import Site
 from actcache.model.structure import Stack, descend, text_config
 
 if TYPE_CHECKING:
     from actcache.model.anatomy import Anatomy
 
-# Lengths differ, so that neither stack of an encoder-decoder can be taken for the other.
-_PROMPTS, _TOKENS, _DECODER_TOKENS = 2, 4, 3
 # Attention and MLP lie at most this deep below a block (T5's layer.0.SelfAttention, BERT's attention.output.dense).
 _DEPTH = 4
 # A longer list of modules inside a block is a list of experts, each of which sees some of the tokens.
 _EXPERTS = 8
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 @dataclass(frozen=True)
@@ -94,7 +79,7 @@ def check(anatomy: Anatomy) -> Findings:
         if any(watch.broke for watch in watches):
             raise
         # Architectures that cannot be run on token ids alone still have their stream.
-        why = f"the model could not be run on {_PROMPTS} x {_TOKENS} token ids ({type(error).__name__}: {error})"
+        why = f"the model could not be run on {PROMPTS} x {TOKENS} token ids ({type(error).__name__}: {error})"
         for watch in watches:
             findings.refused |= {Site(name, stack=watch.stack.name): why for name in (*BRANCHES, "final_norm")}
         return findings
@@ -128,7 +113,7 @@ class _StackWatch:
         self._unchained: str | None = None
         self._shape: str | None = None
         self._second = False
-        decoder = _DECODER_TOKENS if stack.name == "decoder" else _TOKENS
+        decoder = DECODER_TOKENS if stack.name == "decoder" else TOKENS
         self._tokens = min(decoder, anatomy.context_length or decoder)
 
     def listen(self, hooks: ExitStack) -> None:
@@ -156,9 +141,9 @@ class _StackWatch:
         if self._second:
             return
         rows = tuple(run.pre.shape[:-1])
-        if rows != (_PROMPTS, self._tokens) and self._shape is None:
+        if rows != (PROMPTS, self._tokens) and self._shape is None:
             self._shape = (
-                f"for {_PROMPTS} x {self._tokens} tokens, block {layer} ({self.stack.block_paths[layer]}) was given "
+                f"for {PROMPTS} x {self._tokens} tokens, block {layer} ({self.stack.block_paths[layer]}) was given "
                 f"rows {rows}, not one for each token of each prompt"
             )
         if self.last is not None and not torch.equal(self.last, run.pre) and self._unchained is None:
@@ -360,42 +345,3 @@ def numbers_of(blocks: Iterable[nn.Module], model: nn.Module) -> list[tuple[Mapp
     if config is not None:
         holders.append(vars(config))
     return [(holder, name, value) for holder in holders for name, value in holder.items() if type(value) is float]
-
-
-def probe_inputs(anatomy: Anatomy) -> dict[str, Any]:
-    parameters = inspect.signature(anatomy.backbone.forward).parameters
-    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    tokens = min(_TOKENS, anatomy.context_length or _TOKENS)
-    device = input_device(anatomy.model)
-    ids = _spread(tokens, anatomy.vocab_size).to(device)
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    inputs = {name: value for name, value in inputs.items() if name in parameters or any_name}
-    if "decoder_input_ids" in parameters:
-        inputs["decoder_input_ids"] = _spread(min(_DECODER_TOKENS, tokens), anatomy.vocab_size).to(device)
-    return inputs
-
-
-def _spread(tokens: int, vocabulary: int) -> Tensor:
-    """Ids spread over the vocabulary, without touching the random state; the last ids are often special."""
-    ids = (torch.arange(_PROMPTS * tokens) * 7919 + 3) % max(1, vocabulary - 1)
-    return ids.view(_PROMPTS, tokens)
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the model by itself: evaluation mode, no hooks but ours; modes, hooks and random state come back after."""
-    modules = list(model.modules())
-    hooks = [(m, name, m.__dict__[name]) for m in modules for name in _HOOKS if m.__dict__.get(name)]
-    shadows = [(m, m.__dict__.pop("_call_impl")) for m in modules if "_call_impl" in m.__dict__]
-    cuda = {p.device.index for m in modules for p in m._parameters.values() if p is not None and p.is_cuda}
-    with evaluating(model), torch.random.fork_rng(devices=sorted(cuda)):
-        try:
-            for module, name, _ in hooks:
-                module.__dict__[name] = OrderedDict()
-            yield
-        finally:
-            restore_attention(model)
-            for module, name, saved in hooks:
-                module.__dict__[name] = saved
-            for module, shadow in shadows:
-                module.__dict__["_call_impl"] = shadow

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from actcache.errors import OptionError, SiteUnavailableError
 from actcache.model.anatomy import Anatomy, ReadPoint
 from actcache.model.forms import BlockForm, Place, Step, deviation, first_input, first_tensor
-from actcache.model.identities import probe_inputs, undisturbed
+from actcache.model.probe import probe_inputs, undisturbed
 from actcache.model.sites import Site
 from actcache.model.structure import descend
 
