@@ -159,6 +159,8 @@ def deviation(whole: Tensor, parts: Sequence[tuple[Tensor, float]]) -> tuple[boo
     So the error of an element is bounded by one eps of the sum of its parts' magnitudes, element by element: an
     outlier dimension hides nothing in the others. One part alone must be the same numbers.
     """
+    if _same(whole, parts):
+        return True, 0.0
     eps = max(torch.finfo(t.dtype).eps for t in (whole, *(part for part, _ in parts)))
     wide = whole.double()
     error, size = -wide, wide.abs()
@@ -171,6 +173,16 @@ def deviation(whole: Tensor, parts: Sequence[tuple[Tensor, float]]) -> tuple[boo
     worst = float(error.max())
     holds = math.isfinite(worst) and bool((error <= eps * (len(parts) - 1) * size).all())
     return holds, worst / max(largest, 1e-300)
+
+
+def _same(whole: Tensor, parts: Sequence[tuple[Tensor, float]]) -> bool:
+    """Whether adding the parts as they are, in either order, gives `whole` bit for bit."""
+    first, *rest = (part if factor == 1.0 else part * factor for part, factor in parts)
+    if not rest:
+        return torch.equal(first, whole)
+    if torch.equal(sum(rest, first), whole):
+        return True
+    return len(rest) > 1 and torch.equal(first + sum(rest[1:], rest[0]), whole)
 
 
 def first_tensor(output: Any) -> Tensor:
