@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import actcache as ac
 from actcache.testing.tiny import FAMILIES, tiny_model
+from edit_helpers import in_place, moved, plain, state
 
 IDS = torch.tensor([[5, 9, 100, 7], [8, 3, 4, 50]])
 H1 = "transformer.h.1"
@@ -26,30 +27,6 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
     if model.config.is_encoder_decoder:
         return {"input_ids": IDS, "decoder_input_ids": IDS[:, :3]}
     return {"input_ids": IDS}
-
-
-def plain(tensor: Any) -> Tensor:
-    return tensor if isinstance(tensor, Tensor) else tensor[0]
-
-
-def moved(x: Tensor) -> Tensor:
-    return x.flip(-1) * 1.5 + 0.25
-
-
-def state(model: nn.Module) -> list[Any]:
-    return [
-        {name: dict(value) if isinstance(value, dict) else id(value) for name, value in module.__dict__.items()}
-        for module in model.modules()
-    ]
-
-
-def in_place(function: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
-    """`function` with nothing returned."""
-
-    def change(x: Tensor) -> None:
-        function(x)
-
-    return change
 
 
 # -- what the model goes on with

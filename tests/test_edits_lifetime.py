@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import actcache as ac
 from actcache.capture.taps import Tap
 from actcache.testing.tiny import tiny_model
+from edit_helpers import in_place, moved, plain, state
 
 IDS = torch.tensor([[5, 9, 100, 7], [8, 3, 4, 50]])
 H1 = "transformer.h.1"
@@ -22,30 +23,6 @@ H1 = "transformer.h.1"
 @pytest.fixture
 def model() -> Any:
     return tiny_model("gpt2")
-
-
-def plain(tensor: Any) -> Tensor:
-    return tensor if isinstance(tensor, Tensor) else tensor[0]
-
-
-def moved(x: Tensor) -> Tensor:
-    return x.flip(-1) * 1.5 + 0.25
-
-
-def state(model: nn.Module) -> list[Any]:
-    return [
-        {name: dict(value) if isinstance(value, dict) else id(value) for name, value in module.__dict__.items()}
-        for module in model.modules()
-    ]
-
-
-def in_place(function: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
-    """`function` with nothing returned."""
-
-    def change(x: Tensor) -> None:
-        function(x)
-
-    return change
 
 
 # -- order

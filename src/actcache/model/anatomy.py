@@ -44,7 +44,7 @@ class Anatomy:
 
     Attributes: `stacks` (``(None,)``, or ``("encoder", "decoder")``: the prefixes of site names), `d_model`,
     `vocab_size`, `context_length` (positions the model was configured for; None when it has no such limit),
-    `takes_position_ids` (whether the backbone's forward has that argument), `structure` (all paths).
+    `structure` (all paths).
     """
 
     def __init__(self, model: nn.Module, structure: Structure) -> None:
@@ -54,7 +54,6 @@ class Anatomy:
         self.d_model = structure.d_model
         self.vocab_size = structure.vocab_size
         self.context_length = structure.context_length
-        self.takes_position_ids = structure.takes_position_ids
         self._block_refs = [
             (stack.blocks.split("."), [weakref.ref(block) for block in self.blocks_of(stack.name)])
             for stack in structure.stacks

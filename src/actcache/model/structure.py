@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +36,6 @@ class Structure:
     d_model: int
     vocab_size: int
     context_length: int | None
-    takes_position_ids: bool
 
 
 def find_structure(model: nn.Module) -> Structure:
@@ -52,7 +50,6 @@ def find_structure(model: nn.Module) -> Structure:
     backbone = _backbone(core, [lists[stack.blocks] for stack in stacks], paths)
     embed = _accessor(core, "get_input_embeddings")
     head = _accessor(core, "get_output_embeddings")
-    forward = model.get_submodule(backbone).forward
     return Structure(
         backbone=backbone,
         stacks=stacks,
@@ -61,7 +58,6 @@ def find_structure(model: nn.Module) -> Structure:
         d_model=_d_model(config, embed),
         vocab_size=int(getattr(config, "vocab_size", 0) or getattr(embed, "num_embeddings", 0)),
         context_length=_context_length(config),
-        takes_position_ids="position_ids" in inspect.signature(forward).parameters,
     )
 
 
