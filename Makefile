@@ -5,22 +5,28 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # The other supported generation of transformers.
 TF4 ?= transformers==4.57.6
+# The libraries that some slow tests compare with.
+PEERS ?= transformer-lens==3.9.0 sae-lens==6.54.12 nnsight==0.8.1
 
 VENV := .venv
 VENV_TF4 := .venv-tf4
+VENV_PEERS := .venv-peers
 PY := $(VENV)/bin/python
 PY_TF4 := $(VENV_TF4)/bin/python
 
 # The tests whose outcome can depend on the version of transformers.
-TF4_TESTS = $(sort $(wildcard $(foreach subject,adapters anatomy architectures beams capture cli demo edits extract identity in_memory loading offload prompts quantized readme rope selftest sites staleness traps unified zoo,tests/test_*$(subject)*.py)))
+TF4_TESTS = $(sort $(wildcard $(foreach subject,adapters analysis anatomy architectures attention beams capture cli decoder_inputs demo edits encode extract head identity in_memory invariance knockout loading media nnsight norms offload pattern probe prompts quantized readme ready_made rope run_with_cache selftest sites staleness traps unified zoo,tests/test_*$(subject)*.py)))
 BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py))
 
 export PYTHON
 # The model of the demo and of the tests is part of the package: nothing may reach for a model hub.
 offline := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
+# As many processes as there are processors; a file's tests stay together, with what they share.
+PYTEST = -m pytest -n auto --dist loadfile
+
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-tf4 demo test test-all lint types bench format clean
+.PHONY: help venv venv-tf4 venv-peers demo test test-all lint types bench format clean
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3] [TORCH=torch==2.13.0]"
@@ -33,20 +39,23 @@ venv: ## make the virtual environment .venv (quick when it is up to date)
 venv-tf4:
 	@scripts/make_venv.sh $(VENV_TF4) "$(TORCH)" "$(TF4)" -e ".[dev]"
 
+venv-peers: ## make .venv-peers, in which slow tests compare with other libraries
+	@scripts/make_venv.sh $(VENV_PEERS) "$(TORCH)" $(PEERS) -e .
+
 demo: venv ## run the main job on the shipped model: extract, keep, read back, probe
 	@echo "==> actcache demo"
 	@$(offline) $(VENV)/bin/actcache demo
 
 test: venv ## the fast tests (under 10 minutes)
 	@echo "==> fast tests"
-	@$(offline) $(PY) -m pytest -q -m "not slow"
+	@$(offline) $(PY) $(PYTEST) -q -m "not slow"
 
-test-all: venv venv-tf4 ## all tests, and once more those that depend on transformers with 4.57 (under 60 minutes)
+test-all: venv venv-tf4 venv-peers ## all tests, and once more those that depend on transformers with 4.57 (under 60 minutes)
 	@status=0; \
 	echo "==> tests that depend on transformers, with $(TF4)"; \
-	$(offline) $(PY_TF4) -m pytest -q -m "not slow" $(TF4_TESTS) || status=1; \
+	$(offline) $(PY_TF4) $(PYTEST) -q -m "not slow" $(TF4_TESTS) || status=1; \
 	echo "==> all tests"; \
-	$(offline) $(PY) -m pytest || status=1; \
+	$(offline) $(PY) $(PYTEST) || status=1; \
 	exit $$status
 
 lint: venv ## check format and style (ruff)
@@ -64,4 +73,4 @@ bench: venv ## run the benchmarks: tables of ratios against a reference in the s
 	@status=0; for file in $(BENCHMARKS); do echo "==> $$file"; $(offline) $(PY) $$file || status=1; done; exit $$status
 
 clean: ## remove the virtual environments and what tools left behind
-	rm -rf $(VENV) $(VENV_TF4) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

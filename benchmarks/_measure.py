@@ -8,16 +8,24 @@ whole interval lies past it.
 
 from __future__ import annotations
 
+import argparse
 import gc
+import json
 import math
+import shutil
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 Show = Literal["time", "speed"]
+Tables = list[tuple[str, list["Row"], dict[str, Any]]]
+"""Titles, rows, and what `print_table` is to know of them."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +179,44 @@ def print_table(
         )
     sys.stdout.flush()
     return ok
+
+
+@dataclass
+class Report:
+    """The tables of one run: printed as they come, and kept. `folder` is theirs; `held` tells of their bounds."""
+
+    folder: Path
+    held: bool = True
+    record: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, tables: Tables, *, show: Show = "time") -> None:
+        """Print `tables` and keep their rows."""
+        for title, rows, how in tables:
+            self.held &= print_table(title, rows, **{"show": show, **how})
+            self.record.append({"title": title, "rows": [row.as_dict() for row in rows]})
+
+
+def arguments(
+    description: str | None, quick: str = "fewer rounds: a look, not a measurement"
+) -> argparse.ArgumentParser:
+    """The options of a benchmark that works in a folder."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", type=Path, help="write the rows there, too")
+    parser.add_argument("--folder", type=Path, help="where to put the files (default: the temporary folder)")
+    return parser
+
+
+@contextmanager
+def reporting(options: argparse.Namespace) -> Iterator[Report]:
+    """A report in a new folder that goes when the block ends; what was measured is written where `options` say."""
+    report = Report(Path(tempfile.mkdtemp(prefix="actcache-benchmark-", dir=options.folder)))
+    try:
+        yield report
+    finally:
+        shutil.rmtree(report.folder, ignore_errors=True)
+    if options.json:
+        options.json.write_text(json.dumps(report.record, indent=1))
 
 
 def _seconds(value: float) -> str:

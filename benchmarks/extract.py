@@ -85,7 +85,7 @@ def cached_run(model: Any, prompts: list[list[int]], **options: Any) -> None:
     folder = tempfile.mkdtemp(prefix="actcache-bench-")
     try:
         store = ac.Store(folder)
-        ac.UnifiedCache(model, store=store, batch_size=None, **options).warmup(prompts)
+        ac.UnifiedCache(model, compute_perplexity=False, store=store, batch_size=None, **options).warmup(prompts)
         store.close()
     finally:
         shutil.rmtree(folder)
@@ -199,7 +199,7 @@ def watch():
             peak = max(peak, next(int(l.split()[1]) for l in f if l.startswith("RssAnon")))
         time.sleep(0.01)
 thread = threading.Thread(target=watch); thread.start()
-ac.UnifiedCache(model, store=folder, batch_size=None, cache_pooled=False).warmup(prompts)
+ac.UnifiedCache(model, compute_perplexity=False, store=folder, batch_size=None, cache_pooled=False).warmup(prompts)
 running = False; thread.join(); print(peak)
 """
 
@@ -231,7 +231,7 @@ def warm(rounds: int) -> bool:
         model = _named_model(Path(folder) / "model")
         texts = [f"The {i}th landmark of the list is in the city of number {i * 7919 % 1000}." for i in range(2_000)]
         store = ac.Store(Path(folder) / "store")
-        cache = ac.UnifiedCache(model, store=store, tokenizer=str(model))
+        cache = ac.UnifiedCache(model, compute_perplexity=False, store=store, tokenizer=str(model))
         _fill(cache, texts)
         flat = Path(folder) / "flat.bin"
         rng = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import actcache as ac
-from actcache.selftest.run import SITES
+from actcache.selftest.run import INSIDE, SITES, STREAM
 from actcache.testing.tiny import FAMILIES, tiny_model
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
@@ -29,7 +29,10 @@ _HIDDEN = {
     "after each block; the last after the final norm": "out, norm",
     "not recorded": "none",
 }
-_HEADINGS = ("family", "block", *SITES, "batching", "hidden_states")
+_TABLES = {
+    "The residual stream": ("family", "block", *STREAM, "batching", "hidden_states"),
+    "Inside attention and MLP": ("family", *INSIDE),
+}
 _HEAD = """\
 # Architectures
 
@@ -41,12 +44,14 @@ configuration, in float32 on a CPU. This page is made by `python scripts/make_ar
 A cell sums up all blocks. Each value was compared, token by token, with the prompt run alone and read by plain torch
 hooks: extracted alone, in unpadded and in padded batches of up to 8, captured with padding on either side, stored and
 read again. It was also held against the identities of the residual stream, and against transformers' own hidden states
-where they are the same value.
+where they are the same value. What the heads add (`head_out`) was held against the output projection's own answer to
+each head alone, and patterns against transformers' own attention probabilities (those of an eager pass) and against
+what the heads hand on.
 
 - **exact**: bit for bit in every comparison.
 - **within**: every difference is at most 1e-5 of the row's largest value. Matrix products of another shape round
   otherwise, so which cells are exact depends on the machine.
-- **-**: the architecture has no such value.
+- **-**: the architecture has no such value. Where some of its blocks have it, the cell is about those.
 - **refused**: it could not be told from other values, so asking for it is an error; the note says why.
 
 No cell is wrong: then this page could not be made. Other architectures work where the structure is found and the
@@ -63,6 +68,8 @@ _LEGEND = """\
   *parallel*: both read the same stream. *post-norm*: a norm on the stream behind each. *mixer*: one branch.
 - **batching**: which prompts share a batch. *any*: those of any length, padded. *equal*: those of one length.
   *alone*: none.
+- **attn_in** to **head_out**: of self-attention. **mlp_act** is absent where there are experts, each of which has
+  hidden activations of its own.
 - **hidden_states**: what transformers gives for `output_hidden_states=True`. *in*: the input of every block under its
   number; *out*: the output of every block. The last entry is the output of the final *norm*, the last block's output
   (*out*), or *other*: no site. So the last block's output is often not among them; `resid_post` always is.
@@ -108,18 +115,21 @@ def rows_of(name: str, report: ac.SelftestReport) -> list[Row]:
 def render(rows: Iterable[Row], transformers_version: str) -> str:
     """The whole document."""
     numbers: dict[str, int] = {}
-    lines = []
-    for row in rows:
-        shown = [f"`{row.name}`"]
-        for column in _HEADINGS[1:]:
-            note = row.notes.get(column)
-            number = "" if note is None else f" ({numbers.setdefault(note, len(numbers) + 1)})"
-            shown.append(row.cells[column] + number)
-        lines.append(shown)
-    table = [list(_HEADINGS), ["---"] * len(_HEADINGS), *lines]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in table)
+    made = list(rows)
+    parts = [_HEAD.format(version=transformers_version)]
+    for title, headings in _TABLES.items():
+        lines = []
+        for row in made:
+            shown = [f"`{row.name}`"]
+            for column in headings[1:]:
+                note = row.notes.get(column)
+                number = "" if note is None else f" ({numbers.setdefault(note, len(numbers) + 1)})"
+                shown.append(row.cells[column] + number)
+            lines.append(shown)
+        table = [list(headings), ["---"] * len(headings), *lines]
+        parts += [f"## {title}", "", *(f"| {' | '.join(line)} |" for line in table), ""]
     notes = "\n".join(f"{number}. {note}" for note, number in numbers.items())
-    return "\n".join([_HEAD.format(version=transformers_version), body, "", _LEGEND, "Notes:", "", notes, ""])
+    return "\n".join([*parts, _LEGEND, "Notes:", "", notes, ""])
 
 
 def parse(text: str) -> tuple[list[Row], str]:
@@ -127,20 +137,22 @@ def parse(text: str) -> tuple[list[Row], str]:
     made_with = re.search(r"with transformers\s+([\w.+]+);", text)
     assert made_with is not None, "the document does not say what it was made with"
     notes = dict(re.findall(r"^(\d+)\. (.+)$", text, re.MULTILINE))
-    rows = []
+    rows: dict[str, Row] = {}
+    headings: tuple[str, ...] = ()
     for line in text.splitlines():
+        if line.startswith("| family"):
+            headings = tuple(part.strip() for part in line.strip("|").split("|"))
         if not line.startswith("| `"):
             continue
         name, *values = (part.strip() for part in line.strip("|").split("|"))
-        row = Row(name.strip("`"), {})
-        for column, value in zip(_HEADINGS[1:], values, strict=True):
+        row = rows.setdefault(name.strip("`"), Row(name.strip("`"), {}))
+        for column, value in zip(headings[1:], values, strict=True):
             found = re.fullmatch(r"(.+?)(?: \((\d+)\))?", value)
             assert found is not None, value
             row.cells[column] = found[1]
             if found[2] is not None:
                 row.notes[column] = notes[found[2]]
-        rows.append(row)
-    return rows, made_with[1]
+    return list(rows.values()), made_with[1]
 
 
 def main() -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from actcache import config
 from actcache.model import host_memo
+from cli_helpers import Cli, command
 
 # Before anything imports huggingface_hub, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,7 +28,50 @@ def _own_cache_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.setenv("ACTCACHE_DIR", str(folder / "store"))
-    monkeypatch.delenv("ACTCACHE_BACKEND", raising=False)
+    for variable in ("BACKEND", "MAX_GB", "DTYPE", "LOG"):
+        monkeypatch.delenv(f"ACTCACHE_{variable}", raising=False)
+    # Tables are as wide as in a pipe, wherever the tests run.
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(config, "_chosen", {})
     # What another test has learnt about models is in memory only, and no other process of this test would know it.
     monkeypatch.setattr(host_memo, "_default", host_memo.HostMemo())
     return folder
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs the command in this process: exit status, standard output, standard error."""
+    return command(capsys)
+
+
+@dataclass(frozen=True)
+class Peers:
+    """An interpreter that has the libraries which tests compare with, and actcache beside them."""
+
+    python: Path
+
+    def run(self, script: str, *arguments: str | Path, timeout: float = 600) -> str:
+        """Run ``tests/peers/<script>`` there, with the helpers of these tests at hand; what it printed."""
+        here = Path(__file__).parent
+        paths = os.pathsep.join(map(str, (here / "peers", here, here.parent / "src")))
+        ran = subprocess.run(
+            [self.python, here / "peers" / script, *arguments],
+            env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert ran.returncode == 0, f"{script} failed:\n{ran.stdout[-2000:]}\n{ran.stderr[-3000:]}"
+        return ran.stdout
+
+
+@pytest.fixture(scope="session")
+def peers() -> Peers:
+    """The environment that `make venv-peers` makes, or the interpreter that ACTCACHE_PEERS_PYTHON names. Tests that use
+    it are slow ones."""
+    named = os.environ.get("ACTCACHE_PEERS_PYTHON")
+    python = Path(named) if named else Path(__file__).parents[1] / ".venv-peers" / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"no environment with other libraries at {python}: `make venv-peers` makes it")
+    return Peers(python)

@@ -18,6 +18,10 @@ def answer(request):
         missing = cache.plan([request["prompt"]]).missing
         values = cache.get_activations([request["prompt"]])[0][0] if request.get("run", True) else None
         source = cache.extractor.source
+        if "head" in request:
+            import torch
+
+            values = source.head()(torch.tensor(request["head"])).detach()
         identity = source.identity()
         return {
             "missing": missing,

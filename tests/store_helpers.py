@@ -7,6 +7,7 @@ import signal
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from actcache.store.appending import Appender
 from actcache.store.prompts import PromptTable
 from actcache.store.records import Records
 from actcache.store.store import Store
@@ -72,6 +74,24 @@ def check_pooled(
         for j, site in enumerate(sites):
             np.testing.assert_array_equal(row[j], vector(numbers[k], site))
     return place.found
+
+
+class _Everything(set[Any]):
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+def growing_writer(store: Store, space: str) -> Appender:
+    """What the thread of a writer does, without the thread; also the first group goes into a file that grows."""
+    appender = Appender(
+        partial(store.append, space), partial(store._prepared, space), partial(store._index, space), store.index_dir
+    )
+    appender._known = _Everything()
+    return appender
+
+
+def open_files(store: Store, space: str) -> list[Path]:
+    return sorted((store.root / space).glob("*.open"))
 
 
 def segment_files(store: Store, space: str) -> list[Path]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import actcache as ac
 from actcache.capture import aggregation
+from actcache.capture.entry import Entry
 from actcache.errors import AggregationError, JoinError, OptionError, UnknownKeyError, UnsavableError
 from actcache.testing.tiny import tiny_model
 
@@ -491,6 +492,22 @@ def test_whole_models_with_their_inputs_join(family: str) -> None:
     outputs_only = ac.run_with_cache(model, PROMPTS[:1], [key for key in twice if key in caches[0]])[1]
     with pytest.raises(JoinError, match=r"an entry of 1 visits .* an entry of [24] visits"):
         outputs_only.cat(ac.ActivationCache({key: twice[key] for key in outputs_only}))
+
+
+def test_tensors_of_modules_with_four_dimensions() -> None:
+    """Masks, biases and heads inside modules: whichever dimensions are positions, those that differ are padded."""
+    shapes = [((2, 4, 5, 5), (1, 4, 6, 6)), ((2, 1, 1, 5), (2, 1, 1, 6)), ((2, 1, 3, 5), (1, 1, 1, 6)),
+              ((2, 4, 8, 8), (2, 4, 5, 8)), ((2, 5, 4, 8), (1, 3, 4, 8))]  # fmt: skip
+    one, other = ([torch.randn(pair[i]) for pair in shapes] for i in (0, 1))
+    both = ac.ActivationCache({"m": Entry([tuple(one)], None)}).cat(
+        ac.ActivationCache({"m": Entry([tuple(other)], None)})
+    )
+    for a, b, joined_ in zip(one, other, both["m"].output, strict=True):
+        assert joined_.shape == (len(a) + len(b), *map(max, zip(a.shape[1:], b.shape[1:], strict=True)))
+        for rows, part in ((joined_[: len(a)], a), (joined_[len(a) :], b)):
+            here = tuple(map(slice, part.shape))
+            assert torch.equal(rows[here], part)
+            assert rows.abs().sum().item() == pytest.approx(part.abs().sum().item())
 
 
 def test_known_and_unknown_masks(gpt2: Any) -> None:

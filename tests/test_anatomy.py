@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import actcache as ac
 from actcache.errors import AdditivityError, LayerRangeError, SiteUnavailableError
 from actcache.model.anatomy import check_identities, describe
+from actcache.model.inner import INNER
 from actcache.model.sites import Site
 from actcache.testing.tiny import FAMILIES, VOCABULARY, tiny_model
 
@@ -337,9 +338,15 @@ def test_the_check_runs_once_per_model() -> None:
     model.transformer.forward = counting
     check_identities(model)
     check_identities(model, sites=["resid_post"])
-    ac.sites(model)
     ac.capture(model, sites=["attn_out", "resid_mid"])
     assert runs == 1
+    # What is inside attention and MLP is looked for when it is first asked for.
+    ac.sites(model)
+    looked = runs
+    assert looked > 1
+    ac.sites(model)
+    ac.capture(model, sites=["attn_in"])
+    assert runs == looked
 
 
 def test_threads_that_first_meet_a_model_check_it_once() -> None:
@@ -430,8 +437,10 @@ def test_a_backbone_without_a_head() -> None:
 
 
 def test_models_that_are_no_transformer() -> None:
-    with pytest.raises(SiteUnavailableError, match="capture by module path"):
-        describe(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(
+        SiteUnavailableError, match="Sequential has no config: capture by module path, which works on any"
+    ):
+        ac.sites(nn.Sequential(nn.Linear(2, 2)))
 
 
 def test_blocks_that_nothing_points_at_are_named_with_what_would_point_at_them() -> None:
@@ -455,7 +464,7 @@ def test_sites_that_are_not_read() -> None:
 
 def test_list_of_sites_says_where_each_is_read() -> None:
     infos = {str(info.site): info for info in ac.sites(tiny_model("llama"))}
-    assert len(infos) == 1 + 4 * 5 + 2
+    assert sum(info.site.name not in INNER for info in infos.values()) == 1 + 4 * 5 + 2
     assert (infos["resid_post.3"].path, infos["resid_post.3"].side) == ("model.layers.3", "output")
     assert (infos["resid_mid.0"].path, infos["resid_mid.0"].side) == (
         "model.layers.0.post_attention_layernorm",

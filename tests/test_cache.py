@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from typing import Any
 
@@ -278,3 +279,29 @@ def test_the_dictionary_methods(cache: ac.ActivationCache) -> None:
     mine.clear()
     assert not mine
     assert len(cache) == 8
+
+
+def test_a_site_that_was_not_captured(gpt2: Any) -> None:
+    _, cache = ac.run_with_cache(gpt2, IDS, ["transformer.h.1"], sites=["resid_post", "mlp_out.2"])
+    for key, message in (
+        ("attn_out.1", r"Add it where the cache is captured, sites=\[..., 'attn_out.1'\]"),
+        ("blocks.1.hook_attn_out", r"sites=\[..., 'attn_out.1'\]"),
+        ("mlp_out.1", r"It holds 'mlp_out.2': add layer 1 to layers= where it is captured"),
+        ("resid_post.4", r"The model has 4 layers \(0 to 3\)\.$"),
+        ("resid_pots.1", r"Did you mean 'resid_post.1'"),
+    ):
+        with pytest.raises(UnknownKeyError, match=message):
+            cache[key]
+    for path, message in (
+        ("transformer.hh", "'hh' was not captured below 'transformer', which has h. Did you mean 'h'"),
+        ("transformer.ln_ff", "which has h. Did you mean 'ln_f'"),
+        ("lm_heads", "which has transformer. Did you mean 'lm_head'"),
+    ):
+        with pytest.raises(AttributeError, match=message):
+            operator.attrgetter(path)(cache)
+
+
+def test_modules_where_only_sites_were_captured(llama: Any) -> None:
+    _, cache = ac.run_with_cache(llama, IDS, sites="resid_post")
+    with pytest.raises(AttributeError, match=r"nothing captured below it. Did you mean 'layers'"):
+        _ = cache.model.layer

@@ -129,6 +129,18 @@ def test_kv_caches_become_summaries(model: Any) -> None:
     assert seen.seq_len == 0
 
 
+@torch.no_grad()
+def test_recurrent_states_become_summaries() -> None:
+    mamba = tiny_model("mamba")
+    with ac.capture(mamba, ["backbone.layers.3"], include_inputs=True) as cache:
+        mamba(IDS, use_cache=True)
+    args, kwargs = cache["backbone.layers.3"].inputs
+    (state,) = [v for v in (*args, *kwargs.values()) if isinstance(v, KVSummary)]
+    assert (state.layers, state.seq_len) == (4, 0)
+    # Layers before it have run: two prompts, 64 channels, a window of 4 and a state of 8 each.
+    assert state.nbytes >= 3 * 2 * 64 * (4 + 8) * 4
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -233,8 +234,12 @@ def test_the_model_is_freed_when_the_cache_stays(model: Any) -> None:
 
 @torch.no_grad()
 def test_a_copy_of_the_model_made_inside_a_block_is_a_plain_model(model: Any) -> None:
-    with ac.capture(model, H0) as cache:
-        twin = copy.deepcopy(model)
+    plain = [set(vars(module)) for module in model.modules()]
+    with ac.capture(model, [H0, "*"]) as cache, ac.edit(model, {"resid_post.1": lambda value: None}):
+        twin, parts = copy.deepcopy(model), copy.deepcopy([model.transformer.h[0], model])
+        assert parts[0] is parts[1].transformer.h[0]
+        for one in (twin, parts[1], copy.deepcopy(twin)):
+            assert [set(vars(module)) for module in one.modules()] == plain
         twin.transformer.h[0].mlp.c_fc.weight.zero_()
         changed = twin(IDS).logits
         blob = pickle.dumps(model)
@@ -242,6 +247,21 @@ def test_a_copy_of_the_model_made_inside_a_block_is_a_plain_model(model: Any) ->
     assert len(cache[H0]) == 1
     assert not torch.equal(changed, model(IDS).logits)
     assert torch.equal(pickle.loads(blob)(IDS).logits, model(IDS).logits)
+
+
+def test_what_the_caller_put_in_the_place_of_a_call_is_copied_too() -> None:
+    def doubled(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return 2 * type(self)._call_impl(self, x)
+
+    net, x = nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3)
+    net[0]._call_impl = MethodType(doubled, net[0])
+    expected = net(x)
+    with ac.capture(net, "0"):
+        twin = copy.deepcopy(net)
+        net(x)
+    net[0].weight.data.zero_()
+    assert torch.equal(twin(x), expected)
+    assert not torch.equal(net(x), expected)
 
 
 def test_blocks_run_again_in_the_backward_pass(model: Any) -> None:

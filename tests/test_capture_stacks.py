@@ -176,3 +176,16 @@ def test_drafts_that_are_right_are_kept():
     with torch.no_grad():
         states = model(input_ids=made[:, :-1], output_hidden_states=True).hidden_states[2]
     torch.testing.assert_close(cache["resid_post.1"], states, rtol=0, atol=1e-4)
+
+
+def test_positions_are_those_of_the_stacks_that_are_asked_for() -> None:
+    """The decoder has one token, and nobody asked for any of its."""
+    model = tiny_model("t5")
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "decoder_input_ids": torch.tensor([[0]])}
+    whole = ac.run_with_cache(model, inputs, sites=["encoder.resid_post.1", "logits"])[1]
+    cache = ac.run_with_cache(model, inputs, sites="encoder.resid_post.1", positions=(1, 4))[1]
+    assert torch.equal(cache["encoder.resid_post.1"], whole["encoder.resid_post.1"][:, 1:4])
+    assert torch.equal(ac.run_with_cache(model, inputs, sites="logits", positions=0)[1]["logits"], whole["logits"])
+    for sites in ("logits", ["encoder.resid_post.1", "decoder.resid_post.1"]):
+        with pytest.raises(LayerRangeError, match="the prompt has 1 tokens"):
+            ac.run_with_cache(model, inputs, sites=sites, positions=(1, 4))

@@ -5,33 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import actcache as ac
-from actcache.cli.app import run
 from actcache.extract.lookup import Lookup
 from actcache.selftest.report import Cell, Check
 from actcache.testing.tiny import tiny_model
-
-Cli = Callable[..., tuple[int, str, str]]
+from cli_helpers import Cli, command
 
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Runs the command in this process, 80 columns wide: exit status, standard output, standard error."""
+    """The selftest, 80 columns wide."""
     monkeypatch.setenv("COLUMNS", "80")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = run(["selftest", *arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
+    return command(capsys, "selftest")
 
 
 def saved(folder: Path, family: str, **overrides: Any) -> str:

@@ -6,7 +6,6 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -14,25 +13,12 @@ import numpy as np
 import pytest
 
 import actcache as ac
-from actcache.cli.app import VERBS, app, run
+from actcache.cli.app import VERBS, app
 from actcache.demo import model_path
+from cli_helpers import Cli
 
 MODEL = str(model_path())
 PROMPT = "The Eiffel Tower is in the city of"
-Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs the command in this process: exit status, standard output, standard error."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = run(arguments)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 def the_json(answer: tuple[int, str, str]) -> object:
@@ -74,6 +60,17 @@ def test_a_warmup_computes_once_and_then_finds(cli: Cli) -> None:
     status, out, _ = cli("warmup", MODEL, "--prompt", PROMPT)
     assert status == 0
     assert out.startswith("1 prompt: 1 were stored, 0 extracted")
+
+
+def test_perplexity_is_computed_when_it_is_asked_for(cli: Cli) -> None:
+    for option, computed in ((), 0), (("--perplexity",), 1), (("--perplexity",), 0):
+        stats = the_json(cli("warmup", MODEL, "--prompt", PROMPT, *option, "--json"))
+        assert isinstance(stats, dict)
+        assert stats["perplexity_extracted"] == computed
+    shown = the_json(cli("show", MODEL, PROMPT, "--json"))
+    assert isinstance(shown, dict)
+    whole, likeliest, least = shown["perplexity"]
+    assert 1 <= likeliest <= whole <= least
 
 
 def test_plan_tells_what_warmup_then_does(cli: Cli, tmp_path: Path) -> None:

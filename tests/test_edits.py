@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import actcache as ac
@@ -109,6 +110,12 @@ def test_every_site_of_every_architecture(family: str) -> None:
             seen.append(moved(x))
             return seen[-1]
 
+        if site.name == "router_logits" and not routers_hand_on(family):
+            with pytest.raises(
+                ac.errors.SiteUnavailableError, match=r"only read: its router goes on with scores.*mlp_in"
+            ):
+                ac.edit(model, {site: change})
+            continue
         with ac.edit(model, {site: change}), ac.capture(model, sites=sites) as cache:
             model(**inputs)
         # Where a factor stands between branch and stream, the way there and back rounds.
@@ -120,6 +127,11 @@ def test_every_site_of_every_architecture(family: str) -> None:
                 assert torch.equal(cache[key], before[key]), (str(site), key)
         if family not in POST_NORM:
             check_sums(cache, sites, str(site))
+
+
+def routers_hand_on(family: str) -> bool:
+    """Whether the logits that a router returns are what its block goes on with."""
+    return transformers.__version__.startswith("4.") and family not in ("gpt_oss", "deepseek_v3")
 
 
 def parallel(site: ac.Site, key: str, cache: Any) -> bool:
@@ -351,7 +363,7 @@ def test_what_cannot_be_edited(model: Any) -> None:
     errors = ac.errors
     before = state(model)
     for target, error, message in [
-        ("head_out.3.7", errors.SiteUnavailableError, r"head_out\.3\.7.*not among"),
+        ("head_out.3.7", errors.LayerRangeError, r"head_out\.3\.7.*4 heads \(0 to 3\)"),
         ("resid_post", errors.SiteUnavailableError, r"resid_post\.0"),
         ("resid_post.9", errors.LayerRangeError, "out of range"),
         ("encoder.resid_post.0", errors.SiteUnavailableError, "one stack"),
@@ -397,3 +409,98 @@ def test_aliases_and_negative_layers(model: Any) -> None:
         with torch.no_grad(), ac.edit(model, {target: moved}):
             results.append(model(IDS).logits)
     assert all(torch.equal(results[0], one) for one in results)
+
+
+# -- cases that other libraries got wrong, or state
+
+
+@torch.no_grad()
+def test_a_module_that_is_replaced_by_zeros_is_captured_as_zeros(model: Any) -> None:
+    for target in (H1, f"{H1}.mlp"):
+        with ac.edit(model, {target: in_place(lambda x: plain(x).zero_())}), ac.capture(model, target) as cache:
+            model(IDS)
+        value = plain(cache[target].output)
+        assert value.shape == (2, 4, 32)
+        assert not bool(value.any())
+
+
+@torch.no_grad()
+def test_a_module_whose_body_is_skipped_is_captured_with_what_takes_its_place(model: Any) -> None:
+    replacement = torch.randn(2, 4, 32)
+    block = model.transformer.h[1]
+    ran: list[Any] = []
+    handle = block.mlp.register_forward_hook(lambda *a: ran.append(a))
+    whole = type(block).forward
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return replacement if not isinstance(before, tuple) else (replacement, *before[1:])
+
+    before = whole(block, model.transformer.wte(IDS))
+    ran.clear()
+    block.forward = forward
+    with ac.capture(model, [H1], sites=["resid_post.1", "resid_pre.2"]) as cache:
+        logits = model(IDS).logits
+    del block.forward
+    handle.remove()
+    assert not ran
+    for value in (plain(cache[H1].output), cache["resid_post.1"], cache["resid_pre.2"]):
+        assert torch.equal(value, replacement)
+    with ac.edit(model, {"resid_post.1": lambda x: replacement}):
+        assert torch.equal(model(IDS).logits, logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "target", ["resid_pre.1", "resid_mid.1", "resid_post.1", "attn_out.1", "head_out.1", "mlp_act.1"]
+)
+def test_captures_see_edits_whichever_was_asked_for_first(model: Any, target: str) -> None:
+    """One rule for every site: values are after edits."""
+    seen = []
+    zero = ac.ablate(target)
+    with ac.edit(model, zero), ac.capture(model, sites=target) as cache:
+        model(IDS)
+    seen.append(cache[target])
+    with ac.capture(model, sites=target) as cache, ac.edit(model, zero):
+        model(IDS)
+    seen.append(cache[target])
+    with ac.capture(model, sites=target) as outer, ac.edit(model, zero), ac.capture(model, sites=target) as inner:
+        model(IDS)
+    seen += [outer[target], inner[target]]
+    with ac.edit(model, zero):
+        _, cache = ac.run_with_cache(model, IDS, sites=target)
+    seen.append(cache[target])
+    assert not any(bool(value.any()) for value in seen)
+
+
+@torch.no_grad()
+def test_names_of_other_libraries_are_targets_too(model: Any) -> None:
+    """One head of one layer, and no other."""
+    with ac.capture(model, sites="head_out.0") as before:
+        model(IDS)
+    for target in ("head_out_L0H0", "head_out.0.0"):
+        with ac.edit(model, ac.ablate(target)), ac.capture(model, sites="head_out.0") as cache:
+            model(IDS)
+        assert not bool(cache["head_out.0"][:, :, 0].any())
+        assert torch.equal(cache["head_out.0"][:, :, 1:], before["head_out.0"][:, :, 1:])
+    with ac.edit(model, {"blocks.1.attn.hook_z": moved}), ac.capture(model, sites="z.1") as cache:
+        model(IDS)
+    with ac.edit(model, {"z.1": moved}), ac.capture(model, sites="z.1") as same:
+        model(IDS)
+    assert torch.equal(cache["z.1"], same["z.1"])
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "meant"),
+    [
+        ("llama", "resid_pst.1", "'resid_post.1'"),
+        ("llama", "resid_pst", "'resid_post.0'"),
+        ("llama", "headout.1.3", "'head_out.1.3'"),
+        ("t5", "encoder.resid_pst.-1", "'encoder.resid_post.-1'"),
+        ("llama", "logit", "'logits'"),
+    ],
+)
+def test_a_mistyped_site_keeps_its_stack_layer_and_head(family: str, target: str, meant: str) -> None:
+    with pytest.raises(
+        ac.errors.UnknownModuleError, match=rf"no module '{target}'.*Among sites it is nearest to {meant}( or |\.$)"
+    ):
+        ac.edit(tiny_model(family), {target: lambda x: x})

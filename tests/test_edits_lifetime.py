@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import actcache as ac
-from actcache.capture.taps import Tap
+from actcache.model.taps import Tap
 from actcache.testing.tiny import tiny_model
 from edit_helpers import in_place, moved, plain, state
 

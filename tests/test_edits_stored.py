@@ -147,11 +147,120 @@ def test_what_cannot_be_stored(model: Any) -> None:
         make(ac.ablate("attn_out"))
     with pytest.raises(errors.SiteUnavailableError, match="one stack"):
         make(ac.ablate("encoder.attn_out.0"))
-    with pytest.raises(errors.SiteUnavailableError, match="head_out"):
-        make(ac.ablate("head_out.0.1")).warmup(PROMPTS)
+    with pytest.raises(errors.SiteUnavailableError, match="no mixture of experts"):
+        make(ac.ablate("router_logits.0")).warmup(PROMPTS)
+    for edit in (
+        ac.ablate("head_out.0.4"),
+        ac.ablate("z.0", heads=4),
+        ac.knockout(0, 4, from_positions=1, to_positions=0),
+    ):
+        with pytest.raises(errors.LayerRangeError, match=r"4 heads \(0 to 3\)"):
+            make(edit).warmup(PROMPTS)
     # Nothing is run when a prompt lacks the positions.
     for edit in (ac.ablate("attn_out.0", positions=5), ac.patch("attn_out.0", torch.ones(3, 32))):
         cache = make(edit)
         with pytest.raises(errors.PromptError, match=r"prompt [02] has \d+ tokens.*'attn_out\.0'"):
             cache.warmup(PROMPTS)
         assert not cache.plan([[1, 2, 3, 4, 5, 6]] if edit.positions == 5 else [[1, 2, 3]]).cached
+
+
+# -- edits inside the blocks
+
+
+INSIDE: list[Any] = [
+    ac.knockout(1, [0, 2], from_positions=[1, "last"], to_positions=0),
+    ac.ablate("head_out.2.1"),
+    ac.ablate("z.0", heads=[3], positions="last"),
+    ac.steer("v.1", torch.ones(8), heads=-1, positions=[0, -1]),
+    ac.ablate("mlp_act.2", positions="first"),
+    ac.ablate("pattern.3", heads=0, positions="last"),
+]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom", "opt"])
+def test_edits_of_heads_in_an_extraction(family: str) -> None:
+    model = tiny_model(family)
+    prompts = ["The sky", "Snow is white", "Grass"]
+    extractor = ac.ActivationExtractor(
+        model, tokenizer=tiny_tokenizer(), sites=["resid_post.3", "z.1", "head_out.2"], edits=INSIDE
+    )
+    got = extractor.extract(prompts)
+    for site in ("resid_post.3", "z.1", "head_out.2"):
+        for mine, alone in zip(got[site], expected_of(model, INSIDE, prompts, site), strict=True):
+            torch.testing.assert_close(mine.flatten(1), alone.flatten(1), rtol=1e-4, atol=1e-4)
+    assert not any(bool(rows[:, 32:64].any()) for rows in got["head_out.2"])
+
+
+def test_a_knockout_in_an_extraction_is_a_mask_by_hand(tmp_path: Any) -> None:
+    """Of a model that is loaded for it, eager and not; found again, by equal ones only."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    path = str(tmp_path / "model")
+    eager = tiny_model("llama", attn_implementation="eager")
+    expected = []
+    for prompt in PROMPTS[:2]:
+        ids = torch.tensor([tiny_tokenizer()(prompt)["input_ids"]])
+
+        def cut(module: Any, args: Any, kwargs: Any, length: int = ids.shape[1]) -> Any:
+            mask = kwargs["attention_mask"].expand(1, 4, length, length).clone()
+            mask[:, [0, 2], -1, 0] = -torch.inf
+            return args, {**kwargs, "attention_mask": mask}
+
+        handle = eager.model.layers[1].self_attn.register_forward_pre_hook(cut, with_kwargs=True)
+        with torch.no_grad():
+            expected.append(eager(ids, output_hidden_states=True).hidden_states[3][0])
+        handle.remove()
+
+    knockout = ac.knockout(1, [0, 2], from_positions="last", to_positions=0)
+    for options in ({}, {"attn_implementation": "eager"}):
+        extractor = ac.ActivationExtractor(path, layers=[2], edits=[knockout], **options)
+        for mine, rows in zip(extractor.extract(PROMPTS[:2])["resid_post.2"], expected, strict=True):
+            torch.testing.assert_close(mine, rows, rtol=1e-5, atol=1e-5)
+    stored = ac.UnifiedCache(path, layers=[2], edits=[knockout])
+    first = stored.get_activations(PROMPTS)[0]
+    torch.testing.assert_close(first[:2], torch.stack([rows[-1] for rows in expected]), rtol=1e-5, atol=1e-5)
+    others = [
+        ac.knockout(1, [0, 3], from_positions="last", to_positions=0),
+        ac.knockout(2, [0, 2], from_positions="last", to_positions=0),
+        ac.knockout(1, [0, 2], from_positions="last", to_positions=1),
+        ac.knockout(1, [0, 2], from_positions=1, to_positions=0),
+        ac.knockout(1, from_positions="last", to_positions=0),
+        ac.knockout("all", [0, 2], from_positions="last", to_positions=0),
+        ac.ablate("z.1", heads=[0, 2], positions="last"),
+        ac.ablate("z.1", heads=0, positions="last"),
+        ac.ablate("z.1", positions="last"),
+    ]
+    for number, edit in enumerate(others):
+        cache = ac.UnifiedCache(path, layers=[2], edits=[edit])
+        assert cache.plan(PROMPTS).cached == 0, number
+        assert not cache.model_loaded
+    for same in (ac.knockout([-3], [0, 2], from_positions=-1, to_positions="first"), knockout):
+        again = ac.UnifiedCache(path, layers=[2], edits=same)
+        assert again.plan(PROMPTS).cached == 4
+        assert torch.equal(again.get_activations(PROMPTS)[0], first)
+        assert not again.model_loaded
+    with pytest.raises(ac.errors.PromptError, match=r"prompt 2 has 2 tokens.*knockout of layer 1"):
+        ac.UnifiedCache(path, layers=[2], edits=ac.knockout(1, from_positions=2, to_positions=0)).warmup(PROMPTS)
+    for positions in ({"from_positions": [[0], [1]], "to_positions": 0}, {"from_positions": 1, "to_positions": [[0]]}):
+        with pytest.raises(ac.errors.OptionError, match="listed for each prompt"):
+            ac.UnifiedCache(path, layers=[2], edits=ac.knockout(1, **positions))
+    with pytest.raises(ac.errors.LayerRangeError):
+        ac.UnifiedCache(path, layers=[2], edits=ac.knockout(4, from_positions=1, to_positions=0))
+
+
+def test_what_attention_cannot_show_is_not_stored_as_edited(model: Any) -> None:
+    """An attention of the caller's that takes no softmax which could be seen: an error, and no values."""
+    knockout = ac.knockout(1, from_positions="last", to_positions=0)
+    extractor = ac.ActivationExtractor(model, tokenizer=tiny_tokenizer(), layers=[3], edits=knockout)
+    extractor.extract(PROMPTS)
+    for layer in model.transformer.h:
+        attention = layer.attn
+
+        class Other(type(attention)):  # type: ignore[misc]
+            def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                return self.c_proj(hidden_states), None
+
+        attention.__class__ = Other
+    with pytest.raises(ac.errors.EditError, match="without probabilities"):
+        extractor.extract(PROMPTS)

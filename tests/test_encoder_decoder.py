@@ -8,6 +8,7 @@ import torch
 import actcache as ac
 import zoo
 from actcache import errors
+from actcache.extract.plan import share_of_blocks
 from actcache.testing.tiny import PAD, tiny_model, tiny_tokenizer
 
 FLOAT32 = 1e-5
@@ -165,15 +166,16 @@ class TestStored:
 def test_an_encoder_alone_is_planned_as_the_part_it_is():
     model = zoo.model_of("bart")
 
-    def depth(*sites):
-        return ac.UnifiedCache(model, sites=list(sites)).cached._depth()
+    def depth(*sites, of=model, **options):
+        extractor = ac.UnifiedCache(of, sites=list(sites), **options).extractor
+        return share_of_blocks(extractor.source, extractor.sites)
 
     # Four blocks of the encoder, then three of the decoder.
     assert depth("encoder.resid_post.0") == pytest.approx(1 / 7)
     assert depth("encoder.resid_post") == pytest.approx(4 / 7)
     assert depth("encoder.resid_post", "decoder.resid_post.0") == pytest.approx(5 / 7)
     assert depth("logits", "encoder.embed") == 1.0
-    assert ac.UnifiedCache(zoo.model_of("gpt2"), layers=1).cached._depth() == pytest.approx(2 / 4)
+    assert depth("resid_post", of=zoo.model_of("gpt2"), layers=1) == pytest.approx(2 / 4)
 
 
 class TestOnePass:

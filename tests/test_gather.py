@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest import mock
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,24 +13,38 @@ from hypothesis import strategies as st
 
 from actcache.errors import NotCachedError
 from actcache.store import gather as module
-from actcache.store.gather import gather
+from actcache.store.gather import Piece, gather_pieces
 
 
-def matrices_of(sites: int, rows: int, width: int, dtype: np.dtype, gap: int) -> list[np.ndarray]:
-    """Matrices in one piece of memory as in a segment, `gap` rows of something else between them."""
-    whole = np.arange(sites * (rows + gap) * width, dtype=np.float32).astype(dtype).reshape(-1, width)
-    return [whole[j * (rows + gap) : j * (rows + gap) + rows] for j in range(sites)]
+class Held:
+    """A segment whose sites are called by their numbers: matrices in one piece of memory, `gap` rows between them."""
+
+    def __init__(self, sites: int, rows: int, width: int, dtype: np.dtype, gap: int, *, on_grid: bool = True):
+        self.whole = np.arange(sites * (rows + gap) * width, dtype=np.float32).astype(dtype).reshape(-1, width)
+        self.step, self.rows, self.on_grid = rows + gap, rows, on_grid
+        self.info = SimpleNamespace(rows=rows)
+
+    def matrix(self, site):
+        start = int(site) * self.step
+        return self.whole[start : start + self.rows]
+
+    def scales(self, site):
+        return None
+
+    def grid(self, sites):
+        return (self.whole, np.array([int(site) * self.step for site in sites])) if self.on_grid else None
 
 
 @given(st.data())
 def test_any_rows_to_any_places(data):
     sites, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
     dtype = np.dtype(data.draw(st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16])))
-    matrices = matrices_of(sites, 20, width, dtype, data.draw(st.integers(0, 2)))
+    held = Held(sites, 20, width, dtype, data.draw(st.integers(0, 2)), on_grid=data.draw(st.booleans()))
     columns = data.draw(st.permutations(range(sites)))[: data.draw(st.integers(1, sites))]
-    chosen = [matrices[j] for j in data.draw(st.permutations(range(sites)))[: len(columns)]]
+    names = [str(j) for j in data.draw(st.permutations(range(sites)))]
     n = data.draw(st.integers(1, 80))
-    rows = np.array(data.draw(st.lists(st.integers(0, 19), min_size=n, max_size=n)), np.int64)
+    runs = st.builds(lambda first: [(first + i) % 20 for i in range(n)], st.integers(0, 19))
+    rows = np.array(data.draw(st.one_of(runs, st.lists(st.integers(0, 19), min_size=n, max_size=n))), np.int64)
     first = data.draw(st.integers(0, 3))
     at = data.draw(st.one_of(st.just(list(range(first, first + n))), st.permutations(range(n))))
     at = np.array(at, np.int64)
@@ -35,27 +52,33 @@ def test_any_rows_to_any_places(data):
     out = np.full((n + 4, sites, width), -1, target)
     expected = out.copy()
     for row, place in zip(rows, at, strict=True):
-        for matrix, column in zip(chosen, columns, strict=True):
-            expected[place, column] = matrix[row].astype(target)
-    gather(chosen, rows, out, at, columns)
+        for column in columns:
+            expected[place, column] = held.matrix(names[column])[row].astype(target)
+    # Small results, too, take the way of those that are worth a copy of their own.
+    with mock.patch.object(module, "_LONG_BYTES", data.draw(st.sampled_from([1, 40, module._LONG_BYTES]))):
+        gather_pieces([Piece(held, columns, rows, at)], names, out)
     np.testing.assert_array_equal(out, expected)
 
 
 @pytest.mark.parametrize("threads", [2, 3, 4])
 def test_several_threads_copy_the_same(monkeypatch, threads):
-    monkeypatch.setattr(module, "_THREAD_BYTES", 64)
-    monkeypatch.setattr(module, "_allowed_threads", lambda: threads)
-    matrices = matrices_of(3, 50, 7, np.dtype(np.float32), 1)
-    rows = np.random.default_rng(0).integers(0, 50, 41)
-    out = np.empty((41, 3, 7), np.float32)
-    gather(matrices, rows, out, np.arange(41), range(3))
-    np.testing.assert_array_equal(out, np.stack([m[rows] for m in matrices], axis=1))
+    monkeypatch.setattr(module, "THREAD_BYTES", 64)
+    monkeypatch.setattr(module, "allowed_threads", lambda: threads)
+    rng = np.random.default_rng(0)
+    held = [Held(3, 50, 7, np.dtype(np.float32), 1), Held(3, 20, 7, np.dtype(np.float32), 0)]
+    rows, at = [rng.integers(0, 50, 41), rng.integers(0, 20, 13)], rng.permutation(54)
+    out = np.empty((54, 3, 7), np.float32)
+    parts = [(0, [0, 2], rows[0], at[:41]), (0, [1], rows[0], at[:41]), (1, [0, 1, 2], rows[1], at[41:])]
+    gather_pieces([Piece(held[k], *rest) for k, *rest in parts], ["0", "1", "2"], out)
+    for k, where in enumerate((at[:41], at[41:])):
+        expected = np.stack([held[k].matrix(j)[rows[k]] for j in range(3)], axis=1)
+        np.testing.assert_array_equal(out[where], expected)
 
 
 @pytest.mark.parametrize("row", [-1, 20, 10**12])
 def test_a_row_outside_is_an_error_and_never_another_row(row):
-    matrices = matrices_of(2, 20, 3, np.dtype(np.float32), 0)
+    held = Held(2, 20, 3, np.dtype(np.float32), 0)
     out = np.zeros((2, 2, 3), np.float32)
     with pytest.raises(NotCachedError, match=f"row {row} of"):
-        gather(matrices, np.array([1, row]), out, np.arange(2), range(2))
+        gather_pieces([Piece(held, range(2), np.array([1, row]), np.arange(2))], ["0", "1"], out)
     assert not out.any()

@@ -41,8 +41,9 @@ class Worker:
                 text=True,
             )
 
-    def ask(self, model, *, env=None, run=True, **options):
+    def ask(self, model, *, env=None, run=True, head=None, **options):
         request = {"model": str(model), "prompt": IDS, "options": options, "env": env or {}, "run": run}
+        request |= {} if head is None else {"head": head}
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -95,6 +96,24 @@ def fits(answer, seed):
     assert "values" in answer, answer
     assert relative_error(torch.tensor(answer["values"]), expected(seed)) < FLOAT32
     return True
+
+
+def test_of_a_head_only_its_own_shards_are_fetched(worker, hub, tmp_path):
+    model = tiny_model("llama", seed=4)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    hub.create("org/shards").commit(tmp_path)
+    since = len(hub.requests)
+    rows = torch.randn(3, 32)
+    answer = worker.ask("org/shards", run=False, head=rows.tolist())
+    assert "values" in answer, answer
+    with torch.no_grad():
+        wanted = model.lm_head(model.model.norm(rows))
+    assert relative_error(torch.tensor(answer["values"]), wanted) < FLOAT32
+    assert not answer["loaded"]
+    names = {request.path.rpartition("/")[2] for request in weights_asked_for(hub, since)}
+    needed = {index[name] for name in ("lm_head.weight", "model.norm.weight", "model.embed_tokens.weight")}
+    assert names == needed < set(index.values())
 
 
 def weights_asked_for(hub, since):

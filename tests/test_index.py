@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actcache.store import container
 from actcache.store import keys as keys_module
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import KeyTable
+from actcache.store.prompts import PromptTable
 from actcache.store.store import Store
-from store_helpers import SITES, check_pooled, make_store, pooled, segment_files, text, vector
+from store_helpers import CONTEXT, SITES, check_pooled, make_store, make_table, pooled, segment_files, text, vector
 
 # -- sorted keys ---------------------------------------------------------------------------------------
 
@@ -55,6 +55,30 @@ def test_key_table_agrees_with_a_dictionary(segments: list[list[tuple[int, int]]
             continue
         assert number[i] == max(holders, key=lambda n: rank[n])
         assert segments[number[i]][row[i]] == key
+    assert [table.find_one(*key, rank) for key in asked] == list(zip(number.tolist(), row.tolist(), strict=True))
+
+
+@given(
+    st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=300),
+    st.sampled_from([(0, 2**64 - 1, 5000), (0, 0, 0), (0, 9999, 5000), (2**64 - 9999, 2**64 - 1, 5000)]),
+    st.data(),
+)
+def test_one_key_is_found_wherever_its_digest_lies(
+    values: list[int], others: tuple[int, int, int], data: st.DataObject
+) -> None:
+    """Digests lie evenly, which the search builds on; hostile ones may not."""
+    low, high, count = others
+    words = np.random.default_rng(len(values)).integers(low, high, count, np.uint64, endpoint=True)
+    values = [*values, *words[:10].tolist()]
+    words = np.unique(np.concatenate([words, np.array(values, np.uint64)]))
+    table = KeyTable()
+    table.add(0, np.stack([words, ~words], 1).view(np.uint8))
+    rank = np.zeros(1, np.int64)
+    for value in [*values[:10], *values[-10:], data.draw(st.integers(0, 2**64 - 1))]:
+        at = int(np.searchsorted(words, np.uint64(value)))
+        there = at < len(words) and int(words[at]) == value
+        assert table.find_one(value, value ^ (2**64 - 1), rank) == ((0, at) if there else (-1, -1))
+        assert table.find_one(value, value, rank) == (-1, -1)
 
 
 def test_many_small_segments_make_few_runs() -> None:
@@ -207,79 +231,6 @@ def test_a_store_works_without_any_index_folder(tmp_path: Path) -> None:
 # -- keeping in step -----------------------------------------------------------------------------------
 
 
-def test_segments_of_others_appear_and_vanish(tmp_path: Path) -> None:
-    here, space = make_store(tmp_path)
-    there = Store(here.location, index_dir=tmp_path / "another host")
-    there.open_space({"weights": "abc"}, {"model_name": "org/model"})
-    assert not check_pooled(here, space, [1]).any()
-    there.append(space, pooled([1]))
-    assert check_pooled(here, space, [1]).all()
-    there.append(space, pooled([2]))
-    assert check_pooled(here, space, [1, 2]).all()
-    for file in segment_files(here, space):
-        file.unlink()
-    assert not check_pooled(here, space, [1, 2]).any()
-    assert not check_pooled(there, space, [1, 2]).any()
-
-
-def test_a_change_within_one_clock_tick_is_seen(tmp_path: Path) -> None:
-    here, space = make_store(tmp_path)
-    there = Store(here.location, index_dir=tmp_path / "i2")
-    there.open_space({"weights": "abc"}, {"model_name": "org/model"})
-    here.append(space, pooled([0]))
-    folder = here.root / space
-    check_pooled(here, space, [0])
-    stamp = os.stat(folder).st_mtime_ns
-    there.append(space, pooled([1]))
-    os.utime(folder, ns=(stamp, stamp))
-    assert check_pooled(here, space, [0, 1]).all()
-
-
-def test_a_file_system_of_whole_seconds_is_listed_for_longer(tmp_path: Path) -> None:
-    here, space = make_store(tmp_path)
-    here.append(space, pooled([0]))
-    folder = here.root / space
-    stamp = (time.time_ns() // 1_000_000_000 - 1) * 1_000_000_000
-    os.utime(folder, ns=(stamp, stamp))
-    assert check_pooled(here, space, [0]).all()
-    there = Store(here.location, index_dir=tmp_path / "i2")
-    there.invalidate(space, [text(0)])
-    os.utime(folder, ns=(stamp, stamp))
-    assert not check_pooled(here, space, [0]).any()
-
-
-def test_a_listing_that_misses_both_sides_of_a_merge_is_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A folder is not read in one instant: neither the old segments nor the new one need be in it."""
-    here, space = make_store(tmp_path)
-    there = Store(here.location, index_dir=tmp_path / "i2")
-    for i in range(4):
-        here.append(space, pooled([i]))
-    original, torn = SpaceIndex._list, []
-
-    def listing(self: SpaceIndex) -> set[str]:
-        if self is not here._index(space) or torn:
-            return original(self)
-        torn.append(True)
-        before = original(self)
-        assert there.merge(space) == 4
-        return before & original(self)
-
-    monkeypatch.setattr(SpaceIndex, "_list", listing)
-    assert check_pooled(here, space, range(4)).all()
-    assert torn
-
-
-def test_an_unchanged_folder_is_not_listed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, space = make_store(tmp_path)
-    store.append(space, pooled([1]))
-    time.sleep(0.3)
-    check_pooled(store, space, [1])
-    monkeypatch.setattr(SpaceIndex, "_list", lambda self: pytest.fail("listed"))
-    assert check_pooled(store, space, [1, 2]).tolist() == [True, False]
-
-
 def test_a_segment_that_vanishes_unnoticed_is_looked_up_again(tmp_path: Path) -> None:
     """The folder's time stamp does not tell, as on some network file systems: the open fails, and it looks again."""
     store, space = make_store(tmp_path)
@@ -289,8 +240,7 @@ def test_a_segment_that_vanishes_unnoticed_is_looked_up_again(tmp_path: Path) ->
     newest.unlink()
     index = store._index(space)
     index._open.clear()
-    index._listed = (time.time_ns(), os.stat(index.folder).st_mtime_ns)
-    index._listed = (index._listed[0] + 10**10, index._listed[1])
+    index.listing._seen = time.time_ns() + 10**10, os.stat(index.folder).st_mtime_ns
     assert check_pooled(store, space, [1, 2]).tolist() == [True, False]
 
 
@@ -334,34 +284,52 @@ def test_a_file_too_short_for_its_index_is_a_miss_not_anothers_rows(tmp_path: Pa
     assert not check_pooled(store, space, range(50)).any()
 
 
-def test_gather_never_clips() -> None:
-    from actcache.errors import NotCachedError
-    from actcache.store.gather import gather
-
-    matrix = np.arange(12, dtype=np.float32).reshape(6, 2)
-    for rows in ([0, 6], [-1, 2]):
-        with pytest.raises(NotCachedError):
-            gather([matrix], np.array(rows), np.empty((2, 1, 2), np.float32), np.arange(2), [0])
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_gather_agrees_with_plain_indexing(data: st.DataObject) -> None:
-    dtype = container.DTYPES[data.draw(st.sampled_from(["F32", "F16", "BF16"]))]
-    target = np.dtype(np.float32) if data.draw(st.booleans()) else dtype
-    from actcache.store.gather import gather
-
-    rows = np.array(data.draw(st.lists(st.integers(0, 199), min_size=1, max_size=300)), np.int64)
-    if data.draw(st.booleans()):
-        rows = np.arange(len(rows)) % 200
-    matrices = [(np.arange(600).reshape(200, 3) % 97 + j).astype(dtype) for j in range(2)]
-    at = (
-        np.array(data.draw(st.permutations(range(len(rows)))), np.int64)
-        if data.draw(st.booleans())
-        else np.arange(len(rows))
-    )
-    out = np.zeros((len(rows), 3, 3), target)
-    gather(matrices, rows, out, at, [2, 0])
-    for j, column in enumerate([2, 0]):
-        np.testing.assert_array_equal(out[at, column].astype(np.float32), matrices[j][rows].astype(np.float32))
-    assert not out[:, 1].any()
+def test_one_prompt_is_found_as_many_are(tmp_path: Path) -> None:
+    """Alone and in company: newest copies, tombs, damage, sites in several segments, other kinds, contexts and ids."""
+    store, space = make_store(tmp_path)
+    store.append(space, pooled(range(20)))
+    newer = pooled(range(5, 10))
+    newer.data = {site: rows + 1 for site, rows in newer.data.items()}
+    store.append(space, newer)
+    store.append(space, pooled(range(10, 15), sites=["resid_post.2"]))
+    damaged = store.append(space, pooled(range(30, 34)))
+    store.append(space, pooled(range(33, 36), sites=[*SITES, "resid_post.2"]))
+    store.invalidate(space, make_table([3, 7]))
+    path = store.root / space / f"{damaged.name}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    numbers = [*range(-3, 20), *range(28, 40)]
+    # Stores of their own, so that nothing is known to be intact or damaged before.
+    alone, together = (Store(store.location, index_dir=tmp_path / name) for name in ("alone", "together"))
+    for sites in (["resid_post.0"], SITES, ["resid_post.2"], [*SITES, "resid_post.2"], ["nothing"]):
+        for check in (False, True):
+            for context, kind in ((CONTEXT, 1), (CONTEXT, 2), ("other", 1)):
+                options = {
+                    "text_context": context,
+                    "kinds": kind,
+                    "sites": sites,
+                    "layout": "last_token",
+                    "check": check,
+                }
+                many = together.locate(space, texts=[text(i) for i in numbers], **options)  # type: ignore[arg-type]
+                for k, i in enumerate(numbers):
+                    for _ in range(2):
+                        one = alone.locate(space, texts=[text(i)], **options)  # type: ignore[arg-type]
+                        assert one.found.tolist() == [many.found[k]], (i, sites, check)
+                        assert one.found_each.tolist() == many.found_each[k : k + 1].tolist()
+                        assert one.num_tokens.tolist() == [many.num_tokens[k]]
+                        if many.found[k]:
+                            np.testing.assert_array_equal(one.take(), many.take(index=[k]))
+            some = [i for i in numbers if i >= 0]
+            by_ids = together.locate(space, table=make_table(some), sites=sites, layout="last_token", check=check)
+            for k, i in enumerate(some):
+                one = alone.locate(space, table=make_table([i]), sites=sites, layout="last_token", check=check)
+                assert one.found.tolist() == [by_ids.found[k]]
+    assert not alone.locate(space, texts=[text(30)], text_context=CONTEXT, sites=SITES, layout="last_token").found[0]
+    changed = make_table([1])
+    other = PromptTable(
+        changed.token_ids + 1, changed.token_offset, changed.kind, changed.text, changed.text_offset, CONTEXT,
+        changed.token_key, changed.text_key,
+    )  # fmt: skip
+    assert not alone.locate(space, table=other, sites=SITES, layout="last_token").found[0], "a key is not enough"

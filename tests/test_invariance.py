@@ -343,7 +343,7 @@ def test_each_prompt_runs_alone_where_it_must(monkeypatch):
 
     sizes = []
     run = LocalSession.run
-    monkeypatch.setattr(LocalSession, "run", lambda self, ids: sizes.append(len(ids)) or run(self, ids))
+    monkeypatch.setattr(LocalSession, "run", lambda self, ids, *rest: sizes.append(len(ids)) or run(self, ids, *rest))
     model = tiny_model("llama")
     model.config.expert_capacity = 8
     ac.ActivationExtractor(model, layers=0).extract([[1, 2], [3, 4], [5, 6, 7]])
@@ -425,7 +425,7 @@ class _Config(ModelSource):
     def identity(self):
         raise AssertionError
 
-    tokenizer_source = model = model_to_run = identity
+    tokenizer_source = model = model_to_run = head = predicts_next = end_tokens = identity
 
 
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

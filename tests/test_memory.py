@@ -94,6 +94,7 @@ def test_the_grouped_tree(cache: ac.ActivationCache, capsys: pytest.CaptureFixtu
         ("pattern_L10H11", "pattern"), ("values_L3", "values"), ("resid_out_12", "resid_out"),
         ("transformer.h.0.attn", "transformer.h.*.attn"), ("transformer.h.0", "transformer.h"), ("", ""), ("7", "*"),
         ("_3", "_3"), ("ln_1", "ln"), ("free text", "free text"),
+        ("transformer.h.3.ln_1", "transformer.h.*.ln_1"),
     ],
 )  # fmt: skip
 def test_what_a_group_is_called(key: str, name: str) -> None:
@@ -119,8 +120,9 @@ def test_the_display_folds_layers(cache: ac.ActivationCache) -> None:
     assert "float32[1000] with info" in text
     modules = ac.run_with_cache(tiny_model("gpt2"), [[5, 6, 7]])[1]
     assert "transformer.h.0-3 (4 items)" in repr(modules)
+    assert "transformer.h.0-3.ln_1 (4 items)" in repr(modules)
     assert "Entry(float32[1, 3, 32])" in repr(modules)
-    assert len(repr(modules).splitlines()) == 12
+    assert len(repr(modules).splitlines()) == 2 + 16 - 1
     mixed = ac.ActivationCache({"resid_post.1": torch.zeros(1), "resid_post.7": torch.zeros(2), "<b>": 1})
     assert "resid_post.1..7 (2 items)" in repr(mixed)
     assert "and 1 other" in repr(mixed)
@@ -129,3 +131,38 @@ def test_the_display_folds_layers(cache: ac.ActivationCache) -> None:
     assert "<b>" in page
     assert "float32[1]" in page
     assert page.count("<tr>") == 3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "t5"])
+def test_the_display_is_80_columns_wide(family: str) -> None:
+    cache = ac.run_with_cache(tiny_model(family), [[5, 6, 7], [8, 9, 10, 11]], include_inputs=True)[1]
+    cache.columns["label"] = ["a", "b"]
+    cache["a text of mine " * 20] = np.ones((3, 4))
+    cache["model.language_model.layers.3.self_attn.a_very_long_name_of_a_projection.of_something"] = [torch.ones(2)] * 5
+    for shown in (repr(cache), repr(ac.ActivationCache(dict(list(cache.items())[-2:])))):
+        lines = shown.splitlines()
+        assert all(len(line) <= 80 for line in lines), shown
+        assert lines[-1].endswith(("more", " B", " KB"))
+    assert "2 prompts of up to 4 positions; columns: label" in repr(cache)
+    assert "float64[3, 4]" in shown
+    assert "list of 5 float32[2]" in shown
+    assert "model.language" in shown and "something" in shown
+    # Bytes stand below each other.
+    assert len({len(line) for line in lines[1:]}) == 1
+
+
+def test_the_whole_model_and_its_child_of_that_name() -> None:
+    cache = ac.run_with_cache(tiny_model("llama"), [[5, 6, 7]], ["", "model", "model.layers.0"])[1]
+    tree = cache.memory_tree()
+    assert list(tree) == ["model", "model.model", "model.layers.0"]
+    assert [cache.memory_size("") == tree["model"], cache["model.model"] is cache._data["model"]] == [True, True]
+    assert [line.split()[0] for line in repr(cache).splitlines()[2:]] == list(tree)
+
+
+def test_positions_and_prompts_are_told() -> None:
+    cache = ac.run_with_cache(
+        tiny_model("gpt2"), [[5, 6, 7]], sites="resid_post", positions={"subject": (0, 2), "last": -1}
+    )[1]
+    assert repr(cache).splitlines()[1] == "  1 prompt of 3 positions; positions: subject, last"
+    assert "1 prompt of 3 positions" in cache._repr_html_()
+    assert len(repr(ac.ActivationCache()).splitlines()) == 1

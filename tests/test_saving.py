@@ -213,7 +213,7 @@ def test_a_file_names_no_class_of_its_own(tmp_path: Path) -> None:
     header = {
         "format": "actcache.activation_cache", "version": 1, "items": [["a", value], ["b", deeper]], "tables": [],
         "masks": {"dict": []}, "columns": {}, "metadata": {}, "strategies": [], "new": [], "depths": [], "missed": [],
-        "tokens": None, "batches": 1,
+        "tokens": None, "batches": 1, "saved": 0.0,
     }  # fmt: skip
     save_file({}, tmp_path / "c", metadata={"actcache.activation_cache": json.dumps(header)})
     loaded = ac.ActivationCache.load(tmp_path / "c")
@@ -227,3 +227,59 @@ def test_a_subclass_comes_back_as_what_loads_it(tmp_path: Path) -> None:
     Mine({"x": 1}).save(tmp_path / "c")
     assert type(Mine.load(tmp_path / "c")) is Mine
     assert type(Mine({"x": 1}) | {"y": 2}) is Mine
+
+
+def test_saved_caches_are_found_by_what_is_said_of_them(tmp_path: Path) -> None:
+    def saved(folder: Path, **fields: Any) -> Path:
+        cache = ac.ActivationCache({"resid_post.3": torch.ones(1, 2) * len(fields)})
+        cache.add_metadata(
+            model_name="gpt2",
+            target_token_positions={"last": -1},
+            extraction_config={"sites": ["resid_post"]},
+            **fields,
+        )
+        return cache.save(folder)
+
+    (tmp_path / "one").mkdir()
+    # In one second, and of the same content: two files.
+    first, second = saved(tmp_path, tag="a"), saved(tmp_path, tag="a")
+    third = saved(tmp_path / "one", tag="b", seed=7, interventions=["zero"])
+    named = saved(tmp_path / "by name", tag="b", vector=torch.ones(2))
+    assert len({first, second, third, named}) == 4
+    assert named == tmp_path / "by name"
+    (tmp_path / "note.txt").write_text("no cache")
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+
+    def paths(**fields: Any) -> list[Path]:
+        return [one.path for one in ac.ActivationCache.saved(tmp_path, **fields)]
+
+    assert paths() == [first, second, third, named]
+    assert paths(tag="a") == [first, second]
+    assert paths(tag="b", seed=7) == [third]
+    assert paths(interventions=["zero"]) == [third]
+    assert paths(target_token_positions={"last": -1}) == [first, second, third, named]
+    assert paths(vector=torch.ones(2)) == [named]
+    assert paths(tag="c") == paths(sed=7) == paths(seed=7.5) == []
+    newest = ac.ActivationCache.saved(tmp_path)[-1]
+    assert newest.keys == ["resid_post.3"]
+    assert newest.load()["resid_post.3"].tolist() == [[2, 2]]
+    assert newest.load().metadata["tag"] == newest.metadata["tag"] == "b"
+    # A cache is its file, wherever that goes.
+    (tmp_path / "one").rename(tmp_path / "two")
+    (one,) = ac.ActivationCache.saved(tmp_path, seed=7)
+    assert one.path == tmp_path / "two" / third.name
+    one.path.unlink()
+    assert paths(seed=7) == []
+    assert list((tmp_path / "two").iterdir()) == []
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    cache = ac.ActivationCache({"x": 1})
+    with pytest.raises(MissingFileError, match=r"no folder .*nowhere.* make it first"):
+        cache.save(tmp_path / "nowhere" / "c")
+    with pytest.raises(MissingFileError, match=r"no folder .*nowhere"):
+        ac.ActivationCache.saved(tmp_path / "nowhere")
+    cache.add_metadata(interventions=object())
+    with pytest.raises(UnsavableError, match="metadata 'interventions'"):
+        cache.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -15,8 +15,9 @@ from actcache.capture import inputs as capture_inputs
 from actcache.demo import model_path
 from actcache.errors import LayerRangeError, MissedModuleError, OptionError
 from actcache.extract.lookup import Lookup
-from actcache.model import forward_inputs, invariance
+from actcache.model import forward_inputs, head_outputs, invariance
 from actcache.model.anatomy import describe
+from actcache.model.attention_calls import AttentionCalls
 from actcache.selftest import prompts as selftest_prompts
 from actcache.selftest.ledger import Ledger, row_errors, row_scale, tolerance_of
 from actcache.selftest.prompts import make_prompts, thresholds
@@ -45,7 +46,7 @@ def test_a_right_model_is_right_at_every_site() -> None:
     assert report.verdict.startswith("Right: ")
     assert report.tolerance == 1e-5
     measured = [cell for cell in report.cells if cell.verdict in ("exact", "within tolerance")]
-    assert {cell.site for cell in measured} == {str(info.site) for info in ac.sites(model)}
+    assert {cell.site for cell in measured} == {str(i.site) for i in ac.sites(model)}
     assert all(cell.error is not None and cell.error <= 1e-5 for cell in measured)
     verdicts = {cell.site: cell.verdict for cell in report.cells}
     assert verdicts["embed"] == "exact"
@@ -53,7 +54,7 @@ def test_a_right_model_is_right_at_every_site() -> None:
     done = {c.name for c in report.checks if c.verdict in ("exact", "within tolerance")}
     assert done == {
         "finite", "identities", "hidden states", "alone", "equal lengths", "padded", "right padding", "left padding",
-        "store", "pooled",
+        "store", "pooled", "heads", "patterns", "mixing",
     }  # fmt: skip
     assert check(report, "hidden states").verdict == "exact"
     assert (report.blocks, report.forms) == ({"": 4}, {"": ["sequential"]})
@@ -287,6 +288,57 @@ def test_hidden_states_that_are_something_else_are_found() -> None:
     assert wrong_cells(report) == {"resid_pre.2"}
 
 
+def test_heads_whose_bias_is_spread_over_them_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = head_outputs.all_heads
+
+    def with_bias(module: nn.Module, given: Tensor, columns: Any, draws: Any = None) -> Tensor:
+        return whole(module, given, columns, draws) + module.bias / columns.heads
+
+    model = tiny_model("gpt2")
+    describe(model).findings  # noqa: B018 - found by what is right
+    monkeypatch.setattr(head_outputs, "all_heads", with_bias)
+    report = ac.selftest(model)
+    assert wrong_checks(report) == {"heads"}
+    assert wrong_cells(report) == {f"head_out.{layer}" for layer in range(4)}
+
+
+def test_patterns_that_are_another_heads_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gpt2")
+    describe(model).require(ac.Site("pattern", 0))
+    found = AttentionCalls.pattern
+    monkeypatch.setattr(AttentionCalls, "pattern", lambda self, head=None: found(self, head).roll(1, 1))
+    report = ac.selftest(model)
+    assert wrong_checks(report) == {"patterns"}
+    assert wrong_cells(report) == {f"pattern.{layer}" for layer in range(4)}
+    # Where all of them are wrong, it might have been a gate.
+    assert check(report, "mixing").verdict == "not applicable"
+    of_one = {"once": True}
+
+    def first_only(self: AttentionCalls, head: int | None = None) -> Tensor:
+        value = found(self, head)
+        return value.roll(1, 1) if of_one.setdefault("calls", self) is self else value
+
+    monkeypatch.setattr(AttentionCalls, "pattern", first_only)
+    assert {"patterns", "mixing"} == wrong_checks(ac.selftest(model))
+
+
+def test_patterns_that_are_no_shares_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3_next")
+    describe(model).require(ac.Site("pattern", 1))
+    found = AttentionCalls.pattern
+    monkeypatch.setattr(AttentionCalls, "pattern", lambda self, head=None: found(self, head) * 1.01)
+    report = ac.selftest(model, layers=1)
+    assert "pattern.1" in wrong_cells(report)
+    assert "no shares of one" in report.verdict
+
+
+def test_heads_in_half_precision() -> None:
+    for family in ("llama", "bert", "t5"):
+        report = ac.selftest(tiny_model(family).to(torch.bfloat16), max_tokens=9)
+        assert report.ok, report.verdict
+        assert check(report, "heads").verdict == check(report, "mixing").verdict == "within tolerance"
+
+
 def test_positions_that_count_padding_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-2 has a table of positions: without position ids every left-padded row is another."""
     monkeypatch.setattr(capture_inputs, "accepts", lambda module, name: False)
@@ -315,7 +367,7 @@ def test_lengths_that_may_not_meet_are_found_when_they_do(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(invariance, "batch_policy", lenient)
     report = ac.selftest(tiny_model(family))
-    assert wrong_checks(report) == {"padded", "right padding", "left padding", "pooled"}
+    assert wrong_checks(report) == {"padded", "right padding", "left padding", "pooled", "patterns"}
 
 
 @pytest.mark.parametrize(("family", "found"), [("bert", "padded"), ("bart", "alone")])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actcache.errors import DiskFullError, StoreAccessError
-from actcache.store import files, merging, segment
+from actcache.errors import StoreAccessError
+from actcache.store import files, segment
 from actcache.store.store import Store
-from store_helpers import check_pooled, in_child, kill, make_store, pooled, segment_files, text, wait_for
+from mounts import on_a_read_only_disk
+from store_helpers import SITES, check_pooled, in_child, kill, make_store, pooled, segment_files, text, wait_for
 
 BATCH = 4
 
@@ -45,13 +46,20 @@ def finished(pipe: int) -> list[int]:
     return [int.from_bytes(data[i : i + 4], "little") for i in range(0, len(data) - 3, 4)]
 
 
-def kills(folder: Path, rounds: int, writers: int) -> None:
+def kills(folder: Path, monkeypatch: pytest.MonkeyPatch, rounds: int, writers: int) -> None:
+    # Only this machine is at work here, wherever the files lie.
+    monkeypatch.setattr(files, "_is_local", lambda fd: True)
     rng = np.random.default_rng(rounds)
     stored: set[int] = set()
     for turn in range(rounds):
         read, write = os.pipe()
         pids = [in_child(partial(write_batches, folder, 10_000 * turn + 1000 * w, 900, write)) for w in range(writers)]
         os.close(write)
+        if turn % 4:
+            # However long it takes to begin. Every fourth dies while it begins.
+            first = os.read(read, 4)
+            assert first, "the writers ended by themselves"
+            stored.add(int.from_bytes(first, "little"))
         time.sleep(float(rng.uniform(0.01, 0.12)))
         for pid in pids:
             kill(pid)
@@ -69,21 +77,16 @@ def kills(folder: Path, rounds: int, writers: int) -> None:
     store, space = make_store(folder)
     for path in segment_files(store, space):
         assert segment.validate(path) == []
-    # Unfinished files are litter only until they are swept.
-    old = time.time() - 1000
-    for path in (store.root / space).glob("*.tmp"):
-        os.utime(path, (old, old))
-    files.sweep(store.root / space)
-    assert not list((store.root / space).glob("*.tmp"))
+    assert not list((store.root / space).glob("*.tmp")), "unfinished files are litter until someone opens the store"
 
 
-def test_kill_at_random_instants(tmp_path: Path) -> None:
-    kills(tmp_path, 12, 1)
+def test_kill_at_random_instants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kills(tmp_path, monkeypatch, 12, 1)
 
 
 @pytest.mark.slow
-def test_kill_three_writers_at_random_instants(tmp_path: Path) -> None:
-    kills(tmp_path, 60, 3)
+def test_kill_three_writers_at_random_instants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kills(tmp_path, monkeypatch, 60, 3)
 
 
 @pytest.mark.parametrize("call", ["pwritev", "fsync", "rename", "unlink"])
@@ -165,9 +168,6 @@ def test_two_processes_merge_at_once(tmp_path: Path) -> None:
 
 
 def test_a_spawned_process_needs_no_torch(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     code = (
         "import sys; from actcache.store.store import Store; s = Store(sys.argv[1]); s.info();"
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
@@ -274,100 +274,7 @@ def test_a_space_cleared_while_a_batch_is_written_stays_described(
     assert not store.root.exists()
 
 
-# -- full disks and forbidden folders ------------------------------------------------------------------
-
-
-@pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """`left[0]` bytes can still be written."""
-    left = [0]
-    original = os.pwritev
-
-    def pwritev(fd: int, buffers: Any, offset: int) -> int:
-        size = sum(map(len, buffers))
-        if size > left[0]:
-            if left[0]:
-                # As the kernel does: first a short write, then the error.
-                written = original(fd, [memoryview(b"".join(bytes(b) for b in buffers))[: left[0]]], offset)
-                left[0] = 0
-                return written
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        left[0] -= size
-        return original(fd, buffers, offset)
-
-    monkeypatch.setattr(os, "pwritev", pwritev)
-    return left
-
-
-@pytest.mark.parametrize("room", [0, 1000, 2500])
-def test_disk_full_in_mid_batch(tmp_path: Path, full_disk: list[int], room: int) -> None:
-    store, space = make_store(tmp_path)
-    full_disk[0] = 10**9
-    store.append(space, pooled([1]))
-    full_disk[0] = room
-    with pytest.raises(DiskFullError, match=r"no room in .*store.* for [\d,]+ more bytes.*: free space"):
-        store.append(space, pooled(range(2, 40)))
-    assert not list((store.root / space).glob("*.tmp"))
-    assert check_pooled(store, space, [1, 2]).tolist() == [True, False]
-    full_disk[0] = 10**9
-    store.append(space, pooled([2]))
-    assert check_pooled(store, space, [1, 2]).all()
-
-
-def test_disk_full_in_the_writer_thread_reaches_the_caller(tmp_path: Path, full_disk: list[int]) -> None:
-    store, space = make_store(tmp_path)
-    full_disk[0] = 20_000
-    writer = store.writer(space, linger=0)
-
-    def work() -> None:
-        for i in range(200):
-            writer.put(pooled([i]))
-            writer.flush()
-
-    with pytest.raises(DiskFullError, match="free space"):
-        work()
-    stored = check_pooled(store, space, range(200))
-    assert 0 < stored.sum() < 200
-    full_disk[0] = 10**9
-    with store.writer(space) as again:
-        again.put(pooled(range(200)))
-    assert check_pooled(store, space, range(200)).all()
-
-
-def test_disk_full_while_merging_costs_nothing(
-    tmp_path: Path, full_disk: list[int], caplog: pytest.LogCaptureFixture
-) -> None:
-    store, space = make_store(tmp_path)
-    full_disk[0] = 10**9
-    for i in range(merging.FEW):
-        store.append(space, pooled([i]))
-    writer = store.writer(space)
-    writer.put(pooled([99]))
-    writer.flush()
-    full_disk[0] = 0
-    writer.close()
-    assert "merging small segments failed" in caplog.text
-    assert check_pooled(store, space, [*range(merging.FEW), 99]).all()
-    with pytest.raises(DiskFullError):
-        store.merge(space)
-
-
-def test_file_size_limit(tmp_path: Path) -> None:
-    """A real limit of the kernel, in a child."""
-
-    def work() -> None:
-        store, space = make_store(tmp_path)
-        store.append(space, pooled([1]))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        with pytest.raises(DiskFullError):
-            store.append(space, pooled(range(2, 40), dim=512))
-        store.append(space, pooled([2]))
-
-    assert wait_for(in_child(work)) == 0
-    store, space = make_store(tmp_path)
-    assert check_pooled(store, space, [1, 2]).all()
-    assert not list((store.root / space).glob("*.tmp"))
+# -- forbidden folders -----------------------------------------------------------------------------------
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
@@ -406,6 +313,46 @@ def test_a_read_only_store_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         store.invalidate(space, [text(1)])
 
 
+def test_a_real_disk_that_may_only_be_read(tmp_path: Path) -> None:
+    """The index of this host lies there, too: it is kept in memory."""
+    store, space = make_store(tmp_path)
+    store.append(space, pooled(range(6)))
+    store.append(space, pooled(range(6, 12)))
+    store.invalidate(space, [text(3)])
+    store.close()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    there = [i != 3 for i in range(12)]
+
+    def work() -> None:
+        for index in ("index", "nowhere"):
+            reader = Store(store.location, index_dir=tmp_path / index)
+            assert check_pooled(reader, space, range(12)).tolist() == there
+            assert reader.contains(space, [text(i) for i in range(12)]).tolist() == there
+            assert [s.num_prompts for s in reader.spaces()] == [11]
+            assert len(reader.prompts(space)) == 11
+            assert reader.discover("org/model", text(3)) is None
+            assert reader.statistics(space, SITES[0], pooling="last_token").count == 11
+            assert reader.verify().ok
+            assert reader.evict(1).bytes_freed == 0
+            reader.open_space({"weights": "abc"}, {"model_name": "org/model"})
+            for change in (
+                reader.check_writable,
+                lambda reader=reader: reader.append(space, pooled([20])),
+                lambda reader=reader: reader.invalidate(space, [text(1)]),
+                lambda reader=reader: reader.merge(space),
+                lambda reader=reader: reader.compact(),
+                lambda reader=reader: reader.evict(0),
+                lambda reader=reader: reader.clear(),
+            ):
+                with pytest.raises(StoreAccessError, match="choose a folder you may write to"):
+                    change()
+            assert check_pooled(reader, space, range(12)).tolist() == there
+            reader.close()
+
+    on_a_read_only_disk(tmp_path, work)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 def test_nothing_is_created_before_the_first_write(tmp_path: Path) -> None:
     store, space = make_store(tmp_path)
     assert not check_pooled(store, space, [1]).any()
@@ -414,40 +361,3 @@ def test_nothing_is_created_before_the_first_write(tmp_path: Path) -> None:
     assert not store.location.exists()
     store.check_writable()
     assert store.root.is_dir()
-
-
-# -- unfinished files ----------------------------------------------------------------------------------
-
-
-def test_unfinished_files_go_only_when_their_writer_is_gone(tmp_path: Path) -> None:
-    store, space = make_store(tmp_path)
-    store.append(space, pooled([1]))
-    folder = store.root / space
-    read, write = os.pipe()
-
-    def work() -> None:
-        with files.atomic_file(folder, "a" * 32 + ".safetensors") as fd:
-            os.write(fd, segment_files(store, space)[0].read_bytes()[:100])
-            os.write(write, b"x")
-            time.sleep(60)
-
-    pid = in_child(work)
-    assert os.read(read, 1) == b"x"
-    (living,) = folder.glob("*.tmp")
-    empty, foreign = folder / ("0" * 32 + ".tmp"), folder / ("1" * 32 + ".tmp")
-    empty.write_bytes(b"")
-    foreign.write_bytes(b"somebody's notes")
-    files.sweep(folder)
-    assert living.exists()
-    assert empty.exists(), "it may have been opened a moment ago"
-    old = time.time() - 1000
-    for path in (living, empty, foreign):
-        os.utime(path, (old, old))
-    files.sweep(folder)
-    assert living.exists(), "its writer holds the lock"
-    assert not empty.exists()
-    assert foreign.exists(), "it does not begin as our files do"
-    kill(pid)
-    files.sweep(folder)
-    assert not living.exists()
-    assert check_pooled(store, space, [1]).all()

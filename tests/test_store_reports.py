@@ -11,13 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from actcache.errors import NotCachedError
+from actcache.store import container
+from actcache.store import segment as segments
 from actcache.store.prompts import PromptTable, canonical_chat
 from actcache.store.records import Records
 from actcache.store.reports import layers_of
 from actcache.store.store import Store
-from store_helpers import every_token, make_store, make_table, pooled, text
+from store_helpers import every_token, make_store, make_table, pooled, segment_files, text
 
 
 def test_info_counts_prompts_layers_and_bytes(tmp_path: Path) -> None:
@@ -31,8 +34,11 @@ def test_info_counts_prompts_layers_and_bytes(tmp_path: Path) -> None:
     assert (model.model_name, model.revision, model.dtype) == ("org/model", "r1", "float32")
     assert (model.num_prompts, model.num_layers) == (6, 2)
     assert (model.has_pooled, model.has_perplexity, model.has_logits) == (True, False, False)
-    files = [p.stat().st_size for p in (store.root / space).glob("*.safetensors")]
-    assert model.size_bytes == info.total_size_bytes == sum(files)
+    store.invalidate(space, [text(1)])
+    files = [p.stat().st_size for p in (store.root / space).iterdir()]
+    assert len(files) == 4
+    # What the limit is held against, descriptions and tombs included.
+    assert store.info().total_size_bytes == store.info().models[0].size_bytes == sum(files) == store.evict(1).bytes_kept
     assert info.cache_dir == store.location
     assert info.oldest_mtime is not None
     assert info.newest_mtime is not None
@@ -111,6 +117,11 @@ def test_a_damaged_description_hides_only_itself(tmp_path: Path, caplog: pytest.
     store.append(other, pooled([1]))
     file = store.root / other / "space.json"
     infinite = re.sub(rb'"created_ns": \d+', b'"created_ns": 1e999', file.read_bytes())
+    # A segment written where there is no description has none of its own.
+    file.unlink()
+    (described,) = segment_files(store, other)
+    segments.write(store.root / other, pooled([1]), space=other)
+    described.unlink()
     for content in (b"", b"[]", b"\xff", b'{"__metadata__":{"format":"actcache-space"}}', b"[" * 99999, infinite):
         file.write_bytes(content)
         assert [s.space for s in store.spaces()] == [space]
@@ -126,6 +137,50 @@ def test_a_damaged_description_hides_only_itself(tmp_path: Path, caplog: pytest.
     file.write_bytes(b"")
     assert "ignoring a space" in caplog.text
     assert store.contains(other, [text(1)]).all()
+
+
+@pytest.mark.parametrize("left", [None, 0, 60])
+def test_segments_know_their_space_when_its_description_is_lost(tmp_path: Path, left: int | None) -> None:
+    store, space = make_store(tmp_path)
+    store.append(space, pooled([1]))
+    store.append(space, pooled([2]))
+    store.merge(space)
+    before = store.spaces()
+    file = store.root / space / "space.json"
+    content = file.read_bytes()
+    file.unlink()
+    if left is not None:
+        file.write_bytes(content[:left])
+    stranger = Store(store.location, index_dir=tmp_path / "elsewhere")
+    (found,) = stranger.spaces()
+    assert (found.space, found.identity, found.label) == (space, before[0].identity, before[0].label)
+    assert found.num_prompts == 2
+    assert stranger.discover("org/model", text(1)) is not None
+    if left == 0:
+        # It does not begin as one of ours, so it stays as it is.
+        assert not stranger.verify(repair=True).ok
+        assert file.read_bytes() == b""
+        return
+    assert stranger.verify(repair=True).ok
+    assert json.loads(file.read_text())["identity"] == {"weights": "abc"}
+    assert stranger.verify().damaged == []
+
+
+def test_a_description_that_is_not_of_its_space_is_not_believed(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    store.append(space, pooled([1]))
+    (path,) = segment_files(store, space)
+    raw = path.read_bytes()
+    size = container.header_size(raw[:8], len(raw))
+    assert raw[:size].count(b"abc") == 1
+    changed = raw[:size].replace(b"abc", b"abd")
+    # The digest of the header is the first thing behind it.
+    path.write_bytes(changed + xxhash.xxh3_64_intdigest(changed).to_bytes(8, "little") + raw[size + 8 :])
+    (store.root / space / "space.json").unlink()
+    stranger = Store(store.location, index_dir=tmp_path / "elsewhere")
+    assert stranger.spaces() == []
+    assert stranger.contains(space, [text(1)]).all()
+    assert segments.validate(path) == ["its description is not one of its space"]
 
 
 def test_contains_anything(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import actcache as ac
-from actcache.capture.tokens import TokenState, joined_mask, position_axes, real_rows
+from actcache.capture.tokens import Mask, TokenState, joined_mask, position_axes, real_rows
 from actcache.errors import LayerRangeError, OptionError, UnknownKeyError
 from actcache.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -193,5 +193,6 @@ def test_rows_with_holes_are_gathered() -> None:
     mask = torch.tensor([[True, False, True, True, False]])
     assert real_rows("x", value, mask)[0][:, 0].tolist() == [0, 2, 3]
     assert joined_mask("x", [value, value], [], {}) is None
-    state = TokenState({}, {"x": mask})
-    assert joined_mask("x", [value, value], [state, TokenState()], {}).tolist() == [mask[0].tolist(), [True] * 5]
+    state = TokenState({}, {"x": Mask(mask)})
+    both = joined_mask("x", [value, value], [state, TokenState()], {})
+    assert both is not None and both.positions.tolist() == [mask[0].tolist(), [True] * 5]

@@ -236,14 +236,18 @@ def test_07_a_choice_of_hidden_states_means_different_things(family: str, monkey
 
 @torch.no_grad()
 def test_08_attentions_that_are_not_there() -> None:
-    """Under sdpa output_attentions=True gives nothing and no error: what cannot be read is refused with the reason."""
+    """Under sdpa output_attentions=True gives nothing and no error: here the probabilities are those of the pass."""
     model = tiny_model("llama", attn_implementation="sdpa")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert not model(IDS, output_attentions=True).attentions
-    with pytest.raises(SiteUnavailableError, match="pattern"):
-        ac.capture(model, sites="pattern.0")
-    with pytest.raises(SiteUnavailableError, match="pattern"):
+    with ac.capture(model, sites="pattern.0") as cache, torch.no_grad():
+        model(IDS)
+    eager = tiny_model("llama", attn_implementation="eager")
+    with torch.no_grad():
+        expected = eager(IDS, output_attentions=True).attentions[0]
+    torch.testing.assert_close(cache["pattern.0"], expected)
+    with pytest.raises(ac.ActCacheError, match="pattern"):
         ac.ActivationExtractor(model, sites="pattern.0").extract([[5, 6]])
 
 

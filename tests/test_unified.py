@@ -330,7 +330,8 @@ class TestPlan:
         tokens = sum(len(ids_of(folder, t)) for t in TEXTS[2:])
         width = reference(folder).config.n_embd
         assert (plan.cached, plan.missing, plan.tokens) == (2, 3, tokens)
-        assert plan.bytes_to_write == tokens * 2 * width * 4
+        # Vectors, three numbers of perplexity for each prompt, one for each token.
+        assert plan.bytes_to_write == tokens * 2 * width * 4 + 3 * 12 + tokens * 4
         assert plan.bytes_free > 0
         assert plan.seconds > 0
         assert cache.warmup(TEXTS).bytes_written == plan.bytes_to_write
@@ -468,7 +469,7 @@ class TestCachedExtractor:
         both = ac.CachedExtractor(ac.ActivationExtractor(folder, layers=[0, 1]))
         written = []
         fill = both.fill
-        both.fill = lambda request: written.append(request.missing) or fill(request)
+        both.fill = lambda request: written.append([names for names, _ in request.missing]) or fill(request)
         both.extract(TEXTS, invalidate_cache=True)
         assert list(written[0]) == [("resid_post.0", "resid_post.1")]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import actcache as ac
 import zoo
+import zoo_inside
 from actcache.testing.tiny import FAMILIES as MADE
 
 SPARSE = [family for family, made in zoo.FAMILIES.items() if made.experts is not None]
@@ -75,7 +76,8 @@ def test_a_batch_of_one_and_one_length_are_the_prompt_alone(family: str, loaded:
     prompts = [zoo.prompts_of(k, [13])[0] for k in range(6)]
     alone = [zoo.alone(family, model, ids) for ids in prompts]
     for rows in zip(extract(model, sites, prompts[:2], 1), alone, strict=False):
-        assert all(torch.equal(rows[0][site], rows[1][site]) for site in sites)
+        read = [site for site in sites if zoo.name_of(site) not in zoo_inside.COMPUTED]
+        assert all(torch.equal(rows[0][site], rows[1][site]) for site in read)
     if family in ROUTED:
         return
     together = extract(model, sites, prompts, 8)

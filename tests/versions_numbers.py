@@ -34,8 +34,13 @@ def prompts() -> list[list[int]]:
     return zoo.prompts_of(7, [1, 2, 9, 17, 40])
 
 
-def values_of(extractor: ac.ActivationExtractor) -> dict[str, torch.Tensor]:
-    got = extractor.extract(prompts())
+def with_rows(sites: Sequence[str]) -> list[str]:
+    """All of `sites` but `pattern`, which has no row for each token."""
+    return [site for site in sites if ac.Site.parse(site).name != "pattern"]
+
+
+def values_of(model: Any, sites: Sequence[str]) -> dict[str, torch.Tensor]:
+    got = ac.ActivationExtractor(model, sites=with_rows(sites)).extract(prompts())
     return {f"{site}/{i}": got[site][i].contiguous() for site in got for i in range(len(prompts()))}
 
 
@@ -46,7 +51,7 @@ def write(folder: Path, cases: Sequence[str]) -> None:
         model.save_pretrained(folder / case)
         sites = [str(info.site) for info in ac.sites(model)]
         (folder / f"{case}.sites.txt").write_text("\n".join(sites))
-        save_file(values_of(ac.ActivationExtractor(model, sites=sites)), folder / f"{case}.safetensors")
+        save_file(values_of(model, sites), folder / f"{case}.safetensors")
 
 
 if __name__ == "__main__":

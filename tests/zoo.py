@@ -19,29 +19,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import zoo_inside
 from actcache.testing.tiny import BOS, EOS, PAD, ROPE_THRESHOLD, VOCABULARY, WINDOW, tiny_model
+from zoo_inside import SITES as INNER_SITES
+from zoo_inside import Hook, into, out
 
 # transformers' major version.
 GENERATION = int(transformers.__version__.partition(".")[0])
 BLOCK_SITES = ("resid_pre", "attn_out", "cross_attn_out", "mixer_out", "resid_mid", "mlp_out", "resid_post")
-
-
-@dataclass(frozen=True)
-class Hook:
-    """One value: module `path` (relative to the block; alternatives are spellings of other versions of transformers),
-    its output or input, and the config number it is multiplied by before it joins the stream."""
-
-    path: str | tuple[str, ...]
-    side: str = "output"
-    times: str | None = None
-
-
-def out(*path: str, times: str | None = None) -> Hook:
-    return Hook(path, "output", times)
-
-
-def into(*path: str) -> Hook:
-    return Hook(path, "input")
+SITES = (*BLOCK_SITES, *INNER_SITES)
 
 
 @dataclass(frozen=True)
@@ -75,6 +61,7 @@ class Zoo:
         left: why a left-padded batch with positions does not give what prompts give alone; None where it does.
         lengths: whether values depend on the longest prompt of a pass.
         experts: the router of a block, for mixtures of experts with top-2 routing.
+        plain: whether what attention gives is its pattern times its values (no gate, nothing that is not a key).
     """
 
     stacks: dict[str, Stack]
@@ -85,6 +72,7 @@ class Zoo:
     lengths: bool = False
     experts: Hook | None = None
     known: bool = True
+    plain: bool = True
 
     @property
     def encoder_decoder(self) -> bool:
@@ -323,7 +311,7 @@ FAMILIES: dict[str, Zoo] = {
     "deepseek_v3": llama_like(known=False),
     "glm4": norm_after("post_self_attn_layernorm", "post_mlp_layernorm", "post_attention_layernorm", known=False),
     "mpt": one_stack("transformer.blocks", "transformer.norm_f", "pre", _MPT, known=False),
-    "qwen3_next": llama_like(hooks={"attn_out": out("self_attn", "linear_attn")}, known=False),
+    "qwen3_next": llama_like(hooks={"attn_out": out("self_attn", "linear_attn")}, known=False, plain=False),
 }
 
 
@@ -342,6 +330,12 @@ def prompts_of(seed: int = 0, lengths: Sequence[int] | None = None) -> list[list
     return [*made, [EOS, 7, PAD, PAD, 9, BOS, EOS, 11, EOS, 200, PAD]]
 
 
+def hooks_in(family: str, prefix: str, block: nn.Module) -> dict[str, Hook]:
+    """What is read in one block, beside its input and output: blocks of one model may differ."""
+    hooks = FAMILIES[family].stacks[prefix].hooks | zoo_inside.inside_of(family, prefix)
+    return {name: hook for name, hook in hooks.items() if find(block, hook.path) is not None}
+
+
 def stack_depths(family: str, model: nn.Module) -> dict[str, int]:
     return {prefix: len(model.get_submodule(stack.blocks)) for prefix, stack in FAMILIES[family].stacks.items()}
 
@@ -350,13 +344,27 @@ def expected_sites(family: str, model: nn.Module) -> list[str]:
     """Every site this family has, complete."""
     zoo = FAMILIES[family]
     found = []
-    for prefix, depth in stack_depths(family, model).items():
+    for prefix, stack in zoo.stacks.items():
         dot = prefix and f"{prefix}."
         missing = {name.removeprefix(dot) for name in zoo.absent if name.startswith(dot)}
         found.append(f"{dot}embed")
-        found += [f"{dot}{name}.{i}" for i in range(depth) for name in BLOCK_SITES if name not in missing]
+        for i, block in enumerate(model.get_submodule(stack.blocks)):
+            inside = hooks_in(family, prefix, block)
+            there = [name for name in BLOCK_SITES if name not in missing]
+            found += [f"{dot}{name}.{i}" for name in (*there, *(name for name in INNER_SITES if name in inside))]
         found += [f"{dot}final_norm"] * ("final_norm" not in missing)
     return [*found, "logits"]
+
+
+def absent_sites(family: str, model: nn.Module) -> list[str]:
+    """Sites that are in the vocabulary and that this family, or one block of it, does not have; complete."""
+    found = [site if site.endswith("final_norm") else f"{site}.0" for site in FAMILIES[family].absent]
+    for prefix, stack in FAMILIES[family].stacks.items():
+        for i, block in enumerate(model.get_submodule(stack.blocks)):
+            inside = hooks_in(family, prefix, block)
+            missing = [name for name in INNER_SITES if name not in inside]
+            found += [f"{prefix and f'{prefix}.'}{name}.{i}" for name in missing]
+    return found
 
 
 def site_names(family: str, model: nn.Module) -> dict[str, list[str]]:
@@ -366,6 +374,11 @@ def site_names(family: str, model: nn.Module) -> dict[str, list[str]]:
         name, _, layer = site.rpartition(".")
         found.setdefault(name if layer.isdigit() else site, []).append(site)
     return found
+
+
+def name_of(site: str) -> str:
+    """A site's name without its stack and layer."""
+    return site.removeprefix("encoder.").removeprefix("decoder.").partition(".")[0]
 
 
 def shifted_right(model: Any, ids: Sequence[int]) -> list[int]:
@@ -382,12 +395,18 @@ def inputs_of(family: str, model: Any, ids: Sequence[int]) -> dict[str, Tensor]:
 
 def present(block: nn.Module, paths: str | tuple[str, ...]) -> nn.Module:
     """The module under the first of these names."""
+    found = find(block, paths)
+    assert found is not None, f"{type(block).__name__} has none of {paths}"
+    return found
+
+
+def find(block: nn.Module, paths: str | tuple[str, ...]) -> nn.Module | None:
     for path in (paths,) if isinstance(paths, str) else paths:
         try:
             return block.get_submodule(path)
         except AttributeError:
             continue
-    raise AttributeError(f"{type(block).__name__} has none of {paths}")
+    return None
 
 
 def bare(value: Any) -> Tensor:
@@ -396,7 +415,7 @@ def bare(value: Any) -> Tensor:
 
 
 def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 def hooks_of(family: str, model: Any) -> Iterator[tuple[str, nn.Module, Hook]]:
@@ -407,7 +426,7 @@ def hooks_of(family: str, model: Any) -> Iterator[tuple[str, nn.Module, Hook]]:
         yield f"{dot}embed", blocks[0], into()
         for i, block in enumerate(blocks):
             yield f"{dot}resid_pre.{i}", block, into()
-            for name, hook in stack.hooks.items():
+            for name, hook in hooks_in(family, prefix, block).items():
                 yield f"{dot}{name}.{i}", present(block, hook.path), hook
             yield f"{dot}resid_post.{i}", block, out()
         if stack.final_norm is not None:
@@ -420,24 +439,25 @@ def listening(family: str, model: Any, batch: int, length: int) -> Iterator[dict
     found: dict[str, Tensor] = {}
     handles = []
 
-    def keep(site: str, hook: Hook, value: Tensor) -> None:
+    def keep(site: str, module: nn.Module, hook: Hook, value: Tensor) -> None:
         assert site not in found, f"{site} was computed twice"
         # OPT runs its MLP on rows that are flattened over the batch.
         value = value.reshape(batch, length, -1)
+        value = value if hook.part is None else hook.part(value, module, model)
         # Falcon adds attention's output into the MLP's in place: later it is another value.
         found[site] = value.clone() if hook.times is None else value * getattr(model.config, hook.times)
 
     for site, module, hook in hooks_of(family, model):
         if hook.side == "output":
 
-            def on_output(_m: Any, _a: Any, value: Any, site: str = site, hook: Hook = hook) -> None:
-                keep(site, hook, bare(value))
+            def on_output(module: Any, _a: Any, value: Any, site: str = site, hook: Hook = hook) -> None:
+                keep(site, module, hook, bare(value))
 
             handles.append(module.register_forward_hook(on_output))
         else:
 
-            def on_input(_m: Any, args: Any, kwargs: Any, site: str = site, hook: Hook = hook) -> None:
-                keep(site, hook, given(args, kwargs))
+            def on_input(module: Any, args: Any, kwargs: Any, site: str = site, hook: Hook = hook) -> None:
+                keep(site, module, hook, given(args, kwargs))
 
             handles.append(module.register_forward_pre_hook(on_input, with_kwargs=True))
     try:
@@ -459,7 +479,7 @@ def unused(family: str, model: Any) -> Any:
 
 @torch.no_grad()
 def alone(family: str, model: Any, ids: Sequence[int]) -> dict[str, Tensor]:
-    """Site -> `[T, D]` (logits: `[T, V]`), for one prompt that is run by itself."""
+    """Site -> `[T, D]` (logits: `[T, V]`; heads side by side), for one prompt that is run by itself."""
     model = unused(family, model)
     with listening(family, model, 1, len(ids)) as found:
         found["logits"] = model(**inputs_of(family, model, ids)).logits.clone()
@@ -470,6 +490,33 @@ def alone(family: str, model: Any, ids: Sequence[int]) -> dict[str, Tensor]:
 def reference(family: str, seed: int, ids: tuple[int, ...]) -> dict[str, Tensor]:
     """`alone`, once per prompt of a session."""
     return alone(family, model_of(family, seed), ids)
+
+
+@functools.cache
+def eager_model_of(family: str, seed: int = 0) -> Any:
+    """The same model with attention in plain operations, which gives its probabilities."""
+    model = model_of(family, seed)
+    eager = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager")
+    eager.load_state_dict(model.state_dict())
+    return eager.eval()
+
+
+@torch.no_grad()
+def eager(family: str, model: Any, ids: Sequence[int]) -> dict[str, Tensor]:
+    """`alone` for a model of `eager_model_of`, with the patterns of self-attention as transformers returns them:
+    ``"pattern.0"`` is `[H, T, T]`. What it rounds otherwise than other attention does is in all of its values."""
+    model = unused(family, model)
+    with listening(family, model, 1, len(ids)) as found:
+        output = model(**inputs_of(family, model, ids), output_attentions=True)
+        found["logits"] = output.logits.clone()
+    values = {site: value[0] for site, value in found.items()}
+    for prefix, stack in FAMILIES[family].stacks.items():
+        dot = prefix and f"{prefix}."
+        told = getattr(output, f"{prefix}_attentions" if prefix else "attentions", None) or ()
+        told = [each for each in told if each is not None]
+        with_heads = [i for i in range(len(model.get_submodule(stack.blocks))) if f"{dot}z.{i}" in values]
+        values |= {f"{dot}pattern.{i}": each[0] for i, each in zip(with_heads, told, strict=True)}
+    return values
 
 
 def same_hidden_states(family: str, model: nn.Module) -> dict[str, list[str | None]]:

@@ -15,17 +15,29 @@ if TYPE_CHECKING:
     from actcache import errors
     from actcache._version import __version__
     from actcache.capture import aggregate
+    from actcache.capture.attention import AttentionBlocks
+    from actcache.capture.attention_steering import steer_attention
     from actcache.capture.cache import ActivationCache
     from actcache.capture.edits import edit
+    from actcache.capture.encoding import encode
     from actcache.capture.entry import Entry
+    from actcache.capture.extract_batches import extract_batches
     from actcache.capture.hooks import capture, run_with_cache
+    from actcache.capture.knockout import knockout
     from actcache.capture.notes import ValueWithInfo
+    from actcache.capture.positions import tokens_of
     from actcache.capture.ready_made import ReadyMade, ablate, patch, steer
     from actcache.capture.residual import FullActivationCache
+    from actcache.capture.saved import SavedCache
+    from actcache.capture.texts import text_positions
+    from actcache.config import enable_cache_logging, set_cache_dtype, set_cache_limit
     from actcache.errors import ActCacheError
     from actcache.extract.cached import CachedExtractor
+    from actcache.extract.completions import Completion
     from actcache.extract.extractor import ActivationExtractor
     from actcache.extract.plan import Plan
+    from actcache.extract.reading import CachedLogits
+    from actcache.extract.stats import WarmupStats
     from actcache.model.sites import Site
     from actcache.model.sites import list_sites as sites
     from actcache.selftest.report import SelftestReport
@@ -34,12 +46,17 @@ if TYPE_CHECKING:
         cache_info,
         clear_cache,
         discover_cached,
+        evict,
         invalidate_extraction_cache,
         set_cache_backend,
+        verify_cache,
     )
+    from actcache.store.importing import ImportReport, import_arrays
+    from actcache.store.lmprobe import import_lmprobe
     from actcache.store.spaces import new_space
     from actcache.store.store import Store
-    from actcache.unified import UnifiedCache, WarmupStats, activations
+    from actcache.store.transformer_lens import import_transformer_lens
+    from actcache.unified import UnifiedCache, activations
 
 # Public name -> (module, name there; "" for the module itself).
 _PUBLIC: dict[str, tuple[str, str]] = {
@@ -49,14 +66,22 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     # One forward pass
     "capture": ("capture", ""),  # the room itself, which is callable: see there
     "run_with_cache": ("capture.hooks", "run_with_cache"),
+    "AttentionBlocks": ("capture.attention", "AttentionBlocks"),
+    "extract_batches": ("capture.extract_batches", "extract_batches"),
+    "tokens_of": ("capture.positions", "tokens_of"),
+    "text_positions": ("capture.texts", "text_positions"),
     "ActivationCache": ("capture.cache", "ActivationCache"),
     "Entry": ("capture.entry", "Entry"),
     "edit": ("capture.edits", "edit"),
+    "encode": ("capture.encoding", "encode"),
     "ablate": ("capture.ready_made", "ablate"),
     "steer": ("capture.ready_made", "steer"),
+    "knockout": ("capture.knockout", "knockout"),
+    "steer_attention": ("capture.attention_steering", "steer_attention"),
     "patch": ("capture.ready_made", "patch"),
     "ReadyMade": ("capture.ready_made", "ReadyMade"),
     "FullActivationCache": ("capture.residual", "FullActivationCache"),
+    "SavedCache": ("capture.saved", "SavedCache"),
     "ValueWithInfo": ("capture.notes", "ValueWithInfo"),
     "aggregate": ("capture.aggregate", ""),
     "Site": ("model.sites", "Site"),
@@ -66,7 +91,9 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "ActivationExtractor": ("extract.extractor", "ActivationExtractor"),
     "CachedExtractor": ("extract.cached", "CachedExtractor"),
     "UnifiedCache": ("unified", "UnifiedCache"),
-    "WarmupStats": ("unified", "WarmupStats"),
+    "WarmupStats": ("extract.stats", "WarmupStats"),
+    "CachedLogits": ("extract.reading", "CachedLogits"),
+    "Completion": ("extract.completions", "Completion"),
     "Plan": ("extract.plan", "Plan"),
     # Is it right here?
     "selftest": ("selftest", ""),  # as with capture
@@ -75,21 +102,35 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "Store": ("store.store", "Store"),
     "cache_info": ("store.default", "cache_info"),
     "clear_cache": ("store.default", "clear_cache"),
+    "evict": ("store.default", "evict"),
+    "verify_cache": ("store.default", "verify_cache"),
     "discover_cached": ("store.default", "discover_cached"),
+    "ImportReport": ("store.importing", "ImportReport"),
+    "import_arrays": ("store.importing", "import_arrays"),
+    "import_lmprobe": ("store.lmprobe", "import_lmprobe"),
+    "import_transformer_lens": ("store.transformer_lens", "import_transformer_lens"),
     "invalidate_extraction_cache": ("store.default", "invalidate_extraction_cache"),
     "new_space": ("store.spaces", "new_space"),
     "set_cache_backend": ("store.default", "set_cache_backend"),
+    "set_cache_dtype": ("config", "set_cache_dtype"),
+    "set_cache_limit": ("config", "set_cache_limit"),
+    "enable_cache_logging": ("config", "enable_cache_logging"),
 }
 
 __all__ = [
     "ActCacheError",
     "ActivationCache",
     "ActivationExtractor",
+    "AttentionBlocks",
     "CachedExtractor",
+    "CachedLogits",
+    "Completion",
     "Entry",
     "FullActivationCache",
+    "ImportReport",
     "Plan",
     "ReadyMade",
+    "SavedCache",
     "SelftestReport",
     "Site",
     "Store",
@@ -105,15 +146,29 @@ __all__ = [
     "clear_cache",
     "discover_cached",
     "edit",
+    "enable_cache_logging",
+    "encode",
     "errors",
+    "evict",
+    "extract_batches",
+    "import_arrays",
+    "import_lmprobe",
+    "import_transformer_lens",
     "invalidate_extraction_cache",
+    "knockout",
     "new_space",
     "patch",
     "run_with_cache",
     "selftest",
     "set_cache_backend",
+    "set_cache_dtype",
+    "set_cache_limit",
     "sites",
     "steer",
+    "steer_attention",
+    "text_positions",
+    "tokens_of",
+    "verify_cache",
 ]
 
 

@@ -1,18 +1,36 @@
 """Environment variables and process-wide defaults, in one place.
 
-``ACTCACHE_BACKEND`` (path) > ``ACTCACHE_DIR`` (path) > the user's cache folder; a call wins over all.
+What a store was made with wins over what the process has chosen by a call, that over the environment, and that over
+the default. `ACTCACHE_BACKEND` (a path) wins over `ACTCACHE_DIR` (a path).
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from actcache.errors import OptionError
+from actcache.errors import OptionError, require_choice
+
+STORAGE_DTYPES = ("float16", "bfloat16", "float32", "int8", "float8_e4m3")
+GB = 2**30
 
 # One slash is enough: a Path made from a URL has lost the other. One letter would be a drive.
 _URL = re.compile(r"[A-Za-z][\w+.-]+:/")
+_LEVELS = ("debug", "info", "warning", "error", "critical")
+_chosen: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value in force, and where it comes from: a call, a variable, or "default"."""
+
+    value: Any
+    source: str
 
 
 def user_cache() -> Path:
@@ -22,13 +40,18 @@ def user_cache() -> Path:
     return Path(platformdirs.user_cache_dir("actcache", appauthor=False))
 
 
-def default_store_path() -> Path:
-    """Where the default store lives when no call has chosen one."""
+def host_state_path() -> Path:
+    """This host's disposable state: store indexes and digests of weight files."""
+    return user_cache()
+
+
+def store_location() -> Setting:
+    """Where the default store lives when no call has chosen one, a `Path`."""
     for variable in ("ACTCACHE_BACKEND", "ACTCACHE_DIR"):
         value = os.environ.get(variable)
         if value:
-            return local_folder(value, variable)
-    return user_cache() / "store"
+            return Setting(local_folder(value, variable), variable)
+    return Setting(user_cache() / "store", "default")
 
 
 def local_folder(value: str | Path, source: str) -> Path:
@@ -41,6 +64,117 @@ def local_folder(value: str | Path, source: str) -> Path:
     return Path(value).expanduser()
 
 
-def host_state_path() -> Path:
-    """This host's disposable state: store indexes and digests of weight files."""
-    return user_cache()
+def limit_bytes(gb: Any, source: str) -> int | None:
+    """A limit in GB (2**30 bytes) as bytes; None and infinity mean no limit. `source` is named when it is wrong."""
+    if gb is None:
+        return None
+    try:
+        number = float(gb)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(gb, bool) or not number >= 0:
+        raise OptionError(
+            f"{source} is {gb!r}: expected a number of GB that is not negative (0: store nothing), such as 50 or 0.5."
+        )
+    return None if math.isinf(number) else int(number * GB)
+
+
+def cache_limit() -> Setting:
+    """The size limit of stores that have none of their own, in bytes; None where there is none."""
+    if "limit" in _chosen:
+        return Setting(_chosen["limit"], "set_cache_limit()")
+    value = os.environ.get("ACTCACHE_MAX_GB")
+    if value:
+        return Setting(limit_bytes(value, "ACTCACHE_MAX_GB"), "ACTCACHE_MAX_GB")
+    return Setting(None, "default")
+
+
+def set_cache_limit(gb: float | None = None) -> None:
+    """Set the size that stores without a limit of their own should keep to, in GB (2**30 bytes).
+
+    None: no limit. 0: work without storing. The limit is enforced when a run has stored something, and by `evict`; a
+    request that is larger is still answered in full.
+
+    Raises:
+        OptionError: not a number, or a negative one.
+    """
+    _chosen["limit"] = limit_bytes(gb, "gb")
+
+
+def cache_dtype() -> Setting:
+    """The dtype in which new vectors are stored; None where they are stored as they were computed."""
+    if "dtype" in _chosen:
+        return Setting(_chosen["dtype"], "set_cache_dtype()")
+    value = os.environ.get("ACTCACHE_DTYPE")
+    if value:
+        return Setting(require_choice(value, STORAGE_DTYPES, "dtype in ACTCACHE_DTYPE"), "ACTCACHE_DTYPE")
+    return Setting(None, "default")
+
+
+def set_cache_dtype(dtype: str | None = None) -> None:
+    """Set the dtype in which new vectors are stored, for stores without one of their own; None: as they are computed.
+
+    Raises:
+        OptionError: not one of `STORAGE_DTYPES`.
+    """
+    _chosen["dtype"] = None if dtype is None else require_choice(dtype, STORAGE_DTYPES, "dtype")
+
+
+def log_level() -> Setting:
+    """The level at which the package's log is shown; None where nothing but warnings is, in Python's own way."""
+    if "log" in _chosen:
+        return Setting(_chosen["log"], "enable_cache_logging()")
+    value = os.environ.get("ACTCACHE_LOG")
+    if value:
+        return Setting(_level(value, "ACTCACHE_LOG"), "ACTCACHE_LOG")
+    return Setting(None, "default")
+
+
+def _level(level: Any, source: str) -> int:
+    text = str(level).strip().lower()
+    if text in _LEVELS:
+        return int(getattr(logging, text.upper()))
+    if isinstance(level, bool) or not text.isascii() or not text.isdigit():
+        raise OptionError(f"{source} is {level!r}: expected one of {', '.join(_LEVELS)}, or a number.")
+    return int(text)
+
+
+def enable_cache_logging(level: int | str = logging.INFO) -> None:
+    """Show on standard error what actcache finds, stores, merges and evicts.
+
+    `level`: of `logging`, or its name. The logger is called "actcache"; a second call only changes the level.
+
+    Raises:
+        OptionError: no such level.
+    """
+    _chosen["log"] = _level(level, "level")
+    _show_log(_chosen["log"])
+
+
+def heed_log_variable() -> None:
+    """Do what ``ACTCACHE_LOG`` asks, unless a call has asked for something."""
+    setting = log_level()
+    if setting.source == "ACTCACHE_LOG":
+        _show_log(setting.value)
+
+
+def _show_log(level: int) -> None:
+    logger = logging.getLogger("actcache")
+    logger.setLevel(level)
+    if not any(isinstance(handler, _OnStandardError) for handler in logger.handlers):
+        handler = _OnStandardError()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
+        logger.addHandler(handler)
+
+
+class _OnStandardError(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what is standard error at that moment, which programs replace."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        import sys
+
+        return sys.stderr

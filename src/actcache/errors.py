@@ -31,7 +31,7 @@ class SiteUnavailableError(ActCacheError, ValueError):
 
 
 class LayerRangeError(ActCacheError, IndexError):
-    """A layer or position outside the model or the cache."""
+    """A layer, position or prompt outside the model or the cache."""
 
 
 class MissedModuleError(ActCacheError, RuntimeError):
@@ -86,12 +86,20 @@ class ModelChangedError(ActCacheError, RuntimeError):
     """A model loaded from files was changed in memory, so that its values would be stored as those of the files."""
 
 
+class WrongSiteError(ActCacheError, ValueError):
+    """Values of another site than the one they are needed of."""
+
+
 class EditError(ActCacheError, ValueError):
     """An edit that does not fit the value of its target."""
 
 
+class GradientError(ActCacheError, RuntimeError):
+    """Gradients are asked for where there is no graph, or no gradient can arrive."""
+
+
 class AdditivityError(ActCacheError, RuntimeError):
-    """The residual identities of this model do not hold, so its sites would be mislabelled."""
+    """The residual identities of this model do not hold, or its stream is no sum, so parts would be mislabelled."""
 
 
 class StoreAccessError(ActCacheError, PermissionError):
@@ -102,12 +110,24 @@ class DiskFullError(ActCacheError, OSError):
     """The disk that holds the store has no room for what was to be written."""
 
 
+class ValueOverflowError(ActCacheError, OverflowError):
+    """A value that the dtype asked for cannot hold: a finite one that would become inf, or inf and nan in int8."""
+
+
 class FormatError(ActCacheError, ValueError):
     """A file that is not a segment of ours, or a damaged one."""
 
 
+class NewerFormatError(FormatError):
+    """A file of ours in a format that only a later actcache can read."""
+
+
 class NotCachedError(ActCacheError, LookupError):
     """Something was to be read from a cache that does not hold it."""
+
+
+class ResultsNotCachedError(NotCachedError, ValueError):
+    """Results that are not stored, and that this cache was not made to compute."""
 
 
 class AmbiguousVariantError(ActCacheError, ValueError):

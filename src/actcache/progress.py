@@ -20,8 +20,10 @@ class _Silent:
 
 
 @contextmanager
-def progress(total: int, description: str, *, unit: str = "prompt", show: bool | None = None) -> Iterator[Progress]:
-    """A bar that counts to `total`; `show=None` means only when standard error is a terminal."""
+def progress(
+    total: int | None, description: str, *, unit: str = "prompt", show: bool | None = None
+) -> Iterator[Progress]:
+    """A bar that counts to `total` (None: not known); `show=None` means only when standard error is a terminal."""
     if show is None:
         show = sys.stderr.isatty()
     if not show or total == 0:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actcache.capture.positions import POOLINGS, check_positions, each_prompt, resolve_positions
+from actcache.capture.positions import POOLINGS, check_positions, each_prompt
+from actcache.derive.results import Asked, LogitsAsked
 from actcache.errors import OptionError, UnknownSiteError, did_you_mean, require_choice
-from actcache.extract.cached import CachedExtractor, Filled, Request, partial_failure
+from actcache.extract.cached import CachedExtractor
+from actcache.extract.completions import Completion, Completions, check_settings, sequences_of
 from actcache.extract.extractor import ActivationExtractor, complete_sites
 from actcache.extract.plan import Plan
-from actcache.extract.prompts import Prompt, read_prompts
+from actcache.extract.prompts import Prompt, PromptList, positions_of, read_prompts
+from actcache.extract.public import Results
+from actcache.extract.request import Request, partial_failure
+from actcache.extract.stats import WarmupStats
+from actcache.store.files import log
+from actcache.store.tensors import converted, reading_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,59 +31,42 @@ if TYPE_CHECKING:
 Answer = tuple["torch.Tensor", "torch.Tensor | None"]
 
 
-@dataclass(frozen=True)
-class WarmupStats:
-    """What a warm-up found and did.
-
-    Attributes:
-        total_prompts: prompts asked for, duplicates included.
-        activations_cached: of these, how many were stored before.
-        activations_extracted: different prompts that went through the model.
-        elapsed_seconds: time of the whole call.
-        bytes_written: bytes of activations handed to the store.
-        tokens_extracted: tokens that went through the model.
-    """
-
-    total_prompts: int
-    activations_cached: int
-    activations_extracted: int
-    elapsed_seconds: float
-    bytes_written: int
-    tokens_extracted: int
-
-    @property
-    def cache_hit_rate(self) -> float:
-        """`activations_cached / total_prompts`."""
-        return self.activations_cached / self.total_prompts if self.total_prompts else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens through the model per second of the whole call; 0 when nothing was computed."""
-        return self.tokens_extracted / self.elapsed_seconds if self.elapsed_seconds > 0 else 0.0
-
-
-class UnifiedCache:
+class UnifiedCache(Results):
     """Activations of one model: extracted where they are missing, read where they are stored.
 
     Args:
         model: Hub id, local folder, or a loaded transformers model (then pass `tokenizer`).
         layers: int, list of ints, ``"all"``, ``"last"`` or ``"middle"`` (the middle third); negative from the end.
+        compute_perplexity: let `warmup` compute, in the same pass, the cross-entropy of every token (see
+            `get_perplexity`). For that the whole model runs. Models that do not predict next tokens have none.
+        remote: run the model elsewhere; no backend here does.
         pooling: how `cache_pooled` makes one vector of a prompt.
         cache_pooled: store one vector per prompt, site and layer; False stores every token's.
-        sites: names of `ac.sites(model)`; names without a layer are taken at every one of `layers`. Those of an
-            encoder-decoder model begin with their stack (``"encoder.resid_post"``); its decoder is given the prompt
-            shifted right behind the start token, so that row ``i`` there is the state that predicts token ``i``.
+        cache_logits: let `warmup` store logits, computed in the same pass (see `get_logits`).
+        logit_top_k, logit_positions: which logits: the largest so many (None: all), of the ``"last"`` token of a prompt
+            or of ``"all"``.
+        sites: names of `ac.sites(model)`; names without a layer are taken at every one of `layers` (of ``"all"`` and
+            the ``"middle"`` at those that have the site). Heads lie side by side in a row. Those of an encoder-decoder
+            model begin with their stack (``"encoder.resid_post"``); its decoder is given the prompt shifted right
+            behind the start token, so that row ``i`` there is the state that predicts token ``i``.
         dtype: compute dtype; None means float32 (a loaded model keeps its own).
         device: where the model runs; ``"auto"`` takes an accelerator when there is one.
         batch_size: upper bound on prompts per batch; None leaves it to the token budget.
         max_batch_tokens: padded tokens per batch; None takes what suits the device.
+        generate: settings such as ``dict(max_new_tokens=20, do_sample=True, seed=1)``: let the model continue each
+            prompt, and extract prompt and completion as one sequence (see `get_completions`). What is not given is
+            neutral: greedy, or drawn from all tokens; one prompt's draw does not depend on others.
         store: an `ac.Store`, a folder, or None for the default store.
         tokenizer, revision, attn_implementation, trust_remote_code, token, device_map, quantization_config,
             model_kwargs: as transformers takes them.
         add_special_tokens: whether text gets the tokenizer's special tokens.
         allow_hooks: names of hooks on a loaded model that are known not to change what is stored.
-        edits: ready-made edits (`ac.ablate`, `ac.steer`, `ac.patch`) to run the model with; what is stored is stored
-            apart from what other edits, or none, give. They mean the same for every prompt.
+        allow_inf: store a prompt even where its values do not fit the store's dtype (they are read back as inf, of
+            int8 and float8_e4m3 as nan); else it is refused, named, and the others are stored.
+        trust_names: take what was imported under this model's name (`actcache import`) where its own activations are
+            missing. Nothing but the name says that they are this model's.
+        edits: ready-made edits (`ac.ablate`, `ac.steer`, `ac.patch`, `ac.knockout`) to run the model with; what is
+            stored is stored apart from what other edits, or none, give. They mean the same for every prompt.
 
     Raises:
         OptionError, ModelLoadError, UnknownSiteError, SiteUnavailableError, LayerRangeError: before any weights are
@@ -88,16 +77,21 @@ class UnifiedCache:
         self,
         model: Any,
         layers: Any = "all",
-        *,
-        pooling: str = "last_token",
-        cache_pooled: bool = True,
-        sites: str | Sequence[str] = ("resid_post",),
-        dtype: Any = None,
+        compute_perplexity: bool = True,
         device: str = "auto",
+        remote: bool = False,
         batch_size: int | None = 8,
+        cache_pooled: bool = True,
+        pooling: str = "last_token",
+        backend: str = "local",
+        dtype: Any = None,
+        *,
+        cache_logits: bool = False,
+        logit_top_k: int | None = None,
+        logit_positions: str = "last",
+        sites: str | Sequence[str] = ("resid_post",),
         max_batch_tokens: int | None = None,
         store: Store | str | Path | None = None,
-        backend: str = "local",
         tokenizer: Any = None,
         revision: str | None = None,
         attn_implementation: str | None = None,
@@ -108,10 +102,15 @@ class UnifiedCache:
         model_kwargs: Mapping[str, Any] | None = None,
         add_special_tokens: bool = True,
         allow_hooks: Sequence[str] = (),
+        allow_inf: bool = False,
+        trust_names: bool = False,
         edits: ReadyMade | Sequence[ReadyMade] = (),
+        generate: Mapping[str, Any] | None = None,
     ) -> None:
         if not callable(pooling):
             require_choice(pooling, POOLINGS, "pooling")
+        if remote:
+            raise OptionError(f"remote={remote!r}: backend {backend!r} runs the model here. Leave it out.")
         self.extractor = ActivationExtractor(
             model,
             tokenizer=tokenizer,
@@ -134,8 +133,14 @@ class UnifiedCache:
             allow_hooks=allow_hooks,
             edits=edits,
         )
-        self.cached = CachedExtractor(self.extractor, store)
+        self.cached = CachedExtractor(self.extractor, store, allow_inf=allow_inf, trust_names=trust_names)
         self.cache_pooled = cache_pooled
+        self._logits = LogitsAsked.checked(logit_positions, logit_top_k, self.extractor.source.vocab_size)
+        self._asked = Asked(compute_perplexity, self._logits if cache_logits else None)
+        self._completions: Completions | None = None
+        if generate is not None:
+            self.extractor.source.generate = check_settings(generate, self.extractor)
+            self._completions = Completions(self.cached, self.extractor.source.generate)
 
     @property
     def model_name(self) -> str:
@@ -168,11 +173,16 @@ class UnifiedCache:
         return self.extractor.sites
 
     def plan(self, prompts: Prompt | Iterable[Prompt]) -> Plan:
-        """What `warmup(prompts)` would find, compute and write. No forward pass, nothing written."""
-        return self.cached.plan(self.cached.request(prompts, self.extractor.sites))
+        """What `warmup(prompts)` would find, compute and write. No forward pass, nothing written.
+
+        Completions that are to be generated count at their full length.
+        """
+        read = read_prompts(prompts)
+        read = read if self._completions is None else self._completions.longest(read)
+        return self.cached.plan(self.cached.request(read, self.extractor.sites, asked=self._asked))
 
     def warmup(self, prompts: Prompt | Iterable[Prompt], *, verify_cache: bool = True) -> WarmupStats:
-        """Compute and store what is missing for `prompts`.
+        """Compute and store what is missing for `prompts`: activations, and the results this cache was made for.
 
         Every finished batch is stored at once and survives a kill; running again goes on where it stopped.
 
@@ -184,24 +194,37 @@ class UnifiedCache:
             DiskFullError, StoreAccessError: the store cannot take what is to be written.
             PartialWarmupError: some prompts failed; all others are stored.
         """
-        return self._warmup(prompts, self.extractor.sites, verify_cache=verify_cache)[0]
+        if not self.cached.keeps:
+            log.warning("the limit of the store is 0: nothing is stored, so there is nothing to warm up")
+            return WarmupStats(len(read_prompts(prompts)))
+        with self.cached.session():
+            read = self._sequences(read_prompts(prompts))
+            return self._warmup(read, self.extractor.sites, verify_cache=verify_cache)[0]
 
     def _stored(self, prompts: Any, names: Sequence[str]) -> Request:
         """`prompts` computed where they were missing, and looked up."""
-        stats, request = self._warmup(prompts, names)
+        stats, request = self._warmup(prompts, names, of_all=False)
         return self.cached.request(request.prompts, names) if stats.activations_extracted else request
 
-    def _warmup(self, prompts: Any, names: Sequence[str], *, verify_cache: bool = True) -> tuple[WarmupStats, Request]:
-        """What was done, and the request as it was found before."""
+    def _warmup(
+        self, prompts: Any, names: Sequence[str], *, verify_cache: bool = True, of_all: bool = True
+    ) -> tuple[WarmupStats, Request]:
+        """What was done, and the request as it was found before. Without `of_all` results are computed only of prompts
+        that lack activations."""
         import time
 
         start = time.perf_counter()
-        request = self.cached.request(prompts, names, check=verify_cache)
-        filled: Filled = self.cached.fill(request)
+        request = self.cached.request(prompts, names, check=verify_cache, asked=self._asked, of_all=of_all)
+        filled = self.cached.fill(request)
+        results = request.results
         stats = WarmupStats(
             total_prompts=len(request.prompts),
             activations_cached=request.cached,
             activations_extracted=filled.extracted,
+            perplexity_cached=int(results.perplexity.sum()) if results.asked.perplexity else 0,
+            perplexity_extracted=filled.perplexity,
+            logits_cached=int(results.logits.sum()) if results.asked.logits else 0,
+            logits_extracted=filled.logits,
             elapsed_seconds=time.perf_counter() - start,
             bytes_written=filled.bytes_written,
             tokens_extracted=filled.tokens,
@@ -217,6 +240,7 @@ class UnifiedCache:
         site: str | None = None,
         layers: Any = None,
         positions: Any = None,
+        dtype: Any = None,
     ) -> Answer | dict[str, Answer]:
         """Activations of `prompts`, computed first where they are missing.
 
@@ -224,35 +248,76 @@ class UnifiedCache:
             site: which of `sites`; needed only when there are several, without it a dict per site is returned.
             layers: some of this cache's layers, in the order wanted; None for all of them.
             positions: for full sequences: which real tokens (`"last"`, an int, ``(start, stop)``, a list of these;
-                or a list of lists, one for each prompt).
+                or a list of lists, one for each prompt); of chats `ac.tokens_of`, which needs no weights either; with
+                ``generate=`` also ``"prompt"`` and ``"completion"``.
+            dtype: floating dtype of the result; None for the one they are stored in (float32 for int8 and
+                float8_e4m3). What is stored, and what is computed, stays as it is.
 
         Returns:
             Pooled: ``(tensor [B, L*D], None)``. Full sequences: ``(tensor [B, S, L*D], mask [B, S])``, right-padded
             with zeros. Layers lie side by side in the order asked.
+
+        Raises:
+            ValueOverflowError: a finite value would become inf in `dtype`.
         """
+        wanted = reading_dtype(dtype)
         groups = self._groups(site, layers)
         if positions is not None and self.cache_pooled:
             raise OptionError("positions= needs full sequences: make the UnifiedCache with cache_pooled=False.")
-        check_positions(positions)
         read = read_prompts(prompts)
-        each_prompt(positions, len(read))
+        part = positions if self._completions is not None and positions in ("prompt", "completion") else None
+        if part is None:
+            check_positions(positions, chats=True)
+            each_prompt(positions, len(read))
+            source, special = self.extractor.source, self.extractor.add_special_tokens
+            # Of a chat that is continued the tokens are others, behind those of its messages.
+            same = read if self._completions is None else read.select(range(len(read)))
+            positions = positions_of(positions, same, source, add_special_tokens=special)
         everything = list(dict.fromkeys(name for names in groups.values() for name in names))
-        request = self._stored(read, everything)
-        if len(groups) == 1:
-            return self._read(request, positions)
-        # One pass computed them all; each site is read on its own, since widths may differ.
-        return {group: self._read(self.cached.request(read, names), positions) for group, names in groups.items()}
+        with self.cached.session():
+            if self._completions is not None:
+                said = self._completions.of(read)
+                read = sequences_of(said)
+                if part is not None:
+                    positions = [[one.prompt_span if part == "prompt" else one.completion_span] for one in said]
+            request = self._stored(read, everything)
+            if len(groups) == 1:
+                return self._read(request, positions, wanted)
+            # One pass computed them all; each site is read on its own, since widths may differ.
+            return {
+                group: self._read(self.cached.request(read, names), positions, wanted)
+                for group, names in groups.items()
+            }
 
-    def _read(self, request: Request, positions: Any) -> Answer:
-        from actcache.extract.arrays import to_torch
+    def get_completions(self, prompts: Prompt | Iterable[Prompt]) -> list[Completion]:
+        """What the model says after each prompt, generated first where it is missing; of a cache with ``generate=``.
 
+        Raises `OptionError` for a cache without.
+        """
+        if self._completions is None:
+            raise OptionError("this cache generates nothing: make it with generate=dict(max_new_tokens=...).")
+        with self.cached.session():
+            return self._completions.of(read_prompts(prompts))
+
+    def _sequences(self, prompts: PromptList) -> PromptList:
+        """What goes through the model: the prompts, or with ``generate=`` the prompts and what follows them."""
+        return prompts if self._completions is None else sequences_of(self._completions.of(prompts))
+
+    def _compute(self, prompts: PromptList) -> None:
+        self._warmup(prompts, self.extractor.sites)
+
+    def _read(self, request: Request, positions: Any, dtype: torch.dtype | None) -> Answer:
+        from actcache.extract.arrays import at_positions, to_torch
+
+        mask = None
         if self.cache_pooled:
-            values = request.lookup.pooled()
-            return to_torch(values.reshape(len(values), -1)), None
-        if positions is None:
-            padded, mask = request.lookup.padded()
-            return to_torch(padded), to_torch(mask)
-        return _at_positions(request.lookup.rows(), positions)
+            values = to_torch(self.cached.pooled(request.lookup, request.prompts))
+        elif positions is None:
+            padded, real = request.lookup.padded()
+            values, mask = to_torch(padded), to_torch(real)
+        else:
+            values, mask = at_positions(request.lookup.rows(), positions)
+        return values if dtype is None else converted(values, dtype), mask
 
     def _groups(self, site: str | None, layers: Any) -> dict[str, list[str]]:
         groups = self.extractor.site_names
@@ -282,24 +347,6 @@ class UnifiedCache:
         return chosen
 
 
-def _at_positions(rows: list[list[npt.NDArray[Any]]], positions: Any) -> Answer:
-    import numpy as np
-    import torch
-
-    from actcache.extract.arrays import to_torch
-
-    asked = each_prompt(positions, len(rows))
-    chosen = [resolve_positions(where, len(parts[0])) for where, parts in zip(asked, rows, strict=True)]
-    longest = max(len(c) for c in chosen)
-    dtype = np.result_type(*{p.dtype for parts in rows for p in parts})
-    values: npt.NDArray[Any] = np.zeros((len(rows), longest, sum(p.shape[1] for p in rows[0])), dtype)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for i, (parts, where) in enumerate(zip(rows, chosen, strict=True)):
-        values[i, : len(where)] = np.concatenate([p[where] for p in parts], axis=1)
-        mask[i, : len(where)] = True
-    return to_torch(values), mask
-
-
 def activations(
     model: Any,
     prompts: Prompt | Iterable[Prompt],
@@ -319,10 +366,18 @@ def activations(
     cached = pooling is not None
     if pooling is not None:
         options["pooling"] = pooling
+    # Nobody could get it from here.
+    options.setdefault("compute_perplexity", False)
     cache = UnifiedCache(model, layers, sites=(site,), cache_pooled=cached, **options)
-    request = cache._stored(prompts, cache.sites)
-    if cached:
-        return request.lookup.pooled()
-    import numpy as np
+    with cache.cached.session():
+        request = cache._stored(cache._sequences(read_prompts(prompts)), cache.sites)
+        if not request.lookup.one_width:
+            raise OptionError(
+                f"site {site!r} has other widths at other layers, which fit no array [B, L, D]: choose layers of one, "
+                "or UnifiedCache.get_activations, which puts them side by side."
+            )
+        if cached:
+            return request.lookup.pooled()
+        import numpy as np
 
-    return [np.stack(parts, axis=1) for parts in request.lookup.rows()]
+        return [np.stack(parts, axis=1) for parts in request.lookup.rows()]

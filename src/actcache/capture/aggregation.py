@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actcache.capture.merging import Axes, absent, check, copied, merge, signature
 from actcache.capture.strategies import Strategies, Strategy
-from actcache.capture.tokens import TokenState, join_tables, joined_mask, position_axes, tensor_of
+from actcache.capture.tokens import Mask, TokenState, join_tables, joined_mask, position_axes, tensor_of
 from actcache.capture.values import same_content
 from actcache.errors import AggregationError, JoinError
 
@@ -151,7 +151,7 @@ class Join:
         tables = states[0].tables if len(states) == 1 else join_tables(states)
         blank = not self._padded and all(state.blank for state in states)
         items: dict[str, Any] = {}
-        masks: dict[str, Tensor] = {}
+        masks: dict[str, Mask] = {}
         for key, parts in self._parts.items():
             values = [value for value, _ in parts]
             if blank and len(parts) > 1 and _all_alike(values):
@@ -224,9 +224,11 @@ def overlay(left: Batch, right: Batch) -> Batch:
     for key, value in items.items():
         tensor = tensor_of(value)
         if tensor is not None:
-            own = (right if key in right.items else left).state.mask_of(key, tensor)
-            if own is not None and not same_content(own, TokenState(tables).mask_of(key, tensor)):
-                masks[key] = own
+            state, shown = (right if key in right.items else left).state, TokenState(tables)
+            own, keys = state.mask_of(key, tensor), state.keys_of(key, tensor)
+            told = shown.mask_of(key, tensor), shown.keys_of(key, tensor)
+            if own is not None and not same_content((own, keys), told):
+                masks[key] = Mask(own, keys)
     return Batch(
         items,
         TokenState(tables, masks),
@@ -263,7 +265,7 @@ def _padding(key: str, template: Any, rows: int, batches: int) -> tuple[Any, Tok
     tensor, axis = tensor_of(value), position_axes(key)[0]
     if tensor is None or tensor.ndim <= axis:
         return value, TokenState()
-    return value, TokenState({}, {key: torch.zeros(rows, tensor.shape[axis], dtype=torch.bool)})
+    return value, TokenState({}, {key: Mask(torch.zeros(rows, tensor.shape[axis], dtype=torch.bool))})
 
 
 def _settle_keys(missing: str, what: str, lacking: list[str], late: list[str], common: bool) -> None:

@@ -6,27 +6,34 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from actcache.capture import display, memory
 from actcache.capture.aggregation import Join, overlay
+from actcache.capture.analysis import Analysis
 from actcache.capture.entry import Entry
 from actcache.capture.notes import ValueWithInfo
-from actcache.capture.parts import Parts
 from actcache.capture.strategies import Strategies, Strategy
 from actcache.capture.values import map_tensors, read_device, read_dtype
-from actcache.errors import JoinError, OptionError, require_choice
+from actcache.errors import GradientError, JoinError, OptionError, require_choice
+from actcache.model.sites import Site
+
+if TYPE_CHECKING:
+    from actcache.capture.saved import SavedCache
 
 
-class ActivationCache(Parts):
+class ActivationCache(Analysis):
     """A mapping from module paths to `Entry` and from sites to tensors, in the order in which they were asked for; any
     other text may be a key of your own.
 
-    A key is looked up as written, then without one leading "model.", then as a site under any of its names. Modules can
-    be reached by attribute too: ``cache.transformer.h[-1].output``. The cache may be read inside its block.
+    A key is looked up as written, then without one leading "model.", then as a site under any of its names; one head
+    (``cache["pattern.3.1"]``) is also a view of all heads. Modules can be reached by attribute too:
+    ``cache.transformer.h[-1].output``; names of your own for them (``names=`` of a capture) do in either. The cache may
+    be read inside its block.
 
     Attributes: `missed` (keys that were asked for and did not run), `tokens` (strings per prompt, when captured
     through `run_with_cache` with a tokenizer), `columns` (values of your own with one item per prompt), `metadata`.
@@ -64,6 +71,7 @@ class ActivationCache(Parts):
         join.add(batch, missing=missing, copy=copying)
         self._join = join
         self._depths, self._model = self._depths or other._depths, self._model or other._model
+        self._layouts, self._called = self._layouts or other._layouts, self._called or other._called
         self.missed += [key for key in other.missed if key not in self.missed]
         return self
 
@@ -122,7 +130,8 @@ class ActivationCache(Parts):
         both._take(overlay(self._batch(), right._batch()))
         if right._strategies is not None:
             both._registered().update(right._strategies)
-        both._depths = self._depths or right._depths
+        both._depths, both._layouts = self._depths or right._depths, self._layouts or right._layouts
+        both._called = self._called or right._called
         both.missed += [key for key in right.missed if key not in both.missed]
         return both
 
@@ -132,6 +141,50 @@ class ActivationCache(Parts):
         return type(self)(dict(other)) | self
 
     __add__, __radd__ = __or__, __ror__
+
+    # -- gradients
+
+    def grad(self, key: str) -> Any:
+        """The gradient of the value of `key`, captured with ``include_grads``: of a site a tensor in the form of its
+        value, of a module `Entry.grad`. Several backward passes add up; a pass on which no loss depended gives zeros.
+
+        Raises `UnknownKeyError` for an absent key, and `GradientError` where there is no gradient: none was asked for,
+        none can arrive, or none has yet.
+        """
+        found, value = self._held(key)
+        if isinstance(value, Entry):
+            gradient = value.grad
+        elif self._gradients is None or found not in self._gradients:
+            head = Site.parse(found).head if Site.looks_like(found) else None
+            if head is not None and self._gradients is not None:
+                return self.gradients()[found]
+            raise GradientError(
+                f"no gradient was captured of {key!r}: capture with include_grads=True. Of a part of a cache, or of "
+                "joined caches, take that part, or join, what gradients() gives."
+            )
+        else:
+            gradient = self._gradients.get(found)
+        if gradient is None:
+            raise GradientError(
+                f"no gradient of {key!r} has arrived: capture with include_grads=True, and call backward() on a loss "
+                "that depends on it"
+            )
+        return gradient
+
+    def gradients(self) -> Self:
+        """A cache of the gradients that have arrived, under the keys of their values and with the same tokens and
+        columns: to select from, join and save like any other. The values' own files and joins hold no gradients."""
+        found = copy.copy(self)
+        found._items, sites = {}, {} if self._gradients is None else self._gradients.arrived()
+        for key, value in self._data.items():
+            if key in sites:
+                found._items[key] = sites[key]
+            elif isinstance(value, Entry):
+                arrived = [visit.grad if visit.in_graph else None for visit in value]
+                if any(gradient is not None for gradient in arrived):
+                    found._items[key] = Entry(arrived, None)
+        found._gradients, found._strategies = None, None
+        return found
 
     # -- notes
 
@@ -181,7 +234,7 @@ class ActivationCache(Parts):
     def memory_size(self, key: str | None = None) -> str:
         """Size of the value of `key`, or of all values: ``"400 B"``, ``"12.35 MB"`` (decimal units), and for views of
         larger memory ``"400 B (view of 12.35 MB)"``. Raises `UnknownKeyError` for an absent key."""
-        return memory.size_of(self._data.values() if key is None else [self._data[self._key(key, self._data)]])
+        return memory.size_of(self._data.values() if key is None else [self._held(key)[1]])
 
     def memory_tree(self, print_tree: bool = False, grouped_tree: bool = False) -> dict[str, Any]:
         """Size of every value by key, nested as the values are; with `grouped_tree` layers and heads are folded, as in
@@ -231,13 +284,16 @@ class ActivationCache(Parts):
 
     # -- keeping
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: str | PathLike[str]) -> Path:
         """Write everything to one safetensors file, whole or not at all: values, tokens, columns, notes, metadata and
         strategies (by importable name). No pickle; views write only what they show, and tensors come back on the CPU
-        without a graph. Raises `UnsavableError`, naming the key, for what has no place in such a file."""
+        without a graph. `path` is a file, or a folder, in which a new file is made; returns the file.
+
+        Raises `UnsavableError`, naming the key, for what has no place in such a file; `MissingFileError` when there is
+        no such folder."""
         from actcache.capture.saving import save
 
-        save(self, path)
+        return save(self, path)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
@@ -247,10 +303,26 @@ class ActivationCache(Parts):
 
         return load(cls, path)
 
+    @classmethod
+    def saved(cls, folder: str | PathLike[str], **fields: Any) -> list[SavedCache[Self]]:
+        """The caches saved in `folder` and below, the newest last, of which only the headers are read: those whose
+        metadata (`add_metadata`) has all of `fields`, such as ``tag="baseline"``.
+
+            ActivationCache.saved("runs", model_name="gpt2")[-1].load()
+
+        A cache is its file: it is moved, renamed and removed with it. Raises `MissingFileError` for a missing folder.
+        """
+        from actcache.capture.saved import saved_in
+
+        return saved_in(cls, folder, fields)
+
     # -- display
 
     def __repr__(self) -> str:
-        return display.as_text(type(self).__name__, self._data)
+        return display.as_text(type(self).__name__, self._data, self._about())
 
     def _repr_html_(self) -> str:
-        return display.as_html(type(self).__name__, self._data)
+        return display.as_html(type(self).__name__, self._data, self._about())
+
+    def _about(self) -> str:
+        return display.about(list(self._tables().values()), list(self._columns or ()))

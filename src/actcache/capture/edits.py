@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from actcache.capture.eager import eager
+from actcache.capture.edit_functions import Called, Function
+from actcache.capture.edit_values import headed, is_pattern, resolve_heads
 from actcache.capture.generation import Watch
+from actcache.capture.knockout import Knockout, knockout
 from actcache.capture.prompt_positions import PromptPositions
-from actcache.capture.ready_made import ReadyMade, ablate, patch, steer
-from actcache.capture.recording import OnInput
+from actcache.capture.readers import OnInput
+from actcache.capture.ready_made import OfValue, ReadyMade, ablate, patch, steer
+from actcache.capture.recording import instead_of_missing
 from actcache.capture.requests import resolve_modules
-from actcache.capture.taps import Taps
-from actcache.capture.values import map_tensors
 from actcache.errors import (
     EditError,
     MissedModuleError,
     OptionError,
     SiteUnavailableError,
     UnknownModuleError,
-    did_you_mean,
+    nearest,
 )
 from actcache.model.anatomy import Anatomy, describe, original
 from actcache.model.forms import first_tensor
-from actcache.model.sites import SITE_NAMES, Site
+from actcache.model.implementation import holding_probabilities
+from actcache.model.inner_writing import head_count
+from actcache.model.replacing import with_first_tensor
+from actcache.model.sites import PER_HEAD, SITE_NAMES, Site
 from actcache.model.structure import descend
-from actcache.model.writing import WritePoint, with_first_tensor, write_point
+from actcache.model.taps import Taps
+from actcache.model.writing import WritePoint, write_point
 
-__all__ = ["Editing", "ReadyMade", "ablate", "edit", "patch", "steer"]
+__all__ = ["Editing", "ReadyMade", "ablate", "edit", "knockout", "patch", "steer"]
 
-Function = Callable[[Any], Any]
+EditedSide = Literal["input", "output", "scores", "pattern"]
 Edits = Mapping[Any, "Function | ReadyMade"] | ReadyMade | Sequence[ReadyMade]
 
 
@@ -45,19 +52,28 @@ def edit(model: nn.Module, edits: Edits) -> Editing:
         with ac.edit(model, [ac.ablate("attn_out.3"), ac.steer("resid_post.8", vector, positions="last")]):
             model.generate(**inputs)
 
-    `edits`: functions by target, or ready-made edits (`ablate`, `steer`, `patch`), applied in their order. A target is
-    a complete site name, a module's path, a pattern of paths, or a module object; a string that reads as a site is one.
+    `edits`: functions by target, or ready-made edits (`ablate`, `steer`, `patch`, `knockout`), applied in their order.
+    A target is a complete site name, a module's path, a pattern of paths, or a module object; a string that reads as a
+    site is one.
 
     A function is given a copy of the value and returns the new one, or None when it changed the copy in place. Shape,
-    dtype and device stay the same. At a site the value is ``[B, S, D]`` (logits ``[B, S, V]``) as `capture` shows it,
-    and the whole model goes on with the new one: what is written to `resid_mid` is both what the MLP reads and what it
-    adds to. At a module it is whatever the module returns.
+    dtype and device stay the same. At a site the value has the shape that `capture` shows, ``[B, S, D]`` or another one
+    (of `z` ``[B, S, H, hd]``, of `pattern` ``[B, H, S, S]``), and the whole model goes on with the new one: what is
+    written to `resid_mid` is both what the MLP reads and what it adds to. At a module it is whatever the module
+    returns.
+
+    Of `head_out` those heads change whose values do, and no others: what they make of `z` is taken out of attention's
+    output, and their new values are added to it. A `pattern` is used as it is written, without being brought back to a
+    sum of 1. A site that a model computes and does not go on with is refused: the `router_logits` of Mixtral and most
+    others can be read and not edited, since the router goes on with scores that it made of them (edit what its module
+    returns, by its path).
 
     An edit stands behind all hooks of the caller, and captures see what it made, whichever block was opened first;
     edits of one value follow each other in the order in which their blocks were opened. Gradients flow through edits;
     where the model recomputes blocks (gradient checkpointing) run ``backward()`` inside the block too. Positions are
     those of the sequence that is handed over: of the prompt, in a call of `generate`, so that "last" is its last token
-    in every step, with and without a KV cache; with "all" new tokens are edited too.
+    in every step, with and without a KV cache; with "all" new tokens are edited too. As with `capture`, only passes of
+    the thread that opens the block are edited.
 
     Raises, before any pass, `UnknownModuleError`, `UnknownSiteError`, `SiteUnavailableError`, `AdditivityError`,
     `LayerRangeError` or `OptionError`; during a pass `EditError` for a new value that does not fit; and
@@ -79,6 +95,9 @@ class Editing:
         self._declared = declared
         self._anatomy: Anatomy | None = None
         self._listeners: list[tuple[nn.Module, Any]] = []
+        self._guards: list[tuple[nn.Module, Any]] = []
+        self._holds_probabilities = False
+        self._held = ExitStack()
         # By target, what changes which module.
         self._changes: dict[str, list[tuple[nn.Module, _Change]]] = {}
         self._positions: PromptPositions | None = None
@@ -99,7 +118,9 @@ class Editing:
             listeners += self._positions.listeners()
         taps = self._taps = Taps()
         try:
-            taps.add(listeners=listeners, changes=changes)
+            if self._holds_probabilities:
+                self._held.enter_context(holding_probabilities(self._model))
+            taps.add(listeners=listeners, guards=self._guards, changes=changes)
             self._watch = self._positions.watch() if self._positions is not None else None
             eager.enter()
         except BaseException:
@@ -109,14 +130,16 @@ class Editing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        taps = self._taps
         self._release()
         eager.leave()
         idle = [key for key, pairs in self._changes.items() if not any(change.ran for _, change in pairs)]
         if kind is None and idle and not self._declared:
             names = ", ".join(repr(key.partition(": ")[2]) for key in idle[:5])
+            instead = instead_of_missing(taps if len(idle) == len(self._changes) else None)
             raise MissedModuleError(
                 f"{len(idle)} of the edits changed nothing, since what they edit did not run inside the block: "
-                f"{names}. Run the model inside the block, and edit only what it runs."
+                f"{names}. {instead}, and edit only what it runs."
             )
 
     def _release(self) -> None:
@@ -126,6 +149,7 @@ class Editing:
             watch.end()
         if taps is not None:
             taps.remove()
+        self._held.close()
 
     # -- from targets to changes
 
@@ -138,10 +162,13 @@ class Editing:
                 )
             if not one.everywhere and self._positions is None:
                 self._positions = PromptPositions(self._model, self._anatomy_if_any())
+            if isinstance(one, Knockout):
+                self._cut(key, one)
+                return
         elif not callable(one):
             raise OptionError(
                 f"the edit of {_shown(target)!r} is a {type(one).__name__}: expected a function, or one of ac.ablate, "
-                "ac.steer and ac.patch"
+                "ac.steer, ac.patch and ac.knockout"
             )
         site = self._site(target)
         if site is None:
@@ -153,12 +180,43 @@ class Editing:
         anatomy = describe(self._model)
         # With the layer counted from the front.
         (site,) = anatomy.points(site)
-        point = write_point(anatomy, site)
-        if point.read.around is not None:
-            module, note = point.read.around
-            self._listeners.append((module, OnInput(note)))
-        function = self._function(_shown(target), one, site.stack)
-        self._changes[key] = [(point.read.module, _Change(point.read.side, _at_site(point, function), self._declared))]
+        if isinstance(one, OfValue) and one.heads is not None:
+            heads = head_count(anatomy, site)
+            if heads is not None:
+                resolve_heads(one.heads, heads, one.target)
+        self._change(key, write_point(anatomy, site), self._function(_shown(target), one, site.stack))
+
+    def _cut(self, key: str, one: Knockout) -> None:
+        anatomy = describe(self._model)
+        sites = [
+            Site("pattern", layer, stack=one.stack) for layer in one.at_layers(anatomy.depth(one.stack, "pattern"))
+        ]
+        if one.layers == "all":
+            # Of layers of several kinds those that attend.
+            sites = [site for site in sites if anatomy.why_not(site) is None] or sites[:1]
+        for site in sites:
+            layer = site.layer
+            assert layer is not None and self._positions is not None
+            read = anatomy.read_point(site)
+            heads = head_count(anatomy, site)
+            if one.heads is not None and heads is not None:
+                resolve_heads(one.heads, heads, str(site))
+
+            def cut(scores: Tensor, layer: int = layer, places: PromptPositions = self._positions) -> Tensor:
+                return one.cut(scores, places, layer)
+
+            self._listeners += [(module, OnInput(note)) for module, note in read.around]
+            self._guards += read.guards
+            self._holds_probabilities = True
+            self._changes[f"{key} at layer {layer}"] = [(read.module, _Change("scores", cut, self._declared))]
+
+    def _change(self, key: str, point: WritePoint, function: Callable[[Tensor], Tensor]) -> None:
+        read = point.read
+        self._listeners += [(module, OnInput(note)) for module, note in read.around]
+        self._guards += read.guards
+        self._holds_probabilities |= read.probabilities
+        change = _Change(point.side, _at_site(point, function), self._declared, early=point.early)
+        self._changes[key] = [(read.module, change)]
 
     def _site(self, target: Any) -> Site | None:
         """The site that `target` names; None when it names modules."""
@@ -188,10 +246,10 @@ class Editing:
         try:
             return resolve_modules(self._model, target)
         except UnknownModuleError as error:
-            near = did_you_mean(re.sub(r"[._]-?\d.*$", "", target), SITE_NAMES) if isinstance(target, str) else ""
+            near = _nearest_sites(target) if isinstance(target, str) else []
             if not near:
                 raise
-            raise UnknownModuleError(f"{error} Among sites:{near}") from None
+            raise UnknownModuleError(f"{error} Among sites it is nearest to {' or '.join(map(repr, near))}.") from None
 
     def _anatomy_if_any(self) -> Anatomy | None:
         if self._anatomy is None:
@@ -205,18 +263,22 @@ class Editing:
 
     def _function(self, target: str, one: Function | ReadyMade, stack: str | None) -> Callable[[Tensor], Tensor]:
         if not isinstance(one, ReadyMade):
-            return _Called(one, target)
+            return Called(one, target)
+        assert isinstance(one, OfValue)
         positions = None if one.everywhere else self._positions
 
         def change(value: Tensor) -> Tensor:
             chosen = None if positions is None else positions.find(one.positions, stack, value, target)
             return one.changed(value, chosen)
 
+        if is_pattern(target) and headed(target):
+            # Queries are what positions choose, as tokens elsewhere.
+            return lambda pattern: change(pattern.transpose(1, 2)).transpose(1, 2)
         return change
 
     def _of_module(self, path: str, target: str, one: Function | ReadyMade) -> Function:
         if not isinstance(one, ReadyMade):
-            return _Called(one, target)
+            return Called(one, target)
         stack = self._positions.stack_of(path) if self._positions is not None else None
         change = self._function(target, one, stack)
 
@@ -233,12 +295,20 @@ class Editing:
 class _Change:
     """One edit of one module, as its tap sees it."""
 
-    __slots__ = ("declared", "function", "ran", "side")
+    __slots__ = ("declared", "early", "function", "ran", "side")
 
-    def __init__(self, side: Literal["input", "output"], function: Function, declared: bool) -> None:
+    def __init__(
+        self,
+        side: EditedSide,
+        function: Function,
+        declared: bool,
+        *,
+        early: bool = False,
+    ) -> None:
         self.side = side
         self.function = function
         self.declared = declared
+        self.early = early
         self.ran = False
 
     def __call__(self, value: Any) -> Any:
@@ -246,75 +316,14 @@ class _Change:
         return self.function(value)
 
 
-class _Called:
-    """A function of the caller's, held to returning what the model can go on with."""
-
-    def __init__(self, function: Function, target: str) -> None:
-        self._function = function
-        self._target = target
-
-    def __call__(self, value: Any) -> Any:
-        # A copy: others may hold the value (a module that hands on what it was given, a capture without copies), and
-        # autograd may need it as it was.
-        given = _copied(value)
-        new = self._function(given)
-        if new is None or new is given:
-            _fits(self._target, value, given)
-            return given
-        _fits(self._target, value, new)
-        # Some models add to what a module returned in place, which must not reach a tensor of the caller's.
-        return _copied(new)
-
-
 def _at_site(point: WritePoint, function: Callable[[Tensor], Tensor]) -> Function:
-    read, write = point.read.extract, point.write
+    take, write = point.take, point.write
 
     def change(raw: Any) -> Any:
-        return write(raw, function(read(raw)))
+        old = take(raw)
+        return write(raw, function(old), old)
 
     return change
-
-
-def _copied(value: Any) -> Any:
-    copies: dict[int, Tensor] = {}
-
-    def copy(tensor: Tensor) -> Tensor:
-        # What was one tensor in several places stays one.
-        if id(tensor) not in copies:
-            copies[id(tensor)] = tensor.clone()
-        return copies[id(tensor)]
-
-    return map_tensors(value, copy, of_cache=lambda cache: cache)
-
-
-def _fits(target: str, old: Any, new: Any) -> None:
-    """Raise `EditError` unless `new` has the form of `old`: containers, shapes, dtypes and devices."""
-    if isinstance(old, Tensor):
-        if not isinstance(new, Tensor):
-            raise EditError(f"the edit of {target!r} returned a {type(new).__name__}: expected {_form(old)}, or None")
-        if (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
-            raise EditError(f"the edit of {target!r} returned {_form(new)}: expected {_form(old)}")
-        return
-    if not isinstance(old, (tuple, list, dict)):
-        return
-    same = type(new) is type(old) and len(new) == len(old)
-    if isinstance(old, dict):
-        same = same and new.keys() == old.keys()
-    if not same:
-        raise EditError(f"the edit of {target!r} returned {_form(new)}: expected {_form(old)}, as the module returns")
-    pairs: Iterator[tuple[Any, Any]] = (
-        ((old[key], new[key]) for key in old) if isinstance(old, dict) else zip(old, new, strict=True)
-    )
-    for before, after in pairs:
-        _fits(target, before, after)
-
-
-def _form(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor {list(value.shape)} on {value.device}"
-    if isinstance(value, dict):
-        return f"a {type(value).__name__} of {', '.join(map(str, value))}"
-    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, (tuple, list)) else type(value).__name__
 
 
 def _listed(edits: Any) -> list[tuple[Any, Any]]:
@@ -325,12 +334,22 @@ def _listed(edits: Any) -> list[tuple[Any, Any]]:
         if ready is None or not all(isinstance(one, ReadyMade) for one in ready):
             raise OptionError(
                 "edits must be a mapping from targets to functions, such as {'resid_post.5': function}, or a list of "
-                "ready-made edits (ac.ablate, ac.steer, ac.patch)"
+                "ready-made edits (ac.ablate, ac.steer, ac.patch, ac.knockout)"
             )
         pairs = [(one.target, one) for one in ready]
     if not pairs:
         raise OptionError("edits is empty: name at least one")
     return pairs
+
+
+def _nearest_sites(text: str) -> list[str]:
+    """Sites that a mistyped one is like, with its stack, layer and head; of the first block where it has no layer."""
+    found = re.fullmatch(r"(?:(encoder|decoder)\.)?(.*?)((?:\.-?\d+)*)", text)
+    assert found is not None
+    near = [Site(one, stack=found[1]) for one in nearest(found[2], SITE_NAMES)]
+    if found[3].count(".") > 1:
+        near = [one for one in near if one.name in PER_HEAD]
+    return [f"{one}{found[3] or '.0'}" if one.per_layer else str(one) for one in near]
 
 
 def _shown(target: Any) -> str:

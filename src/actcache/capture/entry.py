@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from actcache.capture.gradients import Changed, Gradients
 from actcache.capture.values import same_content
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -28,11 +29,12 @@ MISSING: Final = _Missing()
 class Visit:
     """One run of a module. A side that was not recorded is None."""
 
-    __slots__ = ("_inputs", "_output")
+    __slots__ = ("_gradients", "_inputs", "_output")
 
-    def __init__(self, output: Any, inputs: Inputs | None) -> None:
+    def __init__(self, output: Any, inputs: Inputs | None, gradients: Gradients | None = None) -> None:
         self._output = output
         self._inputs = inputs
+        self._gradients = gradients
 
     @property
     def output(self) -> Any:
@@ -57,6 +59,25 @@ class Visit:
         """The tensor of the output, also where a version of transformers returns it inside a tuple."""
         return hidden_of(self.output)
 
+    @property
+    def grad(self) -> Any:
+        """The gradient of the output: the output's form with the gradient of each tensor in its place, None for one
+        that got none. None in all where ``include_grads`` was off, and while nothing has arrived.
+
+        Raises `GradientError` where the output is part of no graph.
+        """
+        return None if self._gradients is None or self._output is MISSING else self._gradients.of(self._output)
+
+    @property
+    def hidden_grad(self) -> Tensor | None:
+        """The gradient of `hidden`."""
+        return hidden_of(self.grad)
+
+    @property
+    def in_graph(self) -> bool:
+        """Whether a gradient can arrive, or has."""
+        return self._gradients is not None and self._gradients.watched
+
     def __repr__(self) -> str:
         return f"Visit(output={brief(self.output)}, input={brief(self.input)})"
 
@@ -64,15 +85,20 @@ class Visit:
 class Entry:
     """What was recorded of one module: one visit per run, in the order in which the runs ended.
 
-    `output`, `inputs`, `input` and `hidden` give the value when there was one run, and the list of values when there
-    were several; a side that was not recorded is None. ``len(entry)``, ``entry[i]`` and iteration give the visits.
+    `output`, `inputs`, `input`, `hidden`, `grad` and `hidden_grad` give the value when there was one run, and the list
+    of values when there were several; a side that was not recorded is None. ``len(entry)``, ``entry[i]`` and iteration
+    give the visits.
     """
 
-    __slots__ = ("_inputs", "_outputs")
+    __slots__ = ("_gradients", "_inputs", "_outputs")
 
-    def __init__(self, outputs: list[Any] | None, inputs: list[Inputs] | None) -> None:
+    def __init__(
+        self, outputs: list[Any] | None, inputs: list[Inputs] | None, gradients: list[Gradients] | None = None
+    ) -> None:
         self._outputs = outputs
         self._inputs = inputs
+        # One for each output.
+        self._gradients = gradients
 
     @property
     def output(self) -> Any:
@@ -99,12 +125,24 @@ class Entry:
         """The hidden-state tensor of the output, also where a version of transformers returns it inside a tuple."""
         return self._each(lambda visit: visit.hidden) if self._outputs is not None else None
 
+    @property
+    def grad(self) -> Any:
+        """The gradient of the output, captured with ``include_grads``: see `Visit.grad`. Several backward passes add
+        up, as they do in a parameter's ``.grad``."""
+        return self._each(lambda visit: visit.grad) if self._gradients is not None else None
+
+    @property
+    def hidden_grad(self) -> Any:
+        """The gradient of `hidden`."""
+        return self._each(lambda visit: visit.hidden_grad) if self._gradients is not None else None
+
     def __len__(self) -> int:
         return len(self._outputs if self._outputs is not None else self._inputs or ())
 
     def __getitem__(self, index: int) -> Visit:
         output = MISSING if self._outputs is None else self._outputs[index]
-        return Visit(output, None if self._inputs is None else self._inputs[index])
+        inputs = None if self._inputs is None else self._inputs[index]
+        return Visit(output, inputs, None if self._gradients is None else self._gradients[index])
 
     def __iter__(self) -> Iterator[Visit]:
         return (self[i] for i in range(len(self)))
@@ -112,11 +150,13 @@ class Entry:
     def map(self, function: Callable[[Any], Any]) -> Entry:
         """An entry whose recorded values went through `function`."""
         outputs = self._outputs and [value if value is MISSING else function(value) for value in self._outputs]
-        return Entry(outputs, self._inputs and [function(value) for value in self._inputs])
+        gradients = self._gradients and [Changed(one, function) for one in self._gradients]
+        return Entry(outputs, self._inputs and [function(value) for value in self._inputs], gradients)
 
     def values(self) -> list[Any]:
         """Everything recorded, for sizes and comparisons."""
-        return [*(self._inputs or ()), *(value for value in self._outputs or () if value is not MISSING)]
+        gradients = [one.values() for one in self._gradients or ()]
+        return [*(self._inputs or ()), *(value for value in self._outputs or () if value is not MISSING), *gradients]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Entry):

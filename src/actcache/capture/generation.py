@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from actcache.model.taps import thread_key
+
 _BEAMS = "_update_finished_beams"
 _lock = threading.Lock()
 # One list per running call of a thread: `generate` may be called inside `generate`.
@@ -53,12 +55,13 @@ class Reader(Protocol):
 
 
 class Watch:
-    """What one reader watches: it ends what it began, all at once."""
+    """What one reader watches in this thread: it ends what it began, all at once."""
 
     __slots__ = ("_stands",)
 
     def __init__(self, modules: Iterable[nn.Module], reader: Reader) -> None:
         self._stands: list[tuple[_Generate, Reader]] = []
+        key = thread_key()
         with _lock:
             for module in modules:
                 if callable(getattr(type(module), "generate", None)):
@@ -66,13 +69,13 @@ class Watch:
                     if type(stand) is not _Generate:
                         stand = _Generate(module)
                         stand.install()
-                    stand.readers += (reader,)
+                    stand.readers += ((key, reader),)
                     self._stands.append((stand, reader))
 
     def end(self) -> None:
         with _lock:
             for stand, reader in self._stands:
-                stand.readers = tuple([r for r in stand.readers if r is not reader])
+                stand.readers = tuple([pair for pair in stand.readers if pair[1] is not reader])
                 if not stand.readers:
                     stand.uninstall()
             self._stands = []
@@ -126,7 +129,8 @@ class _Generate(_Stand):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.readers: tuple[Reader, ...] = ()
+        # Whoever wants to know, behind the key of its thread.
+        self.readers: tuple[tuple[object, Reader], ...] = ()
         # Made when it is first called: most blocks never generate.
         self.beams: _Beams | None = None
 
@@ -143,7 +147,8 @@ class _Generate(_Stand):
             self.beams.uninstall()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        starts = [(reader, reader.noted()) for reader in self.readers]
+        key = thread_key()
+        starts = [(reader, reader.noted()) for mine, reader in self.readers if mine is key]
         prompt = None if self._encodes() else _prompt(args, kwargs)
         for reader, _ in starts:
             reader.begins(prompt)

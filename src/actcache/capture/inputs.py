@@ -1,67 +1,213 @@
-"""From what a person passes (text, token ids, tensors) to the arguments of one forward pass."""
+"""From what a person passes (text, token ids, chats, tensors) to the arguments of one forward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from actcache.errors import PromptError, PromptTypeError, TokenizerError
+from actcache.model.chat import Messages, chat_ids, is_chat
 from actcache.model.config_values import context_length, first_int, text_values
 from actcache.model.decoder_inputs import require_decoder_start
 from actcache.model.forward_inputs import ForwardInputs, accepts
 from actcache.model.invariance import BatchPolicy, batch_policy
+from actcache.model.media import media_tokens
 from actcache.model.offload import input_device
 from actcache.model.rope import forget_lengths
 from actcache.model.structure import unwrapped
 
-Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
+Inputs = (
+    str
+    | Sequence[str]
+    | Sequence[int]
+    | Sequence[Sequence[int]]
+    | Messages
+    | Sequence[Messages]
+    | Tensor
+    | Mapping[str, Any]
+)
+
+
+@dataclass
+class Prompts:
+    """Token ids of each prompt, the chats that they were made from, and the strings of the tokens where they are known.
+
+    `chats` holds None for a prompt that was no chat.
+    """
+
+    ids: list[list[int]]
+    chats: list[Messages | None]
+    tokens: list[list[str]] | None = None
+    tokenizer: Any = None
 
 
 @dataclass
 class Prepared:
-    """Arguments of one forward pass, and the strings of its tokens where a tokenizer is at hand."""
+    """Arguments of one forward pass, and the prompts in it where they are known."""
 
     kwargs: dict[str, Any]
-    tokens: list[list[str]] | None
+    prompts: Prompts | None
 
 
-def prepare(model: nn.Module, inputs: Inputs, tokenizer: Any) -> Prepared:
-    """Arguments for ``model(**kwargs)``: right padding, mask from lengths, position ids where the model takes them, and
-    the prompt shifted right for the decoder of an encoder-decoder model.
+class Preparer:
+    """Makes arguments of passes of one model."""
 
-    A mapping is passed on as it is, moved to the model's device, with position ids that follow its mask when it has
-    none of its own. Raises `PromptError` (also for prompts that would change each other's values in one pass),
-    `PromptTypeError`, `TokenizerError` or `OptionError`.
-    """
-    device = input_device(model)
-    config = _config(model)
-    policy = batch_policy(config, model=model)
-    if isinstance(inputs, Mapping):
-        kwargs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self.device = input_device(model)
+        to_dict = getattr(getattr(unwrapped(model), "config", None), "to_dict", None)
+        self._config: Mapping[str, Any] = to_dict() if callable(to_dict) else {}
+        self.policy = batch_policy(self._config, model=model)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, found by the model's name where none was given; raises `TokenizerError`."""
+        if self._tokenizer is None:
+            self._tokenizer = find_tokenizer(self._model)
+        return self._tokenizer
+
+    @cached_property
+    def counts_positions(self) -> bool:
+        """Whether the model is told where its tokens stand."""
+        return self.policy.position_ids and accepts(self._model, "position_ids")
+
+    @cached_property
+    def needs_decoder(self) -> bool:
+        """Whether a decoder has to be given tokens; one that takes them may also be around a text model without."""
+        return accepts(self._model, "decoder_input_ids") and bool(self._config.get("is_encoder_decoder", True))
+
+    @cached_property
+    def _forward(self) -> ForwardInputs:
+        start = partial(require_decoder_start, self._config) if self.needs_decoder else None
+        return ForwardInputs(self._model, self.policy, decoder_start=start, always_mask=True)
+
+    def of_mapping(self, inputs: Mapping[str, Any]) -> Prepared:
+        """A mapping as it is, on the model's device, with position ids that follow its mask where it has none, and has
+        padding in front of tokens: everything else the model counts by itself."""
+        kwargs = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         mask = kwargs.get("attention_mask")
         fresh = "position_ids" not in kwargs and kwargs.get("past_key_values") is None
-        counts = policy.position_ids and accepts(model, "position_ids")
-        if fresh and counts and isinstance(mask, Tensor) and mask.ndim == 2:
+        if fresh and self.counts_positions and _pads_in_front(mask) and not self._counts_images(kwargs):
             kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
         ids = kwargs.get("input_ids")
-        rows = None
+        prompts = None
         if isinstance(ids, Tensor) and ids.ndim == 2:
             real = mask if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids)
             rows = [row[here.bool()].tolist() for row, here in zip(ids, real, strict=True)]
-        return Prepared(kwargs, _strings(rows, tokenizer))
-    prompts, tokenizer = _token_ids(model, inputs, tokenizer)
-    _check(config, prompts)
-    _check_together(policy, prompts)
-    if policy.forget_lengths:
-        forget_lengths(model)
-    start = partial(require_decoder_start, config)
-    kwargs = ForwardInputs(model, policy, decoder_start=start, always_mask=True).make(prompts, device)
-    return Prepared(kwargs, _strings(prompts, tokenizer))
+            prompts = self._with_strings(Prompts(rows, [None] * len(rows)))
+        return Prepared(kwargs, prompts)
+
+    def _counts_images(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the model makes positions out of its images, by rows and columns, and looks at the mask itself."""
+        grids = any("grid" in name and value is not None for name, value in kwargs.items())
+        return grids and any(callable(getattr(part, "get_rope_index", None)) for part in self._model.modules())
+
+    def read(self, inputs: Any) -> Prompts:
+        """Texts, token ids or chats as token ids; raises `PromptError`, `PromptTypeError` or `TokenizerError`."""
+        prompts = self._read(inputs)
+        self.check(prompts.ids)
+        return self._with_strings(prompts)
+
+    def one_pass(self, ids: list[list[int]]) -> dict[str, Any]:
+        """Arguments of a pass over these prompts: right padding, a mask from lengths, position ids where the model
+        takes them, and the prompt shifted right for the decoder of an encoder-decoder model."""
+        return self._forward.make(ids, self.device)
+
+    def begin(self) -> None:
+        """Make the model forget which lengths it has seen, where it remembers them."""
+        if self.policy.forget_lengths:
+            forget_lengths(self._model)
+
+    def _read(self, inputs: Any) -> Prompts:
+        if isinstance(inputs, str):
+            inputs = [inputs]
+        if isinstance(inputs, Tensor):
+            if inputs.is_floating_point() or inputs.ndim not in (1, 2):
+                raise PromptTypeError(
+                    f"token ids must be an integer tensor [S] or [B, S], not {inputs.dtype} {list(inputs.shape)}"
+                )
+            rows = (inputs[None] if inputs.ndim == 1 else inputs).tolist()
+            return Prompts(rows, [None] * len(rows))
+        try:
+            items = list(inputs)
+        except TypeError:
+            items = []
+        if not items:
+            raise PromptError(
+                "there is no prompt: pass a text, a list of texts, chats, token ids, or a dict of tensors"
+            )
+        if all(isinstance(item, str) for item in items):
+            for i, text in enumerate(items):
+                if not text:
+                    raise PromptError(f"prompt {i} is empty: every prompt needs at least one token")
+            encoded = self.tokenizer(items, padding=False, truncation=False)["input_ids"]
+            return Prompts([list(ids) for ids in encoded], [None] * len(items))
+        if all(_is_id(item) for item in items):
+            return Prompts([[int(item) for item in items]], [None])
+        if is_chat(items):
+            items = [items]
+        if any(map(is_chat, items)):
+            return self._chats(items)
+        rows = []
+        for i, item in enumerate(items):
+            ids = None if isinstance(item, (str, bytes, Mapping)) or not hasattr(item, "__iter__") else list(item)
+            if ids is None or not all(_is_id(token) for token in ids):
+                raise PromptTypeError(_other_kind(i, item))
+            rows.append([int(token) for token in ids])
+        return Prompts(rows, [None] * len(rows))
+
+    def _chats(self, items: list[Any]) -> Prompts:
+        for i, item in enumerate(items):
+            if not is_chat(item):
+                raise PromptTypeError(_other_kind(i, item))
+            if any("role" not in message for message in item):
+                raise PromptError(f"prompt {i} has a chat message without a 'role': {item!r:.80}")
+        return Prompts([chat_ids(self.tokenizer, item, i) for i, item in enumerate(items)], items)
+
+    def _with_strings(self, prompts: Prompts) -> Prompts:
+        prompts.tokenizer = self._tokenizer
+        if self._tokenizer is not None:
+            convert = self._tokenizer.convert_ids_to_tokens
+            prompts.tokens = [[str(token) for token in convert(ids)] for ids in prompts.ids]
+        return prompts
+
+    def check(self, prompts: list[list[int]]) -> None:
+        """Raise `PromptError` for a prompt that the model cannot take."""
+        values = text_values(self._config)
+        limit, size = context_length(values), first_int(values, "vocab_size")
+        # The embeddings that take the places of these need no row in the table.
+        beyond = frozenset().union(*media_tokens(unwrapped(self._model)).values())
+        for i, ids in enumerate(prompts):
+            if not ids:
+                raise PromptError(f"prompt {i} has no tokens: every prompt needs at least one")
+            if limit is not None and len(ids) > limit:
+                raise PromptError(f"prompt {i} has {len(ids)} tokens, the model's context is {limit}: shorten it")
+            if size is not None and not 0 <= min(ids) <= max(ids) < size:
+                bad = next((t for t in ids if not 0 <= t < size and t not in beyond), None)
+                if bad is None:
+                    continue
+                raise PromptError(f"prompt {i} holds token id {bad}, the model's vocabulary is 0 to {size - 1}")
+
+
+def prepare(model: nn.Module, inputs: Inputs, tokenizer: Any) -> Prepared:
+    """Arguments for ``model(**kwargs)``, of which all prompts are in one pass.
+
+    Raises `PromptError` (also for prompts that would change each other's values in one pass), `PromptTypeError`,
+    `TokenizerError` or `OptionError`.
+    """
+    preparer = Preparer(model, tokenizer)
+    if isinstance(inputs, Mapping):
+        return preparer.of_mapping(inputs)
+    prompts = preparer.read(inputs)
+    _check_together(preparer.policy, prompts.ids)
+    preparer.begin()
+    return Prepared(preparer.one_pass(prompts.ids), prompts)
 
 
 def find_tokenizer(model: nn.Module) -> Any:
@@ -79,46 +225,20 @@ def find_tokenizer(model: nn.Module) -> Any:
         raise TokenizerError(f"no tokenizer was found at {name!r}: pass tokenizer= ({type(error).__name__})") from error
 
 
-def _token_ids(model: nn.Module, inputs: Any, tokenizer: Any) -> tuple[list[list[int]], Any]:
-    if isinstance(inputs, str):
-        inputs = [inputs]
-    if isinstance(inputs, Tensor):
-        if inputs.is_floating_point() or inputs.ndim not in (1, 2):
-            raise PromptTypeError(
-                f"token ids must be an integer tensor [S] or [B, S], not {inputs.dtype} {list(inputs.shape)}"
-            )
-        return (inputs[None] if inputs.ndim == 1 else inputs).tolist(), tokenizer
-    try:
-        items = list(inputs)
-    except TypeError:
-        items = []
-    if not items:
-        raise PromptError("there is no prompt: pass a text, a list of texts, token ids, or a dict of tensors")
-    if all(isinstance(item, str) for item in items):
-        for i, text in enumerate(items):
-            if not text:
-                raise PromptError(f"prompt {i} is empty: every prompt needs at least one token")
-        tokenizer = find_tokenizer(model) if tokenizer is None else tokenizer
-        return [list(ids) for ids in tokenizer(items, padding=False, truncation=False)["input_ids"]], tokenizer
-    if all(_is_id(item) for item in items):
-        return [[int(item) for item in items]], tokenizer
-    rows = []
-    for i, item in enumerate(items):
-        ids = None if isinstance(item, (str, bytes)) or not hasattr(item, "__iter__") else list(item)
-        if ids is None or not all(_is_id(token) for token in ids):
-            raise PromptTypeError(f"prompt {i} is {item!r}: expected texts only, or lists of token ids only")
-        rows.append([int(token) for token in ids])
-    return rows, tokenizer
+def _pads_in_front(mask: Any) -> TypeGuard[Tensor]:
+    """Whether a mask ``[B, S]``, which may number the documents of a row, has padding before some token."""
+    return isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask.ne(0).long().diff(dim=1) > 0).any())
 
 
 def _is_id(value: object) -> bool:
     return hasattr(value, "__index__") and getattr(value, "shape", ()) == ()
 
 
-def _config(model: nn.Module) -> Mapping[str, Any]:
-    to_dict = getattr(getattr(unwrapped(model), "config", None), "to_dict", None)
-    config: Mapping[str, Any] = to_dict() if callable(to_dict) else {}
-    return config
+def _other_kind(i: int, item: Any) -> str:
+    return (
+        f"prompt {i} is {item!r:.80}: expected texts only, or lists of token ids only, or chats only (lists of "
+        "messages like {'role': 'user', 'content': '...'})"
+    )
 
 
 def _check_together(policy: BatchPolicy, prompts: list[list[int]]) -> None:
@@ -128,24 +248,5 @@ def _check_together(policy: BatchPolicy, prompts: list[list[int]]) -> None:
         what = "one prompt at a time" if alone else "prompts of one length at a time"
         raise PromptError(
             f"{len(prompts)} prompts in one pass of this model would change each other's values. {policy.why} "
-            f"Pass {what}, or use UnifiedCache, which batches them so."
+            f"Pass {what}, or use ac.extract_batches, which runs them so."
         )
-
-
-def _check(config: Mapping[str, Any], prompts: list[list[int]]) -> None:
-    values = text_values(config)
-    limit, size = context_length(values), first_int(values, "vocab_size")
-    for i, ids in enumerate(prompts):
-        if not ids:
-            raise PromptError(f"prompt {i} has no tokens: every prompt needs at least one")
-        if limit is not None and len(ids) > limit:
-            raise PromptError(f"prompt {i} has {len(ids)} tokens, the model's context is {limit}: shorten it")
-        if size is not None and not 0 <= min(ids) <= max(ids) < size:
-            bad = next(t for t in ids if not 0 <= t < size)
-            raise PromptError(f"prompt {i} holds token id {bad}, the model's vocabulary is 0 to {size - 1}")
-
-
-def _strings(prompts: list[list[int]] | None, tokenizer: Any) -> list[list[str]] | None:
-    if prompts is None or tokenizer is None:
-        return None
-    return [[str(token) for token in tokenizer.convert_ids_to_tokens(ids)] for ids in prompts]

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from actcache.capture.generation import Generation
-from actcache.capture.passes import Pass, take_positions
-from actcache.capture.tokens import Tokens, columns_of
+from actcache.capture.padding import join_tensors, pad_front, padded
+from actcache.capture.passes import Pass
+from actcache.capture.tokens import Tokens, columns_of, take_columns
 from actcache.errors import SiteUnavailableError
 
 _INSTEAD = (
@@ -35,6 +36,12 @@ _LEFT_BEHIND = (
     "this version of transformers exchanges the beams of this model without its recurrent state, so that from there on "
     "a row's state is another sequence's, in the search itself too. With use_cache=False both are right. "
     f"{_INSTEAD}"
+)
+
+
+_OTHER_KEYS = (
+    "the keys of this cache lie in another order than their positions, so that which of them a number of the pattern "
+    f"belongs to cannot be told. {_INSTEAD}"
 )
 
 
@@ -213,11 +220,21 @@ def _agree(passes: Sequence[Pass], pieces: Sequence[Piece], sequences: Tensor, o
     return True
 
 
-def join(groups: Sequence[Sequences], passes: Sequence[Pass], values: dict[int, Tensor]) -> Tensor:
-    """One value per token from the value of each pass: steps along dim 1, sequences along dim 0.
+def join(
+    groups: Sequence[Sequences],
+    passes: Sequence[Pass],
+    values: dict[int, Tensor],
+    axes: tuple[int, ...] = (1,),
+    *,
+    kept: bool = True,
+) -> Tensor:
+    """One value per token from the value of each pass: steps along the first of `axes`, sequences along dim 0. Where
+    there is another axis (the keys of a pattern), shorter steps are padded.
 
-    Values that hold fewer positions than their pass (kept positions, the logits of the last token) are strung together.
+    Values that hold fewer positions than their pass (kept positions, the logits of the last token) are strung together;
+    without `kept` the values are those of all positions, whatever was kept of others.
     """
+    axis = axes[0]
     joined = []
     for sequences in groups:
         parts = []
@@ -226,15 +243,36 @@ def join(groups: Sequence[Sequences], passes: Sequence[Pass], values: dict[int, 
             if value is None:
                 continue
             one = passes[piece.index]
-            whole = one.keep is None and value.ndim >= 2 and value.shape[1] == one.length
+            whole = not (kept and one.keep is not None) and value.ndim > axis and value.shape[axis] == one.length
             if not whole or piece.stop > piece.start:
                 value = piece.of(value)
                 # Where nothing is left out the value stays the tensor it is: a gradient may be asked for it.
                 cut = whole and piece.stop - piece.start < one.length
-                parts.append(value[:, piece.start : piece.stop] if cut else value)
+                parts.append(value.narrow(axis, piece.start, piece.stop - piece.start) if cut else value)
         if parts:
-            joined.append(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
-    return join_batches(joined)
+            joined.append(parts[0] if len(parts) == 1 else torch.cat(padded(parts, axes[1:]), axis))
+    return join_tensors(joined, axes)
+
+
+def at_their_keys(value: Tensor, one: Pass, axes: tuple[int, ...]) -> Tensor | Refused:
+    """The pattern of one pass with a key for every position up to the pass's end, in order.
+
+    A cache of fixed size has room behind the end, and one with a sliding window no longer has the first positions.
+    """
+    queries, keys = axes
+    if value.ndim <= keys or value.shape[0] != one.batch or value.shape[keys] == one.end:
+        return value
+    there = value.shape[keys]
+    places = torch.arange(there) if there > one.end else torch.arange(one.end - there, one.end)
+    at = torch.arange(one.length).expand(one.batch, -1) if one.keep is None else one.keep.cpu()
+    if value.shape[queries] != at.shape[1]:
+        return Refused(_OTHER_KEYS)
+    # A token looks back: where one looks ahead, these are other keys than they are taken for.
+    ahead = (places > (at + one.past)[..., None]) & (one.real().gather(1, at.clamp_min(0)) & (at >= 0))[..., None]
+    ahead = ahead.to(value.device).view(one.batch, *[1] * (queries - 1), *ahead.shape[1:])
+    if bool((value.masked_fill(~ahead, 0) != 0).any()):
+        return Refused(_OTHER_KEYS)
+    return value.narrow(keys, 0, one.end) if there > one.end else pad_front(value, keys, one.end)
 
 
 def tokens_of(passes: Sequence[Pass], groups: Sequence[Sequences], ends: frozenset[int]) -> Tokens:
@@ -245,23 +283,60 @@ def tokens_of(passes: Sequence[Pass], groups: Sequence[Sequences], ends: frozens
     """
     if any(sequences.refusal is not None for sequences in groups):
         return Tokens()
-    mask = join(groups, passes, {i: one.real() if one.keep is None else one.keep >= 0 for i, one in enumerate(passes)})
-    if any(one.ids is None for one in passes):
-        return Tokens(None, mask.cpu(), _names_of(passes, groups))
+    everything = join(groups, passes, {i: one.real() for i, one in enumerate(passes)}, kept=False).cpu()
     known = {i: one.ids for i, one in enumerate(passes) if one.ids is not None}
-    ids = join(groups, passes, {i: _only_kept(passes[i], value) for i, value in known.items()}).cpu()
-    mask = mask.cpu()
+    ids = join(groups, passes, known, kept=False).cpu() if len(known) == len(passes) else None
     row = 0
     for sequences in groups:
-        first = passes[sequences.pieces[0].index]
-        rows = slice(row, row + (first.batch if sequences.pieces[0].rows is None else len(sequences.pieces[0].rows)))
+        rows = slice(row, row + n_rows(passes, sequences))
         row = rows.stop
         made = sequences.generation
         own = made.ends if made is not None and made.ends is not None else ends
         with_beams = made is not None and made.beams is not None
-        if len(sequences.pieces) > 1 and own and not with_beams and first.keep is None:
-            mask[rows] &= ~_after_end(ids[rows], _prompt_length(passes, sequences), own)
-    return Tokens(ids, mask, _names_of(passes, groups))
+        if ids is not None and len(sequences.pieces) > 1 and own and not with_beams:
+            everything[rows] &= ~_after_end(ids[rows], _prompt_length(passes, sequences), own)
+    names = _names_of(passes, groups)
+    if all(one.keep is None for one in passes):
+        earlier = any(passes[sequences.pieces[0].index].past for sequences in groups)
+        return Tokens(ids, everything, names, _with_earlier(passes, groups, everything) if earlier else None)
+    if ids is not None:
+        ids = join(groups, passes, {i: _only_kept(passes[i], value) for i, value in known.items()}).cpu()
+    return Tokens(ids, _kept_mask(passes, groups, everything), names, _with_earlier(passes, groups, everything))
+
+
+def _kept_mask(passes: Sequence[Pass], groups: Sequence[Sequences], everything: Tensor) -> Tensor:
+    """The mask of the positions that are kept, out of that of all of them."""
+    joined, row = [], 0
+    for sequences in groups:
+        start = passes[sequences.pieces[0].index].past
+        rows = everything[row : row + n_rows(passes, sequences)]
+        row += rows.shape[0]
+        parts = []
+        for piece in sequences.pieces:
+            one = passes[piece.index]
+            keep = torch.arange(one.length).expand(one.batch, -1) if one.keep is None else one.keep.cpu()
+            at = piece.of(torch.where(keep >= 0, keep + one.past - start, -1) + 1) - 1
+            there = (at >= 0) & (at < rows.shape[1])
+            parts.append(there & rows.gather(1, at.clamp(0, rows.shape[1] - 1)))
+        joined.append(torch.cat(parts, 1))
+    return join_tensors(joined)
+
+
+def _with_earlier(passes: Sequence[Pass], groups: Sequence[Sequences], everything: Tensor) -> Tensor:
+    """The mask of all positions, those before the first pass too: what attention looks back at."""
+    joined, row = [], 0
+    for sequences in groups:
+        first = sequences.pieces[0]
+        rows = everything[row : row + n_rows(passes, sequences)]
+        row += rows.shape[0]
+        joined.append(torch.cat([first.of(passes[first.index].real_before()), rows], 1))
+    return join_tensors(joined)
+
+
+def n_rows(passes: Sequence[Pass], sequences: Sequences) -> int:
+    """How many rows the values of these passes join to."""
+    first = sequences.pieces[0]
+    return passes[first.index].batch if first.rows is None else len(first.rows)
 
 
 def _names_of(passes: Sequence[Pass], groups: Sequence[Sequences]) -> dict[str, Tensor]:
@@ -297,7 +372,7 @@ def _prompt_length(passes: Sequence[Pass], sequences: Sequences) -> int:
 
 
 def _only_kept(one: Pass, values: Tensor) -> Tensor:
-    return values if one.keep is None else take_positions(values, one.keep)
+    return values if one.keep is None else take_columns(values, one.keep, 1)
 
 
 def _after_end(ids: Tensor, prompt: int, ends: frozenset[int]) -> Tensor:
@@ -305,17 +380,3 @@ def _after_end(ids: Tensor, prompt: int, ends: frozenset[int]) -> Tensor:
     end = torch.isin(ids, torch.tensor(sorted(ends)))
     end[:, :prompt] = False
     return end.cumsum(1) - end.long() > 0
-
-
-def join_batches(values: Sequence[Tensor]) -> Tensor:
-    """Independent passes, one after the other along dim 0; shorter ones are padded on the right with zeros."""
-    if len(values) == 1:
-        return values[0]
-    if any(v.ndim < 2 for v in values):
-        return torch.cat(list(values))
-    longest = max(v.shape[1] for v in values)
-    padded = [
-        v if v.shape[1] == longest else torch.nn.functional.pad(v, (0, 0) * (v.ndim - 2) + (0, longest - v.shape[1]))
-        for v in values
-    ]
-    return torch.cat(padded)

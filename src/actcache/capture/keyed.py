@@ -7,18 +7,23 @@ import difflib
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 from actcache.capture.aggregation import Batch, Join
 from actcache.capture.joining import Refused
+from actcache.capture.names import Names
 from actcache.capture.nodes import Node
+from actcache.capture.rows import PromptRows
 from actcache.capture.strategies import Strategies
-from actcache.capture.tokens import Tables, Tokens, TokenState, tensor_of
+from actcache.capture.tokens import Mask, Tables, Tokens, TokenState, tensor_of
 from actcache.capture.values import same_content
+from actcache.capture.watching import SiteGradients
 from actcache.errors import ActCacheError, OptionError, UnknownKeyError, UnknownSiteError, did_you_mean
-from actcache.model.sites import SITE_NAMES, Site
+from actcache.model.layout import Layouts, known_layouts
+from actcache.model.sites import HEAD_AXIS, SITE_NAMES, Site
 
 if TYPE_CHECKING:
     from actcache.model.anatomy import Anatomy
@@ -35,6 +40,9 @@ class Source(Protocol):
 
     def missed(self) -> list[str]: ...
 
+    @property
+    def gradients(self) -> SiteGradients | None: ...
+
     def close(self) -> Callable[[], Tables]:
         """Let go of the values; what is left answers for the tokens."""
 
@@ -43,11 +51,13 @@ class Keyed(MutableMapping[str, Any]):
     """Values by key, with the tokens they belong to and the batches that are still to be joined to them."""
 
     # What most caches never need stands here until they do.
-    _masks: dict[str, Tensor] | None = None
+    _masks: dict[str, Mask] | None = None
     _columns: dict[str, Any] | None = None
     _metadata: dict[str, Any] | None = None
     _strategies: Strategies | None = None
+    _gradients: SiteGradients | None = None
     _join: Join | None = None
+    _called: Names | None = None
     _deferred = 0
     _batches = 1
 
@@ -57,6 +67,7 @@ class Keyed(MutableMapping[str, Any]):
         self._model: weakref.ref[nn.Module] | None = None
         # Blocks of each stack of the model, by the stack's name.
         self._depths: dict[str | None, int] = {}
+        self._layouts: Layouts = {}
         self._tokens: Tables | None = None
         self._read_tokens: Callable[[], Tables] | None = None
         self.missed: list[str] = []
@@ -64,8 +75,11 @@ class Keyed(MutableMapping[str, Any]):
 
     def _begin(self, source: Source, model: nn.Module, anatomy: Anatomy | None) -> None:
         self._source = source
+        self._gradients = source.gradients
         self._model = weakref.ref(model)
-        self._depths = {name: anatomy.depth(name) for name in anatomy.stacks} if anatomy is not None else {}
+        if anatomy is not None:
+            self._depths = {name: anatomy.depth(name) for name in anatomy.stacks}
+            self._layouts = known_layouts(anatomy)
 
     def _end(self) -> list[str]:
         source, self._source = self._source, None
@@ -111,25 +125,59 @@ class Keyed(MutableMapping[str, Any]):
                 return int(table.mask.shape[0])
         for column in (self._columns or {}).values():
             return len(column)
-        tensors = (tensor_of(value) for value in self._data.values())
-        return next((int(tensor.shape[0]) for tensor in tensors if tensor is not None and tensor.ndim), 1)
+        # Values of the caller's own may be of anything.
+        for of_site in (True, False):
+            for key, value in self._data.items():
+                if Site.looks_like(key) is of_site:
+                    # Batches that were joined without padding are a list.
+                    parts = value if isinstance(value, list) and of_site else [value]
+                    tensors = [tensor for part in parts if (tensor := tensor_of(part)) is not None and tensor.ndim]
+                    if tensors and len(tensors) == len(parts):
+                        return sum(tensor.shape[0] for tensor in tensors)
+        return 1
+
+    def _prompt_rows(self) -> PromptRows:
+        return PromptRows(self._tables(), self._n_rows())
 
     # -- mapping
 
     def __getitem__(self, key: str) -> Any:
+        return self._held(key)[1]
+
+    def _held(self, key: str) -> tuple[str, Any]:
+        """The value of `key` and the name it goes by: that of a key, or of one head of what is held of all heads."""
         data = self._data
-        found = self._key(key, data)
+        found = self._find(key, data) if isinstance(key, str) else None
+        head = self._head(key) if found is None and isinstance(key, str) else None
+        if head is not None:
+            return head
+        found = self._key(key, data) if found is None else found
         value = data[found]
         if isinstance(value, Refused):
             raise value.error(found)
-        return value
+        return found, value
+
+    def _head(self, key: str) -> tuple[str, Any] | None:
+        """One head's part of the value of all heads (a view), or None where there is none."""
+        site = self._site(key)
+        if site is None or site.head is None:
+            return None
+        whole = self._find(str(replace(site, head=None)), self._names)
+        if whole is None:
+            return None
+        value, axis = self[whole], HEAD_AXIS[site.name]
+        parts = value if isinstance(value, list) else [value]
+        if not all(isinstance(part, Tensor) and part.ndim > axis and site.head < part.shape[axis] for part in parts):
+            return None
+        views = [part.select(axis, site.head) for part in parts]
+        return str(site), views if isinstance(value, list) else views[0]
 
     def __setitem__(self, key: str, value: Any) -> None:
         if not isinstance(key, str):
             raise OptionError(f"the keys of a cache are strings, not {key!r}")
         self._settle()
         data = self._data
-        home = _home(key, data)
+        home = self._home(key, data)
         data[home] = value
         if self._masks:
             self._masks.pop(home, None)
@@ -141,6 +189,28 @@ class Keyed(MutableMapping[str, Any]):
         del data[found]
         if self._masks:
             self._masks.pop(found, None)
+
+    def _home(self, key: str, data: dict[str, Any]) -> str:
+        """The key under which a value is stored: as written, or as the site of that name that is there already.
+
+        Raises `UnknownSiteError` for what reads as a mistyped site; any other text is a key.
+        """
+        home = self._find(key, data)
+        if home is not None:
+            return home if key in data or Site.looks_like(key) else key
+        site = self._site(key)
+        if site is not None:
+            # Where the model's end is known, a layer is named from the front.
+            return str(site) if site.layer is not None and str(site) != str(Site.parse(key)) else key
+        found = _LIKE_A_SITE.fullmatch(key)
+        near = difflib.get_close_matches(found[1], SITE_NAMES, 1, 0.85) if found else []
+        if found and near and near[0] != found[1]:
+            meant = key.replace(found[1], near[0], 1)
+            raise UnknownSiteError(
+                f"{key!r} reads as a mistyped site. Did you mean {meant!r}? (Any text that is unlike a site is a key "
+                "of your own.)"
+            )
+        return key
 
     @property
     def _names(self) -> Mapping[str, Any]:
@@ -154,7 +224,7 @@ class Keyed(MutableMapping[str, Any]):
         return len(self._names)
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self._find(key, self._names) is not None
+        return isinstance(key, str) and (self._find(key, self._names) is not None or self._head(key) is not None)
 
     def __eq__(self, other: object) -> bool:
         """By content: the same keys, and values equal in dtype, shape and elements."""
@@ -169,9 +239,23 @@ class Keyed(MutableMapping[str, Any]):
         """The key under which `key` is held, or None."""
         if key in data:
             return key
+        if self._called is not None:
+            meant = self._called.find(key, data.__contains__)
+            if meant is not None:
+                return meant
         bare = "" if key == "model" else key.removeprefix("model.")
         if bare in data:
             return bare
+        site = self._site(key)
+        if site is None:
+            return None
+        if str(site) in data:
+            return str(site)
+        # Who fills a cache by hand may use another name of a site.
+        return next((held for held in data if Site.looks_like(held) and Site.parse(held) == site), None)
+
+    def _site(self, key: str) -> Site | None:
+        """The site that `key` names, its layer counted from the front; None where it names none."""
         try:
             site = Site.parse(key)
         except ActCacheError:
@@ -179,24 +263,35 @@ class Keyed(MutableMapping[str, Any]):
         if site.layer is not None and site.layer < 0:
             if site.stack not in self._depths:
                 return None
-            site = Site(site.name, site.layer + self._depths[site.stack], site.head, site.stack)
-        if str(site) in data:
-            return str(site)
-        # Who fills a cache by hand may use another name of a site.
-        return next((held for held in data if Site.looks_like(held) and Site.parse(held) == site), None)
+            site = replace(site, layer=site.layer + self._depths[site.stack])
+        return site
 
     def _key(self, key: str, data: dict[str, Any]) -> str:
         found = self._find(key, data) if isinstance(key, str) else None
         if found is None:
             held = ", ".join(repr(k) for k in list(data)[:5]) + (", ..." if len(data) > 5 else "")
-            hint = did_you_mean(key, data) if isinstance(key, str) else ""
+            hint = (self._capture_it(key, data) or did_you_mean(key, data)) if isinstance(key, str) else ""
             raise UnknownKeyError(f"{key!r} is not in the cache, which holds {held or 'nothing'}.{hint}")
         return found
+
+    def _capture_it(self, key: str, data: Mapping[str, Any]) -> str:
+        """How to get a site that is not held; empty for a key that is none."""
+        site = self._site(key)
+        if site is None or not site.complete:
+            return ""
+        if (depth := self._depths.get(site.stack)) is not None and (site.layer or 0) >= depth:
+            return f" The model has {depth} layers (0 to {depth - 1})."
+        wanted = site.stack, site.name, site.head
+        alike = [held for held in self._sites() if (held.stack, held.name, held.head) == wanted]
+        if alike:
+            near = ", ".join(repr(str(held)) for held in alike[:3]) + (", ..." if len(alike) > 3 else "")
+            return f" It holds {near}: add layer {site.layer} to layers= where it is captured."
+        return f" Add it where the cache is captured, sites=[..., {str(site)!r}].{did_you_mean(key, data)}"
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(Node(self._data, "", self._model), name)
+        return getattr(Node(self._data, "", self._model, self._called), name)
 
     # -- tokens
 
@@ -212,7 +307,7 @@ class Keyed(MutableMapping[str, Any]):
         mask = self._token_table().mask
         if mask is None and self._masks:
             # Values that came without tokens, and were padded: when all were padded alike, that is the mask.
-            first, *others = self._masks.values()
+            first, *others = (own.positions for own in self._masks.values())
             mask = first if all(same_content(first, other) for other in others) else None
         return mask
 
@@ -248,29 +343,9 @@ class Keyed(MutableMapping[str, Any]):
         state = {**self.__dict__, "_items": self._data, "_tokens": self._tables()}
         # A copy is a cache of its own: it knows neither the model nor the block that fills the original.
         state |= {"_source": None, "_read_tokens": None, "_model": None, "_deferred": 0}
+        if self._gradients is not None:
+            state["_gradients"] = SiteGradients(self._gradients.arrived())
         return {
             name: copy.copy(value) if isinstance(value, (dict, list, Strategies)) else value
             for name, value in state.items()
         }
-
-
-def _home(key: str, data: dict[str, Any]) -> str:
-    """The key under which a value is stored: as written, or as the site of that name that is there already.
-
-    Raises `UnknownSiteError` for what reads as a mistyped site; any other text is a key.
-    """
-    if key in data:
-        return key
-    try:
-        site = str(Site.parse(key))
-    except UnknownSiteError:
-        found = _LIKE_A_SITE.fullmatch(key)
-        near = difflib.get_close_matches(found[1], SITE_NAMES, 1, 0.85) if found else []
-        if found and near and near[0] != found[1]:
-            meant = key.replace(found[1], near[0], 1)
-            raise UnknownSiteError(
-                f"{key!r} reads as a mistyped site. Did you mean {meant!r}? (Any text that is unlike a site is a key "
-                "of your own.)"
-            ) from None
-        return key
-    return site if site in data else key

@@ -65,7 +65,7 @@ def size_of(values: Iterable[Any]) -> str:
 
 def tree(data: Mapping[str, Any]) -> dict[str, Any]:
     """The size of every value, nested as the values are."""
-    return {key or "model": _branch(value) for key, value in data.items()}
+    return {shown_key(key, data): _branch(value) for key, value in data.items()}
 
 
 def grouped(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def grouped(data: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, keys in groups(data).items():
         if name in data:
-            found[name or "model"] = _branch(data[name])
+            found[shown_key(name, data)] = _branch(data[name])
         else:
             items = "1 item" if len(keys) == 1 else f"{len(keys)} items"
             found[f"{name} ({items})"] = size_of(data[key] for key in keys)
@@ -88,6 +88,14 @@ def groups(data: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
+def shown_key(key: str, data: Iterable[str]) -> str:
+    """`key` as it is shown: the whole model as ``model``, and a child of that name as ``model.model``; both are found
+    by that."""
+    if key == "model" and "" in data:
+        return "model.model"
+    return key or "model"
+
+
 def shared_name(key: str) -> str:
     """`key` without its layer and head: ``resid_post.3`` and ``pattern_L1H2`` -> ``resid_post``, ``pattern``; within a
     path ``transformer.h.*.attn``."""
@@ -95,15 +103,14 @@ def shared_name(key: str) -> str:
     while len(names) > 1 and names[-1].isdigit():
         names.pop()
     names = ["*" if name.isdigit() else name for name in names]
-    return ".".join([*names[:-1], _NUMBERED.sub("", names[-1]) or names[-1]])
+    # Within a path a number at the end of a name is no layer: ``h.0.ln_1``.
+    return ".".join(names) if len(names) > 1 else _NUMBERED.sub("", names[0]) or names[0]
 
 
 def lines(sizes: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
     """A tree as text: a line per value, with totals for what is nested."""
-    text: list[str] = []
-    for name, size in sizes.items():
-        text += _lines(name, size, data.get("" if name == "model" and name not in data else name), 0)
-    return text
+    shown = {shown_key(key, data): value for key, value in data.items()}
+    return [line for name, size in sizes.items() for line in _lines(name, size, shown.get(name), 0)]
 
 
 def _lines(name: str, size: Any, value: Any, depth: int) -> list[str]:

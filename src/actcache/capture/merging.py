@@ -9,13 +9,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from actcache.capture.entry import MISSING, Entry
+from actcache.capture.gradients import Lost
 from actcache.capture.joining import Refused
 from actcache.capture.notes import ValueWithInfo
-from actcache.capture.tokens import pad_axis
+from actcache.capture.padding import join_tensors
 from actcache.capture.values import map_tensors, same_content
 from actcache.errors import JoinError
 
@@ -94,17 +94,6 @@ def merge(parts: Sequence[Any], axes: Axes = (1,), *, pad: bool = True) -> Any:
     return list(parts)
 
 
-def join_tensors(parts: Sequence[Tensor], axes: Axes) -> Tensor:
-    """Tensors joined on dim 0, shorter ones padded with zeros behind their end along `axes`; 0-d ones give a row."""
-    if parts[0].ndim < 2:
-        return torch.cat([part[None] if part.ndim == 0 else part for part in parts])
-    for axis in axes if len({part.shape for part in parts}) > 1 else ():
-        longest = max(part.shape[axis] for part in parts)
-        if any(part.shape[axis] != longest for part in parts):
-            parts = [pad_axis(part, axis, longest) for part in parts]
-    return torch.cat(list(parts))
-
-
 def distinct(parts: Sequence[Any]) -> Any:
     """The value that all share, or the list of those that differ, in order."""
     found: list[Any] = []
@@ -174,8 +163,9 @@ def _fixed(shape: Sequence[int], axes: Axes) -> tuple[int, ...]:
 
 
 def _nested_axes(tensor: Tensor) -> Axes:
-    # Nothing says what a module's tensors are: with four dimensions and a square at the end, attention.
-    return (2, 3) if tensor.ndim == 4 and tensor.shape[2] == tensor.shape[3] else (1,)
+    # Nothing says what a module's tensors are: with four dimensions they have heads before or behind the positions, or
+    # queries and keys, as masks do.
+    return (1, 2, 3) if tensor.ndim == 4 else (1,)
 
 
 def _structure(value: Any) -> Hashable:
@@ -197,6 +187,7 @@ def _merge_entries(parts: Sequence[Entry]) -> Entry:
     return Entry(
         [_merge_nested([side[run] for side in outputs if side]) for run in runs] if outputs[0] else None,
         [_merge_nested([side[run] for side in inputs if side]) for run in runs] if inputs[0] else None,
+        [Lost() for _ in runs] if any(part._gradients is not None for part in parts) else None,
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from actcache.capture.entry import Entry
 from actcache.capture.keyed import Keyed
 from actcache.capture.residual import FullActivationCache
+from actcache.capture.rows import Chosen
 from actcache.capture.tokens import columns_of, cut_tables, position_axes, real_rows, take_columns, tensor_of
 from actcache.capture.values import map_tensors
 from actcache.errors import LayerRangeError, UnknownKeyError, did_you_mean
@@ -39,10 +40,10 @@ class Parts(Keyed):
         mask = self.attention_mask
         if mask is not None:
             return int(mask.shape[1])
-        for value in self._data.values():
-            tensor = tensor_of(value)
-            if tensor is not None and tensor.ndim >= 2:
-                return int(tensor.shape[1])
+        for key, value in self._data.items():
+            tensor, axis = tensor_of(value), position_axes(key)[0]
+            if tensor is not None and tensor.ndim > axis:
+                return int(tensor.shape[axis])
         raise LayerRangeError("the cache is empty: it has no positions")
 
     def is_empty(self) -> bool:
@@ -65,17 +66,22 @@ class Parts(Keyed):
         return value
 
     def get_position(self, layer: int, position: int, site: str = "resid_post") -> Tensor:
-        """One position of every prompt, ``[B, D]``: real tokens are counted, whatever the padding side, negative
-        positions from each prompt's end. Raises `LayerRangeError` naming layer, position and range."""
+        """One position of every row, ``[B, D]``: real tokens are counted, whatever the padding side, negative
+        positions from each row's end. Of a pattern that is a query with all its keys, ``[B, H, K]``. A row is a prompt,
+        or one of the sequences that an encoder-decoder returned for it.
+
+        Raises `LayerRangeError` naming layer, position and range."""
         value = self.get_layer(layer, site)
         picked: list[Tensor] = []
+        axis = position_axes(site)[0] - 1
+        what = "prompt" if value.shape[0] == self._n_rows() else "row"
         for row in real_rows(site, value, self._layer_mask(layer, site, value)):
-            if not -row.shape[0] <= position < row.shape[0]:
+            if not -row.shape[axis] <= position < row.shape[axis]:
                 raise LayerRangeError(
                     f"position {position} of layer {layer} is out of range: "
-                    f"prompt {len(picked)} has {row.shape[0]} tokens (0 to {row.shape[0] - 1})"
+                    f"{what} {len(picked)} has {row.shape[axis]} tokens (0 to {row.shape[axis] - 1})"
                 )
-            picked.append(row[position])
+            picked.append(row.select(axis, position))
         return torch.stack(picked)
 
     def _layer_mask(self, layer: int, site: str, value: Tensor) -> Tensor | None:
@@ -91,10 +97,14 @@ class Parts(Keyed):
             raise LayerRangeError(f"the cache holds no layer of {site}")
         return torch.stack([self.get_layer(number, site) for number in numbers])
 
-    def residual_stream(self, prompt: int = 0, site: str = "resid_post") -> FullActivationCache:
-        """One prompt's `site` at every held layer, ``[T, D]`` each, without padding (views).
+    def residual_stream(
+        self, prompt: int = 0, site: str = "resid_post", *, sequence: int | None = None
+    ) -> FullActivationCache:
+        """One prompt's `site` at every held layer, ``[T, D]`` each, without padding (views). Where an encoder-decoder
+        returned several sequences for each prompt, `sequence` says which of the prompt's.
 
-        Raises `LayerRangeError` for a prompt or a site that the cache does not hold.
+        Raises `LayerRangeError` for a prompt, sequence or site that the cache does not hold, `OptionError` where a
+        prompt has several sequences and none is chosen.
         """
         numbers = self.layer_numbers(site)
         if not numbers:
@@ -102,36 +112,40 @@ class Parts(Keyed):
         asked = Site.parse(site)
         stream = FullActivationCache.with_capacity(self._depths.get(asked.stack, numbers[-1] + 1), site=site)
         for number in numbers:
-            rows = self.rows(str(Site(asked.name, number, stack=asked.stack)))
-            if not -len(rows) <= prompt < len(rows):
-                raise LayerRangeError(f"prompt {prompt} is out of range: the cache holds {len(rows)} prompts")
-            stream.push(rows[prompt], number)
+            key = str(Site(asked.name, number, stack=asked.stack))
+            rows = self.rows(key)
+            stream.push(rows[self._prompt_rows().row(key, len(rows), prompt, sequence)], number)
         return stream
 
     # -- prompts and positions
 
     def rows(self, key: str) -> list[Tensor]:
-        """The value of `key` prompt by prompt, without padding: one ``[T, D]`` each (views)."""
-        value = self[key]
-        found = self._key(key, self._data)
+        """The value of `key` row by row, without padding: one ``[T, D]`` each (views); ``[T, H, D]`` where there are
+        heads, and ``[H, T, T]`` for patterns. A row is a prompt; where an encoder-decoder returned several sequences,
+        those of the first prompt come first, then those of the second."""
+        found, value = self._held(key)
         if isinstance(value, list) and value and all(isinstance(part, Tensor) for part in value):
             return self._rows_of_parts(found, value)
         tensor = tensor_of(value)
         if tensor is None or tensor.ndim == 0:
             raise UnknownKeyError(f"{key!r} holds no tensor that has one row per token")
-        return real_rows(found, tensor, self._mask_of(found, tensor))
+        state = self._state()
+        return real_rows(found, tensor, state.mask_of(found, tensor), state.keys_of(found, tensor))
 
     def _rows_of_parts(self, key: str, parts: list[Tensor]) -> list[Tensor]:
         """The same for batches that were joined without padding: their masks are padded on the right."""
-        total = sum(part.shape[0] for part in parts)
-        mask = (self._masks or {}).get(key)
-        mask = mask if mask is not None else self._state().table_of(key).mask
+        total, state = sum(part.shape[0] for part in parts), self._state()
+        own, table = state.own_mask(key), state.table_of(key)
+        masks = (table.mask, table.keys) if own is None else own
+        # Patterns have keys for every position, if nothing else is said.
+        masks = masks[0], masks[0] if masks[1] is None else masks[1]
         rows: list[Tensor] = []
         for part in parts:
-            real = None
-            if mask is not None and mask.shape[0] == total and part.ndim > 1:
-                real = mask[len(rows) : len(rows) + part.shape[0], : part.shape[position_axes(key)[0]]]
-            rows += real_rows(key, part, real)
+            real: list[Tensor | None] = [None, None]
+            for side, (mask, axis) in enumerate(zip(masks, position_axes(key), strict=False)):
+                if mask is not None and mask.shape[0] == total and part.ndim > axis:
+                    real[side] = mask[len(rows) : len(rows) + part.shape[0], : part.shape[axis]]
+            rows += real_rows(key, part, *real)
         return rows
 
     @property
@@ -146,14 +160,16 @@ class Parts(Keyed):
 
     def at(self, name: str) -> Self:
         """A cache with only the positions called `name` (as captured with ``positions={name: ...}``), ``[B, w, D]``
-        for every value that has them; a prompt with fewer of them is padded, and says so in `attention_mask`.
+        for every value that has them; a prompt with fewer of them is padded, and says so in `attention_mask`. Patterns
+        keep all their keys.
 
         Raises `UnknownKeyError` for a name under which nothing was captured.
         """
         state = self._state()
         self._require_name(name, sorted({known for table in state.tables.values() for known in table.names}))
         part = type(self)()
-        part._model, part._depths, part.tokens = self._model, self._depths, None
+        part._model, part._depths, part._layouts, part.tokens = self._model, self._depths, self._layouts, None
+        part._called = self._called
         part._tokens = cut_tables(state.tables, name)
         part._columns, part._metadata = dict(self._columns or {}), dict(self._metadata or {})
         for key, value in self._data.items():
@@ -164,12 +180,12 @@ class Parts(Keyed):
 
     def map_to_dict(self, key: str) -> dict[str, Tensor]:
         """The value of `key` at every named position: ``{name: [B, w, D]}``, and ``[B, D]`` for the name of a single
-        position. The batch axis is always there; where a prompt has fewer positions than others, zeros.
+        position. The batch axis is always there; where a prompt has fewer positions than others, zeros. Of patterns
+        positions choose queries, ``[B, H, w, K]``; all keys stay.
 
         Raises `UnknownKeyError` when positions were not named, or `key` has no value per position.
         """
-        value = self[key]
-        found = self._key(key, self._data)
+        found, value = self._held(key)
         names = self._state().table_of(found).names
         taken = self._named(found, value)
         if not names or taken is None:
@@ -184,13 +200,13 @@ class Parts(Keyed):
 
     def _named(self, key: str, value: Any) -> dict[str, Any] | None:
         """The value at each named position; None for one that has no positions."""
-        table, axes, tensor = self._state().table_of(key), position_axes(key), tensor_of(value)
-        if table.mask is None or tensor is None or tensor.ndim <= max(axes):
+        table, axis, tensor = self._state().table_of(key), position_axes(key)[0], tensor_of(value)
+        if table.mask is None or tensor is None:
             return None
         shape = table.mask.shape
 
         def fits(part: Tensor) -> bool:
-            return part.ndim > max(axes) and part.shape[0] == shape[0] and all(part.shape[a] == shape[1] for a in axes)
+            return part.ndim > axis and (part.shape[0], part.shape[axis]) == shape
 
         if not fits(tensor):
             return None
@@ -199,7 +215,7 @@ class Parts(Keyed):
             columns = columns_of(index)
 
             def take(part: Tensor, columns: Tensor = columns) -> Tensor:
-                return take_columns(part, columns, axes) if fits(part) else part
+                return take_columns(part, columns, axis) if fits(part) else part
 
             result[name] = _map(value, take)
         return result
@@ -213,36 +229,44 @@ class Parts(Keyed):
             )
 
     def select(self, prompts: int | slice | Sequence[int] | None = None, sites: Any = None, layers: Any = None) -> Self:
-        """A cache of some prompts (an int, a slice, or a list of row numbers), sites and layers.
+        """A cache of some prompts (an int, a slice, or a list of numbers), sites and layers.
 
-        Memory is shared where prompts are an int or a slice. `sites` and `layers` choose among site keys; naming either
-        leaves modules out.
+        Prompts are the rows of `input_ids`. What an encoder-decoder decoded when it returned several sequences for each
+        prompt is cut to the sequences of these prompts. Of modules, and under keys of your own, tensors are cut that
+        have a row for every prompt (or every such sequence); anything else in them stays whole: what a router gives
+        for each token, the rows of a beam search. Memory is shared where prompts are an int or a slice.
+
+        `sites` and `layers` choose among site keys; naming either leaves modules out.
+
+        Raises `LayerRangeError` for a prompt that the cache does not hold, `UnknownKeyError` where nothing is chosen,
+        `OptionError` for a site of which the rows of a prompt cannot be told.
         """
         part = type(self)()
-        part._model, part._depths, part.missed = self._model, self._depths, list(self.missed)
+        part._model, part._depths, part._layouts = self._model, self._depths, self._layouts
+        part._called = self._called
+        part.missed = list(self.missed)
         names = None if sites is None else {Site.parse(s) for s in ([sites] if isinstance(sites, str) else sites)}
         numbers = None if layers is None else self._numbers(layers)
-        rows = slice(prompts, prompts + 1 or None) if isinstance(prompts, int) else prompts
         tables, masks = self._tables(), self._masks or {}
-        mask = self.attention_mask
-        batch = mask.shape[0] if mask is not None else None
+        chosen = None if prompts is None else Chosen(self._prompt_rows(), prompts)
         for key, value in self._data.items():
             if (names is not None or numbers is not None) and not _wanted(key, names, numbers):
                 continue
-            part._items[key] = value if rows is None else _take_rows(value, rows, batch)
+            part._items[key] = value if chosen is None else chosen.of(key, value)
         if not part._items and self._items:
             raise UnknownKeyError(f"nothing in the cache matches sites={sites!r}, layers={layers!r}")
         part._metadata, part._batches = dict(self._metadata or {}), self._batches
         part._strategies = copy.copy(self._strategies)
-        if rows is None:
+        if chosen is None:
             part._tokens, part.tokens, part._columns = tables, self.tokens, self._columns
             part._masks = {key: own for key, own in masks.items() if key in part._items}
         else:
-            part._tokens = {name: _take_rows(table, rows, batch) for name, table in tables.items()}
-            part._masks = {key: _take_rows(own, rows, batch) for key, own in masks.items() if key in part._items}
-            chosen = range(self._n_rows())[rows] if isinstance(rows, slice) else [int(row) for row in rows]
-            part.tokens = None if self.tokens is None else [self.tokens[i] for i in chosen]
-            part._columns = {name: _take_items(column, chosen) for name, column in (self._columns or {}).items()}
+            part._tokens = chosen.tables()
+            part._masks = {key: chosen.mask(key, own) for key, own in masks.items() if key in part._items}
+            part.tokens = None if self.tokens is None else [self.tokens[i] for i in chosen.prompts]
+            part._columns = {
+                name: _take_items(column, chosen.prompts) for name, column in (self._columns or {}).items()
+            }
         return part
 
     def _numbers(self, layers: Any) -> set[int]:
@@ -256,17 +280,6 @@ def _wanted(key: str, names: set[Site] | None, numbers: set[int] | None) -> bool
     site = Site.parse(key)
     named = names is None or site in names or Site(site.name, None, None, site.stack) in names
     return named and (numbers is None or site.layer in numbers)
-
-
-def _take_rows(value: Any, rows: Any, batch: int | None) -> Any:
-    """The chosen prompts of every tensor whose first dimension is the batch."""
-
-    def take(tensor: Tensor) -> Tensor:
-        if tensor.ndim == 0 or (batch is not None and tensor.shape[0] != batch):
-            return tensor
-        return tensor[rows] if isinstance(rows, slice) else tensor[torch.as_tensor(list(rows), device=tensor.device)]
-
-    return _map(value, take)
 
 
 def _take_items(column: Any, chosen: Sequence[int]) -> Any:

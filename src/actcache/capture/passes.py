@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from actcache.capture.generation import Generation
+from actcache.capture.media import needs_ids, told_by_ids
 from actcache.capture.positions import each_prompt, is_single, resolve_positions
+from actcache.capture.shown import Shown
+from actcache.capture.tokens import take_columns
 from actcache.capture.values import kv_length
+from actcache.errors import OptionError
 
 _ID_NAMES = ("input_ids", "decoder_input_ids", "inputs_embeds")
 
@@ -41,21 +45,49 @@ class Pass:
         """Positions there are after this pass."""
         return self.past + self.length
 
+    def cut(self, tensor: Tensor, axis: int = 1) -> Tensor:
+        """The kept positions of a tensor that has them along `axis`; one that does not have a row for each prompt and a
+        place for each position is left as it is."""
+        if self.keep is None or tensor.ndim <= axis:
+            return tensor
+        whole = (tensor.shape[0], tensor.shape[axis]) == (self.batch, self.length)
+        return take_columns(tensor, self.keep, axis) if whole else tensor
+
     def real(self) -> Tensor:
         """Which of this pass's positions are real: bool ``[B, S]``."""
         if self.mask is None:
             return torch.ones(self.batch, self.length, dtype=torch.bool)
         return self.mask[:, -self.length :].to(device="cpu", dtype=torch.bool)
 
+    def real_ids(self) -> list[Tensor]:
+        """The token ids of each prompt, without padding. Raises `OptionError` where they are not known."""
+        if self.ids is None:
+            raise OptionError(
+                "tokens_of is told by token ids, and this pass shows none, since it was given embeddings: pass "
+                "input_ids to the model, or choose positions by number"
+            )
+        return [row[real] for row, real in zip(self.ids.cpu(), self.real(), strict=True)]
+
+    def real_before(self) -> Tensor:
+        """Which of the positions before this pass are real: bool ``[B, past]``; all where the mask does not tell."""
+        if self.mask is None or self.mask.shape[1] != self.end:
+            return torch.ones(self.batch, self.past, dtype=torch.bool)
+        return self.mask[:, : self.past].to(device="cpu", dtype=torch.bool)
+
 
 class Passes:
-    """Notes each pass, and cuts values down to the positions asked for."""
+    """Notes each pass, and cuts values down to the positions asked for. `shown`: where to look for the ids of a pass
+    that is given embeddings."""
 
-    def __init__(self, positions: Any) -> None:
+    def __init__(self, positions: Any, shown: Shown | None = None) -> None:
+        self._shown = shown
         self.passes: list[Pass] = []
         self.generations: list[Generation] = []
         self._positions = None if isinstance(positions, str) and positions == "all" else positions
         self._open = False
+        self._latest = -1
+        # Passes that were given nothing which shows their tokens.
+        self._unknown = 0
         self._state: weakref.ref[Tensor] | None = None
 
     def listeners(self, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, _PassListener]]:
@@ -64,8 +96,9 @@ class Passes:
 
     @property
     def current(self) -> int:
-        """Index of the pass that is running, -1 before the first."""
-        return len(self.passes) - 1
+        """Index of the pass that is running, -1 before the first; for one that shows no tokens another negative number,
+        its own."""
+        return self._latest
 
     def start(self, args: tuple[Any, ...], given: dict[str, Any]) -> bool:
         """Note a pass; False when it is part of one already noted, or what it was given shows no tokens."""
@@ -74,14 +107,20 @@ class Passes:
         tokens = next((t for name in _ID_NAMES if isinstance(t := given.get(name), Tensor)), None)
         if tokens is None:
             tokens = next((t for t in args if isinstance(t, Tensor)), None)
-        if tokens is None or tokens.ndim < 2:
+        # Ids [B, S], or embeddings [B, S, D]; anything else has no tokens.
+        if tokens is None or tokens.ndim != (3 if tokens.is_floating_point() else 2):
+            self.shows_nothing()
             return False
         cache = given.get("past_key_values")
         past = _cached(cache, given) if cache is not None else self._carried(given, tokens.shape[0])
         state = _first_state(given.get("cache_params") if cache is None else cache) if past else None
+        ids, mask = None if tokens.is_floating_point() else tokens, given.get("attention_mask")
+        if ids is None and self._shown is not None:
+            ids, known = self._shown.of(tokens.shape[0], tokens.shape[1], past)
+            mask = mask if known is None else known
         one = Pass(
-            ids=None if tokens.is_floating_point() else tokens.detach().clone(),
-            mask=_mask_of_tokens(given.get("attention_mask"), past, tokens.shape[1]),
+            ids=None if ids is None else ids.detach().clone(),
+            mask=_mask_of_tokens(mask, past, tokens.shape[1]),
             batch=tokens.shape[0],
             length=tokens.shape[1],
             past=past,
@@ -91,8 +130,15 @@ class Passes:
             kept, one.names = _kept(one, self._positions)
             one.keep = kept.to(tokens.device)
         self.passes.append(one)
+        self._latest = len(self.passes) - 1
         self._open = True
         return True
+
+    def shows_nothing(self) -> None:
+        """Note a pass that shows no tokens."""
+        if not self._open:
+            self._unknown += 1
+            self._latest = -1 - self._unknown
 
     def finish(self, output: Any = None) -> None:
         self._open = False
@@ -138,6 +184,11 @@ class Passes:
         return self.passes[-1].end if isinstance(at, Tensor) and at.numel() == 1 else 0
 
     @property
+    def latest(self) -> Pass | None:
+        """The pass that is running, or was last; None where it shows no tokens."""
+        return self.passes[self._latest] if self._latest >= 0 else None
+
+    @property
     def running(self) -> bool:
         """Whether a noted pass has not ended yet."""
         return self._open
@@ -146,22 +197,41 @@ class Passes:
     def cuts(self) -> bool:
         return self._positions is not None
 
-    def cut(self, tensor: Tensor) -> Tensor:
-        """The kept positions of a ``[B, S, ...]`` tensor of the running pass; other tensors are left as they are."""
-        one = self.passes[-1] if self.passes else None
-        if one is None or one.keep is None or tensor.shape[:2] != (one.batch, one.length):
-            return tensor
-        return take_positions(tensor, one.keep)
+    def cut(self, tensor: Tensor, axis: int = 1) -> Tensor:
+        """`Pass.cut` of the running pass, for the value of a site. Raises `OptionError` for one that has more positions
+        than the pass has tokens."""
+        one = self.require()
+        if one.keep is not None and tensor.ndim > axis and tensor.shape[axis] > one.length:
+            raise OptionError(
+                f"positions cannot be told: for {one.length} tokens this model has {tensor.shape[axis]} positions, as "
+                "where it puts those of an image in front of the text. Leave positions out, and cut what was captured."
+            )
+        return one.cut(tensor, axis)
+
+    def require(self) -> Pass:
+        """The running pass. Raises `OptionError` where nothing shows its tokens."""
+        one = self.latest
+        if one is None:
+            raise OptionError(
+                "positions choose among tokens, and this pass shows none: the model was given neither token ids [B, S] "
+                "nor embeddings [B, S, D]. Leave positions out, and cut what was captured."
+            )
+        return one
 
 
 class _PassListener:
-    __slots__ = ("_names", "_passes")
+    __slots__ = ("_names", "_passes", "_transposed")
 
     def __init__(self, passes: Passes, module: nn.Module) -> None:
         self._passes = passes
+        # torch's own recurrent modules and transformers take [S, B, D] if nothing else is said.
+        self._transposed = getattr(module, "batch_first", True) is False
         self._names = argument_names(type(module).forward)
 
     def begin(self, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
+        if self._transposed:
+            self._passes.shows_nothing()
+            return False
         args, kwargs = inputs
         return self._passes.start(args, {**dict(zip(self._names, args, strict=False)), **kwargs})
 
@@ -177,17 +247,6 @@ class _PassListener:
 @cache
 def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
-
-
-def take_positions(tensor: Tensor, index: Tensor) -> Tensor:
-    """``tensor[b, index[b]]`` for every row: ``[B, S, ...]`` and ``[B, n]`` -> ``[B, n, ...]``, zero where -1."""
-    index = index.to(tensor.device)
-    rows = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
-    taken = tensor[rows, index.clamp_min(0)]
-    absent = index < 0
-    if bool(absent.any()):
-        taken[absent] = 0
-    return taken
 
 
 def _kept(one: Pass, positions: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -208,9 +267,12 @@ def _kept(one: Pass, positions: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 def _chosen(one: Pass, positions: Any) -> Tensor:
     rows: list[Tensor] = []
+    if needs_ids(positions):
+        # What was in the prompt is not in the tokens behind it.
+        positions = told_by_ids(positions, one.real_ids(), none_there=one.past > 0)
     for choice, real in zip(each_prompt(positions, one.batch), one.real(), strict=True):
         at = real.nonzero()[:, 0]
-        rows.append(at[resolve_positions(choice, len(at))])
+        rows.append(at[resolve_positions(choice, len(at)) if choice != [] else []])
     width = max(len(row) for row in rows)
     return torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=-1) for row in rows])
 

@@ -6,9 +6,11 @@ Positions count real tokens, never padding. Pooling means the same for a batch o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from actcache.errors import LayerRangeError, OptionError, require_choice
+from actcache.model.media import KINDS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,6 +18,52 @@ if TYPE_CHECKING:
 
 _EXPECTED = "'all', 'last', 'first', an int, (start, stop), or a non-empty list of these"
 POOLINGS = ("last_token", "first_token", "mean", "max", "min")
+
+
+@dataclass(frozen=True)
+class TokensOf:
+    """Positions told by what a chat's messages say, or by token ids; made by `tokens_of`."""
+
+    role: str
+    which: str | int = "all"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.role, str) or not self.role:
+            raise OptionError(f"role is {self.role!r}: expected a role of the chats, such as 'assistant'")
+        if not _is_int(self.which):
+            require_choice(self.which, ("all", "first", "last"), "which")
+
+    @property
+    def by_ids(self) -> bool:
+        """Whether token ids tell them, and no chat."""
+        return self.role in KINDS
+
+
+def tokens_of(role: str, which: str | int = "all") -> TokensOf:
+    """Positions of what one role says in a chat, or of images or text in the prompts of a multimodal model, as a value
+    of ``positions=``.
+
+        ac.run_with_cache(model, chats, sites="resid_post", positions=ac.tokens_of("assistant"))
+        ac.run_with_cache(model, inputs, sites="resid_post", positions={"image": ac.tokens_of("image"), "last": -1})
+
+    Of a role they are the tokens that hold any character of the content of its messages, as the tokenizer's chat
+    template renders it: without the headers and end tokens that the template puts around a message, and without
+    whitespace that it takes away. `which`: "all" messages of the role, the "first", the "last", or one by its number
+    among them (negative from the end). It may stand wherever positions of prompts may, also in a dict of named
+    positions or a list, as long as the prompts are chats (lists of messages).
+
+    "image", "video" and "audio" are the tokens at whose places the model puts what its vision tower (or that for sound)
+    makes, by the ids that its config names (``image_token_id`` or ``image_token_index``); "text" is every other real
+    token, those around an image too that begin it, end it or separate its rows. `which` counts unbroken runs of them:
+    one image is one run, unless the model's prompts put several together or divide one. These stand wherever positions
+    do and token ids are seen: `capture`, `run_with_cache`, `extract_batches`, edits (`ablate`, `steer`, `patch`,
+    `knockout`) and `AttentionBlocks`; in extraction, whose prompts are text, nowhere. In `generate` a step without any
+    gives a capture none.
+
+    Raises `OptionError` here, and for a model that has no such tokens; `PromptError` or `TokenizerError` for prompts
+    that are no chats, that have no such message or token, or whose template changes what messages say.
+    """
+    return TokensOf(role, which)
 
 
 def pool(hidden: Tensor, lengths: Tensor, pooling: str, *, offsets: Tensor | None = None) -> Tensor:
@@ -79,13 +127,25 @@ def pool_numpy(rows: np.ndarray[Any, Any], pooling: str) -> np.ndarray[Any, Any]
     return result
 
 
-def check_positions(positions: Any) -> None:
-    """Raise `OptionError` for what can name no position, whatever the prompt's length; None means "all"."""
+def check_positions(positions: Any, *, chats: bool = False, ids: bool = False) -> None:
+    """Raise `OptionError` for what can name no position, whatever the prompt's length; None means "all". `chats`: the
+    prompts may be chats, which `TokensOf` a role needs; `ids`: token ids will be seen, which one of a kind needs."""
     if isinstance(positions, str):
         require_choice(positions, ("all", "last", "first"), "position")
     elif isinstance(positions, list) and positions:
         for item in positions:
-            check_positions(item)
+            check_positions(item, chats=chats, ids=ids)
+    elif isinstance(positions, TokensOf):
+        if positions.by_ids and not ids:
+            raise OptionError(
+                f"tokens_of({positions.role!r}) cannot be used here, where prompts are text only: it is for passes "
+                "that are given token ids, in capture, run_with_cache and extract_batches"
+            )
+        if not positions.by_ids and not chats:
+            raise OptionError(
+                f"tokens_of({positions.role!r}) cannot be used here, where nothing is known of a chat: it is for "
+                "prompts that are handed over as chats, in run_with_cache, extract_batches and extraction"
+            )
     elif isinstance(positions, tuple):
         if len(positions) != 2 or not all(_is_int(p) for p in positions):
             raise OptionError(f"position {positions!r} is not a pair (start, stop); write a list for several positions")
@@ -93,10 +153,10 @@ def check_positions(positions: Any) -> None:
         raise OptionError(f"positions is {positions!r}: expected {_EXPECTED}")
 
 
-def check_named(positions: Any) -> None:
+def check_named(positions: Any, *, chats: bool = False, ids: bool = False) -> None:
     """`check_positions`, for what may also be a dict of named positions: ``{"subject": (3, 6), "last": -1}``."""
     if not isinstance(positions, dict):
-        check_positions(positions)
+        check_positions(positions, chats=chats, ids=ids)
     elif not positions:
         raise OptionError("positions is an empty dict: name at least one, such as {'last': -1}")
     else:
@@ -105,7 +165,7 @@ def check_named(positions: Any) -> None:
                 raise OptionError(f"position {name!r} has no name: the keys of positions are non-empty strings")
             if choice is None:
                 raise OptionError(f"position {name!r} is None: expected {_EXPECTED}")
-            check_positions(choice)
+            check_positions(choice, chats=chats, ids=ids)
 
 
 def is_single(choice: Any) -> bool:
@@ -113,9 +173,37 @@ def is_single(choice: Any) -> bool:
     return _is_int(choice) or choice in ("first", "last")
 
 
+def has_fixed_size(choice: Any) -> bool:
+    """Whether this names as many tokens in every prompt that is long enough; a list for each prompt need not."""
+    if isinstance(choice, tuple):
+        start, stop = choice
+        return bool((start < 0) == (stop < 0))
+    if isinstance(choice, list):
+        return all(not isinstance(item, list) and has_fixed_size(item) for item in choice)
+    return is_single(choice)
+
+
+def is_per_prompt(positions: Any) -> TypeGuard[list[Any]]:
+    """Whether this is a list for each prompt."""
+    return isinstance(positions, list) and bool(positions) and all(isinstance(item, list) for item in positions)
+
+
+def told_positions(positions: Any) -> Any:
+    """Positions as JSON values, the same for two ways of writing the same."""
+    if isinstance(positions, tuple):
+        return {"from": int(positions[0]), "to": int(positions[1])}
+    if isinstance(positions, list):
+        return [told_positions(item) for item in positions]
+    if isinstance(positions, TokensOf):
+        return {"tokens_of": positions.role, "which": positions.which}
+    if positions is None or isinstance(positions, str):
+        return {"first": 0, "last": -1}.get(positions or "", "all")
+    return int(positions)
+
+
 def each_prompt(positions: Any, n_prompts: int) -> list[Any]:
     """The positions of each prompt: a list of lists is one list per prompt, anything else holds for all of them."""
-    if isinstance(positions, list) and positions and all(isinstance(item, list) for item in positions):
+    if is_per_prompt(positions):
         if len(positions) != n_prompts:
             raise OptionError(f"positions holds lists for {len(positions)} prompts, the batch has {n_prompts} prompts")
         return positions

@@ -7,7 +7,6 @@ without a KV cache, and however many beams each prompt has.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from actcache.capture.generation import Generation, Watch
+from actcache.capture.media import needs_ids, on_model, told_by_ids
 from actcache.capture.passes import Pass, Passes, argument_names
 from actcache.capture.positions import each_prompt, resolve_positions
+from actcache.capture.shown import shown_by
 from actcache.capture.stacks import way_to_backbone
 from actcache.errors import EditError, OptionError
 from actcache.model.anatomy import Anatomy
@@ -37,32 +38,38 @@ class Chosen:
     """How many positions were asked for of each prompt."""
     beams: bool
     """Whether several prompts, one below the other, may be the beams of one: in generation."""
+    asked: tuple[Tensor, ...]
+    """Of each row, the columns that were asked for, counted from the first token in the KV cache."""
+    keys: tuple[Tensor, ...]
+    """Of each row, the columns of the prompt's real tokens, counted in the same way."""
+    end: int
+    """How many columns there are after this pass."""
+
+    def key_columns(self, columns: Tensor, n_keys: int) -> Tensor:
+        """Which of `n_keys` keys these columns are, -1 for those that were let go (a sliding window keeps the last
+        ones only)."""
+        first = max(self.end - n_keys, 0)
+        return torch.where(columns >= first, columns - first, -1)
 
 
 @dataclass
 class _Running:
-    """The passes of one stack in one thread."""
+    """The passes of one stack."""
 
-    passes: Passes = field(default_factory=lambda: Passes("all"))
+    passes: Passes
     known: bool = False
     first: Pass | None = None
     """The pass in which `generate` ran the prompt; None outside of it."""
     chosen: dict[str, Chosen] = field(default_factory=dict)
 
 
-class _Here(threading.local):
-    def __init__(self) -> None:
-        self.stacks: dict[str | None, _Running] = {}
-        # Calls of `generate` that are running, and the tokens of the outermost one's prompt.
-        self.depth = 0
-        self.prompt: int | None = None
-
-
 class PromptPositions:
-    """Follows the passes of a model while an edit needs to know them; each thread has its own."""
+    """Follows the passes of a model while an edit needs to know them."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy | None) -> None:
-        self._here = _Here()
+        self._model = model
+        self._shown = shown_by(model, anatomy)
+        self.forget()
         stacks = anatomy.structure.stacks if anatomy is not None else ()
         if anatomy is not None and len(stacks) == 2:
             self._paths = {stack.name: stack.blocks.rpartition(".")[0] for stack in stacks}
@@ -74,11 +81,15 @@ class PromptPositions:
 
     def forget(self) -> None:
         """Start anew: nothing has run yet."""
-        self._here = _Here()
+        self._stacks: dict[str | None, _Running] = {}
+        # Calls of `generate` that are running, and the tokens of the outermost one's prompt.
+        self._depth = 0
+        self._prompt: int | None = None
 
     def listeners(self) -> list[tuple[nn.Module, Any]]:
         """What to put on the modules with which passes begin."""
-        return [(module, _Begins(self, stack, module)) for module, stack in self._begins]
+        shown = [] if self._shown is None else self._shown.listeners(self._generating)
+        return shown + [(module, _Begins(self, stack, module)) for module, stack in self._begins]
 
     def watch(self) -> Watch:
         """Begin to watch `generate`."""
@@ -94,20 +105,7 @@ class PromptPositions:
 
         Raises `LayerRangeError` for a position outside a prompt, `EditError` where positions cannot be told.
         """
-        running = self._here.stacks.get(stack if stack in self._paths else self._last)
-        one = running.passes.passes[-1] if running is not None and running.known else None
-        rows, length = value.shape[:2] if value.ndim > 1 else (0, 0)
-        # In generation logits are computed for the last positions only.
-        missing = 0 if one is None else one.length - length
-        if one is None or rows != one.batch or missing < 0 or (missing and not self._here.depth):
-            given = (
-                "this pass shows no token ids" if one is None else f"this pass has {one.batch} x {one.length} tokens"
-            )
-            raise EditError(
-                f"the positions of an edit of {target!r} cannot be told: {given}, and the value is "
-                f"{list(value.shape)}. Leave positions out to edit all of them."
-            )
-        assert running is not None
+        running, one, missing = self._pass_of(stack, value, f"the positions of an edit of {target!r}")
         key = f"{positions!r}"
         if key not in running.chosen:
             running.chosen[key] = self._choose(positions, running, one)
@@ -123,18 +121,48 @@ class PromptPositions:
             prompts=chosen.prompts[there],
         )
 
+    def real(self, stack: str | None, value: Tensor, target: str) -> Tensor:
+        """Which positions of `value` ``[B, S, ...]`` are real tokens: bool ``[B, S]`` on the CPU, or `EditError`."""
+        _, one, missing = self._pass_of(stack, value, f"the positions of {target}")
+        return one.real()[:, missing:]
+
+    def number_of(self, stack: str | None, row: int, position: int) -> int:
+        """Which token of its sequence a position of the running pass is, padding not counted."""
+        one = self._stacks[stack if stack in self._paths else self._last].passes.passes[-1]
+        return int(_real(one)[row, : one.past + position].sum())
+
+    def _pass_of(self, stack: str | None, value: Tensor, what: str) -> tuple[_Running, Pass, int]:
+        """The pass that is running, and how many of its first positions `value` lacks."""
+        running = self._stacks.get(stack if stack in self._paths else self._last)
+        one = running.passes.passes[-1] if running is not None and running.known else None
+        rows, length = value.shape[:2] if value.ndim > 1 else (0, 0)
+        # In generation logits are computed for the last positions only.
+        missing = 0 if one is None else one.length - length
+        if running is None or one is None or rows != one.batch or missing < 0 or (missing and not self._depth):
+            given = (
+                "this pass shows no token ids" if one is None else f"this pass has {one.batch} x {one.length} tokens"
+            )
+            raise EditError(
+                f"{what} cannot be told: {given}, and the value is {list(value.shape)}. Leave positions out to edit "
+                "all of them."
+            )
+        return running, one, missing
+
     def _choose(self, positions: Any, running: _Running, one: Pass) -> Chosen:
         first = running.first
         real = self._prompt_of(first) if first is not None else _real(one)
         if one.batch % real.shape[0]:
             raise EditError(f"a pass of {one.batch} rows does not continue one of {real.shape[0]} rows")
+        if needs_ids(positions):
+            positions = self._told(positions, real, one if first is None else first)
         listed = isinstance(positions, list) and bool(positions) and all(isinstance(p, list) for p in positions)
         # In generation a prompt has a row for each of its beams, one below the other.
         per_list = real.shape[0] // len(positions) if listed and first is not None else 1
         choices = each_prompt(positions, real.shape[0] // max(per_list, 1))
-        columns = []
+        columns, keys = [], []
         for row, here in enumerate(real):
             at = here.nonzero()[:, 0]
+            keys.append(at)
             columns.append(at[resolve_positions(choices[row // max(per_list, 1)], len(at))])
         repeat = one.batch // real.shape[0]
         rows, ats, numbers, prompts = [], [], [], []
@@ -145,15 +173,33 @@ class PromptPositions:
             numbers.append(number)
             rows.append(torch.full_like(number, row))
             prompts.append(torch.full_like(number, row // repeat))
-        counts = tuple(map(len, columns))
         return Chosen(
-            torch.cat(rows), torch.cat(ats), torch.cat(numbers), torch.cat(prompts), counts, first is not None
+            torch.cat(rows),
+            torch.cat(ats),
+            torch.cat(numbers),
+            torch.cat(prompts),
+            tuple(map(len, columns)),
+            first is not None,
+            tuple(columns[row // repeat] for row in range(one.batch)),
+            tuple(keys[row // repeat] for row in range(one.batch)),
+            one.end,
         )
+
+    def _told(self, positions: Any, real: Tensor, one: Pass) -> Any:
+        """`positions` in numbers, of prompts whose real positions are `real` and which `one` runs from their start."""
+        if one.past:
+            raise EditError("tokens_of is told by all token ids of a prompt, and some of them are in the KV cache only")
+        one.real_ids()
+        assert one.ids is not None
+        ids = one.ids.cpu()[:, : real.shape[1]]
+        return told_by_ids(on_model(positions, self._model), [row[here] for row, here in zip(ids, real, strict=True)])
 
     # -- told by the modules with which passes begin, and by `generate`
 
     def began(self, stack: str | None, args: tuple[Any, ...], given: dict[str, Any]) -> bool:
-        running = self._here.stacks.setdefault(stack, _Running())
+        if stack not in self._stacks:
+            self._stacks[stack] = _Running(Passes("all", self._shown if stack != "decoder" else None))
+        running = self._stacks[stack]
         passes = running.passes
         inside = passes.running
         started = passes.start(args, given)
@@ -164,16 +210,16 @@ class PromptPositions:
             one = passes.passes[-1]
             # An edit may stay for thousands of passes; the last one is what positions are told by.
             del passes.passes[:-1]
-            if self._here.depth and running.first is None:
+            if self._depth and running.first is None:
                 running.first = one
         return started
 
     def finished(self, stack: str | None, output: Any) -> None:
-        self._here.stacks[stack].passes.finish(output)
+        self._stacks[stack].passes.finish(output)
 
     def _prompt_of(self, one: Pass) -> Tensor:
         """Which positions of the prompt are real, told by the pass that ran it."""
-        prompt = self._here.prompt
+        prompt = self._prompt
         if prompt is None:
             return _real(one)
         if one.end < prompt:
@@ -185,21 +231,21 @@ class PromptPositions:
         return _real(one) if one.ids is None else _real(one)[:, :prompt]
 
     def begins(self, prompt: int | None) -> None:
-        if self._here.depth == 0:
-            self._here.prompt = prompt
+        if self._depth == 0:
+            self._prompt = prompt
             self._end_of_prompt()
-        self._here.depth += 1
+        self._depth += 1
 
     def noted(self) -> int:
         return 0
 
     def generated(self, generation: Generation) -> None:
-        self._here.depth -= 1
-        if self._here.depth == 0:
+        self._depth -= 1
+        if self._depth == 0:
             self._end_of_prompt()
 
     def _end_of_prompt(self) -> None:
-        for running in self._here.stacks.values():
+        for running in self._stacks.values():
             running.first = None
 
 

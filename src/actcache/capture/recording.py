@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -10,19 +11,32 @@ from torch import Tensor, nn
 
 from actcache.capture.cache import ActivationCache
 from actcache.capture.eager import eager
-from actcache.capture.entry import MISSING, Entry
+from actcache.capture.entry import Entry
 from actcache.capture.generation import Watch
-from actcache.capture.passes import Passes
+from actcache.capture.names import Names
+from actcache.capture.readers import (
+    Keep,
+    OnInput,
+    OnReturn,
+    Pair,
+    WatchedOutputs,
+    WatchedSite,
+    cut_of_module,
+    cutting,
+    graphless,
+    reader,
+    site_reader,
+)
 from actcache.capture.stacks import Track, Tracks, way_to_backbone
-from actcache.capture.taps import Inputs, Taps
-from actcache.capture.tokens import Tables
-from actcache.capture.values import make_keeper, map_tensors
-from actcache.errors import MissedModuleError
+from actcache.capture.tokens import Tables, position_axes
+from actcache.capture.values import make_converter, make_keeper
+from actcache.capture.watching import OwnTensors, SiteGradients, Watcher
+from actcache.errors import GradientError, MissedModuleError
 from actcache.model.anatomy import Anatomy, ReadPoint
+from actcache.model.implementation import holding_probabilities
 from actcache.model.offload import is_dispatched
 from actcache.model.sites import Site
-
-Keep = Callable[[Any], Any]
+from actcache.model.taps import Taps
 
 
 class StopForward(Exception):
@@ -46,9 +60,11 @@ class Recording:
         required: Sequence[str],
         include_output: bool,
         include_inputs: bool,
+        include_grads: bool,
         keep: dict[str, Any],
         positions: Any,
         stop_after_last: bool,
+        names: Names | None,
     ) -> None:
         self._model = model
         self._modules = modules
@@ -56,13 +72,17 @@ class Recording:
         self._anatomy = anatomy
         self._required = required
         self._sides = (include_output, include_inputs)
+        self._grads = include_grads
         self._keep = keep
         self._positions = positions
         self._stop = stop_after_last
+        self._names = names
         self._track = False
         self._stopper: _Stopper | None = None
+        self._watcher: Watcher | None = None
         self._taps: Taps | None = None
         self._watch: Watch | None = None
+        self._held = ExitStack()
 
     def track_tokens(self) -> None:
         """Note token ids and masks even when nothing but the caller needs them."""
@@ -71,16 +91,19 @@ class Recording:
     def __enter__(self) -> ActivationCache:
         if self._taps is not None:
             raise RuntimeError("this capture block is already open: call capture() again for another one")
-        recorder = _Recorder(self._required)
+        watcher = Watcher(make_converter(**self._keep)) if self._grads else None
+        recorder, self._watcher = _Recorder(self._required, watcher), watcher
         keep: Keep = make_keeper(**self._keep)
         outputs: list[tuple[nn.Module, Callable[[Any], None]]] = []
         listeners: list[tuple[nn.Module, Any]] = []
         guards: list[tuple[nn.Module, Any]] = []
+        last: list[tuple[nn.Module, Any]] = []
         # A pass may begin at the model itself or at its backbone.
         tops = way_to_backbone(self._model, self._anatomy)
         cuts = not (isinstance(self._positions, str) and self._positions == "all")
         if self._points or cuts or self._track:
-            recorder.tracks = Tracks(self._model, self._anatomy, self._positions)
+            asked = None if self._modules else {site.stack for site in self._points}
+            recorder.tracks = Tracks(self._model, self._anatomy, self._positions, asked)
             listeners += recorder.tracks.listeners(tops, whole=cuts and bool(self._modules))
         # Weights that accelerate brought in for a pass leave at its end, which an exception would skip.
         stops = self._stop and not is_dispatched(self._model)
@@ -89,12 +112,24 @@ class Recording:
             guards += [(module, stopper.guard) for module in {id(m): m for m in (tops[0], tops[-1])}.values()]
         self._stopper = stopper
         self._read_modules(recorder, keep, stopper, outputs, listeners)
-        self._read_points(recorder, keep, stopper, outputs, listeners)
+        self._read_points(recorder, keep, stopper, outputs, listeners, guards)
+        if watcher is not None:
+            last += [(module, OwnTensors("output")) for module in self._modules.values()]
+            for site, point in self._points.items():
+                assert self._anatomy is not None
+                last += OwnTensors.at(site, point, self._anatomy)
+        elif not self._keep["detach"]:
+            # Computed beside the model, they are in the graph only if it goes on with them.
+            last += [(p.module, OwnTensors("pattern", every=True)) for p in self._points.values() if p.probabilities]
         cache = ActivationCache()
         cache._begin(recorder, self._model, self._anatomy)
+        if self._names is not None:
+            cache._called = self._names
         taps = self._taps = Taps()
         try:
-            taps.add(outputs, listeners, guards)
+            if any(point.probabilities for point in self._points.values()):
+                self._held.enter_context(holding_probabilities(self._model))
+            taps.add(outputs, listeners, guards, last=last)
             self._watch = recorder.tracks.watch(tops) if recorder.tracks is not None else None
             eager.enter()
         except BaseException:
@@ -106,17 +141,26 @@ class Recording:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
+        taps, watcher = self._taps, self._watcher
         self._release()
         eager.leave()
         missed = self._cache._end()
+        nothing = bool(missed) and self._cache.is_empty()
         del self._cache
         # Only a pass that began below the model and its backbone can still carry our signal here.
         stopped = isinstance(error, StopForward) and error.owner is not None and error.owner is self._stopper
         if missed and (kind is None or stopped):
             some = ", ".join(repr(key) for key in missed[:5]) + (", ..." if len(missed) > 5 else "")
+            instead = instead_of_missing(taps if nothing else None)
             raise MissedModuleError(
                 f"{len(missed)} of the requested modules or sites did not run inside the block: {some}. "
-                "Run the model inside the block, or ask only for what it runs; the rest was captured and can be read."
+                f"{instead}, or ask only for what it runs (a module whose forward() is called, and not itself, is not "
+                "seen); the rest was captured and can be read."
+            )
+        if watcher is not None and not watcher.saw_graph and kind is None:
+            raise GradientError(
+                "nothing that was captured can have a gradient (include_grads): it holds no floating-point tensor. The "
+                "values were captured and can be read."
             )
         return stopped
 
@@ -127,46 +171,77 @@ class Recording:
             watch.end()
         if taps is not None:
             taps.remove()
+        self._held.close()
 
     def _read_modules(
         self, recorder: _Recorder, keep_all: Keep, stopper: _Stopper | None, outputs: list[Any], listeners: list[Any]
     ) -> None:
         include_output, include_inputs = self._sides
         for key, module in self._modules.items():
-            keep = _cutting(keep_all, recorder.tracks, key)
+            cut = cut_of_module(recorder.tracks, key)
+            keep = keep_all if cut is None else cutting(keep_all, cut)
+            count = None if stopper is None else stopper.counter(key)
+            watch = None if recorder.watcher is None else WatchedOutputs(recorder.watcher, cut)
+            gradients = None if watch is None else watch.gradients
             if include_inputs:
-                pair = _Pair(keep, include_output, None if stopper is None else stopper.counter(key))
-                recorder.entries[key] = Entry(pair.outputs, pair.inputs)
+                pair = Pair(keep, include_output, count, watch)
+                recorder.entries[key] = Entry(pair.outputs, pair.inputs, gradients)
                 listeners.append((module, pair))
             else:
                 values: list[Any] = []
-                recorder.entries[key] = Entry(values, None)
-                outputs.append(
-                    (module, _reader(values.append, keep, None if stopper is None else stopper.counter(key)))
-                )
+                recorder.entries[key] = Entry(values, None, gradients)
+                outputs.append((module, reader(values.append, keep, count, watch)))
 
     def _read_points(
-        self, recorder: _Recorder, keep: Keep, stopper: _Stopper | None, outputs: list[Any], listeners: list[Any]
+        self,
+        recorder: _Recorder,
+        keep: Keep,
+        stopper: _Stopper | None,
+        outputs: list[Any],
+        listeners: list[Any],
+        guards: list[Any],
     ) -> None:
         for site, point in self._points.items():
+            key = str(site)
             values: list[tuple[int, Tensor]] = []
             assert recorder.tracks is not None
             track = recorder.tracks.of(site)
-            recorder.sites[str(site)] = track, values
-            counter = None if stopper is None else stopper.counter(site)
-            read = _site_reader(values, point.extract, keep, track.passes, counter)
-            if point.around is not None:
-                listeners.append((point.around[0], OnInput(point.around[1])))
-            if point.side == "output":
+            recorder.sites[key] = track, values
+            count = None if stopper is None else stopper.counter(site)
+            watch = None
+            if recorder.watcher is not None and recorder.gradients is not None:
+                watch = WatchedSite(recorder.watcher, key, point, track.passes)
+                recorder.gradients.add(key, track, watch.found)
+            extract = point.extract
+            if self._keep["detach"] and (watch is None or site.name == "head_out"):
+                extract = graphless(extract)
+            read = site_reader(values, extract, keep, track.passes, position_axes(key)[0], count, watch)
+            listeners += [(module, OnInput(note)) for module, note in point.around]
+            if point.guards:
+                guards += point.guards
+                listeners.append((point.module, OnReturn(read)))
+            elif point.side == "output":
                 outputs.append((point.module, read))
             else:
-                listeners.append((point.module, OnInput(read)))
+                listeners.append((point.module, OnInput(read, early=point.early)))
+
+
+def instead_of_missing(taps: Taps | None) -> str:
+    """What to do about what did not run in a block; `taps` are the block's where nothing of it ran."""
+    if taps is not None and taps.ran_elsewhere():
+        return (
+            "The model ran in another thread, and a block belongs to the thread that opened it: "
+            "open the block in the thread that runs the model"
+        )
+    return "Run the model inside the block"
 
 
 class _Recorder:
     """What the taps of one block fill, and the form in which the cache takes it over."""
 
-    def __init__(self, required: Sequence[str]) -> None:
+    def __init__(self, required: Sequence[str], watcher: Watcher | None) -> None:
+        self.watcher = watcher
+        self.gradients = SiteGradients() if watcher is not None else None
         self.entries: dict[str, Entry] = {}
         self.sites: dict[str, tuple[Track, list[tuple[int, Tensor]]]] = {}
         self.tracks: Tracks | None = None
@@ -185,7 +260,7 @@ class _Recorder:
             state = len(values), *track.state
             if values and published.get(key) != state:
                 published[key] = state
-                items[key] = track.joined(values)
+                items[key] = track.joined(values, position_axes(key))
 
     def missed(self) -> list[str]:
         if not self._required and not any(map(len, self.entries.values())):
@@ -205,53 +280,6 @@ class _Recorder:
     def tokens(self) -> Tables:
         """Token ids and mask of the passes so far, by stack."""
         return self.tracks.tokens(self.sites) if self.tracks is not None else {}
-
-
-class _Pair:
-    """Records inputs and the outputs that belong to them, also when a module calls itself."""
-
-    __slots__ = ("_count", "_keep", "inputs", "outputs")
-
-    def __init__(self, keep: Keep, include_output: bool, count: Callable[[], None] | None) -> None:
-        self.inputs: list[Inputs] = []
-        self.outputs: list[Any] | None = [] if include_output else None
-        self._keep = keep
-        self._count = count
-
-    def begin(self, inputs: Inputs) -> Inputs:
-        args, kwargs = inputs
-        # Kept now: the forward may change its inputs in place.
-        return self._keep(args), self._keep(kwargs)
-
-    def end(self, token: Inputs, output: Any) -> None:
-        if self.outputs is not None:
-            self.outputs.append(self._keep(output))
-        self.inputs.append(token)
-        if self._count is not None:
-            self._count()
-
-    def fail(self, token: Inputs) -> None:
-        if self.outputs is not None:
-            self.outputs.append(MISSING)
-        self.inputs.append(token)
-
-
-class OnInput:
-    """A listener that reads what a module is called with."""
-
-    __slots__ = ("read",)
-
-    def __init__(self, read: Callable[[Inputs], None]) -> None:
-        self.read = read
-
-    def begin(self, inputs: Inputs) -> None:
-        self.read(inputs)
-
-    def end(self, token: Any, output: Any) -> None:
-        return None
-
-    def fail(self, token: Any) -> None:
-        return None
 
 
 class _Stopper:
@@ -283,49 +311,3 @@ class _Stopper:
             raise
         finally:
             self._depth -= 1
-
-
-def _reader(put: Callable[[Any], None], keep: Keep, count: Callable[[], None] | None) -> Callable[[Any], None]:
-    if count is None:
-
-        def read(output: Any) -> None:
-            put(keep(output))
-
-        return read
-
-    def read_and_count(output: Any) -> None:
-        put(keep(output))
-        count()
-
-    return read_and_count
-
-
-def _site_reader(
-    values: list[tuple[int, Tensor]],
-    extract: Callable[[Any], Tensor],
-    keep: Keep,
-    passes: Passes,
-    count: Callable[[], None] | None,
-) -> Callable[[Any], None]:
-    def read(raw: Any) -> None:
-        tensor = extract(raw)
-        if passes.cuts:
-            tensor = passes.cut(tensor)
-        values.append((passes.current, keep(tensor)))
-        if count is not None:
-            count()
-
-    return read
-
-
-def _cutting(keep: Keep, tracks: Tracks | None, path: str) -> Keep:
-    track = tracks.of_module(path) if tracks is not None else None
-    if track is None or not track.passes.cuts:
-        return keep
-    passes = track.passes
-
-    def cut(tensor: Tensor) -> Tensor:
-        # With four dimensions the second may be heads as well as positions.
-        return passes.cut(tensor) if tensor.ndim in (2, 3) else tensor
-
-    return lambda value: keep(map_tensors(value, cut))

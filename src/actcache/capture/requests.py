@@ -8,19 +8,22 @@ from collections.abc import Sequence
 from torch import nn
 
 from actcache.errors import OptionError, UnknownModuleError, did_you_mean, nearest
-from actcache.model.structure import descend, has_forward
+from actcache.model.structure import descend, has_forward, is_script
 
 Modules = str | nn.Module | Sequence[str | nn.Module]
 
 
 def module_table(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module for every module of `model`, "" first; a module with two names goes by its first."""
+    """Path -> module for every module of `model`, "" first; a module with two names goes by its first. What a module
+    compiled by ``torch.jit`` holds does not run as modules, and is left out."""
     table: dict[str, nn.Module] = {"": model}
     _walk(model, "", table, {id(model)})
     return table
 
 
 def _walk(parent: nn.Module, prefix: str, table: dict[str, nn.Module], seen: set[int]) -> None:
+    if is_script(parent):
+        return
     # Not a closure: one that calls itself would keep the model alive until the garbage collector comes.
     for name, child in parent._modules.items():
         if child is not None and id(child) not in seen:
@@ -56,6 +59,8 @@ def resolve_modules(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
         if isinstance(item, str) and not _is_pattern(item):
             found = _exact(model, item)
             if found is not None:
+                if is_script(found[1]):
+                    _require_module(model, found[0])
                 wanted[found[0]] = _runnable(*found)
                 continue
         table = module_table(model) if table is None else table
@@ -83,6 +88,18 @@ def _exact(model: nn.Module, path: str) -> tuple[str, nn.Module] | None:
     except KeyError:
         bare = "" if path == "model" else path.removeprefix("model.")
         return _exact(model, bare) if bare != path else None
+
+
+def _require_module(model: nn.Module, path: str) -> None:
+    """Raise `UnknownModuleError` for what lies inside a module that runs as compiled code."""
+    names = path.split(".") if path else []
+    for depth in range(len(names)):
+        if is_script(descend(model, names[:depth])):
+            holder = ".".join(names[:depth]) or "model"
+            raise UnknownModuleError(
+                f"{path!r} lies inside {holder!r}, which torch.jit compiled: it does not run as a module. Capture "
+                f"{holder!r} itself, or the model before it was compiled."
+            )
 
 
 def _runnable(path: str, module: nn.Module) -> nn.Module:

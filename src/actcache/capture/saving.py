@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -25,11 +26,13 @@ from actcache.capture import aggregate
 from actcache.capture.entry import MISSING, Entry
 from actcache.capture.joining import Refused
 from actcache.capture.keyed import Keyed
+from actcache.capture.names import Names
 from actcache.capture.notes import ValueWithInfo
 from actcache.capture.strategies import Named, Strategies, importable_name
-from actcache.capture.tokens import Tokens
+from actcache.capture.tokens import Mask, Tokens
 from actcache.capture.values import KVSummary
 from actcache.errors import FormatError, MissingFileError, UnsavableError
+from actcache.model.layout import Block
 
 K = TypeVar("K", bound=Keyed)
 
@@ -39,7 +42,7 @@ _PLAIN = (bool, int, float, str, type(None))
 _ROOT = "transformers."
 
 
-def save(cache: Keyed, path: str | os.PathLike[str]) -> None:
+def save(cache: Keyed, path: str | os.PathLike[str]) -> Path:
     """Write `cache` to `path`: see `ActivationCache.save`."""
     state = cache._state()
     writer = _Writer()
@@ -47,9 +50,10 @@ def save(cache: Keyed, path: str | os.PathLike[str]) -> None:
     described = {
         "format": FORMAT,
         "version": VERSION,
+        "saved": time.time(),
         "items": [[key, writer.encode(value, repr(key))] for key, value in cache._data.items()],
         "tables": [[stack, writer.encode(tuple(table), "the tokens")] for stack, table in state.tables.items()],
-        "masks": writer.encode(state.masks, "the masks"),
+        "masks": writer.encode({key: tuple(mask) for key, mask in state.masks.items()}, "the masks"),
         "columns": {name: writer.encode(column, f"column {name!r}") for name, column in (cache._columns or {}).items()},
         "metadata": {
             name: writer.encode(value, f"metadata {name!r}") for name, value in (cache._metadata or {}).items()
@@ -57,12 +61,20 @@ def save(cache: Keyed, path: str | os.PathLike[str]) -> None:
         "strategies": [[pattern, importable_name(function, pattern)] for pattern, function in strategies.items()],
         "new": sorted(cache._strategies.new) if cache._strategies is not None else [],
         "depths": list(cache._depths.items()),
+        "layouts": [[stack, [list(block) for block in blocks]] for stack, blocks in cache._layouts.items()],
+        "names": cache._called.given if cache._called is not None else {},
         "missed": cache.missed,
         "tokens": cache.tokens,
         "batches": cache._batches,
     }
     header = {FORMAT: json.dumps(described)}
     target = Path(path)
+    if target.is_dir():
+        from actcache.capture.saved import new_file
+
+        target = new_file(target)
+    if not target.parent.is_dir():
+        raise MissingFileError(f"there is no folder {os.fspath(target.parent)!r} to save a cache in: make it first")
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     os.close(handle)
     try:
@@ -73,6 +85,7 @@ def save(cache: Keyed, path: str | os.PathLike[str]) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+    return target
 
 
 def load(kind: type[K], path: str | os.PathLike[str]) -> K:
@@ -94,10 +107,10 @@ def load(kind: type[K], path: str | os.PathLike[str]) -> K:
             f"{os.fspath(path)!r} is of version {found['version']} of the format, and this actcache reads {VERSION}: "
             "update actcache"
         )
-    decode = _Reader(tensors).decode
+    decode = Reader(tensors.__getitem__).decode
     cache = kind({key: decode(value) for key, value in found["items"]})
     cache._tokens = {stack: Tokens(*decode(table)) for stack, table in found["tables"]}
-    cache._masks = decode(found["masks"])
+    cache._masks = {key: Mask(*mask) for key, mask in decode(found["masks"]).items()}
     cache._columns = {name: decode(column) for name, column in found["columns"].items()}
     cache._metadata = {name: decode(value) for name, value in found["metadata"].items()}
     if found["strategies"]:
@@ -106,6 +119,11 @@ def load(kind: type[K], path: str | os.PathLike[str]) -> K:
             cache._strategies.rules[pattern] = _strategy(name)
         cache._strategies.new = set(found["new"])
     cache._depths = dict(map(tuple, found["depths"]))
+    cache._layouts = {
+        stack: tuple(Block(kind, tuple(parts), factor) for kind, parts, factor in blocks)
+        for stack, blocks in found.get("layouts", [])
+    }
+    cache._called = Names(found["names"]) if found.get("names") else None
     cache._batches = found["batches"]
     cache.missed, cache.tokens = found["missed"], found["tokens"]
     return cache
@@ -192,9 +210,11 @@ _WRITERS: dict[type, tuple[str, Callable[[_Writer, Any, str], Any]]] = {
 }
 
 
-class _Reader:
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self._tensors = tensors
+class Reader:
+    """Values from JSON; `tensor` gives those that were kept aside."""
+
+    def __init__(self, tensor: Callable[[str], Tensor]) -> None:
+        self._get = tensor
 
     def decode(self, value: Any) -> Any:
         if not isinstance(value, dict):
@@ -203,7 +223,7 @@ class _Reader:
         return getattr(self, f"_{kind}")(content)
 
     def _tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return self._get(name)
 
     def _list(self, items: list[Any]) -> list[Any]:
         return [self.decode(item) for item in items]
@@ -233,7 +253,7 @@ class _Reader:
         if "text" in content:
             dtype, items = content["text"]
             return np.array(items, dtype=dtype)
-        array: np.ndarray[Any, Any] = self._tensors[content["tensor"]].numpy()
+        array: np.ndarray[Any, Any] = self._get(content["tensor"]).numpy()
         return array
 
     def _number(self, content: list[Any]) -> Any:

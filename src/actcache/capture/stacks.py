@@ -6,15 +6,18 @@ its own passes. Any other model has one stack, None.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from actcache.capture.generation import Watch, end_tokens
-from actcache.capture.joining import Refused, Sequences, group, join, join_batches, tokens_of
+from actcache.capture.joining import Refused, Sequences, at_their_keys, group, join, n_rows, tokens_of
+from actcache.capture.padding import join_tensors
 from actcache.capture.passes import Passes
-from actcache.capture.tokens import Tables, Tokens
+from actcache.capture.shown import Shown, shown_by
+from actcache.capture.tokens import Tables, Tokens, unless_alike
 from actcache.model.anatomy import Anatomy
 from actcache.model.sites import Site
 from actcache.model.structure import descend
@@ -23,8 +26,8 @@ from actcache.model.structure import descend
 class Track:
     """The passes of one stack, those of `path` and what it holds."""
 
-    def __init__(self, positions: Any, path: str = "", *, generates: bool = True) -> None:
-        self.passes = Passes(positions)
+    def __init__(self, positions: Any, path: str = "", *, generates: bool = True, shown: Shown | None = None) -> None:
+        self.passes = Passes(positions, shown)
         self.path = path
         self._generates = generates
         self._groups: tuple[tuple[int, int], list[Sequences]] = (0, 0), []
@@ -40,38 +43,53 @@ class Track:
             self._groups = self.state, group(passes, generations, steps=self._generates)
         return self._groups[1]
 
-    def joined(self, values: Iterable[tuple[int, Tensor]]) -> Tensor | Refused:
-        """One value out of pairs of a pass's index and its value."""
+    def joined(self, values: Iterable[tuple[int, Tensor]], axes: tuple[int, ...]) -> Tensor | Refused:
+        """One value out of pairs of a pass's index and its value; `axes` are its positions."""
         # A block that runs again in the same pass (recomputed for the gradient) gave the same value already.
         first: dict[int, Tensor] = {}
         for index, value in values:
             first.setdefault(index, value)
+        if self.passes.passes and min(first) < 0:
+            return Refused("some passes show their tokens, and others do not. Capture them in blocks of their own.")
+        if len(axes) > 1 and self.passes.passes:
+            for index, value in first.items():
+                placed = at_their_keys(value, self.passes.passes[index], axes)
+                if isinstance(placed, Refused):
+                    return placed
+                first[index] = placed
         # Nothing to join is by far the most frequent case.
         if not self.passes.passes or (len(first) == 1 and not self.passes.generations):
-            return join_batches(list(first.values()))
+            return join_tensors(list(first.values()), axes)
         groups = self.sequences()
         refusal = next((one.refusal for one in groups if one.refusal is not None), None)
-        return join(groups, self.passes.passes, first) if refusal is None else Refused(refusal)
+        return join(groups, self.passes.passes, first, axes) if refusal is None else Refused(refusal)
 
 
 class Tracks:
-    """The tracks of one capture block."""
+    """The tracks of one capture block. `asked`: the stacks that something is captured of, the only ones whose positions
+    are chosen; None for any."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy | None, positions: Any) -> None:
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy | None, positions: Any, asked: Collection[str | None] | None = None
+    ) -> None:
         self._ends = _end_tokens(model)
+        self._shown = shown_by(model, anatomy)
         stacks = anatomy.structure.stacks if anatomy is not None else ()
         if len(stacks) == 2:
+            first, second = stacks
             paths = [stack.blocks.rpartition(".")[0] for stack in stacks]
+            # Logits have no stack, and belong to the last.
+            names = None if asked is None else {second.name if name is None else name for name in asked}
+            chosen = [positions if names is None or stack.name in names else "all" for stack in stacks]
             self._of = {
-                stacks[0].name: Track(positions, paths[0], generates=False),
-                stacks[1].name: Track(positions, paths[1]),
+                first.name: Track(chosen[0], paths[0], generates=False, shown=self._shown),
+                second.name: Track(chosen[1], paths[1]),
             }
         else:
-            self._of = {None: Track(positions)}
+            self._of = {None: Track(positions, shown=self._shown)}
         self._last = next(reversed(self._of.values()))
 
     def of(self, site: Site) -> Track:
-        # Logits have no stack, and belong to the last.
         return self._of.get(site.stack, self._last)
 
     def of_module(self, path: str) -> Track | None:
@@ -86,9 +104,9 @@ class Tracks:
     def listeners(self, tops: list[nn.Module], *, whole: bool) -> list[tuple[nn.Module, Any]]:
         """What to put on the modules with which passes begin: the last of `tops` (the backbone), with `whole` the first
         too (the model, whose inputs are to be cut before its backbone is called), or each of two stacks."""
+        found = [] if self._shown is None else self._shown.listeners(tops)
         if len(self._of) == 1:
-            return self._last.passes.listeners([tops[0], tops[-1]] if whole else tops[-1:])
-        found: list[tuple[nn.Module, Any]] = []
+            return found + self._last.passes.listeners([tops[0], tops[-1]] if whole else tops[-1:])
         for track in self._of.values():
             found += track.passes.listeners([descend(tops[0], track.path.split(".") if track.path else ())])
         return found
@@ -104,10 +122,26 @@ class Tracks:
             name: tokens_of(track.passes.passes, track.sequences(), self._ends) if track.passes.passes else Tokens()
             for name, track in self._of.items()
         }
+        if len(tables) > 1 and tables["decoder"].mask is not None:
+            tables["decoder"] = tables["decoder"]._replace(prompts=self._prompts())
         asked = {Site.parse(key).stack for key in sites}
         if asked and "encoder" not in asked:
             return dict(reversed(tables.items()))
         return tables
+
+    def _prompts(self) -> Tensor | None:
+        """Which row of the encoder's each row of the decoder's goes on from: sequences of one prompt lie together."""
+        counts = [
+            [n_rows(track.passes.passes, sequences) for sequences in track.sequences()] for track in self._of.values()
+        ]
+        rows, start = [], 0
+        if len(counts[0]) == len(counts[1]):
+            for encoded, decoded in zip(*counts, strict=True):
+                if decoded % encoded:
+                    return None
+                rows.append(torch.arange(start, start + encoded).repeat_interleave(decoded // encoded))
+                start += encoded
+        return unless_alike(torch.cat(rows)) if rows else None
 
 
 def way_to_backbone(model: nn.Module, anatomy: Anatomy | None) -> list[nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy as copying
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from actcache.capture.notes import ValueWithInfo
 from actcache.errors import OptionError, did_you_mean
 
 CPU = torch.device("cpu")
+_KEPT = ("keys", "values", "conv_states", "recurrent_states", "ssm_states")
 _CACHE_MODULES = ("transformers.cache_utils",)
 
 
@@ -22,7 +24,8 @@ _CACHE_MODULES = ("transformers.cache_utils",)
 class KVSummary:
     """What is recorded in place of a KV-cache object, which would otherwise be kept alive and go on growing.
 
-    `kind` is its class, `seq_len` the number of positions it held, `nbytes` the size of its keys and values.
+    `kind` is its class, `seq_len` the number of positions it held (0 where it holds recurrent states, which do not
+    count), `nbytes` the size of its keys, values and states.
     """
 
     kind: str
@@ -41,7 +44,9 @@ def make_keeper(
     """
     to_cpu = device is None or device is CPU
     plain = copy and detach and dtype is None
-    last: Tensor | None = None
+    convert = make_converter(device=device, dtype=dtype, detach=detach, copy=copy)
+    # Weakly: a tensor holds its memory, and the graph behind it.
+    last: Callable[[], Tensor | None] = _nothing
     last_version = -1
     last_kept: Tensor | None = None
 
@@ -52,22 +57,14 @@ def make_keeper(
             with torch.inference_mode(False):
                 return convert(tensor.clone())
         version = tensor._version
-        if tensor is last and version == last_version and last_kept is not None:
+        if tensor is last() and version == last_version and last_kept is not None:
             return last_kept
         if plain and to_cpu and tensor.is_cpu:
             kept = tensor.detach().clone() if tensor.requires_grad else tensor.clone()
         else:
             kept = convert(tensor)
-        last, last_version, last_kept = tensor, version, kept
+        last, last_version, last_kept = weakref.ref(tensor), version, kept
         return kept
-
-    def convert(tensor: Tensor) -> Tensor:
-        value = tensor.detach() if detach else tensor
-        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        place = tensor.device if device is None else device
-        if wanted != tensor.dtype or not same_device(place, tensor.device):
-            return value.to(device=place, dtype=wanted)
-        return value.clone() if copy else value
 
     def keep(value: Any) -> Any:
         kind = type(value)
@@ -81,6 +78,26 @@ def make_keeper(
         return map_tensors(value, keep_tensor)
 
     return keep
+
+
+def _nothing() -> None:
+    return None
+
+
+def make_converter(
+    *, device: torch.device | None, dtype: torch.dtype | None, detach: bool, copy: bool
+) -> Callable[[Tensor], Tensor]:
+    """The same for one tensor, of which nothing is remembered."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        value = tensor.detach() if detach else tensor
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        place = tensor.device if device is None else device
+        if wanted != tensor.dtype or not same_device(place, tensor.device):
+            return value.to(device=place, dtype=wanted)
+        return value.clone() if copy else value
+
+    return convert
 
 
 def same_device(one: torch.device, other: torch.device) -> bool:
@@ -130,7 +147,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         found.append(tensor)
         return tensor
 
-    map_tensors(value, note)
+    map_tensors(value, note, of_cache=lambda cache: cache)
     return iter(found)
 
 
@@ -159,7 +176,9 @@ def same_content(one: Any, other: Any) -> bool:
 
 def is_kv_cache(value: Any) -> bool:
     return any(base.__module__ in _CACHE_MODULES and base.__name__ == "Cache" for base in type(value).__mro__) or (
-        callable(getattr(value, "get_seq_length", None)) and hasattr(value, "update")
+        (callable(getattr(value, "get_seq_length", None)) and hasattr(value, "update"))
+        # transformers 4: the states of a recurrent model, under no common class.
+        or (hasattr(value, "conv_states") and hasattr(value, "ssm_states"))
     )
 
 
@@ -168,15 +187,21 @@ def summarise(cache: Any) -> KVSummary:
     # An encoder-decoder cache holds two caches, and counts its length in the first.
     parts = [getattr(cache, name) for name in ("self_attention_cache", "cross_attention_cache") if hasattr(cache, name)]
     layers = [layer for part in parts or [cache] for layer in getattr(part, "layers", ())]
-    held = [t for layer in layers for name in ("keys", "values") if isinstance(t := getattr(layer, name, None), Tensor)]
-    return KVSummary(type(cache).__name__, len(layers), kv_length(cache), sum(t.nbytes for t in held))
+    # Recurrent states of transformers 4 have no layers: each kind is held for all of them at once.
+    count = len(layers) or len(getattr(cache, "conv_states", ()))
+    held = [t for holder in layers or [cache] for name in _KEPT for t in tensors_in(getattr(holder, name, None))]
+    return KVSummary(type(cache).__name__, count, kv_length(cache), sum(t.nbytes for t in held))
 
 
 def kv_length(cache: Any) -> int:
     """Positions that a KV cache holds; 0 for None and for what does not say."""
     length = getattr(cache, "get_seq_length", None)
     if callable(length):
-        return int(length())
+        try:
+            return int(length())
+        except ValueError:
+            # One that holds recurrent states only, which do not count.
+            return 0
     # The older form: a tuple of (keys [B, H, S, hd], values) for each layer.
     if isinstance(cache, (tuple, list)) and cache and isinstance(cache[0], (tuple, list)):
         keys = cache[0][0] if cache[0] else None

@@ -22,9 +22,14 @@ VERBS = {
     "info": "Report on the store: models, prompts, sizes.",
     "list": "List the prompts that are stored for a model.",
     "show": "Show what is stored for one prompt.",
+    "stats": "Report norms, spreads and storage errors of every site.",
+    "import": "Bring in activations from elsewhere.",
     "sites": "List the places of a model that can be read.",
     "selftest": "Prove on this machine that a model's activations are right.",
+    "verify": "Check every byte of the store, or repair it.",
+    "evict": "Bring the store below a size.",
     "clear": "Delete what is stored, for a model or altogether.",
+    "config": "Say which settings are in force, and where each comes from.",
     "version": "Print versions.",
 }
 

@@ -30,9 +30,8 @@ def command(model: str | None, yes: bool, store: str | None, as_json: bool) -> N
     if info.models and not yes:
         click.echo(f"in {info.cache_dir}:", err=True)
         for entry in info.models:
-            click.echo(
-                f"  {entry.model_name}  {count(entry.num_prompts, 'prompt')}, {size(entry.size_bytes)}", err=True
-            )
+            held = f"{count(entry.num_prompts, 'prompt')}, {size(entry.size_bytes)}"
+            click.echo(f"  {entry.model_name} ({entry.variant})  {held}", err=True)
         if not sys.stdin.isatty():
             raise click.UsageError("nobody to ask here: give --yes to delete this.")
         if not click.confirm("Delete this?", err=True):

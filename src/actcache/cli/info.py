@@ -30,15 +30,18 @@ def command(model: str | None, store: str | None, as_json: bool) -> None:
     if not info.models:
         out.print("nothing is stored.")
         return
-    rows = table("model", "revision", "dtype", "prompts", "layers", "size", right=("prompts", "layers", "size"))
+    numbers = ("prompts", "layers", "size")
+    rows = table("model", "revision", "variant", "space", *numbers, "stored as", right=numbers)
     for entry in info.models:
         rows.add_row(
             _short(entry.model_name),
             (entry.revision or "")[:12],
-            entry.dtype or "",
+            entry.variant,
+            entry.model_hash[:8],
             f"{entry.num_prompts:,}",
             str(entry.num_layers),
             size(entry.size_bytes),
+            ", ".join(entry.stored_dtypes),
         )
     out.print(rows)
 

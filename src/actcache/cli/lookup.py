@@ -10,6 +10,7 @@ from actcache.errors import NotCachedError, did_you_mean
 
 if TYPE_CHECKING:
     from actcache.store.prompts import PromptTable
+    from actcache.store.spaces import SpaceInfo
     from actcache.store.store import Store
 
 
@@ -26,8 +27,31 @@ def stored_name(store: Store, model: str) -> str:
     raise NotCachedError(f"nothing is stored for {model!r}.{did_you_mean(model, names) or known}")
 
 
+def variants_of(store: Store, model: str | None, space: str | None) -> list[tuple[SpaceInfo, str]]:
+    """The variants of `model` (None: of every model) whose space id begins with `space`, each with its name.
+
+    Oldest first, models in alphabetical order. `NotCachedError` when nothing is stored under that name, or no variant
+    begins so.
+    """
+    from actcache.store.variants import variant_names
+
+    spaces = store.spaces()
+    if model is not None:
+        name = stored_name(store, model)
+        spaces = [s for s in spaces if s.model_name == name]
+    names = variant_names(spaces)
+    chosen = [s for s in spaces if space is None or s.space.startswith(space)]
+    if space is not None and not chosen:
+        listed = "; ".join(f"{s.space} ({names[s.space]})" for s in spaces)
+        raise NotCachedError(f"no variant has a space that begins with {space!r}. Stored: {listed or 'nothing'}.")
+    return [(s, names[s.space]) for s in sorted(chosen, key=lambda s: s.model_name)]
+
+
 def readable(table: PromptTable) -> list[dict[str, Any]]:
-    """Prompts as people gave them: ``{"prompt": text, messages or token ids, "num_tokens": int}``."""
+    """Prompts as people gave them: ``{"prompt": text, messages or token ids, "num_tokens": int}``.
+
+    The number is None for a text that was stored without its tokens.
+    """
     from actcache.store.prompts import CHAT
 
     prompts: list[dict[str, Any]] = []
@@ -35,7 +59,7 @@ def readable(table: PromptTable) -> list[dict[str, Any]]:
         text = table.text_of(i)
         tokens = table.tokens(i)
         prompt: Any = tokens.tolist() if text is None else json.loads(text) if table.kind[i] == CHAT else text
-        prompts.append({"prompt": prompt, "num_tokens": len(tokens)})
+        prompts.append({"prompt": prompt, "num_tokens": len(tokens) if (tokens >= 0).all() else None})
     return prompts
 
 

@@ -39,6 +39,10 @@ store_option = click.option(
     help="Folder of the store. [default: $ACTCACHE_BACKEND, $ACTCACHE_DIR, or the user's cache folder]",
 )
 
+space_option = click.option(
+    "--space", metavar="ID", help="One variant of the model: the id of its space, or the beginning of it (see `info`)."
+)
+
 
 def _parse_layers(_ctx: click.Context, _param: click.Parameter, value: str) -> str | list[int]:
     text = value.strip()
@@ -99,6 +103,9 @@ _MODEL_OPTIONS = (
     click.option("--tokenizer", metavar="NAME", help="Tokenizer to use when it is not the model's own."),
     click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the Hub."),
     click.option("--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2, ..."),
+    click.option("--perplexity", is_flag=True, help="Perplexity too: the whole model runs."),
+    click.option("--allow-inf", is_flag=True, help="Store values that become inf in the store's dtype."),
+    click.option("--trust-names", is_flag=True, help="Use what was imported under the model's name."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
     store_option,
 )
@@ -111,8 +118,8 @@ def model_options(command: F) -> F:
     return command
 
 
-def unified_cache(model: str, *, raw: bool, store: str | None, **options: Any) -> UnifiedCache:
+def unified_cache(model: str, *, raw: bool, perplexity: bool, store: str | None, **options: Any) -> UnifiedCache:
     """The cache that the options of `model_options` describe."""
     from actcache.unified import UnifiedCache
 
-    return UnifiedCache(model, cache_pooled=not raw, store=store, **options)
+    return UnifiedCache(model, compute_perplexity=perplexity, cache_pooled=not raw, store=store, **options)

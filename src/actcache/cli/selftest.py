@@ -83,8 +83,11 @@ def _show(report: SelftestReport) -> None:
     say(f"{report.dtype}, {report.attn_implementation} attention, {report.device}; {versions}")
     say(f"{count(len(lengths), 'prompt')} of {min(lengths)} to {max(lengths)} tokens, {duration(report.seconds)}")
     for stack in report.blocks:
-        say("")
-        out.print(_sites(report, stack))
+        for group in _GROUPS:
+            shown = _sites(report, stack, group)
+            if shown is not None:
+                say("")
+                out.print(shown)
     whole = [cell for cell in report.cells if "." not in _bare(cell) and _measured(cell)]
     say("\n" + "   ".join(f"{cell.site} {_text(cell)}" for cell in whole))
     for cell in report.cells:
@@ -100,6 +103,12 @@ def _show(report: SelftestReport) -> None:
     say(f"\n{report.verdict}")
 
 
+# Sites that share a table, so that each is narrow enough.
+_GROUPS = {
+    "block": ("resid_pre", "attn_out", "cross_attn_out", "mixer_out", "resid_mid", "mlp_out", "resid_post"),
+    "attention": ("attn_in", "q", "k", "v", "pattern", "z", "head_out"),
+    "MLP": ("mlp_in", "router_logits", "mlp_act"),
+}
 _LENGTHS = {
     "any": "prompts of any length together",
     "equal": "only prompts of one length together",
@@ -107,20 +116,23 @@ _LENGTHS = {
 }
 
 
-def _sites(report: SelftestReport, stack: str) -> Table:
-    """Blocks by sites, the largest error of each; many blocks in spans."""
+def _sites(report: SelftestReport, stack: str, group: str) -> Table | None:
+    """Blocks by the sites of a group, the largest error of each; many blocks in spans. None where there are none."""
     from actcache.cli.output import table
 
     found: dict[int, dict[str, Cell]] = {}
     prefix = f"{stack}." if stack else ""
     for cell in report.cells:
         name, _, layer = cell.site.removeprefix(prefix).partition(".")
-        if cell.site.startswith(prefix) and layer.isdigit():
+        if cell.site.startswith(prefix) and layer.isdigit() and name in _GROUPS[group]:
             found.setdefault(int(layer), {})[name] = cell
-    names = list(dict.fromkeys(name for cells in found.values() for name in cells))
+    if not found:
+        return None
+    names = [name for name in _GROUPS[group] if any(name in cells for cells in found.values())]
     # In one line, the columns of a decoder would need more than 80 characters.
     shown = [name.replace("cross_", "cross_\n") for name in names]
-    rows = table(stack or "block", *shown, right=tuple(shown))
+    title = (stack or group) if group == "block" else f"{stack} {group}".strip()
+    rows = table(title, *shown, right=tuple(shown))
     layers = sorted(found)
     width = -(-len(layers) // _ROWS)
     for start in range(0, len(layers), width):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
 
-from actcache.cli.options import debug_option, json_option, store_option
+from actcache.cli.options import debug_option, json_option, space_option, store_option
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
+    from actcache.store.prompts import PromptTable
     from actcache.store.store import Store
 
 
@@ -33,71 +31,111 @@ class StoredSite:
 @click.command("show")
 @click.argument("model")
 @click.argument("prompt")
+@space_option
 @store_option
 @json_option
 @debug_option
-def command(model: str, prompt: str, store: str | None, as_json: bool) -> None:
-    """Show what is stored for PROMPT of MODEL: tokens, sites, layers, dtypes and the length of the vectors."""
-    from actcache.cli.lookup import stored_name, token_pieces
+def command(model: str, prompt: str, space: str | None, store: str | None, as_json: bool) -> None:
+    """Show what is stored for PROMPT of MODEL: text, tokens, sites, layers, dtypes and the length of the vectors.
+
+    PROMPT is text, or JSON: a list of token ids, or of chat messages. Of several variants the model's own is shown;
+    one that was computed with edits only when it is chosen with --space.
+    """
+    from actcache.cli.lookup import readable, stored_name, token_pieces, variants_of
     from actcache.cli.output import console, one_line, print_json, table
-    from actcache.errors import NotCachedError
+    from actcache.errors import AmbiguousVariantError, NotCachedError
     from actcache.store.default import store_at
+    from actcache.store.reports import site_order
+    from actcache.store.variants import by_preference
 
     opened = store_at(store)
     name = stored_name(opened, model)
-    info = opened.discover(name, prompt)
-    if info is None:
+    variants = {v.space: (v, said) for v, said in variants_of(opened, model, space)}
+    in_order = [variants[v.space] for v in by_preference([v for v, _ in variants.values()])]
+    holding = [(v, said, found) for v, said in in_order if (found := _find(opened, v.space, prompt)) is not None]
+    if not holding:
         raise NotCachedError(f"{one_line(prompt, 60)!r} is not stored for {name!r} (`actcache list` shows what is).")
-    variant = info.variants[0]
-    tokens = _tokens(opened, variant.space, prompt)
-    stored = [s for layout, sites in info.sites.items() for s in _stored(opened, variant.space, tokens, layout, sites)]
-    pieces = token_pieces(name, tokens.tolist())
+    variant, said, stored_prompt = holding[0]
+    if variant.edits and space is None:
+        listed = "; ".join(f"{v.space} ({said})" for v, said, _ in holding)
+        raise AmbiguousVariantError(
+            f"{one_line(prompt, 60)!r} is stored only as it was computed with edits: choose one with --space: {listed}."
+        )
+    stored = sorted(_stored(opened, variant.space, stored_prompt), key=lambda s: (s.layout, site_order(s.site)))
+    perplexity = _perplexity(opened, variant.space, stored_prompt)
+    (as_given,) = readable(stored_prompt)
+    tokens = stored_prompt.tokens(0)
+    known = as_given["num_tokens"] is not None
+    pieces = token_pieces(name, tokens.tolist()) if known else None
     if as_json:
+        others = [
+            {"space": v.space, "variant": said, "revision": v.revision, "dtype": v.dtype} for v, said, _ in holding
+        ]
         print_json(
             {
                 "model_name": name,
-                "prompt": prompt,
-                "token_ids": tokens,
+                "variant": said,
+                "prompt": as_given["prompt"],
+                "token_ids": tokens if known else None,
                 "tokens": pieces,
                 "sites": stored,
-                "variants": [{"space": v.space, "revision": v.revision, "dtype": v.dtype} for v in info.variants],
+                "perplexity": perplexity,
+                "variants": others,
             }
         )
         return
-    shown = " ".join(map(str, tokens.tolist())) if pieces is None else "|".join(one_line(p) for p in pieces)
     out = console()
-    out.print(f"{len(tokens)} tokens: {shown}", markup=False, soft_wrap=True)
+    given = as_given["prompt"]
+    out.print(one_line(given if isinstance(given, str) else str(given)), markup=False, soft_wrap=True)
+    shown = " ".join(map(str, tokens.tolist())) if pieces is None else "|".join(one_line(p) for p in pieces)
+    out.print(f"{len(tokens)} tokens: {shown}" if known else "tokens: unknown", markup=False, soft_wrap=True)
     rows = table("site", "stored", "dtype", "vectors", "width", "mean norm", right=("vectors", "width", "mean norm"))
-    for entry in sorted(stored, key=_order):
+    for entry in stored:
         layout = "every token" if entry.layout == "tokens" else entry.layout
         rows.add_row(entry.site, layout, entry.dtype, str(entry.vectors), str(entry.width), f"{entry.norm:.4g}")
     out.print(rows)
-    for other in info.variants[1:]:
-        out.print(f"also stored as {other.dtype}, revision {other.revision}, space {other.space}", markup=False)
+    if perplexity is not None:
+        out.print("perplexity {:.4g}, of single tokens {:.4g} to {:.4g}".format(*perplexity))
+    if len(holding) > 1:
+        out.print(f"of the variant {said}, space {variant.space}", markup=False)
+    for other, said_of_it, _ in holding[1:]:
+        out.print(f"also stored: {said_of_it}, space {other.space}", markup=False)
 
 
-def _order(entry: StoredSite) -> tuple[str, str]:
-    """Sites by name, layers by number."""
-    return entry.layout, re.sub(r"\d+", lambda digits: digits[0].zfill(6), entry.site)
+def _find(store: Store, space: str, prompt: str) -> PromptTable | None:
+    """The stored prompt that `prompt` names: its text, or the JSON of its token ids or messages."""
+    found = store.find_prompt(space, prompt)
+    if found is None and prompt.lstrip().startswith("["):
+        try:
+            given = json.loads(prompt)
+        except ValueError:
+            return None
+        ids = given and all(type(i) is int for i in given)
+        found = store.find_prompt(space, given) if ids or (given and all(isinstance(m, dict) for m in given)) else None
+    return found
 
 
-def _tokens(store: Store, space: str, prompt: str) -> npt.NDArray[np.int32]:
-    prompts = store.prompts(space)
-    (number,) = [i for i in range(len(prompts)) if prompts.text_of(i) == prompt][:1]
-    return prompts.tokens(number)
-
-
-def _stored(
-    store: Store, space: str, tokens: npt.NDArray[np.int32], layout: str, sites: list[str]
-) -> Iterator[StoredSite]:
+def _stored(store: Store, space: str, prompt: PromptTable) -> Iterator[StoredSite]:
     import numpy as np
 
-    from actcache.store.prompts import PromptTable
+    from actcache.store.records import is_result
 
-    placement = store.locate(space, table=PromptTable.build([tokens]), sites=sites, layout=layout)
-    if not placement.found[0]:
-        return
-    for site, rows in zip(sites, placement.rows(0), strict=True):
-        values = rows.reshape(len(rows), -1).astype(np.float64)
-        norm = float(np.linalg.norm(values, axis=1).mean())
-        yield StoredSite(site, layout, str(rows.dtype), len(rows), values.shape[1], norm)
+    for layout, stored in store.sites_of(space, prompt).items():
+        sites = [site for site in stored if not is_result(site)]
+        if not sites:
+            continue
+        placement = store.locate(space, table=prompt, sites=sites, layout=layout)
+        if not placement.found[0]:
+            continue
+        for site, rows, dtype in zip(sites, placement.rows(0), placement.stored_as(0), strict=True):
+            values = rows.reshape(len(rows), -1).astype(np.float64)
+            norm = float(np.linalg.norm(values, axis=1).mean())
+            yield StoredSite(site, layout, dtype, len(rows), values.shape[1], norm)
+
+
+def _perplexity(store: Store, space: str, prompt: PromptTable) -> list[float] | None:
+    """Of the prompt: of all its tokens, of the likeliest and of the least likely one; None when it is not stored."""
+    from actcache.store.records import DERIVED
+
+    placement = store.locate(space, table=prompt, sites=["perplexity"], layout=DERIVED)
+    return [float(value) for value in placement.rows(0)[0][0]] if placement.found[0] else None

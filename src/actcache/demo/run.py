@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from actcache.extract.stats import WarmupStats
     from actcache.store.store import Store
-    from actcache.unified import UnifiedCache, WarmupStats
+from actcache.unified import UnifiedCache
 
 PROMPTS = 240
 _BAR = 24
@@ -101,13 +102,13 @@ def _say(out: Console, text: str) -> None:
 def _every_token(store: Store) -> UnifiedCache:
     from actcache.unified import UnifiedCache
 
-    return UnifiedCache(model_path(), cache_pooled=False, store=store)
+    return UnifiedCache(model_path(), compute_perplexity=False, cache_pooled=False, store=store)
 
 
 def _last_token(store: Store) -> UnifiedCache:
     from actcache.unified import UnifiedCache
 
-    return UnifiedCache(model_path(), pooling="last_token", store=store)
+    return UnifiedCache(model_path(), compute_perplexity=False, pooling="last_token", store=store)
 
 
 def _read(cache: UnifiedCache, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -8,6 +8,9 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from actcache.capture.positions import each_prompt, resolve_positions
+from actcache.store.dtypes import common_dtype
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -26,3 +29,20 @@ def to_torch(array: npt.NDArray[Any]) -> torch.Tensor:
     if array.dtype == BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def at_positions(rows: list[list[npt.NDArray[Any]]], positions: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(values [B, S, D], mask [B, S])` at `positions` of each prompt, right-padded with zeros.
+
+    `rows`: for each prompt arrays ``[T, D]``, which are put side by side.
+    """
+    asked = each_prompt(positions, len(rows))
+    chosen = [resolve_positions(where, len(parts[0])) for where, parts in zip(asked, rows, strict=True)]
+    longest = max(len(c) for c in chosen)
+    dtype = common_dtype(p.dtype for parts in rows for p in parts)
+    values: npt.NDArray[Any] = np.zeros((len(rows), longest, sum(p.shape[1] for p in rows[0])), dtype)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, (parts, where) in enumerate(zip(rows, chosen, strict=True)):
+        values[i, : len(where)] = np.concatenate([p[where] for p in parts], axis=1)
+        mask[i, : len(where)] = True
+    return to_torch(values), mask

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import tempfile
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actcache.errors import ModelChangedError, OptionError, PartialWarmupError
+from actcache.derive.results import NOTHING, Asked
+from actcache.errors import ModelChangedError, OptionError
+from actcache.extract.backends import RESULT
 from actcache.extract.declared import check_edited
 from actcache.extract.extractor import ActivationExtractor
+from actcache.extract.inventory import width_of
+from actcache.extract.layouts import layout_name
 from actcache.extract.lookup import Lookup, Question, look_up
-from actcache.extract.plan import Plan, bytes_free, estimate_seconds, remember_speed
+from actcache.extract.plan import Plan, bytes_free, estimate_seconds, remember_speed, share_of_blocks
 from actcache.extract.prompts import (
     Prompt,
     PromptList,
@@ -25,8 +33,11 @@ from actcache.extract.prompts import (
     text_context,
     tokenize,
 )
+from actcache.extract.request import Filled, Request, partial_failure
+from actcache.extract.results import ResultsFound, ResultWriter, find_results
 from actcache.progress import progress
 from actcache.store.default import store_at
+from actcache.store.files import log
 from actcache.store.records import TOKENS, Records
 from actcache.store.spaces import space_id
 
@@ -35,6 +46,7 @@ if TYPE_CHECKING:
     import torch
 
     from actcache.extract.batching import Batch
+    from actcache.model.source import ModelIdentity
     from actcache.store.prompts import PromptTable
     from actcache.store.store import Store
 
@@ -44,50 +56,24 @@ _QUEUE_BYTES = 32 << 20
 _LINGER_SECONDS = 0.05
 
 
-@dataclass
-class Request:
-    """Prompts looked up in a store, and what is still to be computed for them.
-
-    Attributes:
-        lookup: what was found.
-        missing: by the names still missing, the prompts (positions in the request), each different prompt once.
-    """
-
-    prompts: PromptList
-    lookup: Lookup
-    space: str
-    text_context: str
-    missing: dict[tuple[str, ...], list[int]]
-
-    @property
-    def cached(self) -> int:
-        return int(self.lookup.found.sum())
-
-    @property
-    def to_compute(self) -> int:
-        return sum(len(members) for members in self.missing.values())
-
-
-@dataclass
-class Filled:
-    """What a run of the model added to the store."""
-
-    extracted: int = 0
-    tokens: int = 0
-    bytes_written: int = 0
-    seconds: float = 0.0
-    failed: list[tuple[int, str]] = field(default_factory=list)
-
-
 class CachedExtractor:
     """An `ActivationExtractor` with a store behind it.
 
     Args:
         extractor: what to compute; its `positions` must be ``"all"``.
         store: an `ac.Store`, a folder, or None for the default store.
+        allow_inf: store prompts of which a finite value becomes inf in the store's dtype; else they are refused.
+        trust_names: take what was imported under the model's name where its own activations are missing.
     """
 
-    def __init__(self, extractor: ActivationExtractor, store: Store | str | Path | None = None) -> None:
+    def __init__(
+        self,
+        extractor: ActivationExtractor,
+        store: Store | str | Path | None = None,
+        *,
+        allow_inf: bool = False,
+        trust_names: bool = False,
+    ) -> None:
         if not (isinstance(extractor.reduction.positions, str) and extractor.reduction.positions == "all"):
             raise OptionError(
                 f"positions={extractor.reduction.positions!r} cannot be cached: keep positions='all' here and choose "
@@ -95,7 +81,48 @@ class CachedExtractor:
             )
         self.extractor = extractor
         self.layout = layout_name(extractor.reduction.pooling)
-        self.store = store_at(store)
+        self._store = store_at(store)
+        self._session = threading.local()
+        self.allow_inf = allow_inf
+        self.trust_names = trust_names
+
+    @property
+    def store(self) -> Store:
+        """Where activations are kept; for the time of a request that must not be stored, its own place in memory."""
+        return getattr(self._session, "store", None) or self._store
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the store keeps anything: a limit of 0 means that it does not."""
+        return bool(self._store.limit.value != 0)
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Around one request, from looking up to reading: its prompts stay readable however small the limit is.
+
+        Afterwards the store is brought below its limit when something was added.
+        """
+        if getattr(self._session, "depth", 0):
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            if not self.keeps:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="actcache-", dir=_roomiest()))
+                place = self._store.beside(Path(folder))
+                stack.callback(place.close)
+                self._session.store = place
+            self._session.depth, self._session.added = 1, False
+            try:
+                yield
+                added = self._session.added
+            finally:
+                self._session.__dict__.clear()
+            if added and self.keeps:
+                try:
+                    self._store.keep_limit()
+                except OSError as error:
+                    # The request has its answer.
+                    log.warning("the store could not be brought below its limit: %s", error)
 
     def extract(
         self, prompts: Prompt | Iterable[Prompt], *, invalidate_cache: bool = False, cache_only: bool = False
@@ -111,6 +138,14 @@ class CachedExtractor:
         Raises:
             PartialWarmupError: some prompts could not be computed; the others are stored.
         """
+        if cache_only and not self.keeps:
+            return None
+        with self.session():
+            return self._extract(prompts, invalidate_cache=invalidate_cache, cache_only=cache_only)
+
+    def _extract(
+        self, prompts: Prompt | Iterable[Prompt], *, invalidate_cache: bool, cache_only: bool
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         from actcache.extract.arrays import to_torch
 
         names = self.extractor.sites
@@ -127,24 +162,37 @@ class CachedExtractor:
             raise partial_failure(filled, stats=filled)
         if cache_only:
             return None
-        answer = self.request(read, names).lookup if filled.extracted else request.lookup
+        answer = self.request(read, names).lookup if filled.ran else request.lookup
         if self.layout == TOKENS:
             values, mask = answer.padded()
             return to_torch(values), to_torch(mask)
         import torch
 
-        if len(set(self._widths(names))) == 1:
-            pooled = answer.pooled().reshape(len(read), -1)
-        else:
-            # Site by site: each array has one width.
-            each = [self.request(read, [name], check=False).lookup.pooled()[:, 0] for name in names]
-            pooled = np.concatenate(each, axis=1)
+        pooled = self.pooled(answer, read)
         return to_torch(pooled[:, None]), torch.ones(len(pooled), 1, dtype=torch.bool)
 
+    def pooled(self, answer: Lookup, prompts: PromptList) -> npt.NDArray[Any]:
+        """The pooled vectors of `prompts` with their sites side by side, ``[B, sum of widths]``, out of their
+        `answer`."""
+        if answer.one_width:
+            return answer.pooled().reshape(len(prompts), -1)
+        # Site by site: each array has one width.
+        names = answer.question.names
+        each = [self.request(prompts, [name], check=False).lookup.pooled()[:, 0] for name in names]
+        return np.concatenate(each, axis=1)
+
     def request(
-        self, prompts: Prompt | Iterable[Prompt] | PromptList, names: Sequence[str], *, check: bool = True
+        self,
+        prompts: Prompt | Iterable[Prompt] | PromptList,
+        names: Sequence[str],
+        *,
+        check: bool = True,
+        asked: Asked = NOTHING,
+        of_all: bool = True,
     ) -> Request:
         """Look `prompts` up; nothing is computed, nothing written.
+
+        `asked`: results that are to be there too; without `of_all` only of those prompts that lack activations.
 
         Raises:
             PromptError, PromptTypeError, TokenizerError: a prompt that cannot be run.
@@ -152,38 +200,89 @@ class CachedExtractor:
         source = self.extractor.source
         read = prompts if isinstance(prompts, PromptList) else read_prompts(prompts)
         special = self.extractor.add_special_tokens
-        context = text_context(source, add_special_tokens=special) if read.any_text else ""
+        context = self.text_context(read)
         space = space_id(source.identity().values)
-        question = Question(self.store, space, names, self.layout, check)
+        # An import is of the model as it is.
+        trusted = self.store.imports_of(source.name) if self.trust_names and not self.extractor.edits else ()
+        question = Question(self.store, space, names, self.layout, check, trusted)
         lookup = look_up(question, read, source, context, add_special_tokens=special)
-        absent = np.flatnonzero(~lookup.found).tolist()
+        of = np.arange(len(read)) if of_all else np.flatnonzero(~lookup.found)
+        results = find_results(
+            replace(question, trusted=()), asked, read, of, source, context, add_special_tokens=special
+        )
+        absent = np.flatnonzero(~(lookup.found & results.found)).tolist()
         if absent:
             check_tokens(read, absent, source)
             check_edited(read, absent, self.extractor.edits)
-        missing: dict[tuple[str, ...], list[int]] = {}
+        missing: dict[tuple[tuple[str, ...], Asked], list[int]] = {}
         seen: set[bytes] = set()
         for i in absent:
             ids = read.ids[i]
             assert ids is not None
             if ids.tobytes() not in seen:
                 seen.add(ids.tobytes())
-                missing.setdefault(lookup.missing[i], []).append(i)
-        return Request(read, lookup, space, context, missing)
+                missing.setdefault((lookup.missing.get(i, ()), results.missing(i)), []).append(i)
+        log.info("%d of %d prompts are stored, in space %s", len(read) - len(absent), len(read), space)
+        return Request(read, lookup, space, context, missing, results)
+
+    def look_up(self, prompts: PromptList, names: Sequence[str], layout: str, *, check: bool = True) -> Lookup:
+        """Where columns `names` of `layout` are stored for `prompts`."""
+        source, special = self.extractor.source, self.extractor.add_special_tokens
+        question = Question(self.store, space_id(self.identity().values), names, layout, check)
+        return look_up(question, prompts, source, self.text_context(prompts), add_special_tokens=special)
+
+    def find_results(self, prompts: PromptList, asked: Asked) -> ResultsFound:
+        """Which of `prompts` have what is `asked`."""
+        source, special = self.extractor.source, self.extractor.add_special_tokens
+        question = Question(self.store, space_id(self.identity().values), (), self.layout)
+        context, everything = self.text_context(prompts), np.arange(len(prompts))
+        return find_results(question, asked, prompts, everything, source, context, add_special_tokens=special)
+
+    def text_context(self, prompts: PromptList) -> str:
+        """What besides their texts decides the tokens of `prompts`; empty when no text is among them."""
+        source, special = self.extractor.source, self.extractor.add_special_tokens
+        return text_context(source, add_special_tokens=special) if prompts.any_text else ""
+
+    def identity(self) -> ModelIdentity:
+        """The model's, as it was when it was first asked for in a session: of a model in memory it takes a look at all
+        weights. What is stored is confirmed."""
+        known: ModelIdentity = getattr(self._session, "identity", None) or self.extractor.source.identity()
+        if getattr(self._session, "depth", 0):
+            self._session.identity = known
+        return known
+
+    def note_added(self) -> None:
+        """Within a session: something was stored, so that the store may have grown beyond its limit."""
+        self._session.added = True
+
+    @contextlib.contextmanager
+    def adding_results(self) -> Iterator[ResultWriter]:
+        """What takes results of this model that are computed elsewhere than in its passes."""
+        identity = self.identity()
+        self.store.check_writable()
+        space = self.store.open_space(identity.values, identity.label)
+        with self.session(), ResultWriter(self.store, space) as writer:
+            self._session.added = True
+            yield writer
 
     def plan(self, request: Request) -> Plan:
         """What filling `request` would cost."""
         source = self.extractor.source
         tokens = nbytes = 0
-        itemsize = {"float64": 8, "float32": 4}.get(source.dtype, 2)
-        for names, members in request.missing.items():
+        depth = share_of_blocks(source, self.extractor.sites)
+        storage = self.store.dtype.value or source.dtype
+        itemsize = {"float64": 8, "float32": 4, "int8": 1, "float8_e4m3": 1}.get(storage, 2)
+        for (names, asked), members in request.missing.items():
             count = sum(self._tokens_of(request, i) for i in members)
             tokens += count
             rows = count if self.layout == TOKENS else len(members)
             nbytes += rows * itemsize * sum(self._widths(names))
+            nbytes += asked.nbytes(len(members), count, source.vocab_size or 0)
+            depth = 1.0 if asked else depth
         seconds = 0.0
         if tokens:
             device = self.extractor.backend().device
-            seconds = estimate_seconds(source, request.space, device, tokens, depth=self._depth())
+            seconds = estimate_seconds(source, request.space, device, tokens, depth=depth)
         policy = source.batch_policy()
         return Plan(
             cached=request.cached,
@@ -202,26 +301,9 @@ class CachedExtractor:
         return len(ids)
 
     def _widths(self, names: Iterable[str]) -> list[int]:
-        source = self.extractor.source
-        width = source.d_model
-        return [(source.vocab_size or width) if name == "logits" else width for name in names]
-
-    def _depth(self) -> float:
-        """The fraction of the blocks that runs: those before the deepest site, an encoder's before its decoder's."""
         from actcache.model.sites import Site
 
-        source = self.extractor.source
-        before, start = {}, 0
-        for stack in source.stacks:
-            before[stack] = start
-            start += source.depth(stack)
-        deepest = 0
-        for site in map(Site.parse, self.extractor.sites):
-            if site.name == "logits":
-                return 1.0
-            blocks = source.depth(site.stack) if site.name == "final_norm" else (site.layer or 0) + 1
-            deepest = max(deepest, before[site.stack] + blocks)
-        return deepest / start
+        return [width_of(self.extractor.source, Site.parse(name)) for name in names]
 
     def fill(self, request: Request) -> Filled:
         """Compute and store what `request` lacks; a batch that fails is noted and the rest goes on.
@@ -240,9 +322,16 @@ class CachedExtractor:
         space = self.store.open_space(identity.values, identity.label)
         with (
             self.store.writer(space, max_bytes=_QUEUE_BYTES, linger=_LINGER_SECONDS) as writer,
+            ResultWriter(self.store, space) as results,
             progress(request.to_compute, f"extracting {Path(source.name).name}") as bar,
         ):
-            for names, members in request.missing.items():
+            for (names, wanted), members in request.missing.items():
+                asked = wanted
+                if asked.perplexity and source.model() and not source.predicts_next():
+                    # Its class would, but its files have no head.
+                    asked = replace(asked, perplexity=False)
+                if not names and not asked:
+                    continue
                 table = prompt_table(request.prompts, members, request.text_context)
 
                 def failed(batch: Batch, error: Exception, members: list[int] = members) -> None:
@@ -251,21 +340,33 @@ class CachedExtractor:
 
                 ids = [table.tokens(i) for i in range(len(members))]
                 confirmed = False
-                for batch, rows in self.extractor.batches(ids, names, failed):
+                for batch, rows in self.extractor.batches(ids, names, failed, asked=asked):
                     if not confirmed:
-                        self._confirm(identity.values)
+                        self.confirm(identity.values)
                         confirmed = True
-                    records = self._records(table, batch, rows)
-                    writer.put(records)
-                    filled.extracted += len(batch.indices)
+                    prompts = table.select(list(batch.indices))
+                    if names:
+                        records = self._records(prompts, {name: rows[name] for name in names})
+                        kept, refused = self.store.screen(records, allow_inf=self.allow_inf)
+                        filled.failed += [(members[batch.indices[r.prompt]], f"{r}") for r in refused]
+                        if kept is not None:
+                            writer.put(kept)
+                            filled.extracted += len(kept.prompts)
+                            filled.bytes_written += kept.stored_bytes
+                    if asked:
+                        found = {k.removeprefix(RESULT): rows[k] for k in rows if k.startswith(RESULT)}
+                        filled.bytes_written += results.put(prompts, asked, found)
+                        filled.perplexity += len(prompts) if asked.perplexity else 0
+                        filled.logits += len(prompts) if asked.logits else 0
+                    filled.ran += len(prompts)
                     filled.tokens += sum(len(ids[i]) for i in batch.indices)
-                    filled.bytes_written += sum(matrix.nbytes for matrix in records.data.values())
                     bar.update(len(batch.indices))
+                    self._session.added = True
         filled.seconds = time.perf_counter() - start
         remember_speed(space, self.extractor.backend().device, filled.tokens, filled.seconds)
         return filled
 
-    def _confirm(self, values: Mapping[str, Any]) -> None:
+    def confirm(self, values: Mapping[str, Any]) -> None:
         """Refuse to store what a model gave that was replaced between its identification and its first batch."""
         if self.extractor.source.identity().values != values:
             raise ModelChangedError(
@@ -273,10 +374,9 @@ class CachedExtractor:
                 "nothing of it was stored, run again."
             )
 
-    def _records(self, table: PromptTable, batch: Batch, rows: Mapping[str, torch.Tensor]) -> Any:
+    def _records(self, prompts: PromptTable, rows: Mapping[str, torch.Tensor]) -> Records:
         from actcache.extract.arrays import to_numpy
 
-        prompts = table.select(list(batch.indices))
         offset: npt.NDArray[np.int64] = (
             prompts.token_offset if self.layout == TOKENS else np.arange(len(prompts) + 1, dtype=np.int64)
         )
@@ -292,42 +392,7 @@ class CachedExtractor:
         self.store.invalidate(request.space, prompt_table(prompts, everything, ""))
 
 
-def partial_failure(filled: Filled, *, stats: object) -> PartialWarmupError:
-    """The error that names the prompts a run could not store."""
-    shown = "; ".join(f"prompt {i}: {reason}" for i, reason in filled.failed[:3])
-    more = f"; and {len(filled.failed) - 3} more" if len(filled.failed) > 3 else ""
-    return PartialWarmupError(
-        f"{len(filled.failed)} prompts were not stored ({shown}{more}). "
-        "The others are stored; run again to try these again.",
-        stats=stats,
-        failed=filled.failed,
-    )
-
-
-def layout_name(pooling: Any) -> str:
-    """The store's name for a pooling; a function is named by its import path, its code and its default arguments.
-
-    Raises `OptionError` for a function without a stable name (a lambda, a local function) or with hidden state (a
-    method, a closure).
-    """
-    if pooling is None:
-        return TOKENS
-    if isinstance(pooling, str):
-        return pooling
-    name = f"{getattr(pooling, '__module__', '')}.{getattr(pooling, '__qualname__', '')}"
-    code = getattr(pooling, "__code__", None)
-    # A method or a closure computes with values that its code does not show.
-    hidden = getattr(pooling, "__self__", None) is not None or getattr(pooling, "__closure__", None) is not None
-    if "<" in name or code is None or hidden:
-        raise OptionError(
-            f"pooling {pooling!r} cannot be cached: use a named module-level function, or a built-in pooling."
-        )
-    from actcache.model.identity import digest_json
-
-    defaults = repr((pooling.__defaults__, pooling.__kwdefaults__))
-    return f"function:{name}:{digest_json([_code(code), defaults])[:16]}"
-
-
-def _code(code: CodeType) -> list[Any]:
-    constants = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    return [code.co_code.hex(), constants, list(code.co_names)]
+def _roomiest() -> str:
+    """Where what is not to be kept lies for the time of a request: in memory, unless there is more room elsewhere."""
+    places = ["/dev/shm", tempfile.gettempdir()]
+    return max((p for p in places if os.access(p, os.W_OK)), key=lambda p: shutil.disk_usage(p).free)

@@ -12,6 +12,7 @@ from actcache.model.sites import Site, resolve_layers
 if TYPE_CHECKING:
     from actcache.capture.ready_made import ReadyMade
     from actcache.extract.prompts import PromptList
+    from actcache.model.head import Head
     from actcache.model.source import ModelSource
 
 
@@ -32,8 +33,8 @@ def declared_edits(edits: Any, source: ModelSource) -> tuple[ReadyMade, ...]:
         if not isinstance(edit, ReadyMade):
             raise OptionError(
                 f"edits holds a {type(edit).__name__}, which cannot be told from another one that does something else, "
-                "so that its values cannot be stored: use ac.ablate, ac.steer and ac.patch here, or run the model "
-                "yourself in an ac.edit block (ac.run_with_cache)."
+                "so that its values cannot be stored: use ac.ablate, ac.steer, ac.patch and ac.knockout here, or run "
+                "the model yourself in an ac.edit block (ac.run_with_cache)."
             )
         if edit.of_prompts is not None:
             raise OptionError(
@@ -42,7 +43,7 @@ def declared_edits(edits: Any, source: ModelSource) -> tuple[ReadyMade, ...]:
             )
     if isinstance(edits, Mapping):
         raise OptionError("edits is a mapping: give ready-made edits as a list, they know their targets.")
-    return tuple(replace(edit.snapshot(), target=_complete(edit.target, source)) for edit in listed)
+    return tuple(_completed(edit.snapshot(), source) for edit in listed)
 
 
 def check_edited(prompts: PromptList, indices: Sequence[int], edits: Sequence[ReadyMade]) -> None:
@@ -58,6 +59,30 @@ def check_edited(prompts: PromptList, indices: Sequence[int], edits: Sequence[Re
                     f"prompt {i} has {len(ids)} tokens, and the edit of {edit.target!r} does not fit it: {error}. "
                     "Remove it, or choose other positions."
                 ) from error
+
+
+def refuse_edits_behind(edits: Sequence[ReadyMade], head: Head, *, normalised: bool) -> None:
+    """Raise `OptionError` for an edit of what follows the rows from which logits are computed, the stream behind the
+    last block or with `normalised` what the final norm returned: the head is run without it."""
+    paths = [step.path for step in head.way.steps]
+    sites = {"", "logits"} if normalised else {"", "logits", "final_norm", "decoder.final_norm"}
+    for edit in edits:
+        around = any(path.startswith(f"{edit.target}.") for path in paths)
+        inside = any(f"{edit.target}.".startswith(f"{path}.") for path in (paths[1:] if normalised else paths))
+        if edit.target in sites or around or inside:
+            raise OptionError(
+                f"the edit of {edit.target!r} changes logits behind what they are computed from here: "
+                "compute_perplexity=False (and cache_logits=False) stores what else it changes."
+            )
+
+
+def _completed(edit: ReadyMade, source: ModelSource) -> ReadyMade:
+    from actcache.capture.knockout import Knockout
+
+    if isinstance(edit, Knockout):
+        source.require_stack(edit.stack, "pattern.0")
+        return edit.with_layers(source.depth(edit.stack))
+    return replace(edit, target=_complete(edit.target, source))
 
 
 def _complete(target: str, source: ModelSource) -> str:

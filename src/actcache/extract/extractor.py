@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actcache.capture.positions import POOLINGS, check_positions
+from actcache.capture.positions import POOLINGS, check_positions, each_prompt, resolve_positions
+from actcache.derive.results import LOGITS, NOTHING, Asked
 from actcache.errors import OptionError, SiteUnavailableError, require_choice
 from actcache.extract.activations import Activations
 from actcache.extract.backends import Backend, Pooling, Reduction, Rows, Session
 from actcache.extract.batching import Batch, check_limits, make_batches, token_budget
 from actcache.extract.declared import check_edited, declared_edits
-from actcache.extract.prompts import Prompt, check_tokens, read_prompts, tokenize
+from actcache.extract.inventory import layers_of
+from actcache.extract.prompts import Prompt, check_tokens, positions_of, read_prompts, tokenize
 from actcache.model.decoder_inputs import require_decoder_start
 from actcache.model.loading import open_source
 from actcache.model.options import LoadOptions
-from actcache.model.sites import Site, resolve_layers
+from actcache.model.sites import Site, require_use_of_layers, resolve_layers, takes_what_is_there
 from actcache.progress import progress
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
     from actcache.capture.ready_made import ReadyMade
     from actcache.model.source import ModelSource
+
+# Logits of a batch when all are kept.
+_LOGIT_BYTES = 128 << 20
 
 BatchRows = Mapping[str, "torch.Tensor"]
 
@@ -37,21 +42,24 @@ class ActivationExtractor:
     Args:
         model: Hub id, local folder, or a loaded transformers model.
         tokenizer: an object, folder or Hub id; by default the model's own.
-        sites: site names (`ac.sites(model)` lists them), e.g. ``"resid_post"`` or ``["attn_out.3", "logits"]``;
-            of an encoder-decoder model with their stack, ``"encoder.resid_post"``. Its decoder is given the prompt
+        sites: site names (`ac.sites(model)` lists them), e.g. ``"resid_post"`` or ``["attn_out.3", "logits"]``. Heads
+            lie side by side in a row (``"head_out.3.7"`` is one of them); ``"pattern"`` has no rows. Those of an
+            encoder-decoder model begin with their stack, ``"encoder.resid_post"``. Its decoder is given the prompt
             shifted right behind the start token, so that row ``i`` there is the state that predicts token ``i``.
-        layers: which blocks for names without a layer: int, list, ``"all"``, ``"last"`` or ``"middle"``.
+        layers: which blocks for names without a layer: int, list, ``"all"``, ``"last"`` or ``"middle"``; of "all" and
+            of the "middle" those that have the site (for which a model may be loaded, once on a host).
         pooling: None for every token, or ``"last_token"``, ``"first_token"``, ``"mean"``, ``"max"``, ``"min"``,
             or a function ``tensor[T, D] -> tensor[D]``.
-        positions: which tokens count, before pooling; real tokens only (`resolve_positions`).
+        positions: which tokens count, before pooling; real tokens only (`resolve_positions`). `ac.tokens_of` for
+            prompts that are chats.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...; a loaded model stays where it is.
         dtype: compute dtype; None means float32 (a loaded model keeps its own).
         batch_size: upper bound on prompts per batch; None leaves it to the token budget.
         max_batch_tokens: padded tokens per batch; None takes what suits the device.
         add_special_tokens: whether text gets the tokenizer's special tokens.
         allow_hooks: names of hooks on a loaded model that are known not to change what is read.
-        edits: ready-made edits (`ac.ablate`, `ac.steer`, `ac.patch`) to run the model with; what is stored is stored
-            apart from what other edits, or none, give. They mean the same for every prompt.
+        edits: ready-made edits (`ac.ablate`, `ac.steer`, `ac.patch`, `ac.knockout`) to run the model with; what is
+            stored is stored apart from what other edits, or none, give. They mean the same for every prompt.
 
     Raises:
         OptionError, ModelLoadError, UnknownSiteError, SiteUnavailableError, LayerRangeError: before any weights are
@@ -87,7 +95,7 @@ class ActivationExtractor:
         check_limits(batch_size, max_batch_tokens)
         if pooling is not None and not callable(pooling):
             require_choice(pooling, POOLINGS, "pooling")
-        check_positions(positions)
+        check_positions(positions, chats=True)
         if isinstance(positions, list) and any(isinstance(p, list) for p in positions):
             raise OptionError(
                 "positions has a list for each prompt: give those to get_activations(..., positions=...)."
@@ -109,13 +117,24 @@ class ActivationExtractor:
         self.source: ModelSource = open_source(model, options, tokenizer)
         self.edits = declared_edits(edits, self.source)
         self.source.edits = tuple(edit.identity() for edit in self.edits)
+        self.source.needs_probabilities = any(edit.needs_probabilities for edit in self.edits)
         self.reduction = Reduction(pooling, positions)
         self.batch_size = batch_size
         self.max_batch_tokens = max_batch_tokens
         self.add_special_tokens = add_special_tokens
-        self.site_names = complete_sites(sites, layers, self.source)
-        if self.source.stacks != (None,) and any(not name.startswith("encoder.") for name in self.sites):
+        self._asked = [sites] if isinstance(sites, str) else list(sites)
+        self._layers = layers
+        self._site_names: dict[str, list[str]] | None = None
+        read = check_sites(self._asked, layers, self.source)
+        if self.source.stacks != (None,) and any(site.stack != "encoder" for site in read):
             require_decoder_start(self.source.config)
+
+    @property
+    def site_names(self) -> dict[str, list[str]]:
+        """Complete site names by the name asked for; see `complete_sites`."""
+        if self._site_names is None:
+            self._site_names = complete_sites(self._asked, self._layers, self.source)
+        return self._site_names
 
     @property
     def sites(self) -> list[str]:
@@ -133,11 +152,16 @@ class ActivationExtractor:
         tokenize(read, everything, self.source, add_special_tokens=self.add_special_tokens)
         check_tokens(read, everything, self.source)
         check_edited(read, everything, self.edits)
+        special = self.add_special_tokens
+        positions = positions_of(self.reduction.positions, read, self.source, add_special_tokens=special)
         ids = [i for i in read.ids if i is not None]
+        where = each_prompt(positions, len(ids))
         parts: dict[str, list[torch.Tensor | None]] = {site: [None] * len(ids) for site in self.sites}
         with progress(len(ids), "extracting") as bar:
-            for batch, rows in self.batches(ids, self.sites):
-                counts = [len(ids[i]) for i in batch.indices]
+            for batch, rows in self.batches(
+                ids, self.sites, positions=None if positions is self.reduction.positions else where
+            ):
+                counts = [len(resolve_positions(where[i], len(ids[i]))) for i in batch.indices]
                 for site, tensor in rows.items():
                     for i, part in zip(batch.indices, self._split(tensor, counts), strict=True):
                         parts[site][i] = part
@@ -147,13 +171,7 @@ class ActivationExtractor:
     def _split(self, tensor: torch.Tensor, counts: list[int]) -> Sequence[torch.Tensor]:
         import torch
 
-        if self.reduction.pooling is not None:
-            return torch.split(tensor, 1)
-        if isinstance(self.reduction.positions, str) and self.reduction.positions == "all":
-            return torch.split(tensor, counts)
-        from actcache.capture.positions import resolve_positions
-
-        return torch.split(tensor, [len(resolve_positions(self.reduction.positions, n)) for n in counts])
+        return torch.split(tensor, 1 if self.reduction.pooling is not None else counts)
 
     def _gather(self, parts: Mapping[str, list[Any]], ids: list[npt.NDArray[np.int32]]) -> Activations:
         import torch
@@ -174,15 +192,23 @@ class ActivationExtractor:
         ids: Sequence[npt.NDArray[np.int32]],
         sites: Sequence[str],
         on_failure: Callable[[Batch, Exception], None] | None = None,
+        *,
+        positions: Sequence[Any] | None = None,
+        asked: Asked = NOTHING,
     ) -> Iterator[tuple[Batch, BatchRows]]:
         """Run `ids` in batches and yield each batch with its rows per site, while the next one runs on the device.
 
+        `positions`: those of each prompt, None for the reduction's. `asked`: what is computed beside activations, and
+        comes under `RESULT` and the name that it has in a store.
         A batch that fails is passed to `on_failure` and the rest goes on; without it the error is raised.
         Too little device memory halves a batch before it counts as failed.
         """
         backend = self.backend()
         budget = self.max_batch_tokens or token_budget(backend.device)
-        with backend.session(sites, self.reduction) as session:
+        if asked.logits is not None and asked.logits.names == (LOGITS,) and asked.logits.positions == "all":
+            # They are handed over for a whole batch.
+            budget = min(budget, max(1, _LOGIT_BYTES // (4 * (self.source.vocab_size or 1))))
+        with backend.session(sites, self.reduction, asked) as session:
             todo = make_batches(
                 [len(i) for i in ids],
                 max_tokens=budget,
@@ -191,7 +217,7 @@ class ActivationExtractor:
             )
             in_flight: list[tuple[Batch, Rows]] = []
             for batch in todo:
-                for part, rows in _run(session, batch, ids, on_failure):
+                for part, rows in _run(session, batch, ids, positions, on_failure):
                     in_flight.append((part, rows))
                     # A copy still under way is waited for while the next batch runs; rows that are
                     # here go out at once, so that a kill loses no finished batch.
@@ -206,12 +232,13 @@ def _run(
     session: Session,
     batch: Batch,
     ids: Sequence[npt.NDArray[np.int32]],
+    positions: Sequence[Any] | None,
     on_failure: Callable[[Batch, Exception], None] | None,
 ) -> Iterator[tuple[Batch, Rows]]:
     from torch.cuda import OutOfMemoryError
 
     try:
-        rows = session.run([ids[i] for i in batch.indices])
+        rows = session.run([ids[i] for i in batch.indices], positions and [positions[i] for i in batch.indices])
     except OutOfMemoryError as error:
         if len(batch.indices) == 1:
             _fail(batch, error, on_failure)
@@ -219,7 +246,7 @@ def _run(
         half = len(batch.indices) // 2
         for part in (batch.indices[:half], batch.indices[half:]):
             lengths = [len(ids[i]) for i in part]
-            yield from _run(session, Batch(part, max(lengths), len(set(lengths)) > 1), ids, on_failure)
+            yield from _run(session, Batch(part, max(lengths), len(set(lengths)) > 1), ids, positions, on_failure)
     except Exception as error:
         _fail(batch, error, on_failure)
     else:
@@ -235,27 +262,55 @@ def _fail(batch: Batch, error: Exception, on_failure: Callable[[Batch, Exception
 def complete_sites(sites: str | Sequence[str], layers: Any, source: ModelSource) -> dict[str, list[str]]:
     """Complete site names by the name asked for: ``{"resid_post": ["resid_post.0", ...], "logits": ["logits"]}``.
 
+    Of "all" layers, and of the "middle", those that have the site are taken; any other layer is taken as it is asked
+    for, and an error when it is to be run without having the site.
+
     Raises:
         UnknownSiteError, SiteUnavailableError, LayerRangeError, OptionError.
     """
     asked = [sites] if isinstance(sites, str) else list(sites)
-    if not asked:
-        raise OptionError("sites is empty: expected at least one site, for example 'resid_post'.")
     complete: dict[str, list[str]] = {}
-    for text in asked:
-        site = Site.parse(text)
-        bare = str(replace(site, stack=None))
-        if site.name == "logits":
-            if site.stack is not None:
-                raise SiteUnavailableError(f"site {text!r}: logits belong to the whole model, write 'logits'")
-            complete.setdefault(bare, [bare])
-            continue
-        source.require_stack(site.stack, bare)
-        if not site.per_layer or site.layer is not None:
-            if site.layer is not None:
-                site = replace(site, layer=resolve_layers(site.layer, source.depth(site.stack))[0])
+    for text, site in zip(asked, check_sites(asked, layers, source), strict=True):
+        if site.complete:
             complete.setdefault(str(site), [str(site)])
             continue
         chosen = resolve_layers("all" if layers is None else layers, source.depth(site.stack))
+        if takes_what_is_there(layers):
+            having = set(layers_of(source, site.name, site.stack))
+            chosen = [layer for layer in chosen if layer in having] or chosen
         complete[text] = [str(replace(site, layer=layer)) for layer in chosen]
     return complete
+
+
+def check_sites(sites: Sequence[str], layers: Any, source: ModelSource) -> list[Site]:
+    """`sites` as they are read, layers counted from the front; what cannot be extracted is refused, without a look at
+    the model's weights.
+
+    Raises:
+        UnknownSiteError, SiteUnavailableError, LayerRangeError, OptionError.
+    """
+    if not sites:
+        raise OptionError("sites is empty: expected at least one site, for example 'resid_post'.")
+    # What is said by default, "all", may stand beside complete names.
+    by_default = isinstance(layers, str) and layers == "all"
+    require_use_of_layers([Site.parse(text) for text in sites], None if by_default else layers)
+    found = []
+    for text in sites:
+        site = Site.parse(text)
+        bare = str(replace(site, stack=None))
+        if site.name == "pattern":
+            raise SiteUnavailableError(
+                f"site {text!r} has no row for each token but one for each pair of them, and is not extracted: "
+                "ac.capture holds it for a pass, ac.extract_batches for many prompts."
+            )
+        if site.name == "logits":
+            if site.stack is not None:
+                raise SiteUnavailableError(f"site {text!r}: logits belong to the whole model, write 'logits'")
+        else:
+            source.require_stack(site.stack, bare)
+            if site.layer is not None:
+                site = replace(site, layer=resolve_layers(site.layer, source.depth(site.stack))[0])
+            elif site.per_layer:
+                resolve_layers("all" if layers is None else layers, source.depth(site.stack))
+        found.append(site)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,9 @@ import numpy as np
 from actcache.capture.positions import pool_numpy
 from actcache.errors import NotCachedError
 from actcache.extract.prompts import PromptList, prompt_table, tokenize
+from actcache.store.dtypes import common_dtype
 from actcache.store.prompts import CHAT, IDS
-from actcache.store.records import TOKENS
+from actcache.store.records import DERIVED, TOKENS
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -29,6 +30,8 @@ class Question:
         names: complete site names; one result column each, in this order.
         layout: `TOKENS` for every token, else the pooling's name.
         check: verify the checksums of all that would be read (damage then counts as missing).
+        trusted: spaces known by name only whose values are taken where the model's own are missing, each with its
+            text contexts.
     """
 
     store: Store
@@ -36,6 +39,7 @@ class Question:
     names: Sequence[str]
     layout: str
     check: bool = True
+    trusted: Sequence[tuple[str, Sequence[str]]] = ()
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,19 @@ class Lookup:
     missing: dict[int, tuple[str, ...]] = field(default_factory=dict)
     _pieces: list[_Piece] = field(default_factory=list)
 
-    def add(self, placement: Placement, at: npt.NDArray[np.intp], *, full_rows: bool) -> None:
-        """Note the prompts of `placement` (its prompt `k` is prompt `at[k]` here) that are stored whole."""
+    def add(
+        self,
+        placement: Placement,
+        at: npt.NDArray[np.intp],
+        *,
+        full_rows: bool,
+        accept: Callable[[int], bool] | None = None,
+    ) -> None:
+        """Note the prompts of `placement` (its prompt `k` is prompt `at[k]` here) that are stored whole, of these only
+        those that `accept` takes."""
         local = np.flatnonzero(placement.found & ~self.found[at])
+        if accept is not None:
+            local = local[[accept(k) for k in local.tolist()]] if len(local) else local
         if len(local):
             self._pieces.append(_Piece(placement, local, at[local], full_rows))
             self.found[at[local]] = True
@@ -77,6 +91,11 @@ class Lookup:
         kinds = [tuple(names[row]) for row in absent]
         self.missing.update(zip(at[left].tolist(), (kinds[k] for k in which.ravel()), strict=True))
 
+    @property
+    def one_width(self) -> bool:
+        """Whether all that was found has one width."""
+        return len({width for piece in self._pieces for width in piece.placement.widths}) <= 1
+
     def pooled(self) -> npt.NDArray[Any]:
         """One row per prompt and site, `[n, sites, D]`, in a new array. All sites must have the same width."""
         self._require_all()
@@ -88,36 +107,45 @@ class Lookup:
             self._pooled_rows(piece) if piece.full_rows else piece.placement.take(index=piece.local)
             for piece in self._pieces
         ]
-        result: npt.NDArray[Any] = np.empty((n, *parts[0].shape[1:]), np.result_type(*parts))
+        result: npt.NDArray[Any] = np.empty((n, *parts[0].shape[1:]), common_dtype(part.dtype for part in parts))
         for piece, values in zip(self._pieces, parts, strict=True):
             result[piece.at] = values
         return result
 
     def _pooled_rows(self, piece: _Piece) -> npt.NDArray[Any]:
         pooling = self.question.layout
-        return np.stack([[pool_numpy(rows, pooling) for rows in piece.placement.rows(int(k))] for k in piece.local])
+        each = piece.placement.all_rows(piece.local)
+        return np.stack([[pool_numpy(rows, pooling) for rows in found] for found in each])
 
     def rows(self) -> list[list[npt.NDArray[Any]]]:
         """For each prompt one read-only array `[T, D]` per site."""
         self._require_all()
         result: list[list[npt.NDArray[Any]]] = [[] for _ in range(len(self.found))]
         for piece in self._pieces:
-            for k, i in zip(piece.local, piece.at, strict=True):
-                result[i] = piece.placement.rows(int(k))
+            for i, rows in zip(piece.at.tolist(), piece.placement.all_rows(piece.local), strict=True):
+                result[i] = rows
         return result
+
+    def with_prompts(self, members: Sequence[int]) -> tuple[list[list[npt.NDArray[Any]]], list[npt.NDArray[np.int32]]]:
+        """For each of `members`, which were found, one array per site, and the token ids that it is stored with."""
+        where = {
+            int(i): (piece.placement, int(k))
+            for piece in self._pieces
+            for k, i in zip(piece.local, piece.at, strict=True)
+        }
+        placed = [where[i] for i in members]
+        return [placement.rows(k) for placement, k in placed], [p.prompt(k).tokens(0) for p, k in placed]
 
     def padded(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """`([n, S, sites * D], mask [n, S])`, right-padded with zeros."""
         self._require_all()
         n = len(self.found)
+        if len(self._pieces) == 1 and len(self._pieces[0].local) == n and self.one_width:
+            return self._pieces[0].placement.take_padded()
         rows = self.rows()
-        widths = {r.shape[1] for r in rows[0]}
-        if len(self._pieces) == 1 and len(self._pieces[0].local) == n and len(widths) == 1:
-            values, mask = self._pieces[0].placement.take_padded()
-            return values, mask.astype(bool, copy=False)
         longest = max(len(r[0]) for r in rows)
         width = sum(r.shape[1] for r in rows[0])
-        values = np.zeros((n, longest, width), np.result_type(*{r.dtype for parts in rows for r in parts}))
+        values = np.zeros((n, longest, width), common_dtype(r.dtype for parts in rows for r in parts))
         mask = np.zeros((n, longest), bool)
         for i, parts in enumerate(rows):
             mask[i, : len(parts[0])] = True
@@ -146,7 +174,8 @@ def look_up(
     n = len(prompts)
     answer = Lookup(question, np.zeros(n, bool))
     everything = np.arange(n)
-    layouts = [question.layout] if question.layout in (TOKENS,) or ":" in question.layout else [question.layout, TOKENS]
+    alone = question.layout in (TOKENS, DERIVED) or ":" in question.layout
+    layouts = [question.layout] if alone else [question.layout, TOKENS]
     store, names = question.store, list(question.names)
     known_by_text = prompts.kinds != IDS
     if (prompts.kinds == CHAT).any() and source.tokenizer_source().reads_the_clock():
@@ -176,5 +205,45 @@ def look_up(
         answer.add(placement, left, full_rows=layout == TOKENS and question.layout != TOKENS)
         if layout == question.layout:
             asked = placement
+    for space, contexts in question.trusted:
+        for layout in layouts:
+            _look_among_imports(answer, prompts, left, space, contexts, layout)
     answer.note_missing(asked, left)
     return answer
+
+
+def _look_among_imports(
+    answer: Lookup, prompts: PromptList, left: npt.NDArray[np.intp], space: str, contexts: Sequence[str], layout: str
+) -> None:
+    """Take what was imported under the model's name for prompts that are still missing.
+
+    An import may know the text of a prompt and not its token ids: then the text must do, and the number of rows.
+    """
+    question = answer.question
+    store, names, full_rows = question.store, question.names, layout == TOKENS and question.layout != TOKENS
+    at = left[~answer.found[left]]
+    if not len(at):
+        return
+    table = prompt_table(prompts, at.tolist(), "")
+    placement = store.locate(space, table=table, sites=names, layout=layout, check=question.check)
+    answer.add(placement, at, full_rows=full_rows)
+    for context in contexts:
+        at = left[~answer.found[left] & (prompts.kinds[left] != IDS)]
+        if not len(at):
+            return
+        placement = store.locate(
+            space,
+            texts=[prompts.texts[i] or "" for i in at],
+            kinds=prompts.kinds[at],
+            text_context=context,
+            sites=names,
+            layout=layout,
+            check=question.check,
+        )
+
+        def fits(k: int, placement: Placement = placement, at: npt.NDArray[np.intp] = at) -> bool:
+            ids, stored = prompts.ids[at[k]], placement.prompt(k).tokens(0)
+            # Other ids than ours are of another tokenizer; negative ones stand for ids that nobody knew.
+            return ids is not None and bool((stored < 0).all()) and (layout != TOKENS or len(stored) == len(ids))
+
+        answer.add(placement, at, full_rows=full_rows, accept=fits)

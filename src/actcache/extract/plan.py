@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,3 +82,20 @@ def _operations_per_second(device: str) -> float:
         b = a @ a
     float(b[0, 0])
     return 4 * 2 * 512.0**3 / max(1e-9, time.perf_counter() - start)
+
+
+def share_of_blocks(source: ModelSource, sites: Iterable[str]) -> float:
+    """The fraction of the blocks that runs for `sites`: those before the deepest, an encoder's before its decoder's."""
+    from actcache.model.sites import Site
+
+    before, start = {}, 0
+    for stack in source.stacks:
+        before[stack] = start
+        start += source.depth(stack)
+    deepest = 0
+    for site in map(Site.parse, sites):
+        if site.name == "logits":
+            return 1.0
+        blocks = source.depth(site.stack) if site.name == "final_norm" else (site.layer or 0) + 1
+        deepest = max(deepest, before[site.stack] + blocks)
+    return deepest / start

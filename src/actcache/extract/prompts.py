@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actcache.errors import PromptError, PromptTypeError, TokenizerError
+from actcache.capture.spans import needs_chats, positions_in_chats
+from actcache.errors import PromptError, PromptTypeError
+from actcache.model.chat import Messages, chat_ids
 from actcache.store.prompts import CHAT, IDS, TEXT, PromptTable
 
 if TYPE_CHECKING:
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 
     from actcache.model.source import ModelSource
 
-Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Messages
 
 
@@ -37,6 +38,11 @@ class PromptList:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def select(self, indices: Sequence[int]) -> PromptList:
+        """The prompts at `indices`, in that order."""
+        kinds = self.kinds[np.asarray(indices, np.intp)]
+        return PromptList(kinds, [self.texts[i] for i in indices], [self.ids[i] for i in indices])
 
     @property
     def any_text(self) -> bool:
@@ -168,26 +174,27 @@ def tokenize(prompts: PromptList, indices: Sequence[int], source: ModelSource, *
         for i, ids in zip(texts, encoded, strict=True):
             prompts.ids[i] = np.asarray(ids, np.int32)
     for i in chats:
-        prompts.ids[i] = _apply_template(source.tokenizer(), json.loads(prompts.texts[i] or "[]"), i)
+        prompts.ids[i] = np.asarray(chat_ids(source.tokenizer(), json.loads(prompts.texts[i] or "[]"), i), np.int32)
     for i in (*texts, *chats):
         tokens = prompts.ids[i]
         if tokens is None or len(tokens) == 0:
             raise PromptError(f"prompt {i} ({prompts.texts[i]!r:.60}) gives no tokens with this tokenizer. Remove it.")
 
 
-def _apply_template(tokenizer: Any, messages: Messages, i: int) -> npt.NDArray[np.int32]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise TokenizerError(
-            f"prompt {i} is a chat and the tokenizer has no chat template: pass text, or a tokenizer that has one."
-        )
-    try:
-        encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
-    except Exception as error:
-        # Templates are programs: they refuse roles and orders of messages in their own words.
-        raise PromptError(
-            f"prompt {i} is a chat that the tokenizer's template does not take ({type(error).__name__}: {error})."
-        ) from error
-    return np.asarray(encoded["input_ids"], np.int32)
+def positions_of(positions: Any, prompts: PromptList, source: ModelSource, *, add_special_tokens: bool) -> Any:
+    """`positions` in numbers, one list for each prompt, where what chats say decides them; tokenises what is not yet.
+
+    Raises `PromptError` for a prompt that is no chat or has no such message, `TokenizerError`.
+    """
+    if not needs_chats(positions):
+        return positions
+    tokenize(prompts, range(len(prompts)), source, add_special_tokens=add_special_tokens)
+    chats = [
+        json.loads(text or "") if kind == CHAT else None
+        for text, kind in zip(prompts.texts, prompts.kinds, strict=True)
+    ]
+    ids = [_ids(prompts, i).tolist() for i in range(len(prompts))]
+    return positions_in_chats(positions, chats, ids, source.tokenizer() if any(chats) else None)
 
 
 def check_tokens(prompts: PromptList, indices: Sequence[int], source: ModelSource) -> None:

@@ -64,6 +64,19 @@ def files(folder: Path) -> list[Path]:
     return [folder / CONFIG, weights[0]]
 
 
+def weight_names(folder: Path) -> list[str]:
+    """The names of the weights of the adapter in a local folder."""
+    path = files(folder)[1]
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="np") as file:
+            return list(file.keys())
+    import torch
+
+    return list(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+
+
 def config_digest(config: Mapping[str, Any]) -> str:
     """Digest of the values of an adapter's configuration that can change numbers."""
 

@@ -4,39 +4,23 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from actcache.errors import AdditivityError, LayerRangeError, SiteUnavailableError
-from actcache.model.forms import BlockForm, Place, Side, first_input, first_tensor
+from actcache.model.forms import BlockForm, Place
 from actcache.model.identities import BRANCHES, Findings, Identity, check, numbers_of
-from actcache.model.sites import Site, SiteInfo, expand_sites, list_sites
+from actcache.model.inner import INNER, Inner, find_inner
+from actcache.model.media import adds_between_blocks, merges_media
+from actcache.model.read_points import ReadPoint, Unflatten, extractor
+from actcache.model.sites import PER_LAYER, SITE_NAMES, Site, SiteInfo, expand_sites, list_sites
 from actcache.model.structure import Stack, Structure, descend, find_structure
 
 __all__ = ["Anatomy", "ReadPoint", "SiteInfo", "check_identities", "describe", "list_sites", "original"]
-
-_IN_BLOCK = ("resid_pre", "attn_out", "cross_attn_out", "mixer_out", "resid_mid", "mlp_out", "resid_post")
-_READ = ("embed", *_IN_BLOCK, "final_norm", "logits")
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class ReadPoint:
-    """Where one site is read.
-
-    `extract` turns what the module returned (side "output"), or the pair ``(args, kwargs)`` it was called with (side
-    "input"), into the site's tensor. Where that depends on what a surrounding module was called with, `around` is that
-    module and the function that wants its inputs, in the same pass and before.
-    """
-
-    module: nn.Module
-    path: str
-    side: Side
-    extract: Callable[[Any], Tensor]
-    around: tuple[nn.Module, Callable[[Inputs], None]] | None = None
 
 
 class Anatomy:
@@ -61,6 +45,7 @@ class Anatomy:
         self._places: dict[Site, tuple[tuple[str, ...], Place, tuple[str, ...]]] = {}
         self._expanded: dict[Any, list[Site]] = {}
         self._findings: Findings | None = None
+        self._inner: Inner | None = None
         # Those that the findings rest on; empty until there are some.
         self._numbers: list[tuple[Mapping[str, Any], str, float]] = []
 
@@ -109,6 +94,21 @@ class Anatomy:
         """The norm behind the last block (of the decoder); found by the identity check, None where there is none."""
         return self._part(self.findings.final_norms.get(self.stacks[-1]))
 
+    @cached_property
+    def merges_media(self) -> bool:
+        """`merges_media` of this model, which every capture asks."""
+        return merges_media(self.model)
+
+    @cached_property
+    def adds_between_blocks(self) -> bool:
+        """Whether what leaves a block may be another value than what enters the next: features of images come in."""
+        return adds_between_blocks(self.backbone)
+
+    @property
+    def checked(self) -> bool:
+        """Whether the identity check has been made: until then `findings` costs a pass."""
+        return self._findings is not None
+
     @property
     def findings(self) -> Findings:
         """What the identity check found: one short forward pass when it is first asked for."""
@@ -119,6 +119,15 @@ class Anatomy:
                     self._numbers = numbers_of(self.blocks, self.model)
                     self._findings = check(self)
         return self._findings
+
+    @property
+    def inner(self) -> Inner:
+        """Where values inside attention and MLP are read: two more short passes when it is first asked for."""
+        if self._inner is None:
+            with _checking:
+                if self._inner is None:
+                    self._inner = find_inner(self)
+        return self._inner
 
     @property
     def identities(self) -> list[Identity]:
@@ -164,7 +173,7 @@ class Anatomy:
         found: list[Site] = []
         for stack in self.structure.stacks:
             names = [Site("embed", stack=stack.name)]
-            names += [Site(name, layer, stack=stack.name) for layer in range(stack.n_layers) for name in _IN_BLOCK]
+            names += [Site(name, layer, stack=stack.name) for layer in range(stack.n_layers) for name in PER_LAYER]
             names.append(Site("final_norm", stack=stack.name))
             found += [site for site in names if self.why_not(site) is None]
         return found + ([Site("logits")] if self.why_not(Site("logits")) is None else [])
@@ -187,17 +196,23 @@ class Anatomy:
         if why is not None:
             error = AdditivityError if self._refused(site) is not None else SiteUnavailableError
             raise error(self._refusal(site, why))
+        if site.head is not None:
+            self.inner.require_head(site, self._index(site))
 
     def read_point(self, site: Site) -> ReadPoint:
         """Where `site` is read. Raises as `require` does."""
         names, place, block = self.place(site)
         module = descend(self.model, names)
+        if site.name in INNER:
+            return self.inner.read_point(site, self._index(site), module, ".".join(names), descend(self.model, block))
+        # The stream goes on beside the module that is given it there, which may be the MLP.
+        early = site.name == "resid_mid" and place.side == "input"
+        point = ReadPoint(module, ".".join(names), place.side, extractor(site, place), scale=place.scale, early=early)
         if not place.flat:
-            return ReadPoint(module, ".".join(names), place.side, _extractor(site, place))
+            return point
         # Rows without their batch: its shape is that of the block's own input.
-        unflatten = _Unflatten(_extractor(site, place))
-        around = descend(self.model, block), unflatten.note
-        return ReadPoint(module, ".".join(names), place.side, unflatten, around)
+        unflatten = Unflatten(site, point.extract)
+        return replace(point, extract=unflatten, around=((descend(self.model, block), unflatten.note),))
 
     def place(self, site: Site) -> tuple[tuple[str, ...], Place, tuple[str, ...]]:
         """Module names from the root, the place of `site` on that module, and the names of the block that holds it.
@@ -225,16 +240,23 @@ class Anatomy:
             assert path is not None
             return tuple(path.split(".")), Place("", "output"), ()
         stack = self._stack(site.stack)
-        layer = 0 if site.name == "embed" else (site.layer or 0) % stack.n_layers
+        layer = 0 if site.name == "embed" else self._index(site)[1]
         block = tuple(stack.block_paths[layer].split("."))
         if site.name in ("embed", "resid_pre"):
             return block, Place("", "input"), block
         if site.name == "resid_post":
             return block, Place("", "output"), block
-        form = self._form(stack.name, layer)
-        assert form is not None
-        place = form.places()[site.name]
+        if site.name in INNER:
+            place = self.inner.blocks[stack.name, layer].readings[site.name].place
+        else:
+            form = self._form(stack.name, layer)
+            assert form is not None
+            place = form.places()[site.name]
         return (*block, *place.path.split(".")), place, block
+
+    def _index(self, site: Site) -> tuple[str | None, int]:
+        """Stack and layer of a site, the layer counted from the front."""
+        return site.stack, (site.layer or 0) % self._stack(site.stack).n_layers
 
     def _form(self, stack: str | None, layer: int) -> BlockForm | None:
         return self.findings.forms.get((stack, layer))
@@ -244,8 +266,6 @@ class Anatomy:
 
     def why_not(self, site: Site) -> str | None:
         """Why this model has no such site, or None when it has. `site` is complete and in range."""
-        if site.name not in _READ:
-            return "it is not among the values that are read on this architecture"
         if site.name == "logits":
             no_head = self.structure.head is None
             return "it has no language-model head (load it with its head)" if no_head else None
@@ -255,10 +275,15 @@ class Anatomy:
         if site.name == "final_norm":
             found = self.findings.final_norms.get(site.stack)
             return None if found is not None else "no norm takes the output of its last block"
+        idle = self.findings.idle.get(self._index(site)) if site.layer is not None else None
+        if idle is not None and site.name in (*INNER, *BRANCHES):
+            return idle
+        if site.name in INNER:
+            return self.inner.why_not(site.name, self._index(site))
         if site.name not in BRANCHES:
             return None
         n_layers = self._stack(site.stack).n_layers
-        form = self._form(site.stack, (site.layer or 0) % n_layers)
+        form = self._form(*self._index(site))
         if form is None or site.name in form.places():
             return None
         elsewhere = [layer for layer in range(n_layers) if self._has(Site(site.name, layer, stack=site.stack))]
@@ -273,9 +298,9 @@ class Anatomy:
         layer = site.layer or 0
         have = [
             name
-            for name in _READ
+            for name in SITE_NAMES
             if self.why_not(
-                Site(name, layer if name in _IN_BLOCK else None, stack=site.stack if name != "logits" else None)
+                Site(name, layer if name in PER_LAYER else None, stack=site.stack if name != "logits" else None)
             )
             is None
         ]
@@ -326,7 +351,9 @@ def check_identities(model: nn.Module, *, sites: Iterable[Site | str] | None = N
 
 def original(model: nn.Module) -> nn.Module:
     """The module behind a `torch.compile` wrapper; `model` itself otherwise."""
-    inner = model.__dict__.get("_modules", {}).get("_orig_mod")
+    held = model.__dict__.get("_modules", {})
+    # Not `get`: those of torch.jit have none.
+    inner = held["_orig_mod"] if "_orig_mod" in held else None  # noqa: SIM401
     return inner if isinstance(inner, nn.Module) else model
 
 
@@ -341,44 +368,3 @@ def _absent(name: str, form: BlockForm, blocks: str) -> str:
     if name == "attn_out":
         return f"its {blocks} {have} 'mixer_out' in place of attention"
     return "its attention and MLP run in parallel on the same stream, there is nothing in between"
-
-
-def _extractor(site: Site, place: Place) -> Callable[[Any], Tensor]:
-    if site.name == "logits":
-        return _logits
-    if place.side == "input":
-        return first_input
-    return first_tensor if place.scale == 1.0 else _Scaled(place.scale)
-
-
-def _logits(output: Any) -> Tensor:
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    # return_dict=False: the loss, when there is one, comes first and has no dimensions.
-    return next(value for value in output if isinstance(value, Tensor) and value.ndim > 1)
-
-
-class _Scaled:
-    """A branch output times the factor with which it joins the stream."""
-
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
-
-    def __call__(self, output: Any) -> Tensor:
-        return first_tensor(output) * self.factor
-
-
-class _Unflatten:
-    """Rows ``[B * S, D]`` in the shape ``[B, S, D]`` of the block that they are read in."""
-
-    def __init__(self, extract: Callable[[Any], Tensor]) -> None:
-        self._extract = extract
-        self._shape: tuple[int, ...] = ()
-
-    def note(self, call: Inputs) -> None:
-        self._shape = tuple(first_input(call).shape[:-1])
-
-    def __call__(self, value: Any) -> Tensor:
-        rows = self._extract(value)
-        return rows.reshape(*self._shape, rows.shape[-1]) if rows.ndim == 2 and len(self._shape) == 2 else rows

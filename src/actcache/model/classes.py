@@ -38,6 +38,12 @@ def auto_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
+def is_causal(model: Any) -> bool:
+    """Whether the logits of a transformers model are predictions of the token that follows."""
+    can_generate = getattr(model, "can_generate", None)
+    return callable(can_generate) and bool(can_generate()) and not getattr(model.config, "is_encoder_decoder", False)
+
+
 def load_whole(kind: Any, place: str | Path, kwargs: Mapping[str, Any], name: str) -> Any:
     """A model of the auto class `kind` all of whose weights came from its files: transformers makes up what they lack.
 

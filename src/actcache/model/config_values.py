@@ -78,3 +78,8 @@ def _stretched(config: Mapping[str, Any], limit: int) -> int:
             original = limit
         return max(limit, int((original or 0) * factor))
     return limit
+
+
+def ids_of(value: Any) -> list[int]:
+    """Token ids as configs give them: one, several, or none."""
+    return [value] if isinstance(value, int) else list(value or ())

@@ -190,8 +190,23 @@ class _Search:
         return (-ended, depth, begun, sum(error for _, error in errors)), form
 
 
+def named_attention(path: str, kind: str) -> bool:
+    """Whether a module (its path in the block, the name of its class) is called attention."""
+    return bool(_ATTENTION.search(path) or _ATTENTION.search(kind))
+
+
+def named_norm(kind: str) -> bool:
+    """Whether a class is called a norm."""
+    return bool(_NORM.search(kind))
+
+
+def passes_on(kind: str) -> bool:
+    """Whether a module of this class returns what it is given, and computes nothing."""
+    return bool(_PASSES_ON.search(kind))
+
+
 def _named_attention(call: Call) -> bool:
-    return bool(_ATTENTION.search(call.path) or _ATTENTION.search(call.kind))
+    return named_attention(call.path, call.kind)
 
 
 def _self_attention(call: Call) -> bool:

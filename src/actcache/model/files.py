@@ -173,6 +173,26 @@ class ModelFiles:
         adapters.files(fetched)
         return fetched
 
+    def files_outside_blocks(self) -> list[Path]:
+        """The weight files that have more than blocks; those of a Hub model are fetched where they are missing."""
+        from actcache.model.head_files import outside_blocks
+
+        base = self.base()
+        for single, index in identity.WEIGHT_FILES:
+            wanted = [single]
+            if not (base.folder / single).is_file() and (base.folder / index).is_file():
+                placed = json.loads((base.folder / index).read_text(encoding="utf-8"))["weight_map"]
+                wanted = sorted({placed[name] for name in outside_blocks(placed)})
+            folder = base.folder
+            if base.commit is not None and not all((folder / name).is_file() for name in wanted):
+                folder = fetch(base.name, wanted, revision=base.commit, token=self._options.token)
+            if all((folder / name).is_file() for name in wanted):
+                return [folder / name for name in wanted]
+        raise ModelLoadError(
+            f"no weights of the usual names in {base.name!r}: expected {identity.WEIGHT_FILES[0][0]}, its shards or "
+            f"{identity.WEIGHT_FILES[1][0]}."
+        )
+
     def tokenizer_folder(self) -> Path:
         """Where the tokenizer is: an adapter may have been trained with one of its own."""
         return self.given.folder if tokenizer_files(self.given.folder) else self.base().folder

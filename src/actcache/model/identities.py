@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from actcache.model.discovery import find_form
 from actcache.model.forms import BlockForm, BlockRun, Call, Side, check_form, first_input, first_tensor
-from actcache.model.probe import DECODER_TOKENS, PROMPTS, TOKENS, probe_inputs, undisturbed
+from actcache.model.probe import DECODER_TOKENS, PROMPTS, TOKENS, of_this_thread, probe_inputs, undisturbed
+from actcache.model.runs import copied, modules_inside
 from actcache.model.sites import Site
 from actcache.model.structure import Stack, descend, text_config
 
@@ -45,6 +46,7 @@ class Findings:
         final_norms: by stack, the path of the norm that takes the last block's output.
         identities: every identity that was measured.
         refused: site names (a `Site` without layer) that are refused, with the reason.
+        idle: by stack and layer, why a block did not run, where others did: what is inside it is not known.
         passing: whether a branch gave nothing but zeros where its block's form was found (as weights do that training
             starts from), so that it may be another one when they change.
     """
@@ -53,6 +55,7 @@ class Findings:
     final_norms: dict[str | None, str | None] = field(default_factory=dict)
     identities: list[Identity] = field(default_factory=list)
     refused: dict[Site, str] = field(default_factory=dict)
+    idle: dict[tuple[str | None, int], str] = field(default_factory=dict)
     passing: bool = False
 
 
@@ -107,7 +110,7 @@ class _StackWatch:
         self._anatomy = anatomy
         self._findings = findings
         self._blocks = anatomy.blocks_of(stack.name)
-        self._runs = [0] * len(self._blocks)
+        self._runs = self._first_runs = [0] * len(self._blocks)
         self._known: dict[object, BlockForm] = {}
         self._failed: str | None = None
         self._unchained: str | None = None
@@ -119,6 +122,8 @@ class _StackWatch:
     def listen(self, hooks: ExitStack) -> None:
         self._second = bool(self.unsolved)
         self._runs = [0] * len(self._blocks)
+        if not self._second:
+            self._first_runs = self._runs
         self.last = None
         for layer, block in enumerate(self._blocks):
             if not self._second or layer in self.unsolved:
@@ -176,14 +181,27 @@ class _StackWatch:
 
     def conclude(self) -> None:
         name, refused = self.stack.name, self._findings.refused
-        again = next((layer for layer, runs in enumerate(self._runs) if runs != 1 and not self._second), None)
+        idle = {layer for layer, runs in enumerate(self._first_runs) if runs == 0}
+        if len(idle) == len(self._blocks):
+            idle = set()
+        again = next((layer for layer, runs in enumerate(self._first_runs) if runs != 1 and layer not in idle), None)
         if again is not None:
-            why = f"block {again} ({self.stack.block_paths[again]}) ran {self._runs[again]} times in one pass"
+            path, runs = self.stack.block_paths[again], self._first_runs[again]
+            why = f"block {again} ({path}) ran {runs} times in one pass"
+            if runs > 1:
+                why += f", as blocks do that share their weights: capture the module {path!r}, its visits are its runs"
+            # Nothing inside them is of one layer either.
+            self._findings.forms |= {(name, layer): None for layer in range(len(self._blocks))}
             refused |= {Site(site, stack=name): why for site in (*BRANCHES, *_STREAM)}
             return
         if self._shape is not None:
             refused |= {Site(site, stack=name): self._shape for site in (*BRANCHES, *_STREAM, "embed", "final_norm")}
             return
+        for layer in idle:
+            # Blocks that attend to images are left out where there are none.
+            why = f"block {layer} ({self.stack.block_paths[layer]}) does not run on text alone, so that its parts"
+            self._findings.forms[name, layer] = None
+            self._findings.idle[name, layer] = f"{why} are not known: capture modules in it by path"
         if self._unchained is not None:
             refused |= {Site(site, stack=name): self._unchained for site in (*_STREAM, "final_norm")}
         if self._failed is not None:
@@ -210,19 +228,24 @@ class _BlockWatch:
         self._inside = ExitStack()
 
     def listen(self, hooks: ExitStack) -> None:
-        hooks.callback(self._block.register_forward_pre_hook(self._begin_block, with_kwargs=True).remove)
-        hooks.callback(self._block.register_forward_hook(self._end_block).remove)
+        begin, end = of_this_thread(self._begin_block), of_this_thread(self._end_block)
+        hooks.callback(self._block.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        hooks.callback(self._block.register_forward_hook(end).remove)
         hooks.callback(self._inside.close)
 
     def _begin_block(self, block: nn.Module, args: Any, kwargs: Any) -> None:
-        self._pre, self._calls, self._clock = _copy(first_input((args, kwargs))), {}, 0
+        self._pre, self._calls, self._clock = copied(first_input((args, kwargs))), {}, 0
         claim = self._stack.claim(self._layer)
         self._wanted = None if claim is None else _reads(claim)
-        for path, module in _inside(block, "", _DEPTH) if self._wanted is None else _named(block, self._wanted):
+        for path, module in (
+            modules_inside(block, depth=_DEPTH) if self._wanted is None else _named(block, self._wanted)
+        ):
             begin = module.register_forward_pre_hook(
-                lambda m, args, kwargs, path=path: self._begin(path, m, args, kwargs), with_kwargs=True
+                of_this_thread(lambda m, args, kwargs, path=path: self._begin(path, m, args, kwargs)), with_kwargs=True
             )
-            end = module.register_forward_hook(lambda m, args, output, path=path: self._end(path, output))
+            end = module.register_forward_hook(
+                of_this_thread(lambda m, args, output, path=path: self._end(path, output))
+            )
             self._inside.callback(begin.remove)
             self._inside.callback(end.remove)
 
@@ -231,7 +254,7 @@ class _BlockWatch:
         pre, calls = self._pre, list(self._calls.values())
         self._pre, self._calls = None, {}
         if pre is not None:
-            self._stack.ended(self._layer, BlockRun(pre, _copy(first_tensor(output)), calls))
+            self._stack.ended(self._layer, BlockRun(pre, copied(first_tensor(output)), calls))
 
     def _begin(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._clock += 1
@@ -261,28 +284,11 @@ class _BlockWatch:
         if pre is None or not tensor.is_floating_point() or tensor.shape[-1:] != pre.shape[-1:]:
             return None
         if tensor.shape == pre.shape:
-            return _copy(tensor)
+            return copied(tensor)
         if tensor.ndim != 2 or tensor.numel() != pre.numel():
             return None
         call.flat.add(side)
-        return _copy(tensor).reshape(pre.shape)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
-
-
-def _inside(module: nn.Module, prefix: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module._modules.items():
-        if child is None:
-            continue
-        path = f"{prefix}.{name}" if prefix else name
-        is_list = isinstance(child, (nn.ModuleList, nn.ModuleDict))
-        if not is_list:
-            yield path, child
-        if depth > 1 and not (is_list and len(child) > _EXPERTS):  # type: ignore[arg-type]
-            yield from _inside(child, path, depth - 1)
+        return copied(tensor).reshape(pre.shape)
 
 
 def _reads(form: BlockForm) -> set[tuple[str, Side]]:
@@ -318,7 +324,7 @@ def _watch_norms(anatomy: Anatomy, watches: Iterable[_StackWatch], findings: Fin
     for path, module in _outside(anatomy.backbone, anatomy.structure.backbone, lists):
         if "norm" in type(module).__name__.lower():
             hook = module.register_forward_pre_hook(
-                lambda _, args, kwargs, path=path: given(path, args, kwargs), with_kwargs=True
+                of_this_thread(lambda _, args, kwargs, path=path: given(path, args, kwargs)), with_kwargs=True
             )
             hooks.callback(hook.remove)
 

@@ -44,6 +44,12 @@ CONFIG_LABELS = frozenset(
     }
 )
 
+# What transformers looks for, in this order: one file, or the list of several.
+WEIGHT_FILES = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
 _CHUNK = 8 << 20
 # A file changed this recently could change again without its time stamps moving on.
 _RACY_NS = 2_000_000_000
@@ -114,10 +120,7 @@ def weight_files(folder: Path, *, every: bool = False) -> list[Path]:
     `every`: all that it could load with any arguments.
     """
     found: set[Path] = set()
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
+    for single, index in WEIGHT_FILES:
         if (folder / single).is_file():
             found.add(folder / single)
         elif (folder / index).is_file():

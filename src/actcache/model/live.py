@@ -9,11 +9,14 @@ from typing import Any
 import torch
 
 from actcache.errors import ModelLoadError, OptionError
-from actcache.model import identity, in_memory
+from actcache.model import identity, implementation, in_memory
 from actcache.model.adapters import of_model, unwrapped
 from actcache.model.anatomy import original
+from actcache.model.classes import is_causal
+from actcache.model.config_values import ids_of
 from actcache.model.decoder_inputs import decoder_values
 from actcache.model.folders import find_folder, no_tokenizer
+from actcache.model.head import Head, find_head
 from actcache.model.offload import stored_weights
 from actcache.model.options import LoadOptions, dtype_name
 from actcache.model.releases import release_values
@@ -91,11 +94,15 @@ class LiveSource(ModelSource):
             "class": type(self._model).__qualname__,
             "config": identity.config_digest(self.config),
             "dtype": dtype,
-            "attn_implementation": in_memory.attention_of(self._model),
+            "attn_implementation": implementation.run_as(
+                in_memory.attention_of(self._model), probabilities=self.needs_probabilities
+            ),
             "settings": in_memory.settings_of(self._model),
             "hooks": sorted(self.options.allow_hooks),
             "edits": list(self.edits),
         }
+        if self.generate is not None:
+            values["generate"] = dict(self.generate)
         adapters = of_model(self._model)
         if adapters is not None:
             values["adapters"] = adapters
@@ -117,6 +124,16 @@ class LiveSource(ModelSource):
     def model_to_run(self) -> torch.nn.Module:
         refuse_foreign_hooks(self._wrapper, self.options.allow_hooks)
         return self._model
+
+    def end_tokens(self) -> list[int]:
+        told = getattr(self._model, "generation_config", None)
+        return ids_of(getattr(told, "eos_token_id", None)) or ids_of(self.config.get("eos_token_id"))
+
+    def predicts_next(self) -> bool:
+        return is_causal(self._model)
+
+    def head(self, device: str | None = None) -> Head:
+        return find_head(self.model_to_run())
 
     @property
     def loaded(self) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actcache.errors import ModelChangedError, ModelLoadError, did_you_mean
-from actcache.model import adapters, identity
-from actcache.model.classes import auto_class, load_whole
+from actcache.errors import ModelChangedError, ModelLoadError, SiteUnavailableError, did_you_mean
+from actcache.model import adapters, identity, implementation
+from actcache.model.classes import auto_class, is_causal, load_whole
+from actcache.model.config_values import ids_of
 from actcache.model.decoder_inputs import decoder_values
 from actcache.model.files import ModelFiles
 from actcache.model.folders import find_folder
@@ -30,6 +32,8 @@ from actcache.model.touched import refuse_foreign_hooks
 
 if TYPE_CHECKING:
     import torch
+
+    from actcache.model.head import Head
 
 
 def open_source(model: Any, options: LoadOptions, tokenizer: Any = None) -> ModelSource:
@@ -57,6 +61,7 @@ class PathSource(ModelSource):
         self._state: tuple[object, ModelIdentity] | None = None
         self._loaded_as: Mapping[str, Any] | None = None
         self._as_loaded: object = None
+        self._head: tuple[Mapping[str, Any], Head] | None = None
         self._extra = check_model_kwargs(options.model_kwargs)
         self._quantization = canonical(options.quantization_config)
         _check_attention(options.attn_implementation)
@@ -93,11 +98,15 @@ class PathSource(ModelSource):
             "identity": identity.IDENTITY_VERSION,
             **digests,
             "dtype": self.dtype,
-            "attn_implementation": self._attn_implementation(digests.get("code")),
+            "attn_implementation": implementation.run_as(
+                self._attn_implementation(digests.get("code")), probabilities=self.needs_probabilities
+            ),
             "quantization": self._quantization,
             "model_kwargs": self._extra or None,
             "edits": list(self.edits),
         }
+        if self.generate is not None:
+            values["generate"] = dict(self.generate)
         if options.allow_hooks:
             values["hooks"] = sorted(options.allow_hooks)
         values |= decoder_values(self.config) | release_values(self.config)
@@ -134,8 +143,13 @@ class PathSource(ModelSource):
         import torch
 
         config = self._auto_config()
+        kind = auto_class(config)
+        arguments |= self._code_arguments()
+        if type(config) in kind._model_mapping:
+            # Also of code that was run before, whose class would be given what is meant for finding it.
+            arguments.pop("code_revision", None)
         with torch.device("meta"):
-            return auto_class(config).from_config(config, **self._code_arguments(), **arguments)
+            return kind.from_config(config, **arguments)
 
     def _code_arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {"trust_remote_code": self._files.trusted}
@@ -249,6 +263,57 @@ class PathSource(ModelSource):
         elif "offload_folder" in text:
             remedy = " Pass model_kwargs={'offload_folder': <a folder with room for the weights>}."
         return ModelLoadError(f"cannot load {self.name!r}: {text.rstrip('. ')}.{remedy}")
+
+    def end_tokens(self) -> list[int]:
+        path = self._files.base().folder / "generation_config.json"
+        told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return ids_of(told.get("eos_token_id")) or ids_of(self.config.get("eos_token_id"))
+
+    def predicts_next(self) -> bool:
+        key = identity.digest_json([dict(self.identity().values), package_version("transformers")])
+        known = host_memo().get("causal", key)
+        # Of a model whose files lack the head only the loaded one tells.
+        if known is None or (known == "class" and self._model is not None):
+            causal = is_causal(self._without_weights() if self._model is None else self._model)
+            known = ("class" if self._model is None else "model") if causal else "no"
+            host_memo().put("causal", key, known)
+        return known != "no"
+
+    def head(self, device: str | None = None) -> Head:
+        if self._model is not None:
+            from actcache.model.head import find_head
+
+            return find_head(self.model_to_run())
+        place = resolve_device(device or self.options.device)
+        key = {**self.identity().values, "device": place}
+        if self._head is None or self._head[0] != key:
+            self._head = key, self._read_head(self.dtype, place)
+        return self._head[1]
+
+    def _read_head(self, dtype: str, device: str) -> Head:
+        import torch
+
+        from actcache.model.head_files import load_head, mapped, outside_blocks, plan_head
+
+        why = None
+        if self.options.quantization_config is not None or "quantization_config" in self.config:
+            why = "its weights are quantised"
+        elif self.options.model_kwargs:
+            why = f"it is loaded with model_kwargs={dict(self.options.model_kwargs)!r}"
+        elif self._files.adapter is not None:
+            held = adapters.weight_names(self._files.adapter_folder())
+            why = f"its adapter changes {outside[0]!r}" if (outside := outside_blocks(held)) else None
+        if why is not None:
+            raise SiteUnavailableError(
+                f"the head of {self.name!r} is not read by itself, since {why}: load the model first (the attribute "
+                "`model` of a UnifiedCache does), its head is then taken from it."
+            )
+        compute = getattr(torch, dtype)
+        empty = self._without_weights(dtype=compute)
+        kind, config = type(empty), empty.config
+        plan = plan_head(empty)
+        tensors = {name: tensor for path in self._files.files_outside_blocks() for name, tensor in mapped(path).items()}
+        return load_head(kind, config, plan, tensors, dtype=compute, device=device, name=self.name)
 
     @property
     def loaded(self) -> bool:

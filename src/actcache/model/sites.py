@@ -41,6 +41,8 @@ SITE_NAMES = ("embed", *PER_LAYER, "final_norm", "logits")
 PER_HEAD = ("pattern", "head_out")
 STACKS = ("encoder", "decoder")
 _HEAD_SHAPES = {"pattern": "[B, S, S]", "head_out": "[B, S, D]"}
+# Which dimension of the value of all heads is the head.
+HEAD_AXIS = {"pattern": 1, "head_out": 2}
 
 # Names other libraries use -> ours; `{}` is the layer.
 _HOOK_POINTS = {
@@ -67,17 +69,38 @@ _UNDERSCORED = {
     "mlp_out": "mlp_out",
     "attn_in": "attn_in",
     "mlp_in": "mlp_in",
+    "queries": "q",
+    "keys": "k",
     "values": "v",
     "pattern": "pattern",
     "avg_attn_pattern": "pattern",
     "head_out": "head_out",
     "layer": "resid_post",
 }
+# Hook points of TransformerLens whose values are no site, though names are near: what is, and what differs.
+_OTHER_POINTS = {
+    "hook_embed": "the tokens' embedding alone; 'embed' is what block 0 is given, positions included",
+    "hook_pos_embed": "the positions' embedding alone; 'embed' is what block 0 is given",
+    "ln1.hook_normalized": "the norm without its weights; 'attn_in.{}' is what attention is given, with them",
+    "ln2.hook_normalized": "the norm without its weights; 'mlp_in.{}' is what the MLP is given, with them",
+    "ln_final.hook_normalized": "the norm without its weights; 'final_norm' has them",
+    "hook_attn_in": "the stream before the norm for each head; that is 'resid_pre.{}', and behind it 'attn_in.{}'",
+    "hook_q_input": "the stream before the norm for each head; that is 'resid_pre.{}'",
+    "hook_k_input": "the stream before the norm for each head; that is 'resid_pre.{}'",
+    "hook_v_input": "the stream before the norm for each head; that is 'resid_pre.{}'",
+    "hook_mlp_in": "the stream before the norm; that is 'resid_mid.{}', and behind the norm 'mlp_in.{}'",
+    "attn.hook_attn_scores": "scores before the softmax; 'pattern.{}' has what comes of them",
+    "attn.hook_scores": "scores before the softmax; 'pattern.{}' has what comes of them",
+    "attn.hook_rot_q": "queries after the rotation; 'q.{}' are those before",
+    "attn.hook_rot_k": "keys after the rotation; 'k.{}' are those before",
+    "mlp.hook_pre": "the MLP before its non-linearity; 'mlp_act.{}' is behind it",
+    "mlp.hook_pre_linear": "the MLP's factor beside its gate; 'mlp_act.{}' is the product",
+}
 _CANONICAL = re.compile(
-    r"(?:(?P<stack>encoder|decoder)\.)?(?P<name>[a-z_]+)(?:\.(?P<layer>-?\d+)(?:\.(?P<head>\d+))?)?"
+    r"(?:(?P<stack>encoder|decoder)\.)?(?P<name>[a-z_]+)(?:\.(?P<layer>-?\d+|\*)(?:\.(?P<head>\d+))?)?"
 )
-_BLOCKS = re.compile(r"blocks\.(?P<layer>-?\d+)\.(?P<point>[a-z0-9_.]+)")
-_SUFFIXED = re.compile(r"(?P<name>[a-z_]+?)_L?(?P<layer>\d+)(?:H(?P<head>\d+))?")
+_BLOCKS = re.compile(r"blocks\.(?P<layer>-?\d+|\*)\.(?P<point>[a-z0-9_.]+)")
+_SUFFIXED = re.compile(r"(?P<name>[a-z_]+?)_L?(?P<layer>-?\d+)(?:H(?P<head>\d+))?")
 
 
 @total_ordering
@@ -115,16 +138,17 @@ class Site:
         """Read a site name: ours ("resid_post.5", "encoder.resid_post.3", "pattern.5.3", "logits"),
         TransformerLens' ("blocks.5.hook_resid_post") or the underscored ones ("resid_out_5", "pattern_L5H3").
 
-        A name without its layer ("resid_post") gives a site that waits for layers. Raises `UnknownSiteError`.
+        A name without its layer ("resid_post"), or with any ("resid_post.*", "blocks.*.hook_resid_post"), gives a site
+        that waits for layers. Raises `UnknownSiteError`.
         """
         if not isinstance(text, str):
             raise UnknownSiteError(f"a site is named by a string such as 'resid_post.5', not {type(text).__name__}")
         found = _CANONICAL.fullmatch(text)
-        if found and (found["name"] in PER_LAYER or found["name"] in WHOLE_MODEL):
+        if found and (found["name"] in PER_LAYER or (found["name"] in WHOLE_MODEL and found["layer"] != "*")):
             return cls(found["name"], _number(found["layer"]), _number(found["head"]), found["stack"])
         found = _BLOCKS.fullmatch(text)
         if found and found["point"] in _HOOK_POINTS:
-            return cls(_HOOK_POINTS[found["point"]], int(found["layer"]))
+            return cls(_HOOK_POINTS[found["point"]], _number(found["layer"]))
         found = _SUFFIXED.fullmatch(text)
         if found and found["name"] in _UNDERSCORED:
             return cls(_UNDERSCORED[found["name"]], int(found["layer"]), _number(found["head"]))
@@ -198,31 +222,55 @@ class HasSites(Protocol):
     def require(self, site: Site) -> None:
         """Raise `SiteUnavailableError` for a complete site that this model lacks."""
 
+    def why_not(self, site: Site) -> str | None:
+        """Why this model lacks a complete site; None when it has it."""
+
 
 def expand_sites(anatomy: HasSites, sites: str | Site | Sequence[str | Site], layers: Any = None) -> list[Site]:
     """Complete sites, in the order asked: each name that needs a layer is combined with `layers`
-    (int, list, "all", "last", "middle"; None means all). Complete names are kept whatever `layers` says.
+    (int, list, "all", "last", "middle"; None means all; of all and of the middle, those that have the site are taken).
+    Complete names beside them are kept as they are.
 
-    Negative layers count from the end; duplicates are dropped. Raises `UnknownSiteError`, `SiteUnavailableError`
-    or `LayerRangeError`.
+    Negative layers count from the end; duplicates are dropped. Raises `UnknownSiteError`, `SiteUnavailableError`,
+    `LayerRangeError`, or `OptionError` for `layers` where no name needs one.
     """
     named = [sites] if isinstance(sites, (str, Site)) else list(sites)
     if not named:
         raise OptionError("sites is empty: name at least one, such as 'resid_post'")
+    parsed = [item if isinstance(item, Site) else Site.parse(item) for item in named]
+    require_use_of_layers(parsed, layers)
     wanted: dict[Site, None] = {}
-    for item in named:
-        site = item if isinstance(item, Site) else Site.parse(item)
+    for site in parsed:
         if not site.per_layer:
             wanted[site] = None
         elif site.layer is not None:
             depth = anatomy.depth(site.stack, str(replace(site, stack=None)))
             wanted[replace(site, layer=resolve_layers(site.layer, depth)[0])] = None
         else:
-            for layer in resolve_layers("all" if layers is None else layers, anatomy.depth(site.stack, site.name)):
-                wanted[replace(site, layer=layer)] = None
+            chosen = resolve_layers("all" if layers is None else layers, anatomy.depth(site.stack, site.name))
+            each = [replace(site, layer=layer) for layer in chosen]
+            if takes_what_is_there(layers):
+                # Where none has it, the first says why.
+                each = [one for one in each if anatomy.why_not(one) is None] or each[:1]
+            wanted.update(dict.fromkeys(each))
     for site in wanted:
         anatomy.require(site)
     return list(wanted)
+
+
+def require_use_of_layers(sites: Sequence[Site], layers: Any) -> None:
+    """Raise `OptionError` for `layers` that choose among nothing, since every site is complete."""
+    if layers is None or not all(site.complete for site in sites):
+        return
+    first = sites[0]
+    why = "names its layer already" if first.layer is not None else "has no layers"
+    name = f", or write {str(replace(first, layer=None))!r}" if first.layer is not None else ""
+    raise OptionError(f"layers={layers!r} chooses nothing: site {str(first)!r} {why}. Leave layers out{name}")
+
+
+def takes_what_is_there(layers: Any) -> bool:
+    """Whether `layers` names many without naming each, so that those without the site are left out."""
+    return layers is None or (isinstance(layers, str) and layers in ("all", "middle"))
 
 
 def resolve_layers(spec: Any, n_layers: int) -> list[int]:
@@ -272,7 +320,7 @@ def list_sites(model: nn.Module) -> list[SiteInfo]:
 
 
 def _number(text: str | None) -> int | None:
-    return None if text is None else int(text)
+    return None if text in (None, "*") else int(text)
 
 
 def _is_int(value: object) -> bool:
@@ -281,6 +329,11 @@ def _is_int(value: object) -> bool:
 
 
 def _unknown(text: str) -> UnknownSiteError:
+    found = _BLOCKS.fullmatch(text)
+    why = _OTHER_POINTS.get(found["point"] if found else text)
+    if why is not None:
+        near = why.replace("{}", found["layer"].replace("*", "0") if found else "0")
+        return UnknownSiteError(f"{text!r} is no site: in TransformerLens it is {near}.")
     base = re.sub(r"[._]?-?L?\d.*$", "", text)
     hint = did_you_mean(base, SITE_NAMES) or did_you_mean(text, SITE_NAMES)
     return UnknownSiteError(

@@ -17,6 +17,7 @@ from actcache.model.options import LoadOptions
 if TYPE_CHECKING:
     import torch
 
+    from actcache.model.head import Head
     from actcache.model.invariance import BatchPolicy
     from actcache.model.tokenizer import TokenizerSource
 
@@ -41,6 +42,10 @@ class ModelSource(ABC):
     options: LoadOptions
     # What identifies the ready-made edits with which it is run; set before its identity is asked for.
     edits: tuple[Mapping[str, Any], ...] = ()
+    # The settings by which prompts are continued before they are run; set like `edits`.
+    generate: Mapping[str, Any] | None = None
+    # Whether they change attention probabilities, for which some models run another implementation of attention.
+    needs_probabilities: bool = False
 
     @property
     @abstractmethod
@@ -69,6 +74,22 @@ class ModelSource(ABC):
 
         Raises `ForeignHooksError` for hooks of somebody else, `ModelChangedError` for other changes in memory.
         """
+
+    @abstractmethod
+    def head(self, device: str | None = None) -> Head:
+        """The final norm and the head: the model's own where it is loaded, else read from its files by themselves and
+        put on `device` (None: where the model would be).
+
+        Raises `SiteUnavailableError` for a model without a head, or one of which no part is read by itself.
+        """
+
+    @abstractmethod
+    def end_tokens(self) -> list[int]:
+        """The token ids that end a text which the model generates, as its files or its generation config say."""
+
+    @abstractmethod
+    def predicts_next(self) -> bool:
+        """Whether its logits are predictions of the token that follows, as those of a causal language model are."""
 
     @property
     @abstractmethod

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from actcache.errors import SiteUnavailableError
@@ -88,9 +89,15 @@ def descend(model: nn.Module, names: Sequence[str]) -> nn.Module:
     return module
 
 
+def is_script(module: nn.Module) -> bool:
+    """Whether `module` is compiled by ``torch.jit``: what it holds runs as code of its own, and not as modules."""
+    return isinstance(module, torch.jit.ScriptModule)
+
+
 def has_forward(module: nn.Module) -> bool:
     """Whether `module` can be called at all (a ModuleList cannot)."""
-    return type(module).forward is not nn.Module.forward or "forward" in module.__dict__
+    # A default, since those that torch.jit compiled have one that their class cannot show.
+    return getattr(type(module), "forward", None) is not nn.Module.forward or "forward" in module.__dict__
 
 
 def _stacks(
@@ -126,16 +133,25 @@ def _block_list(
     recorded: tuple[type, ...],
     whole: set[str],
 ) -> str:
-    by_recorder = [path for path, layers in lists.items() if recorded and all(isinstance(m, recorded) for m in layers)]
-    by_length = [path for path, layers in lists.items() if depth and len(layers) == depth]
-    by_name = [path for path, layers in lists.items() if all(type(m).__name__ in whole for m in layers)]
-    candidates = by_recorder or by_length or by_name
+    def found(lists: Mapping[str, nn.ModuleList]) -> list[str]:
+        by_recorder = [
+            path for path, blocks in lists.items() if recorded and all(isinstance(m, recorded) for m in blocks)
+        ]
+        by_length = [path for path, blocks in lists.items() if depth and len(blocks) == depth]
+        by_name = [path for path, blocks in lists.items() if all(type(m).__name__ in whole for m in blocks)]
+        return by_recorder or by_length or by_name
+
     # Beside the language model there may be a tower for images or sounds.
     decoder = _accessor(model, "get_decoder")
     inside = {id(module) for module in decoder.modules()} if decoder is not None else set()
-    candidates = [path for path in candidates if id(lists[path]) in inside] or candidates
+    candidates = found({path: blocks for path, blocks in lists.items() if id(blocks) in inside}) or found(lists)
     # A list of experts may be as long as the list of blocks, but lies deeper.
     candidates = sorted(candidates, key=lambda path: path.count("."))
+    if not candidates and getattr(model, "config", None) is None:
+        raise SiteUnavailableError(
+            f"sites are for language models of transformers, and {type(model).__name__} has no config: capture by "
+            "module path, which works on any model"
+        )
     if not candidates:
         raise SiteUnavailableError(
             f"cannot make out the blocks of {type(model).__name__}: "
@@ -145,7 +161,7 @@ def _block_list(
                 else "config.num_hidden_layers is not set"
             )
             + (
-                f" (it has {', '.join(f'{path} of {len(found)}' for path, found in list(lists.items())[:3])})"
+                f" (it has {', '.join(f'{path} of {len(blocks)}' for path, blocks in list(lists.items())[:3])})"
                 if lists
                 else ""
             )

@@ -22,15 +22,17 @@ class Alone:
     """What one prompt of `T` tokens gives by itself.
 
     Attributes:
-        values: by site, ``[T, D]`` on the CPU, in the dtype it has in the model.
+        values: by site, ``[T, D]`` on the CPU, in the dtype it has in the model; heads lie side by side.
         hidden_states: transformers' own, by stack (``""`` for the only one), each ``[T, D]``; absent when the model
             returns none.
         choices: by path of a router, what it chose for each token, ``[T, k]``.
+        attentions: transformers' own attention probabilities, by stack, each ``[H, T, T]``; only when asked for.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
     hidden_states: dict[str, list[Tensor]] = field(default_factory=dict)
     choices: dict[str, Tensor] = field(default_factory=dict)
+    attentions: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -39,6 +41,8 @@ def run_alone(
     inputs: Mapping[str, Any],
     points: Mapping[str, ReadPoint],
     routers: Mapping[str, ReadPoint],
+    *,
+    attentions: bool = False,
 ) -> Alone:
     """One pass of `model` over one prompt, ``inputs["input_ids"]`` being ``[1, T]``.
 
@@ -52,7 +56,7 @@ def run_alone(
             if site in found.values:
                 raise RuntimeError(f"{site} was computed twice in one pass")
             # A copy: some architectures go on to work in place on what a module returned.
-            found.values[site] = value[0].detach().to("cpu", copy=True)
+            found.values[site] = value[0].detach().flatten(1).to("cpu", copy=True)
 
         return read
 
@@ -64,34 +68,34 @@ def run_alone(
 
     try:
         for site, point in points.items():
-            if point.around is not None:
-                handles.append(_on_input(point.around[0], point.around[1]))
+            handles += [_on_input(module, note) for module, note in point.around]
             handles.append(_hook(point, keep(site)))
         for path, point in routers.items():
             handles.append(_hook(point, choose(path)))
-        output = _call(model, inputs)
+        output = _call(model, inputs, attentions)
     finally:
         for handle in handles:
             handle.remove()
     missed = [site for site in points if site not in found.values]
     if missed:
         raise MissedModuleError(f"{', '.join(missed)} did not run when the model did: ask for other layers.")
-    for stack, name in {
-        "": "hidden_states",
-        "encoder": "encoder_hidden_states",
-        "decoder": "decoder_hidden_states",
-    }.items():
-        states = getattr(output, name, None)
+    for stack in ("", "encoder", "decoder"):
+        prefix = f"{stack}_" if stack else ""
+        states = getattr(output, f"{prefix}hidden_states", None)
         if isinstance(states, Sequence) and all(isinstance(state, Tensor) for state in states):
             found.hidden_states[stack] = [state[0].to("cpu", copy=True) for state in states]
+        made = getattr(output, f"{prefix}attentions", None)
+        if attentions and isinstance(made, Sequence):
+            found.attentions[stack] = [one[0].to("cpu", copy=True) for one in made if isinstance(one, Tensor)]
     return found
 
 
-def _call(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+def _call(model: nn.Module, inputs: Mapping[str, Any], attentions: bool) -> Any:
+    asked = {"output_attentions": True} if attentions else {"output_hidden_states": True}
     try:
-        return model(**inputs, output_hidden_states=True)
+        return model(**inputs, **asked)
     except TypeError as error:
-        if "output_hidden_states" not in str(error):
+        if "output_" not in str(error):
             raise
         return model(**inputs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,16 @@ import torch
 from torch import Tensor
 
 from actcache.capture.hooks import run_with_cache
+from actcache.config import STORAGE_DTYPES
 from actcache.extract.arrays import to_torch
 from actcache.extract.cached import CachedExtractor
+from actcache.extract.extractor import ActivationExtractor
 from actcache.model.decoder_inputs import is_encoder_decoder
 from actcache.model.forward_inputs import accepts
 from actcache.selftest import hidden
 from actcache.selftest.additions import check_additions
 from actcache.selftest.experts import MOST_FLIPPED
+from actcache.selftest.inside import check_heads, check_patterns
 from actcache.selftest.ledger import same
 from actcache.selftest.subject import Subject, Watched
 from actcache.store.store import Store
@@ -33,6 +37,9 @@ ABOUT = {
     "left padding": "captured, padded on the left",
     "store": "stored, then read by a new reader",
     "pooled": "last tokens, stored and read",
+    "heads": "heads add up to attention's output",
+    "patterns": "transformers' own probabilities, the same",
+    "mixing": "patterns times values are what heads hand on",
     "experts": "routings that the batch changed",
 }
 
@@ -65,6 +72,10 @@ def run_checks(subject: Subject, step: Callable[[], object], *, seed: int) -> No
     for side in ("right", "left"):
         with ledger.running(f"{side} padding"):
             _capture(subject, side)
+        step()
+    for check, run in {"heads": check_heads, "patterns": check_patterns}.items():
+        with ledger.running(check):
+            run(subject)
         step()
     _experts(subject)
 
@@ -104,13 +115,20 @@ def _compare_batches(subject: Subject, watched: Watched, order: list[int], ours:
             hidden.check_extracted(subject, which, rows)
 
 
+def _exact_store(folder: str, index: str, extractor: ActivationExtractor) -> Store:
+    """A store that keeps all that is computed bit for bit, whatever this process stores elsewhere."""
+    computed = extractor.source.dtype
+    dtype = computed if computed in STORAGE_DTYPES else None
+    return Store(folder, limit_gb=math.inf, dtype=dtype, index_dir=Path(folder) / index)
+
+
 def _store(subject: Subject, order: list[int]) -> None:
     """Extract in batches of 8 into a store, and read it back through another one."""
     prompts = [subject.prompts[i] for i in order]
     names = list(subject.sites)
     with TemporaryDirectory(prefix="actcache-selftest-") as folder:
         with subject.extracting(8) as (extractor, watched):
-            store = Store(folder, index_dir=Path(folder) / "index-1")
+            store = _exact_store(folder, "index-1", extractor)
             CachedExtractor(extractor, store).extract(prompts, cache_only=True)
             store.close()
         # Prompts of a batch are named by their place among those that were missing: all of them, once each.
@@ -124,7 +142,7 @@ def _store(subject: Subject, order: list[int]) -> None:
                 written[missing[k]] = {name: parts[name][at] for name in names}
         _compare_batches(subject, watched, [order[row] for row in missing], [written[row] for row in missing])
         with subject.extracting(8) as (extractor, _):
-            reader = CachedExtractor(extractor, Store(folder, index_dir=Path(folder) / "index-2"))
+            reader = CachedExtractor(extractor, _exact_store(folder, "index-2", extractor))
             read = reader.request(prompts, names).lookup.rows()
             for row in missing:
                 for name, array in zip(names, read[row], strict=True):
@@ -138,7 +156,7 @@ def _store(subject: Subject, order: list[int]) -> None:
 def _pooled(subject: Subject) -> None:
     with TemporaryDirectory(prefix="actcache-selftest-") as folder:
         with subject.extracting(8, "last_token") as (extractor, watched):
-            cached = CachedExtractor(extractor, Store(folder, index_dir=Path(folder) / "index"))
+            cached = CachedExtractor(extractor, _exact_store(folder, "index", extractor))
             cached.extract(subject.prompts, cache_only=True)
             read = _read_pooled(cached, subject)
             cached.store.close()
@@ -185,7 +203,7 @@ def _capture(subject: Subject, side: str) -> None:
     ours, choices = [], []
     for row, tokens in enumerate(map(len, rows)):
         real = slice(0, tokens) if side == "right" else slice(longest - tokens, longest)
-        ours.append({site: cache[site][row, real] for site in subject.sites})
+        ours.append({site: cache[site][row, real].flatten(1) for site in subject.sites})
         choices.append(
             {
                 path: visits[0].reshape(len(rows), longest, -1)[row, real]

@@ -23,7 +23,10 @@ _EXPERTS = re.compile(r"(moe_|n_|num_)*(local_|routed_)?experts")
 _CHOSEN = re.compile(r"(moe_)?(num_experts_per_tok(en)?|top_?k(_experts)?|k|num_selected_experts|router_top_k)")
 _ROUTER = re.compile(r"(.*\.)?(gate|router)")
 # What a block computes before its experts.
-_BEFORE = ("resid_pre", "attn_out", "cross_attn_out", "resid_mid")
+_BEFORE = (
+    *("resid_pre", "attn_in", "q", "k", "v", "pattern", "z", "head_out", "attn_out", "cross_attn_out", "resid_mid"),
+    *("mlp_in", "router_logits"),
+)
 
 
 def find_routers(anatomy: Anatomy, config: Mapping[str, Any]) -> dict[str, ReadPoint]:

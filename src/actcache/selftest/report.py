@@ -38,7 +38,8 @@ class Check:
 
     Attributes:
         name: ``"finite"``, ``"identities"``, ``"hidden states"``, ``"alone"``, ``"equal lengths"``, ``"padded"``,
-            ``"right padding"``, ``"left padding"``, ``"store"``, ``"pooled"``, ``"experts"``.
+            ``"right padding"``, ``"left padding"``, ``"store"``, ``"pooled"``, ``"heads"``, ``"patterns"``,
+            ``"mixing"``, ``"experts"``.
         about: what was done.
         verdict: as in `Cell`.
         error: the largest error, None when nothing was compared.

@@ -17,9 +17,9 @@ from actcache.model.loading import open_source
 from actcache.model.modes import evaluating
 from actcache.model.offload import input_device
 from actcache.model.options import LoadOptions
-from actcache.model.sites import PER_LAYER, Site, resolve_layers
+from actcache.model.sites import PER_LAYER, SITE_NAMES, Site, resolve_layers
 from actcache.progress import progress
-from actcache.selftest import hidden
+from actcache.selftest import hidden, inside
 from actcache.selftest.checks import run_checks
 from actcache.selftest.ledger import Ledger, tolerance_of
 from actcache.selftest.prompts import make_prompts
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from actcache.model.source import ModelSource
 
 MAX_TOKENS = 160
-_STEPS = 6
-# Sites of a table, in the order of a forward pass.
-SITES = (
+_STEPS = 8
+# Sites of a table, in the order of a forward pass: those of the residual stream, and those inside attention and MLP.
+STREAM = (
     "embed",
     "resid_pre",
     "attn_out",
@@ -44,6 +44,8 @@ SITES = (
     "final_norm",
     "logits",
 )
+INSIDE = ("attn_in", "q", "k", "v", "pattern", "z", "head_out", "mlp_in", "router_logits", "mlp_act")
+SITES = (*STREAM, *INSIDE)
 
 
 def selftest(
@@ -97,7 +99,8 @@ def selftest(
     running = source.model_to_run()
     anatomy = describe(running)
     sites, absent = _sites(anatomy, layers)
-    extractor = ActivationExtractor(model, sites=list(sites), **options)
+    rows = {name: site for name, site in sites.items() if site.name not in inside.NAMES}
+    extractor = ActivationExtractor(model, sites=list(rows), **options)
     # One model in memory, whatever asks for it.
     extractor.source = source
     made = make_prompts(
@@ -110,7 +113,7 @@ def selftest(
     computing = _dtype_of(running)
     depth = sum(anatomy.depth(stack) for stack in anatomy.stacks)
     ledger = Ledger(tolerance_of(computing, depth))
-    subject = Subject(source, anatomy, sites, made.ids, ledger, extractor)
+    subject = Subject(source, anatomy, rows, made.ids, ledger, extractor, sites)
     with ExitStack() as stack:
         stack.enter_context(evaluating(running))
         stack.enter_context(exact_float32())
@@ -150,7 +153,7 @@ def selftest(
 def _sites(anatomy: Anatomy, layers: Any) -> tuple[dict[str, Site], list[Cell]]:
     """The sites to compare, and cells of those that the model lacks or that are refused."""
     chosen = {stack: set(resolve_layers(layers, anatomy.depth(stack))) for stack in anatomy.stacks}
-    sites = {str(s): s for s in anatomy.sites() if s.layer is None or s.layer in chosen[s.stack]}
+    sites = {str(s): s for s in anatomy.sites() if s.name in SITES and (s.layer is None or s.layer in chosen[s.stack])}
     absent = []
     for name in SITES:
         for stack in anatomy.stacks if name != "logits" else (None,):
@@ -167,7 +170,7 @@ def _order(cell: Cell) -> tuple[str, int, int]:
     site = Site.parse(cell.site)
     # Encoder first; logits belong to both and come last.
     stack = {"encoder": "0", "decoder": "1"}.get(site.stack or "", "2")
-    place = SITES.index(site.name)
+    place = SITE_NAMES.index(site.name)
     whole = {"embed": -1}.get(site.name, 1 << 30)
     return stack, whole if site.name not in PER_LAYER else site.layer or 0, place
 

@@ -52,7 +52,7 @@ class _WatchedExtractor(ActivationExtractor):
 
 
 class Subject:
-    """See the module. `sites`: those that are compared, by name."""
+    """See the module. `sites`: those that are compared row by row, by name; `every`: these and all others."""
 
     def __init__(
         self,
@@ -62,6 +62,7 @@ class Subject:
         prompts: list[list[int]],
         ledger: Ledger,
         extractor: ActivationExtractor,
+        every: Mapping[str, Site] | None = None,
     ) -> None:
         self.source = source
         self.anatomy = anatomy
@@ -76,6 +77,11 @@ class Subject:
         self.scales: list[dict[str, Tensor]] = []
         self.routed = self.flipped = 0
         self._extractor = extractor
+        self._every = sites if every is None else every
+
+    def inside(self, name: str) -> dict[str, Site]:
+        """The sites of this name that the model has, at the layers that are compared."""
+        return {text: site for text, site in self._every.items() if site.name == name}
 
     def inputs(self, rows: list[list[int]], pad: str = "right") -> dict[str, Tensor]:
         """The arguments of one pass as a user would make them: `rows` padded on one side with a mask (none for

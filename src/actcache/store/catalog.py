@@ -1,4 +1,7 @@
-"""This host's index of a store on disk: one SQLite row per segment. Disposable, never the truth."""
+"""This host's index of a store on disk: one SQLite row per segment, and when its prompts were last read.
+
+Disposable, never the truth.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,34 @@ import contextlib
 import json
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from actcache.store.files import log
 from actcache.store.records import SegmentInfo
 
-_SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS segment (
+_SCHEMA_VERSION = 2
+_SCHEMA = (
+    "DROP TABLE IF EXISTS segment",
+    "DROP TABLE IF EXISTS last_read",
+    """CREATE TABLE segment (
     space TEXT NOT NULL, name TEXT NOT NULL, layout TEXT NOT NULL, columns TEXT NOT NULL, prompts INTEGER NOT NULL,
     rows INTEGER NOT NULL, size INTEGER NOT NULL, created_ns INTEGER NOT NULL, text_context TEXT NOT NULL,
-    replaces TEXT NOT NULL, prompt_key BLOB NOT NULL, text_key BLOB NOT NULL, PRIMARY KEY (space, name)
-);
-"""
+    replaces TEXT NOT NULL, prompt_key BLOB NOT NULL, text_key BLOB NOT NULL, PRIMARY KEY (space, name))""",
+    """CREATE TABLE last_read (
+    space TEXT NOT NULL, name TEXT NOT NULL, middle INTEGER NOT NULL, times BLOB NOT NULL,
+    PRIMARY KEY (space, name))""",
+    f"PRAGMA user_version={_SCHEMA_VERSION}",
+)
 _COLUMNS = "name, space, layout, columns, prompts, rows, size, created_ns, text_context, replaces, prompt_key, text_key"
+
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+_PASSING = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_NOMEM}
+
+Times = npt.NDArray[np.int64]
 
 _inherited: list[sqlite3.Connection] = []
 
@@ -46,7 +60,7 @@ class Catalog:
                 rows = db.execute(f"SELECT {_COLUMNS} FROM segment WHERE space = ?", (space,)).fetchall()
                 return [_info(row) for row in rows]
             except (sqlite3.Error, ValueError, TypeError, KeyError) as error:
-                self._discard(error)
+                self._failed(error)
                 return []
 
     def record(self, space: str, new: Sequence[SegmentInfo], gone: Iterable[str]) -> None:
@@ -60,7 +74,10 @@ class Catalog:
                 return
             try:
                 with db:
-                    db.executemany("DELETE FROM segment WHERE space = ? AND name = ?", [(space, g) for g in gone])
+                    for table in ("segment", "last_read"):
+                        db.executemany(
+                            f"DELETE FROM {table} WHERE space = ? AND name = ?", [(space, name) for name in gone]
+                        )
                     db.executemany(
                         f"INSERT OR REPLACE INTO segment ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
                         [_row(space, info) for info in new],
@@ -68,7 +85,74 @@ class Catalog:
             except (UnicodeError, OverflowError) as error:
                 log.debug("not remembered in the index at %s: %s", self.path, error)
             except sqlite3.Error as error:
-                self._discard(error)
+                self._failed(error)
+
+    def keep_only(self, space: str, names: set[str]) -> None:
+        """Forget what is remembered of other segments of `space` than these, which others have removed."""
+        with self._lock:
+            db = self._connect()
+            if db is None:
+                return
+            try:
+                with db:
+                    for table in ("segment", "last_read"):
+                        known = db.execute(f"SELECT name FROM {table} WHERE space = ?", (space,)).fetchall()
+                        db.executemany(
+                            f"DELETE FROM {table} WHERE space = ? AND name = ?",
+                            [(space, name) for (name,) in known if name not in names],
+                        )
+            except sqlite3.Error as error:
+                self._failed(error)
+
+    def note_reads(self, space: str, read: Mapping[SegmentInfo, Times]) -> bool:
+        """Remember when each prompt of the segments `read` was last read (nanoseconds, 0: unknown).
+
+        Of what other processes have noted the later time stays. False when nothing can be remembered.
+        """
+        with self._lock:
+            db = self._connect()
+            if db is None:
+                return False
+            try:
+                with db:
+                    db.execute("BEGIN IMMEDIATE")
+                    for info, times in read.items():
+                        known = _times(db, space, info.name, len(times))
+                        latest = times if known is None else np.maximum(times, known)
+                        middle = median(np.where(latest > 0, latest, info.created_ns))
+                        db.execute(
+                            "INSERT OR REPLACE INTO last_read VALUES (?,?,?,?)",
+                            (space, info.name, middle, latest.astype("<i8").tobytes()),
+                        )
+                return True
+            except sqlite3.Error as error:
+                self._failed(error)
+                return False
+
+    def read_times(self, space: str, name: str, prompts: int) -> Times | None:
+        """When each prompt of a segment was last read, 0 where that was not noted; None when nothing was."""
+        with self._lock:
+            db = self._connect()
+            if db is None:
+                return None
+            try:
+                return _times(db, space, name, prompts)
+            except sqlite3.Error as error:
+                self._failed(error)
+                return None
+
+    def read_medians(self, space: str) -> dict[str, int]:
+        """The median of what `read_times` gives, for every segment of which anything was noted."""
+        with self._lock:
+            db = self._connect()
+            if db is None:
+                return {}
+            try:
+                found = db.execute("SELECT name, middle FROM last_read WHERE space = ?", (space,)).fetchall()
+                return {str(name): int(middle) for name, middle in found}
+            except (sqlite3.Error, ValueError, TypeError) as error:
+                self._failed(error)
+                return {}
 
     def close(self) -> None:
         with self._lock:
@@ -98,7 +182,7 @@ class Catalog:
                 except sqlite3.OperationalError:
                     raise
                 except sqlite3.DatabaseError as error:
-                    self._discard(error)
+                    self._failed(error)
                     self._tried = True
                     self._db = self._opened()
             except (sqlite3.Error, OSError) as error:
@@ -111,28 +195,54 @@ class Catalog:
         try:
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=OFF")
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version != _SCHEMA_VERSION:
-                db.execute("DROP TABLE IF EXISTS segment")
-                db.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
-            db.executescript(_SCHEMA)
+            if _version(db) != _SCHEMA_VERSION:
+                with db:
+                    db.execute("BEGIN IMMEDIATE")
+                    # Another process may have done it in the meantime, and filled the tables.
+                    if _version(db) != _SCHEMA_VERSION:
+                        for statement in _SCHEMA:
+                            db.execute(statement)
         except BaseException:
             db.close()
             raise
         return db
 
-    def _discard(self, error: Exception) -> None:
-        """Start over with an empty file after damage; stay in memory when it is only busy."""
+    def _failed(self, error: Exception) -> None:
+        """After damage start over with an empty file; stay in memory when it is only busy.
+
+        What a full disk or a forbidden folder refuses is not remembered, and what is remembered stays.
+        """
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in _PASSING:
+            log.debug("the index at %s remembers nothing more for now: %s", self.path, error)
+            return
         log.debug("the index at %s is unusable, rebuilding it from the segments: %s", self.path, error)
         if self._db is not None:
             self._db.close()
             self._db = None
-        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+        if code in _BUSY:
             return
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(OSError):
                 self.path.with_name(self.path.name + suffix).unlink()
         self._tried = False
+
+
+def _version(db: sqlite3.Connection) -> int:
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+
+def median(times: Times) -> int:
+    """The middle one of `times`, the lower of two: at most half of them are later."""
+    middle = (len(times) - 1) // 2
+    return int(np.partition(times, middle)[middle])
+
+
+def _times(db: sqlite3.Connection, space: str, name: str, prompts: int) -> Times | None:
+    found = db.execute("SELECT times FROM last_read WHERE space = ? AND name = ?", (space, name)).fetchone()
+    if found is None or not isinstance(found[0], bytes) or len(found[0]) != 8 * prompts:
+        return None
+    return np.frombuffer(found[0], "<i8").astype(np.int64)
 
 
 def _row(space: str, info: SegmentInfo) -> tuple[object, ...]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -62,24 +62,54 @@ def encode(
     Every tensor starts at a multiple of 64 bytes of the file: the header is padded with spaces, gaps are
     covered by ``pad.N`` tensors since the container allows no holes.
     """
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-    placed: list[tuple[str, np.dtype[Any], tuple[int, ...], int, int]] = []
-    at = pads = 0
-    for name, dtype, shape in tensors:
-        gap = -at % ALIGN
-        if gap:
-            entries[f"pad.{pads}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [at, at + gap]}
-            pads += 1
-            at += gap
-        size = math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": code_of(dtype), "shape": list(shape), "data_offsets": [at, at + size]}
-        placed.append((name, dtype, shape, at, at + size))
-        at += size
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text, placed = _described(metadata, list(tensors), 0, {})
     text += b" " * (-(len(text) + 8) % ALIGN)
     base = len(text) + 8
-    head = len(text).to_bytes(8, "little") + text
-    return head, {n: Tensor(n, d, s, base + a, base + b) for n, d, s, a, b in placed}
+    moved = {name: replace(t, start=t.start + base, stop=t.stop + base) for name, t in placed.items()}
+    return len(text).to_bytes(8, "little") + text, moved
+
+
+def encode_around(
+    metadata: Mapping[str, str],
+    tensors: Sequence[tuple[str, np.dtype[Any], tuple[int, ...]]],
+    starts: Mapping[str, int],
+) -> tuple[bytes, dict[str, Tensor]]:
+    """`encode` for a file in which the tensors in `starts` already are where they are, in bytes from its beginning.
+
+    ValueError when what comes before one of them does not fit.
+    """
+    base = 8 + len(_described(metadata, tensors, 0, starts)[0])
+    while True:
+        # What is in the header depends on how long it is.
+        base += -base % ALIGN
+        text, placed = _described(metadata, tensors, base, starts)
+        if 8 + len(text) <= base:
+            text += b" " * (base - 8 - len(text))
+            return len(text).to_bytes(8, "little") + text, placed
+        base = 8 + len(text)
+
+
+def _described(
+    metadata: Mapping[str, str],
+    tensors: Sequence[tuple[str, np.dtype[Any], tuple[int, ...]]],
+    base: int,
+    starts: Mapping[str, int],
+) -> tuple[bytes, dict[str, Tensor]]:
+    """The text of a header of `base` bytes, and where the tensors go."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    placed = {}
+    at, pads = base, 0
+    for name, dtype, shape in tensors:
+        start = starts.get(name, at + -at % ALIGN)
+        if start < at:
+            raise ValueError(f"no room for what comes before {name!r}: it is at {start:,}, that ends at {at:,}")
+        if start > at:
+            entries[f"pad.{pads}"] = {"dtype": "U8", "shape": [start - at], "data_offsets": [at - base, start - base]}
+            pads += 1
+        at = start + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": code_of(dtype), "shape": list(shape), "data_offsets": [start - base, at - base]}
+        placed[name] = Tensor(name, dtype, shape, start, at)
+    return json.dumps(entries, separators=(",", ":")).encode(), placed
 
 
 def parse(head: bytes, file_size: int) -> tuple[dict[str, str], dict[str, Tensor]]:

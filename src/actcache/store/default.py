@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actcache.config import default_store_path, local_folder
+from actcache.config import Setting, local_folder, store_location
 from actcache.errors import AmbiguousVariantError, NotCachedError, OptionError, did_you_mean
 from actcache.store.store import Store
+from actcache.store.variants import variant_names
 
 if TYPE_CHECKING:
-    from actcache.store.store import CachedPromptInfo, CacheInfo, SpaceInfo
+    from actcache.store.store import CachedPromptInfo, CacheInfo, EvictionReport, SpaceInfo, VerifyReport
 
 _lock = threading.Lock()
 _chosen: Store | None = None
@@ -29,10 +30,16 @@ def default_store() -> Store:
     with _lock:
         if _chosen is not None:
             return _chosen
-        location = default_store_path()
+        location = store_location().value
         if _environment is None or _environment[0] != location:
             _environment = location, Store(location)
         return _environment[1]
+
+
+def default_location() -> Setting:
+    """Where the default store is, and what says so."""
+    with _lock:
+        return store_location() if _chosen is None else Setting(_chosen.location, "set_cache_backend()")
 
 
 def store_at(location: str | Path | Store | None) -> Store:
@@ -80,7 +87,8 @@ def only_model(info: CacheInfo, name: str) -> CacheInfo:
 def discover_cached(model_name: str | Path, prompt: Any) -> CachedPromptInfo | None:
     """What the default store holds for one prompt of a model, without loading the model; None when nothing.
 
-    `prompt` is text, token ids or chat messages. Of several variants the newest is described, the others are listed.
+    `prompt` is text, token ids or chat messages. Of several variants the newest of the model as it is is described, the
+    others are listed (`CachedPromptInfo.variants`); what was computed with edits is never taken for the model's own.
     """
     return default_store().discover(model_label(model_name), prompt)
 
@@ -91,6 +99,22 @@ def clear_cache(model: str | Path | None = None) -> int:
     Never touches a file that actcache did not write.
     """
     return default_store().clear(None if model is None else model_label(model))
+
+
+def evict(limit_gb: float | None = None) -> EvictionReport:
+    """Make the default store smaller than `limit_gb` GB (default: its limit); what was read longest ago goes first.
+
+    As `Store.evict`.
+    """
+    return default_store().evict(limit_gb)
+
+
+def verify_cache(repair: bool = False) -> VerifyReport:
+    """Check every checksum of the default store and every row of its index; with `repair`, drop what is damaged.
+
+    As `Store.verify`.
+    """
+    return default_store().verify(repair)
 
 
 def invalidate_extraction_cache(
@@ -131,7 +155,10 @@ def one_variant(
     agree = [s for s in named if all(getattr(s, key) == value for key, value in given.items())]
     if len(agree) == 1:
         return agree[0]
-    listed = "; ".join(f"space={s.space!r} (revision {s.revision}, {s.dtype}, {s.num_prompts} prompts)" for s in named)
+    variants = variant_names(named)
+    listed = "; ".join(
+        f"space={s.space!r} (revision {s.revision}, {variants[s.space]}, {s.num_prompts} prompts)" for s in named
+    )
     if not agree:
         raise NotCachedError(f"no variant of {name!r} has {given}. Stored: {listed}.")
     raise AmbiguousVariantError(f"{name!r} is stored in {len(agree)} variants; choose one: {listed}.")

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import logging
 import os
 import re
+import stat
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from actcache.errors import DiskFullError, StoreAccessError
+from actcache.errors import DiskFullError, FormatError, StoreAccessError
 
 log = logging.getLogger("actcache.store")
 
 SEGMENT_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 TOMB_NAME = re.compile(r"([0-9a-f]{32})-[0-9a-f]{16}\.tomb")
+OPEN_NAME = re.compile(r"[0-9a-f]{32}\.open")
 TEMP_NAME = re.compile(r"[0-9a-f]{32}\.tmp")
 SPACE_FILE = re.compile(r"space\.json")
 SPACE_NAME = re.compile(r"[0-9a-f]{32}")
@@ -27,10 +31,16 @@ SPACE_NAME = re.compile(r"[0-9a-f]{32}")
 SIGNATURE = b'{"__metadata__":{"format":"actcache-'
 """What every file of ours begins with, the binary ones after 8 bytes of length."""
 
+TRANSIENT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
+"""Errors that say nothing of the file in question."""
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
 _TEMP_GRACE_S = 60.0
 _TEMP_OLD_S = 24 * 3600.0
+_LOCAL = {0xEF53, 0x58465342, 0x9123683E, 0x01021994, 0x794C7630, 0x2FC12FC1, 0xF2F52010, 0xCA451A4E}
+"""What Linux calls ext4, XFS, Btrfs, tmpfs, overlays, ZFS, F2FS and bcachefs."""
+_libc = ctypes.CDLL(None)
 _IOV_MAX = 512
 _ATTEMPTS = 64
 
@@ -78,6 +88,11 @@ def write_all(fd: int, buffers: Sequence[Any], offset: int) -> int:
     return offset
 
 
+def sync_data(fd: int) -> None:
+    """Make what was written to `fd`, whose size stays as it is, durable."""
+    (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(fd)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and removals inside `folder` durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -101,10 +116,21 @@ def make_folder(folder: Path) -> None:
             sync_folder(made.parent)
 
 
-def _open_temporary(folder: Path) -> tuple[Path, int]:
-    """A new empty file under a temporary name, and its locked descriptor."""
+def _is_local(fd: int) -> bool:
+    """Whether a file is on a file system that only this machine uses, as far as that is known."""
+    if not sys.platform.startswith("linux"):
+        return False
+    described = (ctypes.c_long * 64)()
+    return _libc.fstatfs(fd, described) == 0 and described[0] in _LOCAL
+
+
+def open_locked(folder: Path, suffix: str, *, locks_needed: bool = False) -> tuple[Path, int]:
+    """A new empty file whose name tells when it was made, and its locked descriptor, for reading and writing.
+
+    Where the file system has no locks it is not locked; with `locks_needed` that is an OSError.
+    """
     for _ in range(_ATTEMPTS):
-        path = folder / f"{uuid.uuid4().hex}.tmp"
+        path = folder / f"{time.time_ns():016x}{uuid.uuid4().hex[:16]}{suffix}"
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
@@ -118,8 +144,10 @@ def _open_temporary(folder: Path) -> tuple[Path, int]:
             os.close(fd)
             continue
         except OSError:
-            # A file system without locks.
-            pass
+            if locks_needed:
+                os.unlink(path)
+                os.close(fd)
+                raise
         if os.fstat(fd).st_nlink:
             return path, fd
         os.close(fd)
@@ -135,7 +163,7 @@ def atomic_file(folder: Path, name: str, *, needed: int = 0) -> Iterator[int]:
     """
     with translated(folder, needed):
         make_folder(folder)
-        temporary, fd = _open_temporary(folder)
+        temporary, fd = open_locked(folder, ".tmp")
         try:
             yield fd
             os.fsync(fd)
@@ -149,8 +177,31 @@ def atomic_file(folder: Path, name: str, *, needed: int = 0) -> Iterator[int]:
         sync_folder(folder)
 
 
+def named(path: Path, error: Exception) -> str:
+    """What `error` says, and of which file, which errors of the operating system may leave out."""
+    reason = str(error)
+    return reason if str(path) in reason else f"{path}: {reason}"
+
+
+def open_plain(path: Path) -> int:
+    """A descriptor for reading an ordinary file; FormatError for links, folders, pipes, which a store has none of."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FormatError(f"{path}: a symbolic link") from None
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FormatError(f"{path}: not an ordinary file")
+    return fd
+
+
 def is_ours(path: Path, pattern: re.Pattern[str], *, may_be_empty: bool = False) -> bool:
-    """Whether the file carries our name pattern and begins as our files do (no links followed)."""
+    """Whether the file carries our name pattern and begins as our files do (no links followed).
+
+    With `may_be_empty` also when nothing was written to its beginning yet.
+    """
     if not pattern.fullmatch(path.name):
         return False
     try:
@@ -163,7 +214,7 @@ def is_ours(path: Path, pattern: re.Pattern[str], *, may_be_empty: bool = False)
         return False
     finally:
         os.close(fd)
-    return SIGNATURE in (head[8:], head[: len(SIGNATURE)]) or (may_be_empty and not head)
+    return SIGNATURE in (head[8:], head[: len(SIGNATURE)]) or (may_be_empty and not any(head))
 
 
 def remove(path: Path) -> int:
@@ -187,11 +238,13 @@ def sweep(folder: Path) -> None:
 
 
 def _sweep_one(path: Path, age: float) -> None:
-    # The grace covers the instant between a writer's open and its lock.
-    if age < _TEMP_GRACE_S or not is_ours(path, TEMP_NAME, may_be_empty=True):
+    if not is_ours(path, TEMP_NAME, may_be_empty=True):
         return
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
+        # Locks of a network file system may be known to one host only: there a file may be at work that can be locked.
+        if age < _TEMP_GRACE_S and not _is_local(fd):
+            return
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -13,68 +14,142 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import NotCachedError
+from actcache.store import quantize
+from actcache.store.mapping import Segment
 from actcache.store.statistics import as_float, is_float
 
 Ints = npt.NDArray[np.int64]
 
-# Rows of the result that are put together in a buffer small enough for the processor's cache.
-_CHUNK_ROWS = 32
+# What is put together in a buffer stays in the processor's cache.
+_CHUNK_ROWS, _CHUNK_BYTES = 32, 256 << 10
+# From so many bytes on, a copy of its own costs less than going through a buffer.
+_LONG_BYTES = 8 << 10
 # Copying is bound by memory: a few threads saturate it, and small results are done before a thread has started.
-_MAX_THREADS, _THREAD_BYTES = 4, 8 << 20
+_MAX_THREADS = 4
+THREAD_BYTES = 8 << 20
+"""From so many bytes for each on, copying and hashing are shared among threads."""
 
 
-def gather(
-    matrices: Sequence[npt.NDArray[Any]], rows: Ints, out: npt.NDArray[Any], at: Ints, columns: Sequence[int]
+@dataclass(frozen=True)
+class Piece:
+    """What of one segment is wanted: its sites `names[j]` for j in `columns`, their `rows`, and where each goes."""
+
+    segment: Segment
+    columns: Sequence[int]
+    rows: Ints
+    at: Ints
+
+    def cut(self, start: int, stop: int) -> Piece:
+        return Piece(self.segment, self.columns, self.rows[start:stop], self.at[start:stop])
+
+
+def gather_pieces(pieces: Sequence[Piece], names: Sequence[str], out: npt.NDArray[Any]) -> None:
+    """``out[at[i], j] = values of names[j] at rows[i]`` for every piece, every i and every j of its columns."""
+    size = out.shape[2] * out.itemsize
+    total = sum(len(piece.rows) * len(piece.columns) * size for piece in pieces)
+    threads = min(allowed_threads(), total // THREAD_BYTES)
+    if threads < 2:
+        _gather_all(pieces, names, out)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for share in [pool.submit(_gather_all, part, names, out) for part in _shares(pieces, threads)]:
+            share.result()
+
+
+def _shares(pieces: Sequence[Piece], number: int) -> list[list[Piece]]:
+    """`pieces` cut into `number` lists of as many values each, near enough."""
+    weights = [len(piece.rows) * len(piece.columns) for piece in pieces]
+    most = -(-sum(weights) // number)
+    shares: list[list[Piece]] = [[]]
+    room = most
+    for piece in pieces:
+        start = 0
+        while start < len(piece.rows):
+            if room <= 0:
+                shares.append([])
+                room = most
+            stop = min(len(piece.rows), start + -(-room // len(piece.columns)))
+            shares[-1].append(piece.cut(start, stop))
+            room -= (stop - start) * len(piece.columns)
+            start = stop
+    return shares
+
+
+def _gather_all(pieces: Sequence[Piece], names: Sequence[str], out: npt.NDArray[Any]) -> None:
+    for piece in pieces:
+        if len(piece.rows) and out.shape[2]:
+            _gather(piece, [names[j] for j in piece.columns], out)
+
+
+def _gather(piece: Piece, sites: Sequence[str], out: npt.NDArray[Any]) -> None:
+    """Every row is checked first against the rows that the segment has; nothing is ever clipped."""
+    segment, rows, at = piece.segment, piece.rows, piece.at
+    low, high, length = int(rows.min()), int(rows.max()), segment.info.rows
+    if low < 0 or high >= length:
+        raise NotCachedError(
+            f"row {low if low < 0 else high} of a segment of {length} rows: the file is shorter than its index says"
+        )
+    grid = segment.grid(sites)
+    if grid is not None and grid[0].dtype == out.dtype:
+        _on_grid(*grid, rows, out, at, piece.columns)
+        return
+    plain = []
+    for site, j in zip(sites, piece.columns, strict=True):
+        matrix, scales = segment.matrix(site), segment.scales(site)
+        if scales is None:
+            plain.append((matrix, j))
+        else:
+            quantize.gather(matrix, scales, segment.block_offset, rows, out[:, j], at)
+    for start in range(0, len(rows) if plain else 0, _CHUNK_ROWS):
+        chosen, target = rows[start : start + _CHUNK_ROWS], at[start : start + _CHUNK_ROWS]
+        for matrix, j in plain:
+            part = matrix[chosen]
+            out[target, j] = _widened(part) if part.dtype != out.dtype else part
+
+
+def _on_grid(
+    region: npt.NDArray[Any], first: Ints, rows: Ints, out: npt.NDArray[Any], at: Ints, columns: Sequence[int]
 ) -> None:
-    """``out[at[i], columns[j]] = matrices[j][rows[i]]`` for every i and j.
-
-    `matrices` are ``[R, D]`` and views of one segment, `out` is ``[n, sites, D]``. Every row is checked against
-    its matrix first; nothing is ever clipped.
-    """
-    if not len(rows) or not out.shape[2]:
+    """``out[at[i], columns[j]] = region[first[j] + rows[i]]``."""
+    if len(columns) == 1 and _by_runs(region[int(first[0]) :], rows, out[:, columns[0]], at):
         return
-    low, high = int(rows.min()), int(rows.max())
-    for matrix in matrices:
-        if low < 0 or high >= len(matrix):
-            raise NotCachedError(
-                f"row {low if low < 0 else high} of a matrix of {len(matrix)} rows: "
-                "the file is shorter than its index says"
-            )
-    span = _span(matrices) if all(m.dtype == out.dtype for m in matrices) else None
-    if span is None:
-        _by_column(matrices, rows, out, at, columns)
-        return
-    region, first = span
     index = rows[:, None] + first
-    if list(columns) == list(range(out.shape[1])) and out.flags.c_contiguous and _is_run(at):
+    size = len(columns) * out.shape[2] * out.itemsize
+    if list(columns) == list(range(out.shape[1])) and out.flags.c_contiguous:
         # The result is written once, front to back, which counts for more than the order of the reads.
-        start, width = int(at[0]), out.shape[1]
-        target = out.reshape(-1, out.shape[2])[start * width : (start + len(at)) * width]
-        _take(region, index, target)
-        return
-    buffer = np.empty((_CHUNK_ROWS * len(columns), out.shape[2]), out.dtype)
-    for start in range(0, len(rows), _CHUNK_ROWS):
-        chosen = index[start : start + _CHUNK_ROWS]
+        runs = np.flatnonzero(np.diff(at) != 1) + 1
+        if len(at) * size >= _LONG_BYTES * (len(runs) + 1):
+            flat, width = out.reshape(-1, out.shape[2]), out.shape[1]
+            edges = [0, *runs.tolist(), len(at)]
+            for a, b, place in zip(edges, edges[1:], at[edges[:-1]].tolist(), strict=False):
+                _take(region, index[a:b].reshape(-1), flat[place * width : (place + b - a) * width])
+            return
+    step = max(1, _CHUNK_BYTES // size)
+    buffer = np.empty((step * len(columns), out.shape[2]), out.dtype)
+    for start in range(0, len(rows), step):
+        chosen = index[start : start + step]
         part = buffer[: chosen.size]
-        _take(region, chosen, part)
-        out[at[start : start + _CHUNK_ROWS, None], columns] = part.reshape(*chosen.shape, -1)
+        _take(region, chosen.reshape(-1), part)
+        out[at[start : start + step, None], columns] = part.reshape(*chosen.shape, -1)
+
+
+def _by_runs(matrix: npt.NDArray[Any], rows: Ints, out: npt.NDArray[Any], at: Ints) -> bool:
+    """``out[at] = matrix[rows]``, neighbours that go to neighbours in one copy; False: there are too few of them."""
+    breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(at) != 1)) + 1
+    if len(rows) * out.shape[1] * out.itemsize < _LONG_BYTES * (len(breaks) + 1):
+        return False
+    for a, b in pairwise([0, *breaks.tolist(), len(rows)]):
+        row, place = int(rows[a]), int(at[a])
+        out[place : place + b - a] = matrix[row : row + b - a]
+    return True
 
 
 def _take(region: npt.NDArray[Any], index: Ints, out: npt.NDArray[Any]) -> None:
     # Every row has been checked, so there is nothing to clip; the other modes would go through a second buffer.
-    flat = index.ravel()
-    threads = min(_allowed_threads(), out.nbytes // _THREAD_BYTES)
-    if threads < 2:
-        np.take(region, flat, axis=0, out=out, mode="clip")
-        return
-    edges = [len(flat) * k // threads for k in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        parts = [pool.submit(np.take, region, flat[a:b], 0, out[a:b], "clip") for a, b in pairwise(edges)]
-    for part in parts:
-        part.result()
+    region.take(index, 0, out, "clip")
 
 
-def _allowed_threads() -> int:
+def allowed_threads() -> int:
     """How many threads may copy: as many as torch may use where it is loaded, and no more than help."""
     torch = sys.modules.get("torch")
     return min(_MAX_THREADS, torch.get_num_threads() if torch is not None else _processors())
@@ -83,40 +158,6 @@ def _allowed_threads() -> int:
 def _processors() -> int:
     """How many this process may run on, which a batch system may have limited."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _span(matrices: Sequence[npt.NDArray[Any]]) -> tuple[npt.NDArray[Any], Ints] | None:
-    """All `matrices` as one matrix that reaches over them, and where in it each begins.
-
-    None when they do not lie on one grid of rows, as sites of different widths in one segment may not.
-    """
-    if any(m.strides != matrices[0].strides or m.shape != matrices[0].shape for m in matrices):
-        return None
-    width = matrices[0].shape[1] * matrices[0].itemsize
-    if matrices[0].strides != (width, matrices[0].itemsize):
-        return None
-    address = np.array([m.__array_interface__["data"][0] for m in matrices], np.int64)
-    offset = address - address.min()
-    if (offset % width).any():
-        return None
-    first = offset // width
-    lowest = matrices[int(address.argmin())]
-    shape = (int(first.max()) + len(lowest), lowest.shape[1])
-    return np.lib.stride_tricks.as_strided(lowest, shape, writeable=False), first
-
-
-def _is_run(at: Ints) -> bool:
-    return bool((np.diff(at) == 1).all())
-
-
-def _by_column(
-    matrices: Sequence[npt.NDArray[Any]], rows: Ints, out: npt.NDArray[Any], at: Ints, columns: Sequence[int]
-) -> None:
-    for start in range(0, len(rows), _CHUNK_ROWS):
-        chosen, target = rows[start : start + _CHUNK_ROWS], at[start : start + _CHUNK_ROWS]
-        for matrix, j in zip(matrices, columns, strict=True):
-            part = matrix[chosen]
-            out[target, j] = _widened(part) if part.dtype != out.dtype else part
 
 
 def _widened(part: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,28 +13,20 @@ import numpy.typing as npt
 
 from actcache.errors import FormatError
 from actcache.store.catalog import Catalog
-from actcache.store.files import SEGMENT_NAME, TOMB_NAME, log
-from actcache.store.keys import Ints, KeyTable
+from actcache.store.files import OPEN_NAME, SEGMENT_NAME, TOMB_NAME, TRANSIENT, log, named
+from actcache.store.keys import Group, Ints, KeyTable
+from actcache.store.listing import Listing
+from actcache.store.mapped import ask_for
 from actcache.store.mapping import Segment
+from actcache.store.opened import OpenFiles
+from actcache.store.recency import LastReads
 from actcache.store.records import SegmentInfo
 from actcache.store.tombs import Keys, is_member, read_tomb
 
-_RACY_NS, _COARSE_NS = 250_000_000, 2_500_000_000
-_LISTINGS = 8
 _KEEP_OPEN = 4096
-_TRANSIENT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
+_ATTEMPTS = 16
 
 Mask = npt.NDArray[np.bool_]
-
-
-class Group:
-    """The segments of one layout and one set of sites, and where each key is in them."""
-
-    def __init__(self, layout: str, sites: tuple[str, ...]) -> None:
-        self.layout = layout
-        self.sites = frozenset(sites)
-        self.members: dict[int, None] = {}
-        self.tables: dict[str, KeyTable] = {}
 
 
 class SpaceIndex:
@@ -52,73 +40,67 @@ class SpaceIndex:
         self._infos: list[SegmentInfo | None] = []
         self._rank: Ints | None = None
         self._groups: dict[tuple[str, tuple[str, ...]], Group] = {}
+        self._holders: dict[tuple[str, tuple[str, ...]], list[Group] | None] = {}
+        self._contexts: list[str] | None = None
         self._tombs: dict[str, dict[str, Keys | None]] = {}
         self._dead: dict[int, Mask] = {}
         self._damaged: dict[int, Mask] = {}
-        self._refused: set[str] = set()
+        self._refused: dict[str, Exception] = {}
+        self.reads = LastReads(catalog, folder.name)
         self._open: OrderedDict[str, Segment] = OrderedDict()
-        self._listed: tuple[int, int] | None = None
+        self.listing = Listing(folder)
+        self.opened = OpenFiles(folder)
+        """The files that are being written; each batch in them counts as a segment."""
         self._loaded = False
 
     # -- keeping in step with the folder ---------------------------------------------------------------
 
     def refresh(self, *, force: bool = False) -> None:
-        """Take notice of segments and tombs that came or went; one `stat` when nothing did."""
+        """Take notice of segments, batches and tombs that came or went; one `stat` when nothing did."""
         with self.lock:
-            try:
-                changed = os.stat(self.folder).st_mtime_ns
-            except (FileNotFoundError, NotADirectoryError):
-                changed = -1
-            if not force and self._listed is not None:
-                listed_at, seen = self._listed
-                # A change within one tick of the file system's clock leaves the same time stamp.
-                if changed == seen and _is_settled(listed_at, changed):
-                    return
-            listed_at = time.time_ns()
-            self._synchronise(self._list_all(_is_settled(listed_at, changed)) if changed >= 0 else set())
-            self._listed = (listed_at, changed)
+            for _ in range(_ATTEMPTS):
+                names = self.listing.look(force=force)
+                # What has gone between listing and reading may lie in a segment that was not there to be listed.
+                if names is None or self._synchronise(names):
+                    self.listing.settle()
+                    break
 
-    def _list_all(self, settled: bool) -> set[str]:
-        """Every name in the folder; where others are at work, listed until nothing goes missing in between.
-
-        No instant is listed: a merged segment can appear behind the reading position and its sources go before it
-        gets to them, so that one listing shows neither.
-        """
-        names = self._list()
-        if settled and all(f"{name}.safetensors" in names for name in self._numbers):
-            return names
-        for _ in range(_LISTINGS):
-            before, names = names, self._list()
-            if not any(SEGMENT_NAME.fullmatch(name) for name in before - names):
-                break
-        return names
-
-    def _list(self) -> set[str]:
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
-            return {e.name for e in entries}
-        return set()
-
-    def _synchronise(self, names: set[str]) -> None:
+    def _synchronise(self, names: set[str]) -> bool:
+        """Take in what is listed; whether all of it could be looked at."""
         segments = {n[:32] for n in names if SEGMENT_NAME.fullmatch(n)}
         tombs = {n for n in names if TOMB_NAME.fullmatch(n)}
+        self.opened.keep(n[:32] for n in names if OPEN_NAME.fullmatch(n))
+        self.opened.poll()
+        present = segments | self.opened.names
         if not self._loaded:
             self._loaded = True
+            # A folder that is not there at all may come back, as that of a file system that is not mounted.
+            if present:
+                self._catalog.keep_only(self.folder.name, present)
             for known in self._catalog.load(self.folder.name):
                 if known.name in segments:
                     self._insert(known)
-        gone = [name for name in self._numbers if name not in segments]
-        new = [info for name in sorted(segments - self._numbers.keys() - self._refused) if (info := self._read(name))]
+        gone = [name for name in self._numbers if name not in present]
+        listed = segments - self._numbers.keys() - self._refused.keys()
+        new = [info for name in sorted(listed) if (info := self._read(name))]
         buried = {t for held in self._tombs.values() for t in held}
         # All that can fail has been read before anything changes.
         fresh_tombs = self._read_tombs(tombs - buried)
-        self._refused &= segments
+        self._refused = {name: error for name, error in self._refused.items() if name in segments}
         for name in gone:
             self._remove(name)
-        for fresh in new:
-            self._insert(fresh)
         self._catalog.record(self.folder.name, new, gone)
-        # Tombs that are long known count for a new segment, too, when it was merged without them.
-        self._bury({info.name for info in new} | self._update_tombs(fresh_tombs, buried - tombs))
+        touched = self._update_tombs(fresh_tombs, buried - tombs)
+        self._take_in(new)
+        self._bury(touched)
+        return self._numbers.keys() | self._refused.keys() >= listed
+
+    def _take_in(self, new: list[SegmentInfo]) -> None:
+        """Insert `new` segments and batches; tombs that are long known count for them, too."""
+        new += [batch.info for batch in self.opened.batches if batch.info.name not in self._numbers]
+        for info in new:
+            self._insert(info)
+        self._bury({info.name for info in new})
 
     def _read(self, name: str) -> SegmentInfo | None:
         try:
@@ -134,10 +116,10 @@ class SpaceIndex:
         return replace(info, prompt_key=info.prompt_key.copy(), text_key=info.text_key.copy())
 
     def _refuse(self, name: str, error: Exception) -> None:
-        if isinstance(error, OSError) and error.errno in _TRANSIENT:
+        if isinstance(error, OSError) and error.errno in TRANSIENT:
             raise error
-        log.warning("ignoring a segment, what it held counts as absent: %s", error)
-        self._refused.add(name)
+        log.warning("ignoring a segment, what it held counts as absent: %s", named(self.path(name), error))
+        self._refused[name] = error
 
     def _insert(self, info: SegmentInfo) -> None:
         if info.name in self._numbers:
@@ -145,8 +127,12 @@ class SpaceIndex:
         number = self._numbers[info.name] = len(self._infos)
         self._infos.append(info)
         self._rank = None
+        self._contexts = None
         key = (info.layout, tuple(sorted(info.sites)))
-        group = self._groups.setdefault(key, Group(*key))
+        if key not in self._groups:
+            self._groups[key] = Group(*key)
+            self._holders.clear()
+        group = self._groups[key]
         group.members[number] = None
         for kind, table in group.tables.items():
             table.add(number, *self._keys(number, kind))
@@ -156,9 +142,11 @@ class SpaceIndex:
         info = self._infos[number]
         assert info is not None
         self._infos[number] = None
+        self._contexts = None
         self._open.pop(name, None)
         self._dead.pop(number, None)
         self._damaged.pop(number, None)
+        self.reads.forget(name)
         group = self._groups[info.layout, tuple(sorted(info.sites))]
         del group.members[number]
         for table in group.tables.values():
@@ -181,6 +169,8 @@ class SpaceIndex:
                 self.refresh(force=True)
             if info.name not in self._numbers:
                 self._insert(info)
+                # Written from segments of which something may have gone in the meantime.
+                self._bury({info.name})
                 self._catalog.record(self.folder.name, [info], [])
 
     # -- rows that are gone ----------------------------------------------------------------------------
@@ -208,9 +198,11 @@ class SpaceIndex:
             except FileNotFoundError:
                 continue
             except (FormatError, OSError) as error:
-                if isinstance(error, OSError) and error.errno in _TRANSIENT:
+                if isinstance(error, OSError) and error.errno in TRANSIENT:
                     raise
-                log.warning("a tomb cannot be read, so all of its segment counts as gone: %s", error)
+                log.warning(
+                    "a tomb cannot be read, so all of its segment counts as gone: %s", named(self.folder / tomb, error)
+                )
                 found[tomb] = None
         return found
 
@@ -259,9 +251,9 @@ class SpaceIndex:
         return dead
 
     @property
-    def has_refused(self) -> bool:
-        """Whether there are segments that cannot be read, of which nothing is known."""
-        return bool(self._refused)
+    def refused(self) -> dict[str, Exception]:
+        """Segments that cannot be read, of which nothing is known but why."""
+        return dict(self._refused)
 
     def _rekey(self, number: int) -> None:
         info = self._infos[number]
@@ -280,12 +272,28 @@ class SpaceIndex:
 
     def find(self, group: Group, kind: str, keys: Keys) -> tuple[npt.NDArray[np.int32], Ints]:
         """Segment number (-1: absent) and prompt of each key of `kind` "text" or "token" in `group`."""
+        return self._table(group, kind).find(keys, self.rank)
+
+    def find_one(self, group: Group, kind: str, high: int, low: int) -> tuple[int, int]:
+        """`find` for one key, given as two words."""
+        return self._table(group, kind).find_one(high, low, self.rank)
+
+    def _table(self, group: Group, kind: str) -> KeyTable:
         table = group.tables.get(kind)
         if table is None:
             table = group.tables[kind] = KeyTable()
             for number in group.members:
                 table.add(number, *self._keys(number, kind))
-        return table.find(keys, self.rank)
+        return table
+
+    def holders(self, layout: str, sites: tuple[str, ...]) -> list[Group] | None:
+        """The groups of `layout` that have `sites`; None where some have a part of them only."""
+        key = (layout, sites)
+        if key not in self._holders:
+            wanted = set(sites)
+            some = [g for g in self._groups.values() if g.layout == layout and not g.sites.isdisjoint(wanted)]
+            self._holders[key] = some if sites and all(g.sites >= wanted for g in some) else None
+        return self._holders[key]
 
     @property
     def rank(self) -> Ints:
@@ -300,23 +308,51 @@ class SpaceIndex:
         """Number and description of every segment."""
         return ((n, i) for n, i in enumerate(list(self._infos)) if i is not None)
 
+    def sealed(self) -> Iterator[tuple[int, SegmentInfo]]:
+        """`segments` without the batches of files that grow."""
+        return ((n, i) for n, i in self.segments() if i.name not in self.opened)
+
     def info(self, number: int) -> SegmentInfo | None:
         return self._infos[number]
+
+    def open_all(self, wanted: Callable[[int, SegmentInfo], bool]) -> list[tuple[int, SegmentInfo, Segment]]:
+        """Every segment that is `wanted`, mapped, so that nothing is missed while others merge.
+
+        When one has vanished all are looked for again: what it held may lie in another now.
+        """
+        with self.lock:
+            for _ in range(_ATTEMPTS):
+                held = [(number, info) for number, info in self.segments() if wanted(number, info)]
+                self.ask_for([number for number, _ in held])
+                opened = [(number, info, self.open(number)) for number, info in held]
+                if all(segment is not None for _, _, segment in opened):
+                    break
+                self.refresh()
+            return [(number, info, segment) for number, info, segment in opened if segment is not None]
 
     def contexts(self) -> list[str]:
         """Every text context that a segment of this space has."""
         with self.lock:
-            return sorted({i.text_context for _, i in self.segments()} - {""})
+            if self._contexts is None:
+                self._contexts = sorted({i.text_context for _, i in self.segments()} - {""})
+            return self._contexts
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+    def ask_for(self, numbers: Sequence[int]) -> None:
+        """Have the disk fetch headers and index tensors of segments that are opened next, all at the same time."""
+        for number in numbers if len(numbers) > 1 else ():
+            info = self._infos[number]
+            if info is not None and info.name not in self._open:
+                ask_for(self.path(info.name), info.size - info.data_bytes)
 
     def open(self, number: int) -> Segment | None:
         """The segment of that number, mapped; None when it is gone or refused (and is then forgotten)."""
         info = self._infos[number]
         if info is None:
             return None
-        segment = self._open.get(info.name)
+        segment = self.opened.batch(info.name) or self._open.get(info.name)
         if segment is None:
             try:
                 segment = self._open[info.name] = self._opened(info)
@@ -329,7 +365,8 @@ class SpaceIndex:
                 return None
             if len(self._open) > _KEEP_OPEN:
                 self._open.popitem(last=False)
-        self._open.move_to_end(info.name)
+        if info.name in self._open:
+            self._open.move_to_end(info.name)
         return segment
 
     def _opened(self, info: SegmentInfo) -> Segment:
@@ -341,11 +378,22 @@ class SpaceIndex:
 
     def _forget(self, name: str) -> None:
         self._remove(name)
-        self._listed = None
+        self.listing.forget()
         self._catalog.record(self.folder.name, [], [name])
 
+    def forget(self, name: str) -> None:
+        """Leave out a segment that this process has just removed."""
+        with self.lock:
+            if name in self._numbers:
+                self._forget(name)
 
-def _is_settled(listed_at: int, changed: int) -> bool:
-    """Whether any later change must show in the folder's time stamp."""
-    # Some file systems keep whole seconds, or even ones.
-    return listed_at - changed > (_RACY_NS if changed % 1_000_000_000 else _COARSE_NS)
+    def note_read(self, number: int, prompts: Ints | int) -> None:
+        """Remember that these prompts of a segment are read now."""
+        info = self._infos[number]
+        if info is not None:
+            self.reads.note(info, prompts)
+
+    def write_reads(self) -> None:
+        """Write when prompts were last read, as far as it is gathered in memory."""
+        with self.lock:
+            self.reads.write()

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import struct
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
+from math import isqrt
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from actcache.store.mapped import return_free_memory
+
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
+
+
+_MANY = 200_000
+
+KEY_WORDS = struct.Struct("=QQ")
+"""A key as the two words it is sorted by."""
 
 
 @dataclass
@@ -23,6 +35,11 @@ class _Run:
 
     def __len__(self) -> int:
         return len(self.high)
+
+    @cached_property
+    def views(self) -> tuple[memoryview, memoryview, memoryview, memoryview]:
+        """The arrays as memoryviews, which give single items many times faster."""
+        return self.high.data, self.low.data, self.segment.data, self.row.data
 
     def keep(self, mask: npt.NDArray[np.bool_]) -> _Run:
         return _Run(self.high[mask], self.low[mask], self.segment[mask], self.row[mask])
@@ -80,6 +97,22 @@ class KeyTable:
             return back_segment, back_row
         return segment, row
 
+    def find_one(self, high: int, low: int, rank: npt.NDArray[Any]) -> tuple[int, int]:
+        """`find` for one key, given as two words."""
+        self._settle()
+        segment = row = -1
+        for run in self._runs:
+            highs, lows, segments, rows = run.views
+            at = _first(highs, high)
+            while at < len(highs) and highs[at] == high:
+                new, new_row = segments[at], rows[at]
+                if lows[at] == low and (
+                    segment < 0 or (new_row > row if new == segment else rank[new] > rank[segment])
+                ):
+                    segment, row = new, new_row
+                at += 1
+        return segment, row
+
     def _settle(self) -> None:
         # Many adds in a row (opening a store) are sorted once, many drops (after a merge) filtered once.
         if self._dropped:
@@ -96,15 +129,38 @@ class KeyTable:
                 total += len(self._runs[start])
             if start == len(self._runs) - 1:
                 return
-            joined = self._runs[start:]
-            self._runs[start:] = [
-                _sorted(
-                    np.concatenate([r.high for r in joined]),
-                    np.concatenate([r.low for r in joined]),
-                    np.concatenate([r.segment for r in joined]),
-                    np.concatenate([r.row for r in joined]),
-                )
-            ]
+            self._runs[start:] = [_joined(self._runs[start:])]
+            if total > _MANY:
+                return_free_memory()
+
+
+class Group:
+    """The segments of one layout and one set of sites, and where each key is in them."""
+
+    def __init__(self, layout: str, sites: tuple[str, ...]) -> None:
+        self.layout = layout
+        self.sites = frozenset(sites)
+        self.members: dict[int, None] = {}
+        self.tables: dict[str, KeyTable] = {}
+
+
+def _first(highs: memoryview, high: int) -> int:
+    """`bisect_left`, begun where a digest of that value is to be expected: few steps, however many keys there are."""
+    n = len(highs)
+    expected, spread = high * n >> 64, 4 * isqrt(n) + 4
+    start, stop = max(0, expected - spread), min(n, expected + spread)
+    if (start and highs[start - 1] >= high) or (stop < n and highs[stop] < high):
+        return bisect_left(highs, high)
+    return bisect_left(highs, high, start, stop)
+
+
+def _joined(runs: list[_Run]) -> _Run:
+    return _sorted(
+        np.concatenate([r.high for r in runs]),
+        np.concatenate([r.low for r in runs]),
+        np.concatenate([r.segment for r in runs]),
+        np.concatenate([r.row for r in runs]),
+    )
 
 
 def _sorted(high: Words, low: Words, segment: npt.NDArray[np.int32], row: npt.NDArray[np.int32]) -> _Run:

@@ -3,76 +3,193 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from actcache.store.files import log
+from actcache.store.gather import THREAD_BYTES, allowed_threads
 from actcache.store.index import SpaceIndex
-from actcache.store.keys import Ints
+from actcache.store.keys import KEY_WORDS, Ints
 from actcache.store.mapping import Segment
-from actcache.store.placement import Part, Placement
-from actcache.store.prompts import PromptTable, encode_texts, text_digests
+from actcache.store.placement import Part, Placement, by_segment
+from actcache.store.prompts import PromptTable, encode_texts, text_digest, text_digests
 
 _ATTEMPTS = 16
+_AHEAD_BYTES = 128 << 20
+
+Kinds = Sequence[int] | npt.NDArray[np.uint8] | int
 
 
 class Query:
-    """Prompts to look for: their keys, and the bytes that a hit must equal."""
+    """Prompts to look for: their keys, and the bytes that a hit must equal.
 
-    def __init__(self, kind: str, keys: npt.NDArray[np.uint8], content: list[bytes]) -> None:
+    `kind`: "token", or "text" with the kinds of the texts and the context they are read under.
+    """
+
+    def __init__(self, kind: str, kinds: Kinds = 0, context: str = "") -> None:
         self.kind = kind
-        self.keys = keys
-        self.content = content
-        self.kinds: npt.NDArray[np.uint8] | None = None
-        self.context = ""
+        self.context = context
+        self._kinds = kinds
+        self._table: PromptTable | None = None
 
     @classmethod
-    def by_text(cls, texts: Sequence[str], kinds: Sequence[int] | npt.NDArray[np.uint8] | int, context: str) -> Query:
-        content = encode_texts(texts)
-        query = cls("text", text_digests(content, kinds, context), content)
-        query.kinds = np.broadcast_to(np.asarray(kinds, np.uint8), (len(texts),))
-        query.context = context
+    def by_text(cls, texts: Sequence[str], kinds: Kinds, context: str) -> Query:
+        query = cls("text", kinds, context)
+        query.content = encode_texts(texts)
         return query
 
     @classmethod
     def by_tokens(cls, table: PromptTable) -> Query:
-        data = np.ascontiguousarray(table.token_ids, "<i4").tobytes()
-        ends = (table.token_offset * 4).tolist()
-        return cls("token", table.token_key, [data[a:b] for a, b in pairwise(ends)])
+        query = cls("token")
+        query._table = table
+        return query
 
     def __len__(self) -> int:
-        return len(self.content)
+        return len(self.content) if self._table is None else len(self._table)
+
+    @cached_property
+    def content(self) -> list[bytes]:
+        assert self._table is not None
+        data = np.ascontiguousarray(self._table.token_ids, "<i4").tobytes()
+        ends = (self._table.token_offset * 4).tolist()
+        return [data[a:b] for a, b in pairwise(ends)]
+
+    @cached_property
+    def keys(self) -> npt.NDArray[np.uint8]:
+        if self._table is not None:
+            return self._table.token_key
+        return text_digests(self.content, self._kinds, self.context)
+
+    @cached_property
+    def kinds(self) -> npt.NDArray[np.uint8]:
+        return np.broadcast_to(np.asarray(self._kinds, np.uint8), (len(self),))
+
+    def key_of_one(self) -> bytes:
+        """The key of the only prompt."""
+        if self._table is not None:
+            return self._table.token_key.tobytes()
+        return text_digest(self.content[0], self.kind_of_one(), self.context)
+
+    def kind_of_one(self) -> int:
+        """The kind of the only text."""
+        return self._kinds if isinstance(self._kinds, int) else int(self._kinds[0])
 
     def matches(self, segment: Segment, members: Ints, prompts: Ints) -> npt.NDArray[np.bool_]:
         """Which of the queries `members` are exactly what `segment` holds as `prompts`."""
+        content = self.content if len(members) == len(self) else [self.content[i] for i in members.tolist()]
         if self.kind == "token":
-            return segment.holds("token", prompts, [self.content[i] for i in members.tolist()])
+            return segment.holds("token", prompts, content)
         if segment.prompts.text_context != self.context:
             return np.zeros(len(members), bool)
-        same = segment.holds("text", prompts, [self.content[i] for i in members.tolist()])
-        assert self.kinds is not None
+        same = segment.holds("text", prompts, content)
         return np.asarray(same & (segment.prompts.kind[prompts] == self.kinds[members]))
 
-
-class _Changed(Exception):
-    """A segment went away or turned out damaged while it was looked up: look again."""
+    def matches_one(self, segment: Segment, prompt: int) -> bool:
+        """Whether the only query is exactly what `segment` holds as `prompt`."""
+        if segment.content(self.kind, prompt) != self.content[0]:
+            return False
+        return self.kind == "token" or (
+            segment.prompts.text_context == self.context and segment.prompts.kind[prompt] == self.kind_of_one()
+        )
 
 
 def locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, check: bool) -> Placement:
-    """Where each prompt of `query` is. Segments that vanish meanwhile are forgotten and it looks again."""
+    """Where each prompt of `query` is. Segments that vanish meanwhile are forgotten and it looks again.
+
+    Where something vanishes each time it looks, what it held counts as absent in the end, the rest is found.
+    """
     with index.lock:
         index.refresh()
+        if len(query) == 1 and (placement := locate_one(index, query, sites, layout, check)) is not None:
+            return placement
         for _ in range(_ATTEMPTS):
-            try:
-                return _locate(index, query, sites, layout, check)
-            except _Changed:
-                index.refresh()
-        return Placement(len(query), sites, layout, [], [])
+            found, changed = _locate(index, query, sites, layout, check)
+            if not changed:
+                break
+            # An older, intact copy may be there, or the merged one.
+            index.refresh()
+        return found
 
 
-def _locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, check: bool) -> Placement:
+def locate_all(index: SpaceIndex, site: str, layout: str) -> Placement | None:
+    """Where every live prompt that has `site` is, oldest first; None where the keys of two agree, as those of two
+    copies of one do: then look closer. Damaged ones count as not found."""
+    with index.lock:
+        index.refresh()
+        held = index.open_all(lambda _, info: info.layout == layout and site in info.sites)
+        held.sort(key=lambda held: (held[1].created_ns, held[1].name))
+        live = [index.live(number) for number, _, _ in held]
+        if not _distinct(
+            [i.prompt_key if m is None else i.prompt_key[m] for (_, i, _), m in zip(held, live, strict=True)]
+        ):
+            return None
+        rows = [
+            np.arange(i.prompts) if m is None else np.flatnonzero(m) for (_, i, _), m in zip(held, live, strict=True)
+        ]
+        segments = [segment for _, _, segment in held]
+        _check_together(list(zip(segments, [[site]] * len(held), rows, strict=True)))
+        slots = [np.empty(0, np.int32)]
+        for slot, ((number, _, segment), prompts) in enumerate(zip(held, rows, strict=True)):
+            intact = _intact(index, number, segment, [site], prompts)
+            slots.append(np.where(intact, np.int32(slot), np.int32(-1)))
+            index.note_read(number, prompts[intact])
+        part = Part((0,), np.concatenate(slots), np.concatenate([np.empty(0, np.int64), *rows]))
+        return Placement(len(part.segment), [site], layout, [part], segments)
+
+
+def _check_together(wanted: Sequence[tuple[Segment, Sequence[str], Ints]]) -> None:
+    """Check prompts of several segments, of which the disk is asked at once; what is found is kept for `_intact`."""
+    left = _AHEAD_BYTES
+    jobs = []
+    for segment, sites, prompts in wanted:
+        if left > 0 and not segment.checks.all_good(sites):
+            starts, stops = segment.row_offset[prompts], segment.row_offset[prompts + 1]
+            left -= segment.checks.ask(sites, starts, stops, left)
+            jobs.append((segment.checks, sites, starts, stops))
+    threads = min(allowed_threads(), (_AHEAD_BYTES - left) // THREAD_BYTES, len(jobs))
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            for job in [pool.submit(checks.verify, sites, starts, stops) for checks, sites, starts, stops in jobs]:
+                job.result()
+
+
+def _distinct(keys: Sequence[npt.NDArray[np.uint8]]) -> bool:
+    """Whether the first words of all keys differ."""
+    words = [np.ascontiguousarray(k).view(np.uint64)[:, 0] for k in keys]
+    ordered = np.sort(np.concatenate(words)) if words else np.empty(0, np.uint64)
+    return not (ordered[1:] == ordered[:-1]).any()
+
+
+def locate_one(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, check: bool) -> Placement | None:
+    """Where the only prompt of `query` is, without arrays, which cost more than the search; None: look closer."""
+    groups = index.holders(layout, tuple(sites))
+    if groups is None:
+        return None
+    high, low = KEY_WORDS.unpack(query.key_of_one())
+    number = row = -1
+    for group in groups:
+        new, new_row = index.find_one(group, query.kind, high, low)
+        if new >= 0 and (number < 0 or index.rank[new] > index.rank[number]):
+            number, row = new, new_row
+    if number < 0:
+        return Placement.of_one(sites, layout, None, -1)
+    segment = index.open(number)
+    if segment is None or not query.matches_one(segment, row):
+        return None
+    if check:
+        start, stop = segment.row_offset[row : row + 1], segment.row_offset[row + 1 : row + 2]
+        if not segment.checks.all_good(sites) and not segment.checks.good(sites, start, stop):
+            return None
+        index.note_read(number, row)
+    return Placement.of_one(sites, layout, segment, row)
+
+
+def _locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, check: bool) -> tuple[Placement, bool]:
+    """Where each prompt is, and whether a segment went away or turned out damaged meanwhile."""
     groups = index.groups(layout)
     together: dict[tuple[int, ...], list[int]] = {}
     for j, site in enumerate(sites):
@@ -91,41 +208,42 @@ def _locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, 
             better = (new >= 0) & ((number < 0) | (index.rank[new] > index.rank[number]))
             number[better], prompt[better] = new[better], row[better]
         slot = np.full(len(query), -1, np.int32)
-        for n in np.unique(number[number >= 0]).tolist():
-            members = np.flatnonzero(number == n)
-            segment = index.open(n)
-            if segment is None:
-                changed = True
-                continue
+        named = [sites[j] for j in columns]
+        found = by_segment(number, np.flatnonzero(number >= 0))
+        index.ask_for([n for n, _ in found])
+        opened = [(n, segment, members) for n, members in found if (segment := index.open(n)) is not None]
+        changed = changed or len(opened) < len(found)
+        if check and len(opened) > 1:
+            _check_together([(segment, named, prompt[members]) for _, segment, members in opened])
+        for n, segment, members in opened:
             right = query.matches(segment, members, prompt[members])
             if check:
-                intact = _intact(index, n, segment, [sites[j] for j in columns], prompt[members])
+                intact = _intact(index, n, segment, named, prompt[members])
                 changed = changed or not intact.all()
                 right &= intact
             if n not in slots:
                 slots[n] = len(segments)
                 segments.append(segment)
             slot[members[right]] = slots[n]
+            if check:
+                index.note_read(n, prompt[members[right]])
         parts.append(Part(tuple(columns), slot, prompt))
-    if changed:
-        # An older, intact copy may be there, or the merged one.
-        raise _Changed
-    return Placement(len(query), sites, layout, parts, segments)
+    return Placement(len(query), sites, layout, parts, segments), changed
 
 
 def _intact(index: SpaceIndex, number: int, segment: Segment, sites: list[str], prompts: Ints) -> npt.NDArray[np.bool_]:
-    good = np.ones(len(prompts), bool)
-    if segment.is_verified(sites):
-        return good
+    if segment.checks.all_good(sites):
+        return np.ones(len(prompts), bool)
     starts, stops = segment.row_offset[prompts], segment.row_offset[prompts + 1]
-    for site in sites:
-        intact = segment.verify(site, starts, stops)
-        if not intact.all():
-            bad = np.flatnonzero(~intact)
-            log.warning(
-                "%s: %s of %d prompts is damaged (checksum); they count as not stored", segment.path, site, len(bad)
-            )
-            good &= intact
+    if segment.checks.good(sites, starts, stops):
+        return np.ones(len(prompts), bool)
+    intact = segment.checks.verify(sites, starts, stops)
+    good: npt.NDArray[np.bool_] = np.logical_and.reduce(intact)
     if not good.all():
+        for site, bad in zip(sites, (~intact).sum(axis=1).tolist(), strict=True):
+            if bad:
+                log.warning(
+                    "%s: %s of %d prompts is damaged (checksum); they count as not stored", segment.path, site, bad
+                )
         index.mark_damaged(number, prompts[~good])
     return good

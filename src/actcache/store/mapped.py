@@ -11,17 +11,49 @@ import ctypes
 import mmap
 import os
 import weakref
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 _POPULATE_READ = 22
+# Behind the index tensors a segment may have holes, which would only fill memory.
+_MOST_AHEAD = 4 << 20
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_start_writing = getattr(_libc, "sync_file_range", None)
+if _start_writing is not None:
+    _start_writing.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_RANGE_WRITE = 2
 _FAILED = ctypes.c_void_p(-1).value
+
+
+def start_writing(fd: int, start: int, size: int) -> None:
+    """Send a range of a file to the disk without waiting: a later sync finds most of its work done."""
+    if _start_writing is not None:
+        # Advice only: an error shows when the file is synced.
+        _start_writing(fd, start, size, _RANGE_WRITE)
+
+
+def return_free_memory() -> None:
+    """Let the C library give back what large arrays have left free: it keeps up to 32 MB of each otherwise."""
+    trim = getattr(_libc, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def ask_for(path: Path, size: int) -> None:
+    """Ask the disk for the first `size` bytes of a file, a few MB at most, without waiting for them."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                os.posix_fadvise(fd, 0, min(size, _MOST_AHEAD), os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(fd)
 
 
 class MappedFile:
@@ -46,10 +78,16 @@ class MappedFile:
         """A copy of a range; bytes compare many times faster than memoryviews."""
         return self.raw[start:stop].tobytes()
 
+    def will_need(self, start: int, stop: int) -> None:
+        """Ask the disk for a range, without waiting for it."""
+        self._advise(mmap.MADV_WILLNEED, start, stop)
+
     def populate(self, start: int, stop: int) -> None:
-        """Map the pages of a range in one call, reading them ahead: far faster than faulting one by one."""
+        """Map the pages of a range in one call, reading them where needed: far faster than faulting one by one."""
+        self._advise(_POPULATE_READ, start, stop)
+
+    def _advise(self, advice: int, start: int, stop: int) -> None:
         start = start // mmap.PAGESIZE * mmap.PAGESIZE
-        for advice in (mmap.MADV_WILLNEED, _POPULATE_READ):
-            # Advice only: an older kernel or a failing disk shows when the bytes are read.
-            with contextlib.suppress(OSError):
-                _libc.madvise(self._address + start, stop - start, advice)
+        # Advice only: an older kernel or a failing disk shows when the bytes are read.
+        with contextlib.suppress(OSError):
+            _libc.madvise(self._address + start, stop - start, advice)

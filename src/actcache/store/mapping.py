@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,33 +13,44 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from actcache.errors import FormatError
+from actcache.errors import FormatError, NotCachedError
 from actcache.store import container
+from actcache.store.casting import CastError
+from actcache.store.checks import BlockChecks, blocks_of
+from actcache.store.dtypes import SCALED, is_quantised, value_dtype
+from actcache.store.files import open_plain
 from actcache.store.mapped import MappedFile
 from actcache.store.prompts import CHAT, PromptTable
-from actcache.store.records import BLOCK, FORMAT, INDEX_TENSORS, TOKENS, VERSION, SegmentInfo, is_layout
+from actcache.store.quantize import BLOCK_ROWS, decode_run
+from actcache.store.records import (
+    FORMAT,
+    INDEX_TENSORS,
+    JOURNAL,
+    SCALE,
+    TOKENS,
+    SegmentInfo,
+    check_index_tensors,
+    check_version,
+    is_layout,
+    read_replaces,
+)
 from actcache.store.statistics import Moments, is_float
 
 Ints = npt.NDArray[np.int64]
 
-_FEW = 16
-_UNKNOWN, _GOOD, _DAMAGED = 0, 1, 2
-_INDEX_DTYPES = {
-    "digest": "<u8", "row_offset": "<i8", "token_offset": "<i8", "text_offset": "<i8", "checksum": "<u8",
-    "moments": "<f8", "prompt_key": "u1", "text_key": "u1", "token_ids": "<i4", "kind": "u1", "text": "u1",
-}  # fmt: skip
+_FEW, _SPREAD = 16, 64
 
 
 class Segment:
     """A mapped segment. What was mapped stays readable after the file is renamed or unlinked.
 
     `info`, `prompts` (a `PromptTable` of views), `row_offset` int64 ``[n + 1]``; `matrix(site)` is a read-only
-    view ``[rows, D]`` of data that `verify` has checked or not.
+    view ``[rows, D]`` of data that `checks` has verified or not, and `values(site, start, stop)` what it stands for.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = open_plain(path)
         try:
             size = os.fstat(fd).st_size
             head = _read(fd, container.header_size(os.pread(fd, 8, 0), size))
@@ -48,7 +58,7 @@ class Segment:
             self._check_metadata()
             self._file = MappedFile(fd, size)
         except FormatError as error:
-            raise FormatError(f"{path}: {error}") from None
+            raise type(error)(f"{path}: {error}") from None
         except OverflowError as error:
             raise FormatError(f"{path}: {error}") from None
         finally:
@@ -58,34 +68,32 @@ class Segment:
             self._read_index(head)
         except FormatError as error:
             raise FormatError(f"{path}: {error}") from None
-        self._state: dict[str, npt.NDArray[np.uint8]] = {}
-        self._clean: set[str] = set()
 
     def _check_metadata(self) -> None:
         meta = self.metadata
         if meta.get("format") != FORMAT:
             raise FormatError("not a segment of actcache (no format in its metadata)")
-        if meta.get("version", "").split(".")[0] != VERSION.split(".")[0]:
-            raise FormatError(
-                f"format version {meta.get('version')!r}, this actcache reads {VERSION}: install a newer actcache"
-            )
+        check_version(meta.get("version", ""))
         created = re.fullmatch(r"[0-9]{1,19}", meta.get("created_ns", ""))
         if not is_layout(meta.get("layout", "")) or not created or int(created[0]) >= 1 << 63:
             raise FormatError("layout or creation time missing")
-        for name in INDEX_TENSORS:
-            tensor = self._tensors.get(name)
-            if tensor is None or tensor.dtype != np.dtype(_INDEX_DTYPES[name]):
-                raise FormatError(f"index tensor {name!r} is missing or has the wrong dtype")
-            if len(tensor.shape) != (2 if name.endswith("_key") else 1):
-                raise FormatError(f"index tensor {name!r} has the wrong shape {tensor.shape}")
+        check_index_tensors(self._tensors, INDEX_TENSORS)
 
     def _read_index(self, head: bytes) -> None:
         prefix = "" if self.layout == TOKENS else f"{self.layout}/"
         data: dict[str, container.Tensor] = {}
+        scales: dict[str, container.Tensor] = {}
+        last = ""
         for tensor in sorted(self._tensors.values(), key=lambda t: t.start):
             if tensor.name in INDEX_TENSORS or tensor.name.startswith("pad."):
                 continue
             site = tensor.name.removeprefix(prefix)
+            if tensor.name.endswith(SCALE):
+                if tensor.name != f"{prefix}{last}{SCALE}" or last not in data:
+                    raise FormatError(f"tensor {tensor.name!r} does not follow what it scales")
+                scales[last] = tensor
+                continue
+            last = site
             if not tensor.name.startswith(prefix) or not site or "/" in site or len(tensor.shape) != 2:
                 raise FormatError(f"tensor {tensor.name!r} does not belong to layout {self.layout!r}")
             data[site] = tensor
@@ -96,23 +104,25 @@ class Segment:
         if (
             digest.start != len(head)
             or digest.shape != (2,)
-            or self._tensors["text"].stop > start
+            or max(self._tensors[name].stop for name in INDEX_TENSORS) > start
             or start % container.ALIGN
         ):
             raise FormatError("index tensors do not come first")
+        for advise in (self._file.will_need, self._file.populate):
+            advise(digest.start, start)
         stored = self._array("digest")
         if int(stored[0]) != xxhash.xxh3_64_intdigest(head):
             raise FormatError("header is damaged (its digest does not match)")
         if int(stored[1]) != xxhash.xxh3_64_intdigest(self._raw[digest.stop : start]):
             raise FormatError("index is damaged (its digest does not match)")
-        self._data = data
+        self._data, self._scales = data, scales
         self._check_index()
-        columns = tuple((site, container.code_of(t.dtype), t.shape[1]) for site, t in data.items())
+        columns = tuple((site, self._code(site), t.shape[1]) for site, t in data.items())
         meta = self.metadata
         self.info = SegmentInfo(
             self.path.name[:32], meta.get("space", ""), self.layout, columns, len(self.prompts),
             int(self.row_offset[-1]), len(self._bytes), int(meta["created_ns"]), self.prompts.text_context,
-            _replaces(meta.get("replaces", "{}")), self.prompts.token_key, self.prompts.text_key,
+            read_replaces(meta.get("replaces", "{}")), self.prompts.token_key, self.prompts.text_key,
         )  # fmt: skip
 
     def _check_index(self) -> None:
@@ -132,25 +142,57 @@ class Segment:
         expected = offsets["token_offset"] if self.layout == TOKENS else np.arange(n + 1)
         if not np.array_equal(offsets["row_offset"], expected):
             raise FormatError(f"row_offset does not fit layout {self.layout!r}")
+        self.block_offset: Ints = self._array("block_offset")
+        self._check_scales(rows)
         blocks = moments = 0
-        self._first_block: dict[str, int] = {}
         self._first_moment: dict[str, int] = {}
         for site, tensor in self._data.items():
             if tensor.shape[0] != rows:
                 raise FormatError(f"{site}: {tensor.shape[0]} rows, expected {rows}")
-            self._first_block[site] = blocks
-            blocks += -(-tensor.nbytes // BLOCK)
-            if is_float(tensor.dtype):
+            blocks += sum(map(blocks_of, self.parts(site)))
+            if is_float(value_dtype(self._code(site))):
                 self._first_moment[site] = moments
-                moments += 2 * tensor.shape[1]
-        self._checksum, self._moments = self._array("checksum"), self._array("moments")
-        if len(self._checksum) != blocks or len(self._moments) != moments:
-            raise FormatError("checksum or moments do not match the data")
+                moments += 2 * tensor.shape[1] + 1
+        checksum, self._errors = self._array("checksum"), self._array("errors")
+        if len(checksum) != blocks:
+            raise FormatError("checksum does not match the data")
+        self._read_moments(moments)
+        if self._errors.shape != (len(self._data), len(CastError().numbers)):
+            raise FormatError("errors do not match the data")
+        parts = {site: self.parts(site) for site in self._data}
+        self.checks = BlockChecks(self._file, parts, checksum, self.block_offset)
         self.row_offset: Ints = offsets["row_offset"]
         self.prompts = PromptTable(
             token_ids, offsets["token_offset"], kind, text, offsets["text_offset"],
             self.metadata.get("text_context", ""), token_key, text_key,
         )  # fmt: skip
+
+    def _read_moments(self, numbers: int) -> None:
+        self._moments = self._array("moments")
+        if len(self._moments) != numbers:
+            raise FormatError("moments do not match the data")
+
+    def _check_scales(self, rows: int) -> None:
+        offset = self.block_offset
+        for site, scale in self._scales.items():
+            tensor = self._data[site]
+            if not is_quantised(tensor.dtype) or scale.dtype != np.dtype("<f4"):
+                raise FormatError(f"{site}: a matrix of {tensor.dtype} has scales of {scale.dtype}")
+            if scale.shape != (len(offset) - 1, *tensor.shape[1:]):
+                raise FormatError(f"{site}: scales of shape {scale.shape} for {len(offset) - 1} blocks")
+        # Each compared with a bound first: differences of hostile numbers may overflow to something sensible.
+        inside = len(offset) and not (offset < 0).any() and not (offset > rows).any()
+        steps = np.diff(offset) if inside else np.zeros(1)
+        wrong = (steps < 1).any() or (steps > BLOCK_ROWS).any()
+        if not inside or offset[0] != 0 or wrong or offset[-1] != (rows if self._scales else 0):
+            raise FormatError("block_offset does not describe blocks of at most 64 rows")
+
+    def _code(self, site: str) -> str:
+        return container.code_of(self._data[site].dtype) + (SCALED if site in self._scales else "")
+
+    def parts(self, site: str) -> list[container.Tensor]:
+        """The tensors that hold a site: its matrix, and its scales."""
+        return [self._data[site], *([self._scales[site]] if site in self._scales else [])]
 
     @property
     def layout(self) -> str:
@@ -163,17 +205,61 @@ class Segment:
         return self._bytes[tensor.start : tensor.stop].view(tensor.dtype).reshape(tensor.shape)
 
     def matrix(self, site: str) -> npt.NDArray[Any]:
-        """The rows of `site`, a read-only view ``[rows, D]``."""
+        """The rows of `site` as they are in the file (codes, where it has `scales`), a read-only view ``[rows, D]``."""
         return self._view(self._data[site])
 
-    def column(self, site: str) -> tuple[np.dtype[Any], int]:
-        """Dtype and width of the matrix of `site`."""
-        tensor = self._data[site]
-        return tensor.dtype, tensor.shape[1]
+    def grid(self, sites: Sequence[str]) -> tuple[npt.NDArray[Any], Ints] | None:
+        """A matrix that reaches over those of all `sites`, and at which of its rows each begins.
 
-    def is_verified(self, sites: Sequence[str]) -> bool:
-        """Whether every block of all `sites` has been checked and is good."""
-        return self._clean.issuperset(sites)
+        None where they do not lie on one grid of rows, as sites of different widths in one segment may not, and where
+        values must be decoded.
+        """
+        tensors = [self._data[site] for site in sites]
+        one = tensors[0]
+        if any(
+            t.shape != one.shape or t.dtype != one.dtype or site in self._scales
+            for site, t in zip(sites, tensors, strict=True)
+        ):
+            return None
+        start, width = min(t.start for t in tensors), one.shape[1] * one.dtype.itemsize
+        steps = [t.start - start for t in tensors]
+        if any(step % width for step in steps):
+            return None
+        region = self._bytes[start : start + max(steps) + one.nbytes].view(one.dtype).reshape(-1, one.shape[1])
+        return region, np.array(steps) // width
+
+    def pads(self) -> list[str]:
+        """Names of the tensors between others that are not zeros, as they should be."""
+        pads = [t for t in self._tensors.values() if t.name.startswith("pad.") and t.name != JOURNAL]
+        return [t.name for t in pads if self._bytes[t.start : t.stop].any()]
+
+    def scales(self, site: str) -> npt.NDArray[np.float32] | None:
+        """The scales of `site`, float32 ``[blocks, D]``, a read-only view; None where the matrix holds the values."""
+        return self._view(self._scales[site]) if site in self._scales else None
+
+    def values(self, site: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows `start` to `stop` of `site`: a read-only view, or a new float32 array where they must be decoded."""
+        return self.reader(site)(start, stop)
+
+    def reader(self, site: str) -> Callable[[int, int], npt.NDArray[Any]]:
+        """`values` of one site, for many calls."""
+        matrix, scales, length = self.matrix(site), self.scales(site), self.info.rows
+
+        def read(start: int, stop: int) -> npt.NDArray[Any]:
+            if not 0 <= start <= stop <= length:
+                raise NotCachedError(f"{self.path} is shorter than its index says")
+            return matrix[start:stop] if scales is None else decode_run(matrix, scales, self.block_offset, start, stop)
+
+        return read
+
+    def column(self, site: str) -> tuple[np.dtype[Any], int]:
+        """Dtype of the values and width of `site`."""
+        return value_dtype(self._code(site)), self._data[site].shape[1]
+
+    def error(self, site: str) -> CastError:
+        """What storing `site` changed: of every row that was written, those included that merging has dropped."""
+        rows, *numbers = self._errors[list(self._data).index(site)].tolist()
+        return CastError(int(rows), *numbers)
 
     def start_of(self, site: str) -> int:
         """Where in the file the matrix of `site` begins."""
@@ -185,8 +271,19 @@ class Segment:
         if first is None:
             return None
         dim = self._data[site].shape[1]
-        both = self._moments[first : first + 2 * dim]
-        return Moments(self.info.rows, both[:dim].copy(), both[dim:].copy())
+        mean, m2 = self._moments[first : first + 2 * dim].reshape(2, dim).copy()
+        return Moments(self.info.rows, mean, m2, float(self._moments[first + 2 * dim]))
+
+    def content(self, what: str, prompt: int) -> bytes:
+        """The "token" ids (as stored) or the "text" of one prompt."""
+        offset, name = (
+            (self.prompts.token_offset, "token_ids") if what == "token" else (self.prompts.text_offset, "text")
+        )
+        tensor = self._tensors[name]
+        width = tensor.dtype.itemsize
+        return self._file.bytes(
+            tensor.start + width * int(offset[prompt]), tensor.start + width * int(offset[prompt + 1])
+        )
 
     def holds(self, what: str, prompts: Ints, content: list[bytes]) -> npt.NDArray[np.bool_]:
         """Whether the "token" ids or the "text" of `prompts` are exactly `content`, bool ``[len(prompts)]``."""
@@ -200,6 +297,15 @@ class Segment:
         data = self._file.bytes
         if len(prompts) > _FEW and self._holds_runs(prompts, starts, stops, content):
             return np.ones(len(prompts), bool)
+        if len(prompts) > _FEW:
+            low, high = int(starts.min()), int(stops.max())
+            if high - low <= _SPREAD * int((stops - starts).sum()):
+                # One copy of all, which is cut much faster than the mapping.
+                whole = data(low, high)
+                starts, stops = starts - low, stops - low
+                return np.array(
+                    [whole[a:b] == c for a, b, c in zip(starts.tolist(), stops.tolist(), content, strict=True)]
+                )
         pieces = zip(starts.tolist(), stops.tolist(), content, strict=True)
         return np.fromiter((data(a, b) == c for a, b, c in pieces), bool, len(prompts))
 
@@ -216,73 +322,9 @@ class Segment:
         data = self._file.bytes
         return all(data(first[a], last[b - 1]) == b"".join(joined[a:b]) for a, b in pairwise(edges))
 
-    def verify(self, site: str, starts: Ints, stops: Ints) -> npt.NDArray[np.bool_]:
-        """Whether the rows ``starts[i]:stops[i]`` of `site` are intact, bool ``[len(starts)]``.
-
-        Each block is read and hashed once per process, whoever asks.
-        """
-        good = np.ones(len(starts), bool)
-        if site in self._clean or not len(starts):
-            return good
-        tensor = self._data[site]
-        width = tensor.shape[1] * tensor.dtype.itemsize
-        low = starts * width // BLOCK
-        high = np.maximum(-(-(stops * width) // BLOCK), low)
-        state = self._verify_blocks(site, low, high)
-        if (state == _DAMAGED).any():
-            before = np.zeros(len(state) + 1, np.int64)
-            np.cumsum(state == _DAMAGED, out=before[1:])
-            good = before[high] == before[low]
-        elif (state == _GOOD).all():
-            self._clean.add(site)
-        return good
-
-    def damaged_blocks(self, site: str) -> Ints:
-        """Numbers of the blocks of `site` that fail their checksum; reads all of it."""
-        rows = self.info.rows
-        self.verify(site, np.array([0]), np.array([rows]))
-        return np.flatnonzero(self._blocks(site) == _DAMAGED)
-
-    def _blocks(self, site: str) -> npt.NDArray[np.uint8]:
-        if site not in self._state:
-            self._state[site] = np.zeros(-(-self._data[site].nbytes // BLOCK), np.uint8)
-        return self._state[site]
-
-    def _verify_blocks(self, site: str, low: Ints, high: Ints) -> npt.NDArray[np.uint8]:
-        state = self._blocks(site)
-        change = np.zeros(len(state) + 1, np.int64)
-        np.add.at(change, low, 1)
-        np.add.at(change, high, -1)
-        wanted = np.flatnonzero((np.cumsum(change[:-1]) > 0) & (state == _UNKNOWN))
-        if not len(wanted):
-            return state
-        tensor, first = self._data[site], self._first_block[site]
-        self._populate(tensor, wanted)
-        data, digest = self._raw, xxhash.xxh3_64_intdigest
-        expected = self._checksum[first + wanted].tolist()
-        for block, checksum in zip(wanted.tolist(), expected, strict=True):
-            start = tensor.start + block * BLOCK
-            right = digest(data[start : min(start + BLOCK, tensor.stop)]) == checksum
-            state[block] = _GOOD if right else _DAMAGED
-        return state
-
-    def _populate(self, tensor: container.Tensor, blocks: Ints) -> None:
-        breaks = np.flatnonzero(np.diff(blocks) > 1) + 1
-        for run in np.split(blocks, breaks):
-            start = tensor.start + int(run[0]) * BLOCK
-            self._file.populate(start, min(tensor.start + (int(run[-1]) + 1) * BLOCK, tensor.stop))
-
 
 def _read(fd: int, size: int) -> bytes:
     data = os.pread(fd, size, 0)
     if len(data) != size:
         raise FormatError("file is shorter than its header says")
     return data
-
-
-def _replaces(text: str) -> dict[str, tuple[str, ...]]:
-    try:
-        table = json.loads(text)
-        return {str(k): tuple(str(x) for x in v) for k, v in table.items()}
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        raise FormatError("replaces is not a table of tombs per segment") from None

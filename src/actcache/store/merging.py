@@ -6,22 +6,20 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from actcache.store.container import DTYPES
-from actcache.store.files import TOMB_NAME, is_ours, log, remove, sync_folder
+from actcache.store.copying import copied
+from actcache.store.files import TOMB_NAME, is_ours, log, remove, sweep, sync_folder
 from actcache.store.index import Mask, SpaceIndex
 from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable
 from actcache.store.records import SegmentInfo
-from actcache.store.statistics import Moments
-from actcache.store.writing import Column, write_columns
+from actcache.store.writing import write_columns
 
 TARGET = 256 << 20
 FEW, MANY = 8, 32
@@ -29,10 +27,14 @@ FEW, MANY = 8, 32
 _TIERS = (1 << 20, 16 << 20, TARGET // 2)
 _MOST = 1024
 _TOMB_GRACE_S = 3600.0
+LOCK_WAIT_S = 60.0
+"""How long whoever must have a space to itself waits for a merge to end."""
 
 
 @dataclass
-class _Source:
+class Source:
+    """A segment that is to be replaced: what of it is kept, and the tombs that count for it."""
+
     number: int
     info: SegmentInfo
     segment: Segment
@@ -40,16 +42,16 @@ class _Source:
     tombs: tuple[str, ...]
 
 
-def plan(index: SpaceIndex, *, few: int = FEW) -> list[list[int]]:
-    """Numbers of segments to merge with each other, oldest first in each group.
+def plan(index: SpaceIndex, *, few: int = FEW, among: Container[str] | None = None) -> list[list[int]]:
+    """Numbers of segments (`among` those names, where given) to merge with each other, oldest first in each group.
 
     Segments of one signature and size class (1, 16, 128 MB) are taken when at least `few` of them exist,
     so that however many batches are written, each byte is rewritten at most once per class.
     """
     classes: dict[tuple[Any, ...], list[tuple[int, SegmentInfo]]] = {}
-    for number, info in index.segments():
+    for number, info in index.sealed():
         tier = sum(info.size > limit for limit in _TIERS)
-        if tier < len(_TIERS):
+        if tier < len(_TIERS) and (among is None or info.name in among):
             # When everything is to be merged, size does not matter.
             classes.setdefault((info.signature, tier if few > 2 else 0), []).append((number, info))
     groups = []
@@ -73,67 +75,137 @@ def merge_space(index: SpaceIndex, lock_folder: Path, *, few: int = FEW) -> int:
     """Merge what `plan` finds; the number of segments that went. Another process at it: 0, its turn."""
     if not plan(index, few=few):
         return 0
-    with _only_one(lock_folder, index.folder.name) as mine:
+    with exclusive(lock_folder, index.folder.name) as mine:
         if not mine:
             return 0
-        index.refresh(force=True)
-        merged = sum(_merge(index, group) for group in plan(index, few=few))
+        merged = sum(_merge(index, group) for group in plan(index, few=few, among=before_writes(index)))
         if merged:
-            _drop_orphan_tombs(index)
+            tidy(index)
     return merged
 
 
+def before_writes(index: SpaceIndex) -> set[str]:
+    """The names of segments and batches that are older than anything that others are writing.
+
+    What is merged counts as being as new as the newest of it: a copy that is being written, and is older than that,
+    would never be read, though it is newer than the one that was merged.
+    """
+    sweep(index.folder)
+    index.refresh(force=True)
+    since, seen = index.listing.writing_since, {info.name: info.created_ns for _, info in index.segments()}
+    # Whatever was begun before one of these was finished is either finished by now, or still there to be listed.
+    index.refresh(force=True)
+    since = min(since, index.listing.writing_since)
+    return {name for name, created_ns in seen.items() if created_ns < since}
+
+
+def drop_dead(index: SpaceIndex, lock_folder: Path) -> int:
+    """Write the segments anew of which prompts were invalidated; their number."""
+    with exclusive(lock_folder, index.folder.name) as mine:
+        if not mine:
+            return 0
+        index.refresh(force=True)
+        with index.lock:
+            dead = [number for number, _ in index.sealed() if index.live(number) is not None]
+        sources = [source for number in dead if (source := open_source(index, number)) is not None]
+        for source in sources:
+            with contextlib.suppress(Overtaken):
+                replace_segments(index, [source])
+        if sources:
+            index.refresh(force=True)
+        tidy(index)
+    return len(sources)
+
+
 def _merge(index: SpaceIndex, numbers: Sequence[int]) -> int:
-    sources = _in_order(index, _sources(index, numbers))
+    sources = in_order(index, _sources(index, numbers))
     if len(sources) < 2:
         return 0
-    _drop_duplicates(sources)
-    kept = [s for s in sources if s.keep.any()]
-    if kept:
-        prompts = PromptTable.concatenate(
-            [s.segment.prompts if s.keep.all() else s.segment.prompts.select(s.keep) for s in kept]
-        )
-        first = kept[0].info
-        columns = [Column(site, DTYPES[code], dim, _pieces(kept, site)) for site, code, dim in first.columns]
-        info = write_columns(
-            index.folder, prompts, first.layout, columns, space=first.space,
-            created_ns=max(s.info.created_ns for s in sources), replaces={s.info.name: s.tombs for s in sources},
-        )  # fmt: skip
-        index.add(info)
-    for source in sources:
-        # The name pattern was checked when the folder was listed, the header when the segment was opened.
-        remove(index.path(source.info.name))
+    drop_duplicates(sources)
+    try:
+        replace_segments(index, sources)
+    except Overtaken:
+        return 0
     with contextlib.suppress(OSError):
         sync_folder(index.folder)
     index.refresh(force=True)
     return len(sources)
 
 
-def _sources(index: SpaceIndex, numbers: Sequence[int]) -> list[_Source]:
+class Overtaken(Exception):
+    """Somebody else has replaced or removed a segment that was to be replaced: nothing was done."""
+
+
+def replace_segments(index: SpaceIndex, sources: Sequence[Source]) -> SegmentInfo | None:
+    """Make one segment of what is to be kept of `sources` (of one signature), then remove them; None: nothing is kept.
+
+    Raises `Overtaken` when one of them is gone by the time the new one is there.
+
+    Needs memory for the prompts and a few blocks, and room on the disk for the new segment before the old ones go.
+    """
+    kept = [s for s in sources if s.keep.any()]
+    info = None
+    if kept:
+        prompts = PromptTable.concatenate(
+            [s.segment.prompts if s.keep.all() else s.segment.prompts.select(s.keep) for s in kept]
+        )
+        first = kept[0].info
+        columns, block_offset = copied([(s.segment, s.keep) for s in kept])
+        info = write_columns(
+            index.folder, prompts, first.layout, columns, space=first.space,
+            created_ns=max(s.info.created_ns for s in sources), block_offset=block_offset,
+            replaces={s.info.name: s.tombs for s in sources},
+        )  # fmt: skip
+        # Whoever invalidates must find the new segment or what it was made of: a tomb for what somebody else has made
+        # of the same would not count for it. And what was evicted or cleared must not come back.
+        if not all(s.info.name in index.opened or index.path(s.info.name).exists() for s in sources):
+            remove(index.path(info.name))
+            raise Overtaken(index.path(info.name))
+        with index.lock:
+            index.reads.inherit(info, np.concatenate([index.reads.times(s.info)[s.keep] for s in kept]))
+        index.add(info)
+        log.info("%d segments became %s, with %d prompts", len(sources), index.path(info.name), info.prompts)
+    for source in sources:
+        # The name pattern was checked when the folder was listed, the header when the segment was opened. A batch has
+        # no file of its own: whoever replaces it removes that of all batches.
+        if source.info.name not in index.opened:
+            remove(index.path(source.info.name))
+    return info
+
+
+def _sources(index: SpaceIndex, numbers: Sequence[int]) -> list[Source]:
     """The segments, with the prompts that are neither tombed nor damaged; every block is read and checked."""
-    sources = []
-    for number in numbers:
-        with index.lock:
-            segment, info = index.open(number), index.info(number)
+    found = (open_source(index, number) for number in numbers)
+    return [source for source in found if source is not None]
+
+
+def open_source(index: SpaceIndex, number: int, wanted: Mask | None = None) -> Source | None:
+    """A segment to be replaced by its live, undamaged prompts (those `wanted`), every block that will be read checked.
+
+    None when it is gone, or when what is live is unknown: an unreadable tomb leaves it for a person to look at.
+    """
+    with index.lock:
+        segment, info = index.open(number), index.info(number)
         if segment is None or info is None:
-            continue
-        all_rows = segment.row_offset[:-1], segment.row_offset[1:]
-        intact = np.ones(info.prompts, bool)
-        for site in info.sites:
-            intact &= segment.verify(site, *all_rows)
-        if not intact.all():
-            log.warning("%s: %d damaged prompts are dropped while merging", segment.path, int((~intact).sum()))
-        with index.lock:
-            live = index.live(number)
-            tombs = index.tombs_of(info)
-        if any(keys is None for keys in tombs.values()):
-            # What an unreadable tomb named is unknown; its segment is left for a person to look at.
-            continue
-        sources.append(_Source(number, info, segment, intact if live is None else intact & live, tuple(sorted(tombs))))
-    return sources
+            return None
+        live = index.live(number)
+        tombs = index.tombs_of(info)
+    if any(keys is None for keys in tombs.values()):
+        return None
+    keep: Mask = np.ones(info.prompts, bool) if live is None else live
+    if wanted is not None:
+        keep = keep & wanted
+    chosen = np.flatnonzero(keep)
+    starts, stops = segment.row_offset[chosen], segment.row_offset[chosen + 1]
+    intact = segment.checks.verify(info.sites, starts, stops).all(axis=0)
+    if not intact.all():
+        log.warning("%s: %d damaged prompts are dropped while merging", segment.path, int((~intact).sum()))
+        keep = keep.copy()
+        keep[chosen[~intact]] = False
+    return Source(number, info, segment, keep, tuple(sorted(tombs)))
 
 
-def _in_order(index: SpaceIndex, sources: list[_Source]) -> list[_Source]:
+def in_order(index: SpaceIndex, sources: list[Source]) -> list[Source]:
     """The sources that may be merged: what is merged counts as being as new as the newest of them.
 
     A source stays as it is where it holds a prompt of which a newer copy, older than that, lies in a segment that
@@ -141,16 +213,30 @@ def _in_order(index: SpaceIndex, sources: list[_Source]) -> list[_Source]:
     """
     while len(sources) > 1:
         with index.lock:
-            overtaken = _overtaken(index, sources)
+            # What has vanished while the sources were opened may lie in a segment that is not known yet.
+            index.refresh()
+            overtaken = overtaken_by_others(index, sources)
         if not overtaken:
             break
         sources = [source for k, source in enumerate(sources) if k not in overtaken]
     return sources
 
 
-def _overtaken(index: SpaceIndex, sources: Sequence[_Source]) -> set[int]:
+def overtaken_by_others(index: SpaceIndex, sources: Sequence[Source]) -> set[int]:
+    """Which of the sources hold a prompt of which a newer copy lies elsewhere, not newer than the newest source.
+
+    Of the same time, too: between two merged segments that share their newest source chance decides.
+    """
     numbers = np.array([s.number for s in sources])
-    owner = np.repeat(np.arange(len(sources)), [int(s.keep.sum()) for s in sources])
+    counts = [int(s.keep.sum()) for s in sources]
+    owner, own = (
+        np.repeat(values, counts) for values in (np.arange(len(sources)), [s.info.created_ns for s in sources])
+    )
+    latest = max(s.info.created_ns for s in sources)
+    # Not by rank in the index, which a source may have left since it was opened. The last one is for what is not found.
+    known = dict(index.segments())
+    created = np.full(max(known, default=0) + 2, -1, np.int64)
+    created[list(known)] = [info.created_ns for info in known.values()]
     sites = set(sources[0].info.sites)
     found: set[int] = set()
     for kind in ("token", "text"):
@@ -159,13 +245,13 @@ def _overtaken(index: SpaceIndex, sources: Sequence[_Source]) -> set[int]:
             if group.sites.isdisjoint(sites):
                 continue
             newest = index.find(group, kind, keys)[0]
-            age = np.where(newest >= 0, index.rank[newest], -1)
-            between = (age > index.rank[numbers[owner]]) & (age < index.rank[numbers].max())
+            age = created[newest]
+            between = (age >= own) & (age <= latest)
             found.update(owner[between & ~np.isin(newest, numbers)].tolist())
     return found
 
 
-def _drop_duplicates(sources: Sequence[_Source]) -> None:
+def drop_duplicates(sources: Sequence[Source]) -> None:
     """Of prompts with the same ids and text keep the newest, of those in one segment the last."""
     keys = np.concatenate([np.hstack([s.info.prompt_key, s.info.text_key]) for s in sources])[::-1]
     keep = np.concatenate([s.keep for s in sources])[::-1]
@@ -181,38 +267,36 @@ def _drop_duplicates(sources: Sequence[_Source]) -> None:
         at += source.info.prompts
 
 
-def _pieces(sources: Sequence[_Source], site: str) -> Iterator[tuple[npt.NDArray[Any], Moments | None]]:
-    for source in sources:
-        matrix, offset = source.segment.matrix(site), source.segment.row_offset
-        if source.keep.all():
-            yield matrix, source.segment.moments(site)
-            continue
-        change = np.flatnonzero(np.diff(np.concatenate([[False], source.keep, [False]])))
-        for start, stop in change.reshape(-1, 2).tolist():
-            yield matrix[int(offset[start]) : int(offset[stop])], None
+def tidy(index: SpaceIndex) -> None:
+    """Remove unfinished files of writers that are gone, and tombs of segments that are gone.
 
-
-def _drop_orphan_tombs(index: SpaceIndex) -> None:
-    """Remove tombs of segments that are gone, once no merge that began before them can still be under way."""
+    Tombs only when no merge that began before them can still be under way.
+    """
+    sweep(index.folder)
     with index.lock:
-        if index.has_refused:
+        if index.refused:
             # A later version may read what this one cannot, and needs its tombs.
             return
         infos = [info for _, info in index.segments()]
     alive = {i.name for i in infos}
-    pending = {name for i in infos for name in i.replaces}
+
+    def counts(tomb: str) -> bool:
+        return tomb[:32] in alive or any(tomb not in i.replaces.get(tomb[:32], (tomb,)) for i in infos)
+
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(index.folder)):
-            match = TOMB_NAME.fullmatch(entry.name)
-            if match and match[1] not in alive | pending:
+            if TOMB_NAME.fullmatch(entry.name) and not counts(entry.name):
                 path = index.folder / entry.name
                 if time.time() - entry.stat().st_mtime > _TOMB_GRACE_S and is_ours(path, TOMB_NAME):
                     remove(path)
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path, space: str) -> Iterator[bool]:
-    """Whether no other process of this host merges `space`; merging twice is only a waste."""
+def exclusive(folder: Path, space: str, *, wait_s: float = 0.0) -> Iterator[bool]:
+    """Whether no other process of this host merges `space`, or evicts from it, after waiting for up to `wait_s`.
+
+    Doing so at the same time is only a waste.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(folder / f"merge-{space}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -220,13 +304,21 @@ def _only_one(folder: Path, space: str) -> Iterator[bool]:
         yield True
         return
     try:
+        yield _locked(fd, time.monotonic() + wait_s)
+    finally:
+        os.close(fd)
+
+
+def _locked(fd: int, until: float) -> bool:
+    while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
-            return
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.02)
         except OSError:
-            pass
-        yield True
-    finally:
-        os.close(fd)
+            # A file system without locks.
+            return True
+        else:
+            return True

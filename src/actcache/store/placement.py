@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import NotCachedError
-from actcache.store.gather import gather
+from actcache.store.dtypes import common_dtype, name_of
+from actcache.store.gather import Piece, gather_pieces
 from actcache.store.keys import Ints
 from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable
@@ -41,60 +42,105 @@ class Placement:
         self.layout = layout
         self._parts = list(parts)
         self._segments = list(segments)
-        self.found_each = np.zeros((n, len(sites)), bool)
-        self.num_tokens: Ints = np.full(n, -1, np.int64)
-        for part in parts:
-            self.found_each[:, list(part.sites)] = (part.segment >= 0)[:, None]
-        self.found: npt.NDArray[np.bool_] = np.asarray(self.found_each.all(axis=1))
-        for part in parts[:1]:
-            for number, members in self._by_segment(part.segment, np.flatnonzero(self.found)):
+        self._n = n
+        self.found: npt.NDArray[np.bool_] = np.zeros(n, bool) if sites else np.ones(n, bool)
+        for k, part in enumerate(parts):
+            self.found = (part.segment >= 0) if not k else self.found & (part.segment >= 0)
+
+    @classmethod
+    def of_one(cls, sites: Sequence[str], layout: str, segment: Segment | None, prompt: int) -> Placement:
+        """The placement of a single prompt that lies in `segment`, or is absent."""
+        slot = _ABSENT if segment is None else _FIRST
+        part = Part(tuple(range(len(sites))), slot, np.array([prompt], np.int64))
+        return cls(1, sites, layout, [part], [] if segment is None else [segment])
+
+    @cached_property
+    def found_each(self) -> npt.NDArray[np.bool_]:
+        found = np.zeros((self._n, len(self.sites)), bool)
+        for part in self._parts:
+            found[:, list(part.sites)] = (part.segment >= 0)[:, None]
+        return found
+
+    @cached_property
+    def num_tokens(self) -> Ints:
+        count = np.full(self._n, -1, np.int64)
+        for part in self._parts[:1]:
+            for number, members in by_segment(part.segment, np.flatnonzero(self.found)):
                 prompts = part.prompt[members]
                 offset = self._segments[number].prompts.token_offset
-                self.num_tokens[members] = offset[prompts + 1] - offset[prompts]
+                count[members] = offset[prompts + 1] - offset[prompts]
+        return count
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
-        """The dtype of what was found; float32 where segments differ."""
-        dtypes = {segment.column(s)[0] for part, segment in self._used() for s in self._names(part)}
-        return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        """The dtype of what was found; one that holds them all where segments differ."""
+        return common_dtype(segment.column(s)[0] for part, segment in self._used for s in self._names(part))
 
     def __len__(self) -> int:
         return len(self.found)
 
-    def take(self, out: npt.NDArray[Any] | None = None, *, index: npt.ArrayLike | None = None) -> npt.NDArray[Any]:
+    def take(
+        self, out: npt.NDArray[Any] | None = None, *, index: npt.ArrayLike | None = None, at: Ints | None = None
+    ) -> npt.NDArray[Any]:
         """The vectors ``[n, sites, D]`` of a pooled layout, of prompts `index` (default all) in that order.
 
-        Written straight into `out` where one is given (any floating dtype, converted on the way).
-        NotCachedError when one of the prompts was not found.
+        Written straight into `out` where one is given (any floating dtype, converted on the way), each of them at its
+        place `at` in there (default: from the first on). NotCachedError when one of the prompts was not found.
         """
         if self.layout == TOKENS:
             raise ValueError("take() reads pooled layouts; use rows() or take_padded() for every token")
         chosen = self._require(index)
-        dim = self._dim()
-        shape = (len(chosen), len(self.sites), dim)
+        shape = (len(chosen), len(self.sites), self._dim())
         if out is None:
             out = np.empty(shape, self.dtype)
-        elif out.shape != shape:
+        elif out.shape[1:] != shape[1:] or (at is None and len(out) != len(chosen)):
             raise ValueError(f"out has shape {out.shape}, expected {shape}")
-        for part in self._parts:
-            segment, prompt = part.segment[chosen], part.prompt[chosen]
-            for number, members in self._by_segment(segment, np.arange(len(chosen))):
-                matrices = [self._segments[number].matrix(self.sites[j]) for j in part.sites]
-                gather(matrices, prompt[members], out, members, part.sites)
+        pieces = [
+            Piece(segment, part.sites, part.prompt[chosen[members]], members if at is None else at[members])
+            for part, segment, members in self._by_segment(chosen)
+        ]
+        gather_pieces(pieces, self.sites, out)
         return out
 
     def rows(self, i: int) -> list[npt.NDArray[Any]]:
-        """The rows of prompt `i`: one read-only view ``[T, D]`` of the mapping per site."""
-        self._require([i])
-        found: list[npt.NDArray[Any]] = [np.empty(0)] * len(self.sites)
+        """The rows of prompt `i`: one array ``[T, D]`` per site, a read-only view of the mapping where it can be."""
+        return self.all_rows([i])[0]
+
+    def all_rows(self, index: npt.ArrayLike | None = None) -> list[list[npt.NDArray[Any]]]:
+        """`rows` of the prompts `index` (default all), in that order."""
+        chosen = self._require(index)
+        found: list[list[npt.NDArray[Any]]] = [[np.empty(0)] * len(self.sites) for _ in range(len(chosen))]
+        for part, segment, members in self._by_segment(chosen):
+            prompts = part.prompt[chosen[members]]
+            starts, stops = segment.row_offset[prompts].tolist(), segment.row_offset[prompts + 1].tolist()
+            readers = [(j, segment.reader(self.sites[j])) for j in part.sites]
+            for at, start, stop in zip(members.tolist(), starts, stops, strict=True):
+                for j, read in readers:
+                    found[at][j] = read(start, stop)
+        return found
+
+    def _by_segment(self, chosen: Ints) -> Iterator[tuple[Part, Segment, Ints]]:
+        """For every part the segments in which prompts `chosen` lie, and which of these do."""
+        everything = np.arange(len(chosen))
         for part in self._parts:
-            segment, prompt = self._segments[part.segment[i]], int(part.prompt[i])
-            start, stop = int(segment.row_offset[prompt]), int(segment.row_offset[prompt + 1])
+            for number, members in by_segment(part.segment[chosen], everything):
+                yield part, self._segments[number], members
+
+    def prompt(self, i: int) -> PromptTable:
+        """What is stored for prompt `i`: its ids and text, a table of one."""
+        self._require([i])
+        part = self._parts[0]
+        segment: Segment = self._segments[part.segment[i]]
+        return segment.prompts.select(part.prompt[i : i + 1])
+
+    def stored_as(self, i: int) -> list[str]:
+        """The dtype in which prompt `i` is stored at each site: "float16", "int8", ..."""
+        self._require([i])
+        found = [""] * len(self.sites)
+        for part in self._parts:
+            codes = {site: code for site, code, _ in self._segments[part.segment[i]].info.columns}
             for j in part.sites:
-                matrix = segment.matrix(self.sites[j])
-                if not 0 <= start <= stop <= len(matrix):
-                    raise NotCachedError(f"{segment.path} is shorter than its index says")
-                found[j] = matrix[start:stop]
+                found[j] = name_of(codes[self.sites[j]])
         return found
 
     def take_padded(
@@ -103,7 +149,7 @@ class Placement:
         """All rows, right-padded with zeros: ``[n, S, sites * D]`` and the mask bool ``[n, S]``; S the longest."""
         chosen = self._require(index)
         dim, width = self._dim(), len(self.sites)
-        counts = np.array([len(self.rows(int(i))[0]) for i in chosen], np.int64)
+        counts = self._lengths()[chosen]
         longest = int(counts.max(initial=0))
         shape = (len(chosen), longest, width * dim)
         if out is None:
@@ -113,17 +159,39 @@ class Placement:
         split = out.reshape(len(chosen), longest, width, dim)
         if split.size and not np.shares_memory(split, out):
             raise ValueError("out must be contiguous")
-        for at, i in enumerate(chosen.tolist()):
-            length = int(counts[at])
-            for j, rows in enumerate(self.rows(i)):
-                if len(rows) != length:
-                    raise ValueError(
-                        f"prompt {i}: {self.sites[j]!r} has {len(rows)} rows and {self.sites[0]!r} has {length}: "
-                        "ask for them one by one"
-                    )
-                split[at, :length, j] = rows
+        for part, segment, members in self._by_segment(chosen):
+            self._fill(split, part, segment, part.prompt[chosen[members]], members, counts)
+        real = np.arange(longest) < counts[:, None]
+        for at, length in enumerate(counts.tolist()):
             split[at, length:] = 0
-        return out, np.arange(longest) < counts[:, None]
+        return out, real
+
+    def _fill(
+        self, out: npt.NDArray[Any], part: Part, segment: Segment, prompts: Ints, members: Ints, counts: Ints
+    ) -> None:
+        """``out[members[k], :, j] = rows of prompts[k]`` for the sites `j` of `part`, `counts` in number."""
+        starts, stops = segment.row_offset[prompts], segment.row_offset[prompts + 1]
+        wrong = np.flatnonzero(stops - starts != counts[members])
+        if len(wrong):
+            k = wrong[0]
+            raise ValueError(
+                f"prompt {members[k]}: {self.sites[part.sites[0]]!r} has {stops[k] - starts[k]} rows and "
+                f"{self.sites[0]!r} has {counts[members[k]]}: ask for them one by one"
+            )
+        readers = [segment.reader(self.sites[j]) for j in part.sites]
+        for at, start, stop in zip(members.tolist(), starts.tolist(), stops.tolist(), strict=True):
+            for j, read in zip(part.sites, readers, strict=True):
+                out[at, : stop - start, j] = read(start, stop)
+
+    def _lengths(self) -> Ints:
+        """How many rows each prompt has at the first site."""
+        lengths = np.zeros(len(self), np.int64)
+        for part in self._parts:
+            if 0 in part.sites:
+                for number, members in by_segment(part.segment, np.flatnonzero(self.found)):
+                    offset, prompt = self._segments[number].row_offset, part.prompt[members]
+                    lengths[members] = offset[prompt + 1] - offset[prompt]
+        return lengths
 
     def prompts(self) -> PromptTable:
         """What is stored for these prompts, in their order: ids and texts. All must be found."""
@@ -132,7 +200,7 @@ class Placement:
             return PromptTable.build([])
         part = self._parts[0]
         order, tables = [], []
-        for number, members in self._by_segment(part.segment, np.arange(len(self))):
+        for number, members in by_segment(part.segment, np.arange(len(self))):
             order.append(members)
             tables.append(self._segments[number].prompts.select(part.prompt[members]))
         return PromptTable.concatenate(tables).select(np.argsort(np.concatenate(order), kind="stable"))
@@ -149,28 +217,42 @@ class Placement:
             )
         return chosen
 
+    @cached_property
+    def widths(self) -> frozenset[int]:
+        """The widths of the sites that were found."""
+        return frozenset(segment.column(s)[1] for part, segment in self._used for s in self._names(part))
+
     def _dim(self) -> int:
-        dims = {segment.column(s)[1] for part, segment in self._used() for s in self._names(part)}
+        dims = self.widths
         if len(dims) > 1:
             raise ValueError(
                 f"sites of different widths {sorted(dims)} cannot share one array: ask for them one by one"
             )
-        return dims.pop() if dims else 0
+        return next(iter(dims), 0)
 
+    @cached_property
     def _used(self) -> list[tuple[Part, Segment]]:
-        return [(p, self._segments[s]) for p in self._parts for s in np.unique(p.segment).tolist() if s >= 0]
+        numbers = [np.flatnonzero(np.bincount(part.segment + 1)[1:]).tolist() for part in self._parts]
+        return [(p, self._segments[s]) for p, used in zip(self._parts, numbers, strict=True) for s in used]
 
     def _names(self, part: Part) -> list[str]:
         return [self.sites[j] for j in part.sites]
 
-    @staticmethod
-    def _by_segment(segment: npt.NDArray[np.int32], members: Ints) -> list[tuple[int, Ints]]:
-        """`members` split by the segment each is in."""
-        mine = segment[members]
-        if not len(mine):
-            return []
-        if (mine == mine[0]).all():
-            return [(int(mine[0]), members)]
-        order = np.argsort(mine, kind="stable")
-        cuts = np.flatnonzero(np.diff(mine[order])) + 1
-        return [(int(mine[part[0]]), members[part]) for part in np.split(order, cuts)]
+
+_ABSENT, _FIRST = np.array([-1], np.int32), np.array([0], np.int32)
+
+
+def by_segment(segment: npt.NDArray[np.int32], members: Ints) -> list[tuple[int, Ints]]:
+    """`members` split by the segment each is in."""
+    mine = segment[members]
+    if not len(mine):
+        return []
+    if (mine == mine[0]).all():
+        return [(int(mine[0]), members)]
+    steps = np.diff(mine)
+    if (steps >= 0).all():
+        edges = np.flatnonzero(steps) + 1
+        return [(int(segment[part[0]]), part) for part in np.split(members, edges)]
+    order = np.argsort(mine, kind="stable")
+    cuts = np.flatnonzero(np.diff(mine[order])) + 1
+    return [(int(mine[part[0]]), members[part]) for part in np.split(order, cuts)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -39,13 +39,23 @@ def text_keys(texts: Sequence[str], kinds: Sequence[int] | npt.NDArray[Any] | in
 def text_digests(data: Sequence[bytes], kinds: Sequence[int] | npt.NDArray[Any] | int, context: str) -> Bytes:
     """`text_keys` of texts that are encoded already."""
     digest = xxhash.xxh3_128_digest
-    salt = digest(context.encode("utf-8", "surrogatepass"))
-    prefixes = [salt + bytes([kind]) for kind in (IDS, TEXT, CHAT)]
+    prefixes = _prefixes(context)
     each = np.broadcast_to(np.asarray(kinds), (len(data),))
     if len(data) and (each == each[0]).all():
         prefix = prefixes[int(each[0])]
         return _pack([digest(prefix + t) for t in data])
     return _pack([digest(prefixes[k] + t) for k, t in zip(each.tolist(), data, strict=True)])
+
+
+def text_digest(data: bytes, kind: int, context: str) -> bytes:
+    """The key of one encoded text, as `text_keys` gives it."""
+    return bytes(xxhash.xxh3_128_digest(_prefixes(context)[kind] + data))
+
+
+@lru_cache(maxsize=64)
+def _prefixes(context: str) -> tuple[bytes, ...]:
+    salt = xxhash.xxh3_128_digest(context.encode("utf-8", "surrogatepass"))
+    return tuple(salt + bytes([kind]) for kind in (IDS, TEXT, CHAT))
 
 
 def encode_texts(texts: Sequence[str]) -> list[bytes]:
@@ -89,7 +99,7 @@ class PromptTable:
         """Pack prompts. `kinds` defaults to text where a text is given and to ids elsewhere."""
         n = len(token_ids)
         parts = [np.asarray(ids, dtype=np.int32).reshape(-1) for ids in token_ids]
-        token_offset = _offsets([len(p) for p in parts])
+        token_offset = offsets([len(p) for p in parts])
         flat = np.concatenate(parts) if parts else np.empty(0, np.int32)
         if texts is None:
             texts = [None] * n
@@ -100,7 +110,7 @@ class PromptTable:
         if len(kind) != n or (n and int(kind.max()) > CHAT):
             raise ValueError("kinds: one of 0 (ids), 1 (text), 2 (chat) for each prompt")
         return cls(
-            flat, token_offset, kind, np.frombuffer(b"".join(data), np.uint8), _offsets([len(d) for d in data]),
+            flat, token_offset, kind, np.frombuffer(b"".join(data), np.uint8), offsets([len(d) for d in data]),
             text_context if kind.any() else "",
         )  # fmt: skip
 
@@ -185,19 +195,20 @@ class PromptTable:
 def gather_ragged(flat: npt.NDArray[Any], offset: Ints, index: Ints) -> tuple[npt.NDArray[Any], Ints]:
     """The pieces ``flat[offset[i]:offset[i + 1]]`` for `i` in `index`, joined, and their new offsets."""
     lengths = offset[index + 1] - offset[index]
-    ends = _offsets(lengths)
+    ends = offsets(lengths)
     take = np.arange(int(ends[-1]), dtype=np.int64) + np.repeat(offset[index] - ends[:-1], lengths)
     return flat[take], ends
 
 
-def _offsets(lengths: Sequence[int] | Ints) -> Ints:
+def offsets(lengths: Sequence[int] | Ints) -> Ints:
+    """Where pieces of these lengths begin and end when they lie one after the other, int64 ``[n + 1]``."""
     ends = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=ends[1:])
     return ends
 
 
 def _join_offsets(parts: Sequence[Ints]) -> Ints:
-    return _offsets(np.concatenate([np.diff(p) for p in parts]))
+    return offsets(np.concatenate([np.diff(p) for p in parts]))
 
 
 def canonical_chat(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from actcache.store.files import SEGMENT_NAME, SPACE_FILE, TEMP_NAME, TOMB_NAME, is_ours, log, remove, translated
+from actcache.store.files import OPEN_NAME, SEGMENT_NAME, TEMP_NAME, TOMB_NAME, is_ours, log, remove, translated
 from actcache.store.index import SpaceIndex
-from actcache.store.spaces import FILE
+from actcache.store.spaces import FILE, drop_if_empty
 from actcache.store.tombs import is_member, write_tomb
 
 Keys = npt.NDArray[np.uint8]
@@ -72,24 +72,33 @@ def clear_space(folder: Path) -> None:
     A file goes only if it carries our name pattern and our header; unfinished files of living writers stay.
     """
     with translated(folder):
-        try:
-            entries = sorted(os.scandir(folder), key=lambda e: TOMB_NAME.fullmatch(e.name) is not None)
-        except FileNotFoundError:
-            return
-        for entry in entries:
-            path = folder / entry.name
-            if is_ours(path, SEGMENT_NAME) or is_ours(path, TOMB_NAME):
-                remove(path)
-            elif is_ours(path, TEMP_NAME, may_be_empty=True):
-                _remove_unless_locked(path)
-            elif entry.name != FILE:
-                log.info("leaving %s: it was not written by actcache", path)
+        # A file that grows may get its final name between the look at the folder and its turn.
+        while _removed(folder):
+            pass
         # Another process may have written meanwhile; its segment needs the description.
-        if not any(is_ours(folder / name, SEGMENT_NAME) for name in os.listdir(folder)):
-            if is_ours(folder / FILE, SPACE_FILE):
-                remove(folder / FILE)
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        drop_if_empty(folder)
+
+
+def _removed(folder: Path) -> bool:
+    """Remove what is ours; whether it must be looked at again."""
+    again = False
+    try:
+        entries = sorted(os.scandir(folder), key=lambda e: TOMB_NAME.fullmatch(e.name) is not None)
+    except FileNotFoundError:
+        return False
+    for entry in entries:
+        path = folder / entry.name
+        if is_ours(path, SEGMENT_NAME) or is_ours(path, TOMB_NAME):
+            remove(path)
+        elif is_ours(path, OPEN_NAME):
+            again |= not remove(path)
+        elif OPEN_NAME.fullmatch(entry.name) and not os.path.lexists(path):
+            again = True
+        elif is_ours(path, TEMP_NAME, may_be_empty=True):
+            _remove_unless_locked(path)
+        elif entry.name != FILE:
+            log.info("leaving %s: it was not written by actcache", path)
+    return again
 
 
 def _remove_unless_locked(path: Path) -> None:

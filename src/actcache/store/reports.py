@@ -11,21 +11,34 @@ from typing import Any
 import numpy as np
 
 from actcache.errors import NotCachedError
-from actcache.store.index import SpaceIndex
+from actcache.store.dtypes import name_of
+from actcache.store.index import Mask, SpaceIndex
+from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable, text_keys
-from actcache.store.records import TOKENS, SegmentInfo
+from actcache.store.records import TOKENS, SegmentInfo, is_result
 from actcache.store.removal import count_distinct
 from actcache.store.spaces import SpaceInfo
 from actcache.store.statistics import Moments
 from actcache.store.tensors import kind_of
 from actcache.store.tombs import Keys, is_member
+from actcache.store.variants import edit_text
 
 GB = 2**30
 
 
 @dataclass(frozen=True)
 class ModelCacheInfo:
-    """One variant of a model in a store. `num_layers`: distinct layers held in any form."""
+    """One variant of a model in a store.
+
+    Attributes:
+        model_hash: the id of its space.
+        revision, dtype, attn_implementation: of the model that was run; None where that is not known.
+        num_layers: distinct layers held in any form.
+        variant: what tells it from the other variants of the model, in words.
+        edits: the ready-made edits it was run with, in words; none for the model as it is.
+        imported: where it comes from when only its name is known; such entries are used only with `trust_names`.
+        stored_dtypes: the dtypes in which vectors are stored.
+    """
 
     model_name: str
     model_hash: str
@@ -37,6 +50,11 @@ class ModelCacheInfo:
     has_pooled: bool
     has_perplexity: bool
     has_logits: bool
+    variant: str = ""
+    attn_implementation: str | None = None
+    edits: list[str] = field(default_factory=list)
+    imported: str | None = None
+    stored_dtypes: list[str] = field(default_factory=list)
 
     @property
     def size_gb(self) -> float:
@@ -65,7 +83,9 @@ class CachedPromptInfo:
 
     `raw_layers`: layers whose residual stream is there for every token; `pooled`: pooling -> layers; `sites`:
     every stored site by layout ("tokens" or the pooling); `num_tokens` of the prompt, None where unknown;
-    `variants`: every space of that model that holds it, newest first (the other fields describe the first).
+    `variants`: every space of that model that holds it: the model as it is, then what was imported, then what was
+    computed with edits, of these the newest first. The other fields describe the first of them; where only variants
+    with edits hold the prompt they are empty, since that is not what the model gives.
     """
 
     raw_layers: list[int]
@@ -90,13 +110,21 @@ def layers_of(sites: Iterable[str], name: str | None = None) -> list[int]:
     return sorted(found)
 
 
-def describe_model(space: SpaceInfo, infos: Sequence[SegmentInfo]) -> ModelCacheInfo:
+def site_order(site: str) -> str:
+    """What sites are sorted by: their names, layers by number."""
+    return re.sub(r"\d+", lambda digits: digits[0].zfill(6), site)
+
+
+def describe_model(space: SpaceInfo, infos: Sequence[SegmentInfo], variant: str) -> ModelCacheInfo:
     """The line of one space in `CacheInfo`."""
     sites = {s for i in infos for s in i.sites}
+    vectors = [(i.layout, code) for i in infos for site, code, _ in i.columns if not is_result(site)]
     return ModelCacheInfo(
         space.model_name, space.space, space.revision, space.dtype, space.size_bytes, space.num_prompts,
-        len(layers_of(sites)), any(i.layout != TOKENS for i in infos), "perplexity" in sites,
-        any(s == "logits" or s.startswith("logits.") for s in sites),
+        len(layers_of(sites)), any(layout != TOKENS for layout, _ in vectors), "perplexity" in sites,
+        any(s == "logits" or s.startswith("logits.") for s in sites), variant, space.attn_implementation,
+        [edit_text(e) for e in space.edits], space.imported,
+        sorted({name_of(code) for _, code in vectors}),
     )  # fmt: skip
 
 
@@ -139,33 +167,67 @@ def describe_prompt(index: SpaceIndex, prompt: Any) -> tuple[dict[str, set[str]]
     """Sites per layout stored for `prompt`, and its number of tokens (None: unknown); None when it is not there."""
     index.refresh()
     keys = find_token_keys(index, [prompt])
+    sites = sites_of(index, keys)
+    found = _first_of(index, keys) if sites else None
+    if found is None:
+        return None
+    # A text that came without a tokenizer has stand-ins for ids, whose number means nothing when pooled.
+    known = TOKENS in sites or (found.token_ids >= 0).all()
+    return sites, len(found.token_ids) if known else None
+
+
+def sites_of(index: SpaceIndex, keys: Keys) -> dict[str, set[str]]:
+    """The sites, by layout, at which live prompts with these token keys are stored."""
     sites: dict[str, set[str]] = {}
-    tokens: int | None = None
+    index.refresh()
     with index.lock:
-        for number, info in index.segments() if len(keys) else ():
-            hit = is_member(info.prompt_key, keys)
-            live = index.live(number)
-            hit = hit if live is None else hit & live
-            segment = index.open(number) if hit.any() else None
-            if segment is not None:
-                sites.setdefault(info.layout, set()).update(info.sites)
-                ids = segment.prompts.tokens(int(np.flatnonzero(hit)[0]))
-                # A text that came without a tokenizer has stand-ins for ids, whose number means nothing when pooled.
-                if info.layout == TOKENS or (ids >= 0).all():
-                    tokens = len(ids)
-    return (sites, tokens) if sites else None
+        for _, info, _ in index.open_all(lambda number, info: bool(_live_hits(index, number, info, keys).any())):
+            sites.setdefault(info.layout, set()).update(info.sites)
+    return sites
+
+
+def find_prompt(index: SpaceIndex, prompt: Any) -> PromptTable | None:
+    """The stored prompt that `prompt` names, with its text where any copy has it; None when it is not there."""
+    index.refresh()
+    return _first_of(index, find_token_keys(index, [prompt]))
+
+
+def _first_of(index: SpaceIndex, keys: Keys) -> PromptTable | None:
+    """A live prompt with one of these token keys; of several copies one of every token, then one that has its text."""
+    best: tuple[tuple[bool, bool], PromptTable] | None = None
+    with index.lock:
+        held = index.open_all(lambda number, info: bool(_live_hits(index, number, info, keys).any()))
+        for number, info, segment in held:
+            table = segment.prompts.select(np.flatnonzero(_live_hits(index, number, info, keys))[:1])
+            rank = info.layout == TOKENS, bool(table.kind[0])
+            if best is None or rank > best[0]:
+                best = rank, table
+    return None if best is None else best[1]
+
+
+def _live_hits(index: SpaceIndex, number: int, info: SegmentInfo, keys: Keys) -> Mask:
+    if not len(keys):
+        return np.zeros(info.prompts, bool)
+    hit, live = is_member(info.prompt_key, keys), index.live(number)
+    return hit if live is None else hit & live
 
 
 def prompt_info(sites: Mapping[str, set[str]], tokens: int | None, variants: list[SpaceInfo]) -> CachedPromptInfo:
     """The answer of `discover` from the sites of each layout."""
     everything = {s for names in sites.values() for s in names}
+    top_k = [int(found[1]) for s in everything if (found := re.fullmatch(r"logits\.top(\d+)\.values", s))]
     return CachedPromptInfo(
         raw_layers=layers_of(sites.get(TOKENS, ()), "resid_post"),
-        pooled={layout: layers_of(names, "resid_post") for layout, names in sorted(sites.items()) if layout != TOKENS},
+        pooled={
+            layout: layers
+            for layout, names in sorted(sites.items())
+            if layout != TOKENS and (layers := layers_of(names, "resid_post"))
+        },
         sites={layout: sorted(names) for layout, names in sorted(sites.items())},
         num_tokens=tokens,
         variants=variants,
         has_logits="logits" in everything,
+        logits_top_k=max(top_k, default=None),
         has_perplexity="perplexity" in everything,
         has_token_perplexity="token_nll" in everything,
         router_layers=layers_of(everything, "router_logits"),
@@ -177,14 +239,10 @@ def stored_prompts(index: SpaceIndex, site: str | None, layout: str | None) -> P
     index.refresh()
     tables = []
     with index.lock:
-        held = sorted(index.segments(), key=lambda held: (held[1].created_ns, held[1].name))
-        for number, info in held:
-            if (site is not None and site not in info.sites) or layout not in (None, info.layout):
-                continue
-            segment, live = index.open(number), index.live(number)
-            if segment is not None:
-                everything = np.ones(info.prompts, bool) if live is None else live
-                tables.append(segment.prompts.select(everything))
+        held = index.open_all(lambda _, info: site in (None, *info.sites) and layout in (None, info.layout))
+        for number, info, segment in sorted(held, key=lambda held: (held[1].created_ns, held[1].name)):
+            live = index.live(number)
+            tables.append(segment.prompts.select(np.ones(info.prompts, bool) if live is None else live))
     table = PromptTable.concatenate(tables, mixed=True)
     if not len(table):
         return table
@@ -197,32 +255,35 @@ def stored_prompts(index: SpaceIndex, site: str | None, layout: str | None) -> P
 
 def statistics(index: SpaceIndex, site: str, layout: str) -> Moments:
     """Moments of all live rows of `site`, each prompt once."""
-    index.refresh()
     total: Moments | None = None
-    with index.lock:
-        held = [(n, i) for n, i in index.segments() if i.layout == layout and site in i.sites]
-        held.sort(key=lambda held: index.rank[held[0]], reverse=True)
-        if not held:
-            raise NotCachedError(f"no {site!r} ({layout}) is stored in space {index.folder.name}")
-        for (number, _), counts in zip(held, _counted(index, held), strict=True):
-            segment = index.open(number)
-            if segment is None:
-                continue
-            known = segment.moments(site)
-            if known is None:
-                raise NotCachedError(f"{site!r} holds integers, which have no statistics")
-            total = total or Moments.empty(len(known.mean))
-            if counts.all():
-                total.merge(known.count, known.mean, known.m2)
-                continue
-            offset, matrix = segment.row_offset, segment.matrix(site)
-            for prompt in np.flatnonzero(counts).tolist():
-                total.update(matrix[int(offset[prompt]) : int(offset[prompt + 1])])
-    assert total is not None
+    for segment, counts in counted(index, site, layout):
+        known = segment.moments(site)
+        if known is None:
+            raise NotCachedError(f"{site!r} holds integers, which have no statistics")
+        total = total or Moments.empty(len(known.mean))
+        if counts.all():
+            total.merge(known)
+            continue
+        offset = segment.row_offset
+        change = np.flatnonzero(np.diff(np.concatenate([[False], counts, [False]])))
+        for start, stop in offset[change].reshape(-1, 2).tolist():
+            total.update(segment.values(site, start, stop))
+    if total is None:
+        raise NotCachedError(f"no {site!r} ({layout}) is stored in space {index.folder.name}")
     return total
 
 
-def _counted(index: SpaceIndex, held: Sequence[tuple[int, SegmentInfo]]) -> list[np.ndarray[Any, np.dtype[np.bool_]]]:
+def counted(index: SpaceIndex, site: str, layout: str) -> list[tuple[Segment, Mask]]:
+    """The segments that hold `site`, and which of their prompts count: live, and read from there."""
+    index.refresh()
+    with index.lock:
+        held = index.open_all(lambda _, info: info.layout == layout and site in info.sites)
+        held.sort(key=lambda held: index.rank[held[0]], reverse=True)
+        counts = _counted(index, [(number, info) for number, info, _ in held]) if held else []
+    return [(segment, mask) for (_, _, segment), mask in zip(held, counts, strict=True)]
+
+
+def _counted(index: SpaceIndex, held: Sequence[tuple[int, SegmentInfo]]) -> list[Mask]:
     """For each segment, newest first, the live prompts that no newer one has, and no later row of its own."""
     keys = np.ascontiguousarray(np.concatenate([i.prompt_key[::-1] for _, i in held])).view(np.uint64)
     live = np.concatenate([np.ones(i.prompts, bool) if (m := index.live(n)) is None else m[::-1] for n, i in held])

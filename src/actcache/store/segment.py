@@ -6,20 +6,28 @@ docs/format.md is normative. `write` makes one, `open` maps one, `validate` hold
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from actcache.errors import FormatError
-from actcache.store.files import SEGMENT_NAME
+from actcache.store.casting import Piece, cast
+from actcache.store.dtypes import is_scaled
+from actcache.store.files import SEGMENT_NAME, is_ours
 from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable
-from actcache.store.records import BLOCK, TOKENS, Records, SegmentInfo
+from actcache.store.quantize import block_offsets
+from actcache.store.records import BLOCK, SCALE, TOKENS, Records, SegmentInfo
+from actcache.store.spaces import described_by
+from actcache.store.statistics import Moments, as_float
 from actcache.store.writing import Column, write_columns
 
 __all__ = ["BLOCK", "TOKENS", "Records", "Segment", "SegmentInfo", "open", "read_info", "validate", "write"]
+
+_ROWS_AT_ONCE = 4096
 
 
 def write(
@@ -35,14 +43,24 @@ def write(
         part.check()
     if len({p.signature for p in parts}) != 1:
         raise ValueError("records of different layouts, sites, dtypes or text contexts cannot share a segment")
+    first = parts[0]
     columns = [
-        Column(site, rows.dtype, rows.shape[1], [(np.ascontiguousarray(p.data[site]), None) for p in parts])
-        for site, rows in parts[0].data.items()
+        Column(site, first.code(site), rows.shape[1], _pieces([p.data[site] for p in parts], first.code(site)))
+        for site, rows in first.data.items()
     ]
+    rows = sum(int(p.row_offset[-1]) for p in parts)
     return write_columns(
-        folder, PromptTable.concatenate([p.prompts for p in parts]), parts[0].layout, columns, space=space,
-        created_ns=time.time_ns() if created_ns is None else created_ns,
+        folder, PromptTable.concatenate([p.prompts for p in parts]), first.layout, columns, space=space,
+        created_ns=created_ns,
+        block_offset=block_offsets(rows if first.is_scaled else 0),
     )  # fmt: skip
+
+
+def _pieces(parts: Sequence[npt.NDArray[Any]], code: str) -> Iterator[Piece]:
+    # Scales are shared by rows of several parts.
+    whole = [np.concatenate([as_float(p) for p in parts])] if is_scaled(code) and len(parts) > 1 else parts
+    for part in whole:
+        yield from cast(part, code)
 
 
 def open(path: str | os.PathLike[str]) -> Segment:
@@ -67,10 +85,44 @@ def validate(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _problems(segment: Segment) -> Iterator[str]:
+    if not is_ours(segment.path, SEGMENT_NAME):
+        yield "it does not begin with its metadata, and the format first in it"
+    if "description" in segment.metadata and described_by(segment) is None:
+        yield "its description is not one of its space"
     for site in segment.info.sites:
-        damaged = segment.damaged_blocks(site)
+        damaged = segment.checks.damaged(site)
         if len(damaged):
             yield f"{site}: checksum of block {', '.join(map(str, damaged[:8]))} does not match"
+        else:
+            yield from _problems_of_numbers(segment, site)
+    yield from problems_of_keys(segment)
+    for name in segment.pads():
+        yield f"{name} is not filled with zeros"
+
+
+def _problems_of_numbers(segment: Segment, site: str) -> Iterator[str]:
+    """Whether scales and moments of an undamaged site are what they must be."""
+    scales = segment.scales(site)
+    if scales is not None and not (np.isfinite(scales) & (scales >= 0)).all():
+        yield f"{site}: a scale is negative or not finite"
+        return
+    said = segment.moments(site)
+    if said is None:
+        return
+    found = Moments.empty(len(said.mean))
+    for start in range(0, segment.info.rows, _ROWS_AT_ONCE):
+        found.update(segment.values(site, start, min(start + _ROWS_AT_ONCE, segment.info.rows)))
+    with np.errstate(all="ignore"):
+        spread = 1e-4 * np.maximum(found.std, np.abs(found.mean) * 1e-3) + 1e-30
+        # Where values are not finite, or their squares are not, there is nothing to compare.
+        known = np.isfinite(found.mean) & np.isfinite(found.m2) & (found.m2 < 1e30)
+        wrong = known & ~((np.abs(said.mean - found.mean) <= spread) & (np.abs(said.std - found.std) <= spread))
+    if wrong.any():
+        yield f"{site}: its moments are not those of its rows (column {np.flatnonzero(wrong)[0]})"
+
+
+def problems_of_keys(segment: Segment) -> Iterator[str]:
+    """What is wrong with the keys of a segment, in words."""
     prompts = segment.prompts
     fresh = PromptTable(
         prompts.token_ids, prompts.token_offset, prompts.kind, prompts.text, prompts.text_offset, prompts.text_context
@@ -79,3 +131,23 @@ def _problems(segment: Segment) -> Iterator[str]:
         wrong = np.flatnonzero((getattr(fresh, name) != getattr(prompts, name)).any(axis=1))
         if len(wrong):
             yield f"{name} of prompt {wrong[0]} is not the digest of what is stored"
+
+
+def blocks_of(segment: Segment) -> int:
+    """How many blocks with checksums a segment has."""
+    return sum(-(-t.nbytes // BLOCK) for site in segment.info.sites for t in segment.parts(site))
+
+
+def rows_of_blocks(segment: Segment, site: str, blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The rows of `site` that lie in these blocks, in part or whole, or whose scales do."""
+    found, before = [np.empty(0, np.int64)], 0
+    for tensor in segment.parts(site):
+        count = -(-tensor.nbytes // BLOCK)
+        mine = blocks[(blocks >= before) & (blocks < before + count)] - before
+        before += count
+        width = max(1, tensor.shape[1] * tensor.dtype.itemsize)
+        first, stop = mine * BLOCK // width, (np.minimum((mine + 1) * BLOCK, tensor.nbytes) - 1) // width + 1
+        if tensor.name.endswith(SCALE):
+            first, stop = segment.block_offset[first], segment.block_offset[stop]
+        found += [np.arange(a, b) for a, b in zip(first, stop, strict=True)]
+    return np.unique(np.concatenate(found))

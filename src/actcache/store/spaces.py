@@ -6,15 +6,27 @@ import contextlib
 import hashlib
 import json
 import os
-import stat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actcache.errors import FormatError
-from actcache.store.files import SPACE_NAME, atomic_file, log, write_all
+from actcache.errors import FormatError, NewerFormatError
+from actcache.store.files import (
+    OPEN_NAME,
+    SEGMENT_NAME,
+    SPACE_FILE,
+    SPACE_NAME,
+    atomic_file,
+    is_ours,
+    log,
+    open_plain,
+    remove,
+    write_all,
+)
+from actcache.store.mapping import Segment
+from actcache.store.records import VERSION, check_version
 
 ROOT = "v1"
 FILE = "space.json"
@@ -45,6 +57,22 @@ class SpaceInfo:
         """The dtype the model computed in."""
         return _text(self.label.get("dtype", self.identity.get("dtype")))
 
+    @property
+    def attn_implementation(self) -> str | None:
+        """The attention implementation the model ran with; None where it is not known."""
+        return _text(self.identity.get("attn_implementation"))
+
+    @property
+    def edits(self) -> list[Mapping[str, Any]]:
+        """The ready-made edits the model was run with, as their identities; none for the model as it is."""
+        found = self.identity.get("edits")
+        return [e for e in found if isinstance(e, Mapping)] if isinstance(found, list) else []
+
+    @property
+    def imported(self) -> str | None:
+        """Where it was imported from, when all that is known of the model is a name."""
+        return _text(self.identity.get("imported"))
+
 
 def new_space(model_name: str, **identity: Any) -> SpaceInfo:
     """A space for activations that come from outside: `model_name` and whatever else makes them what they are.
@@ -74,12 +102,38 @@ def write_space(root: Path, info: SpaceInfo) -> None:
         "space": info.space, "created_ns": time.time_ns(), "label": dict(info.label), "identity": dict(info.identity),
     }  # fmt: skip
     # Like every file of ours it begins with the format, which is what clearing and sweeping look for.
-    start = json.dumps({"__metadata__": {"format": FORMAT, "version": "1.0"}}, separators=(",", ":"))
+    start = json.dumps({"__metadata__": {"format": FORMAT, "version": VERSION}}, separators=(",", ":"))
     rest = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
     text = f"{start[:-1]},{rest[1:]}"
     data = text.encode("utf-8", "surrogatepass")
     with atomic_file(folder, FILE, needed=len(data)) as fd:
         write_all(fd, [data], 0)
+
+
+def drop_if_empty(folder: Path) -> None:
+    """Remove the description and the folder of a space that holds no segment; whoever writes to it describes it again.
+
+    Raises OSError where files may not be removed.
+    """
+    path = folder / FILE
+    if holds_segments(folder):
+        return
+    described = b""
+    if is_ours(path, SPACE_FILE):
+        described = _content(path)
+        remove(path)
+    try:
+        folder.rmdir()
+    except OSError:
+        # Whoever stored something since the look above may have seen the description, and written none.
+        if described and holds_segments(folder) and not path.exists():
+            with atomic_file(folder, FILE, needed=len(described)) as fd:
+                write_all(fd, [described], 0)
+
+
+def holds_segments(folder: Path) -> bool:
+    """Whether there is a segment in the folder of a space, or one that grows."""
+    return any(is_ours(folder / name, pattern) for name in os.listdir(folder) for pattern in (SEGMENT_NAME, OPEN_NAME))
 
 
 def read_space(folder: Path) -> SpaceInfo:
@@ -88,10 +142,13 @@ def read_space(folder: Path) -> SpaceInfo:
         document = json.loads(_content(folder / FILE).decode("utf-8", "surrogatepass"))
         if document["__metadata__"]["format"] != FORMAT:
             raise KeyError("format")
+        check_version(str(document["__metadata__"]["version"]))
         info = SpaceInfo(
             document["space"], document["identity"], document["label"], created_ns=int(document["created_ns"])
         )
         fits = info.space == folder.name and space_id(info.identity) == info.space and info.model_name is not None
+    except NewerFormatError as error:
+        raise NewerFormatError(f"{folder / FILE}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(f"{folder / FILE} is not a description of a space: {error}") from None
     if not fits:
@@ -99,26 +156,58 @@ def read_space(folder: Path) -> SpaceInfo:
     return info
 
 
+def description_of(folder: Path) -> str | None:
+    """The space of a folder as its segments say it in their metadata; None while the folder says nothing of it."""
+    try:
+        info = read_space(folder)
+    except (FormatError, OSError):
+        return None
+    # Without characters beyond ASCII: a name may hold what no header can.
+    return json.dumps({"identity": dict(info.identity), "label": dict(info.label)}, separators=(",", ":"))
+
+
+def described_by(segment: Segment) -> SpaceInfo | None:
+    """The space that a segment says it is of; None where it says nothing that fits."""
+    try:
+        found = json.loads(segment.metadata["description"])
+        identity, label = dict(found["identity"]), dict(found["label"])
+        if space_id(identity) != segment.info.space:
+            return None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return SpaceInfo(segment.info.space, identity, label, created_ns=segment.info.created_ns)
+
+
+def recovered_space(folder: Path) -> SpaceInfo | None:
+    """What the segments of a folder say of their space, where ``space.json`` cannot; None when none of them does."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in sorted(name for name in os.listdir(folder) if SEGMENT_NAME.fullmatch(name)):
+            with contextlib.suppress(FormatError, OSError):
+                segment = Segment(folder / name)
+                if segment.info.space == folder.name and (info := described_by(segment)) is not None:
+                    return info
+    return None
+
+
 def list_spaces(root: Path) -> list[SpaceInfo]:
-    """Every space below `root`, oldest first; unreadable ones are logged and left out."""
+    """Every space below `root`, oldest first; those of which nothing is known are logged and left out."""
     found = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for folder in root.iterdir():
             if SPACE_NAME.fullmatch(folder.name) and folder.is_dir():
                 try:
                     found.append(read_space(folder))
-                except FileNotFoundError:
-                    continue
                 except (FormatError, OSError) as error:
-                    log.warning("ignoring a space: %s", error)
+                    info = None if isinstance(error, NewerFormatError) else recovered_space(folder)
+                    if info is not None:
+                        found.append(info)
+                    elif not isinstance(error, FileNotFoundError):
+                        log.warning("ignoring a space: %s", error)
     return sorted(found, key=lambda s: (s.created_ns, s.space))
 
 
 def _content(path: Path) -> bytes:
-    # A pipe of this name would make a plain open wait for ever.
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("not an ordinary file")
+    with os.fdopen(open_plain(path), "rb") as file:
         return file.read()
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +18,31 @@ import numpy.typing as npt
 import xxhash
 
 from actcache import config
-from actcache.errors import FormatError, NotCachedError
-from actcache.store import merging, removal, reports, tensors
+from actcache.errors import FormatError, NotCachedError, ValueOverflowError, require_choice
 from actcache.store import segment as segments
+from actcache.store import tensors
+from actcache.store.appending import Appender
+from actcache.store.asking import locate_any
+from actcache.store.casting import Overflow, overflowing
 from actcache.store.catalog import Catalog
+from actcache.store.eviction import EvictionReport
 from actcache.store.files import access_error, log, make_folder, sweep, translated
 from actcache.store.index import SpaceIndex
 from actcache.store.lookup import Query, locate
+from actcache.store.maintenance import Maintenance
 from actcache.store.placement import Placement
-from actcache.store.prompts import IDS, PromptTable
+from actcache.store.prompts import PromptTable
 from actcache.store.records import TOKENS, Records, SegmentInfo
 from actcache.store.reports import CachedPromptInfo, CacheInfo, ModelCacheInfo
-from actcache.store.spaces import ROOT, SpaceInfo, list_spaces, read_space, space_id, write_space
+from actcache.store.spaces import ROOT, SpaceInfo, read_space, space_id, write_space
 from actcache.store.statistics import Moments
+from actcache.store.verification import VerifyReport
 from actcache.store.writer import SegmentWriter
 
 __all__ = [
     "CacheInfo",
     "CachedPromptInfo",
+    "EvictionReport",
     "ModelCacheInfo",
     "Moments",
     "Placement",
@@ -41,17 +50,37 @@ __all__ = [
     "SegmentWriter",
     "SpaceInfo",
     "Store",
+    "VerifyReport",
 ]
 
 
-class Store:
+class Store(Maintenance):
     """A durable cache in a folder. Any number of threads and processes may use the same one.
 
-    `index_dir`: where this host keeps its disposable index (default: the user's cache folder). Nothing is
-    created before the first write; a folder that can only be read works for reading.
+    `limit_gb`: the size to keep to, in GB (2**30 bytes); 0 stores nothing, infinity is no limit; without it the
+    process's holds (`set_cache_limit`, ``ACTCACHE_MAX_GB``). `dtype`: what new floating values are stored in,
+    "float16", "bfloat16", "float32", "int8" or "float8_e4m3"; without it the process's holds (`set_cache_dtype`,
+    ``ACTCACHE_DTYPE``), and without that they are stored as they come. `index_dir`: where this host keeps its
+    disposable index (default: the user's cache folder). Nothing is created before the first write; a folder that can
+    only be read works for reading.
+
+    Raises:
+        OptionError: a limit that is no size, an unknown dtype.
     """
 
-    def __init__(self, location: str | Path, *, index_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        location: str | Path,
+        *,
+        limit_gb: float | None = None,
+        dtype: str | None = None,
+        index_dir: Path | None = None,
+    ) -> None:
+        config.heed_log_variable()
+        if dtype is not None:
+            dtype = require_choice(dtype, config.STORAGE_DTYPES, "dtype")
+        self._dtype = None if dtype is None else config.Setting(dtype, "Store()")
+        self._limit = None if limit_gb is None else config.Setting(config.limit_bytes(limit_gb, "limit_gb"), "Store()")
         self.location = Path(location).expanduser()
         self.root = self.location / ROOT
         if index_dir is None:
@@ -61,10 +90,32 @@ class Store:
         self._indexes: dict[str, SpaceIndex] = {}
         self._known: dict[str, SpaceInfo] = {}
         self._lock = threading.Lock()
+        # Also at exit, while there still is an interpreter to do it with, and never twice.
+        weakref.finalize(self, _write_reads, self._indexes)
         _alive.add(self)
 
     def __repr__(self) -> str:
         return f"Store({str(self.location)!r})"
+
+    @property
+    def index_dir(self) -> Path:
+        """Where this host keeps its index of this store."""
+        return self._catalog.path.parent
+
+    @property
+    def limit(self) -> config.Setting:
+        """The size limit in force, in bytes (None: no limit), and where it comes from."""
+        return self._limit or config.cache_limit()
+
+    def beside(self, folder: Path) -> Store:
+        """A store in `folder` that works as this one does, without a limit."""
+        dtype = None if self._dtype is None else str(self._dtype.value)
+        return Store(folder / "store", limit_gb=math.inf, dtype=dtype, index_dir=folder / "index")
+
+    @property
+    def dtype(self) -> config.Setting:
+        """The dtype in which new floating values are stored (None: as they come), and where it comes from."""
+        return self._dtype or config.cache_dtype()
 
     # -- spaces ----------------------------------------------------------------------------------------
 
@@ -93,16 +144,47 @@ class Store:
     def append(self, space: str, records: Records | Sequence[Records]) -> SegmentInfo:
         """Store `records` as one segment: durable and visible to everyone when this returns, or not at all.
 
-        Raises DiskFullError or StoreAccessError, naming the folder; nothing stored before is lost.
+        Raises DiskFullError or StoreAccessError, naming the folder; nothing stored before is lost. ValueOverflowError
+        when records that were not screened hold what this store's dtype does not.
         """
-        self._ensure(space)
+        records = self._prepared(space, [records] if isinstance(records, Records) else records)
         index = self._index(space)
         with translated(self.location):
             info = segments.write(self.root / space, records, space=space)
         # Without its description, which someone may have cleared just now, nobody would find or delete it.
         self._ensure(space)
         index.add(info)
+        log.info("stored %d prompts, %d bytes, in %s", info.prompts, info.size, index.path(info.name))
         return info
+
+    def _prepared(self, space: str, given: Sequence[Records]) -> list[Records]:
+        """`given` as this store's dtype can hold them; sees to it that the space is described."""
+        records = [part if part.screened else self._fitting(part) for part in given]
+        self._ensure(space)
+        return records
+
+    def screen(self, records: Records, *, allow_inf: bool = False) -> tuple[Records | None, list[Overflow]]:
+        """`records` as this store's dtype can hold them, and the prompts left out because it cannot.
+
+        Left out are prompts of which a finite value would become inf; for int8 and float8_e4m3, which have no inf, also
+        those with inf or nan. With `allow_inf` nothing is: such values become inf or nan. None when nothing is left.
+        """
+        storage = self.dtype.value
+        refused = [] if allow_inf else overflowing(records, storage)
+        kept: Records | None = records
+        if refused:
+            keep = np.ones(len(records.prompts), bool)
+            keep[[r.prompt for r in refused]] = False
+            kept = records.select(keep) if keep.any() else None
+        return None if kept is None else replace(kept, storage=storage, screened=True), refused
+
+    def _fitting(self, records: Records) -> Records:
+        records.check()
+        kept, refused = self.screen(records)
+        if refused or kept is None:
+            more = f" ({len(refused) - 1} more prompts likewise)" if len(refused) > 1 else ""
+            raise ValueOverflowError(f"prompt {refused[0].prompt}, {refused[0]}{more}; allow_inf=True stores it so.")
+        return kept
 
     def _ensure(self, space: str) -> None:
         """space.json of `space`, also when someone cleared the store meanwhile."""
@@ -159,13 +241,20 @@ class Store:
         *,
         pooling: str | None = None,
         text_context: str = "external",
+        allow_inf: bool = False,
     ) -> int:
-        """Store ``{site: [tensor [T, D], ...]}``, or ``[D]`` with `pooling`; the number of prompts stored.
+        """Store ``{site: [tensor [T, D], ...]}``, or ``[D]`` with `pooling`; the number of prompts stored (a limit of 0
+        stores none).
 
         `prompts`: texts, lists of token ids, chats, or a `PromptTable`. `space`: an id, a `SpaceInfo`, or
-        ``ac.new_space(model_name, **identity)``.
+        ``ac.new_space(model_name, **identity)``. Values that this store's dtype cannot hold raise ValueOverflowError
+        before anything is written; with `allow_inf` they become inf (in int8 and float8_e4m3 nan).
         """
         records = tensors.records(prompts, values, pooling, text_context)
+        if self.limit.value == 0:
+            return 0
+        if allow_inf:
+            records = self.screen(records, allow_inf=True)[0] or records
         self.append(self._space(space), records)
         return len(records.prompts)
 
@@ -184,15 +273,15 @@ class Store:
 
         `prompts`: texts, token ids, chats, or None for all that have the site, in stored order. `positions`
         cuts rows: "last", "first", an int (negative from the end), a ``(start, stop)`` pair, or a list of these.
-        `out`: a tensor ``[B, D]`` to write into (pooled). NotCachedError when a prompt is not stored.
+        `dtype`: what to return floating values in (default: as stored; float32 for int8 and float8_e4m3). `out`: a
+        tensor ``[B, D]`` to write into (pooled). NotCachedError when a prompt is not stored, ValueOverflowError when
+        `dtype` would turn a finite value into inf.
         """
         space_id, layout = self._space(space), pooling or TOKENS
         wanted = tensors.torch_dtype(dtype)
-        if prompts is None:
-            prompts = self.prompts(space_id, site=site, layout=layout)
-            if not len(prompts):
-                raise NotCachedError(f"no {site!r} ({layout}) is stored in space {space_id}: see Store.spaces()")
-        located, found = self._locate_any(space_id, prompts, site, layout)
+        located, found = locate_any(self._index(space_id), prompts, site, layout, check=True)
+        if not len(found):
+            raise NotCachedError(f"no {site!r} ({layout}) is stored in space {space_id}: see Store.spaces()")
         if not found.all():
             raise NotCachedError(
                 f"{int((~found).sum())} of {len(found)} prompts have no {site!r} ({layout}) in the store "
@@ -201,8 +290,9 @@ class Store:
         if not pooling:
             rows: list[Any] = [None] * len(found)
             for placement, members in located:
-                for k in np.flatnonzero(placement.found).tolist():
-                    rows[members[k]] = tensors.to_tensor(tensors.cut(placement.rows(k)[0], positions), wanted)
+                local = np.flatnonzero(placement.found)
+                for i, (values,) in zip(members[local].tolist(), placement.all_rows(local), strict=True):
+                    rows[i] = tensors.to_tensor(tensors.cut(values, positions), wanted)
             return rows
         return tensors.stack_pooled(located, len(found), out, wanted)
 
@@ -213,46 +303,15 @@ class Store:
         space_id = self._space(space)
         given = prompts if isinstance(prompts, PromptTable) else tensors.as_list(prompts)
         if site is not None:
-            return self._locate_any(space_id, given, site, pooling or TOKENS, check=False)[1]
+            return locate_any(self._index(space_id), given, site, pooling or TOKENS, check=False)[1]
         index = self._index(space_id)
         index.refresh()
         with index.lock:
             held = {(g.layout, next(iter(g.sites))) for g in index.all_groups()}
         found = np.zeros(len(given), bool)
         for layout, any_site in sorted(held):
-            found |= self._locate_any(space_id, given, any_site, layout, check=False)[1]
+            found |= locate_any(index, given, any_site, layout, check=False)[1]
         return found
-
-    def _locate_any(
-        self, space: str, prompts: Any, site: str, layout: str, *, check: bool = True
-    ) -> tuple[list[tuple[Placement, npt.NDArray[np.int64]]], npt.NDArray[np.bool_]]:
-        """Prompts in any form, texts under every context the space knows: placements and whose they are."""
-        if isinstance(prompts, PromptTable):
-            placement = self.locate(space, table=prompts, sites=[site], layout=layout, check=check)
-            return [(placement, np.arange(len(prompts)))], placement.found
-        given = tensors.as_list(prompts)
-        kinds, texts = zip(*(tensors.kind_of(p, i) for i, p in enumerate(given)), strict=True)
-        kind = np.array(kinds, np.uint8)
-        located = []
-        found = np.zeros(len(given), bool)
-        members = np.flatnonzero(kind == IDS)
-        if len(members):
-            table = PromptTable.build([given[i] for i in members])
-            placement = self.locate(space, table=table, sites=[site], layout=layout, check=check)
-            located.append((placement, members))
-            found[members] = placement.found
-        index = self._index(space)
-        index.refresh()
-        for context in index.contexts():
-            members = np.flatnonzero((kind != IDS) & ~found)
-            if len(members):
-                placement = self.locate(
-                    space, texts=[texts[i] for i in members], kinds=kind[members], text_context=context,
-                    sites=[site], layout=layout, check=check,
-                )  # fmt: skip
-                located.append((placement, members))
-                found[members] = placement.found
-        return located, found
 
     def _space(self, space: str | SpaceInfo) -> str:
         if isinstance(space, str):
@@ -260,109 +319,16 @@ class Store:
         self._known.setdefault(space.space, space)
         return space.space
 
-    # -- describing ------------------------------------------------------------------------------------
-
-    def spaces(self) -> list[SpaceInfo]:
-        """Every space, oldest first, with its number of prompts and its size on disk."""
-        return [self._measured(space) for space in list_spaces(self.root)]
-
-    def _measured(self, space: SpaceInfo) -> SpaceInfo:
-        index = self._index(space.space)
-        index.refresh()
-        size = sum(info.size for _, info in index.segments())
-        return replace(space, num_prompts=reports.count_prompts(index), size_bytes=size)
-
-    def prompts(self, space: str | SpaceInfo, *, site: str | None = None, layout: str | None = None) -> PromptTable:
-        """The distinct prompts of a space (those that have `site` and `layout`, where given), oldest first."""
-        return reports.stored_prompts(self._index(self._space(space)), site, layout)
-
-    def info(self) -> CacheInfo:
-        """What the store holds: one `ModelCacheInfo` per space, sizes, times."""
-        spaces = self.spaces()
-        models, created = [], []
-        for space in spaces:
-            infos = [info for _, info in self._index(space.space).segments()]
-            models.append(reports.describe_model(space, infos))
-            created += [info.created_ns / 1e9 for info in infos]
-        return CacheInfo(
-            self.location,
-            sum(s.size_bytes for s in spaces),
-            models,
-            min(created, default=None),
-            max(created, default=None),
-        )
-
-    def discover(self, model_name: str, prompt: Any) -> CachedPromptInfo | None:
-        """What is stored for one prompt (text, token ids or chat) of a model, None when nothing.
-
-        The newest variant is described, all are listed.
-        """
-        holding = []
-        answer = None
-        for space in reversed([s for s in list_spaces(self.root) if s.model_name == model_name]):
-            found = reports.describe_prompt(self._index(space.space), prompt)
-            if found is not None:
-                holding.append(self._measured(space))
-                answer = answer or found
-        return None if answer is None else reports.prompt_info(*answer, holding)
-
-    def statistics(self, space: str | SpaceInfo, site: str, *, pooling: str | None = None) -> Moments:
-        """Count, mean and spread of every dimension of a site, over all live prompts of the space.
-
-        Exact, and without reading data except where prompts are tombed or stored twice.
-        """
-        return reports.statistics(self._index(self._space(space)), site, pooling or TOKENS)
-
-    # -- taking out ------------------------------------------------------------------------------------
-
-    def invalidate(self, space: str | SpaceInfo, prompts: Any = None) -> int:
-        """Forget prompts (texts, ids, chats, a `PromptTable`; None: all) of a space; how many there were.
-
-        Durable when it returns. The bytes go when segments are merged.
-        """
-        index = self._index(self._space(space))
-        if prompts is None:
-            return removal.invalidate(index, None)
-        index.refresh()
-        if isinstance(prompts, PromptTable):
-            return removal.invalidate(index, prompts.token_key)
-        return removal.invalidate(index, reports.find_token_keys(index, tensors.as_list(prompts)))
-
-    def clear(self, model: str | None = None) -> int:
-        """Delete all spaces, or those of the model of that name or space id; the number of prompts deleted.
-
-        Never touches a file that actcache did not write.
-        """
-        deleted = 0
-        for space in self.spaces():
-            if model in (None, space.model_name, space.space):
-                deleted += space.num_prompts
-                removal.clear_space(self.root / space.space)
-                self._index(space.space).refresh(force=True)
-        with contextlib.suppress(OSError):
-            self.root.rmdir()
-        return deleted
-
-    def merge(self, space: str | SpaceInfo) -> int:
-        """Merge the small segments of a space now; the number of segments that were replaced."""
-        index = self._index(self._space(space))
-        index.refresh()
-        with translated(self.location):
-            return merging.merge_space(index, self._catalog.path.parent, few=2)
+    # -- behind a running model, and at the end ---------------------------------------------------------
 
     def writer(self, space: str | SpaceInfo, *, max_bytes: int = 64 << 20, linger: float = 0.25) -> SegmentWriter:
         """A `SegmentWriter` for a space: writes in a thread of its own; use it in a ``with`` block."""
         space_id = self._space(space)
-
-        def merge(final: bool) -> None:
-            few = merging.FEW if final else merging.MANY
-            try:
-                merging.merge_space(self._index(space_id), self._catalog.path.parent, few=few)
-            except OSError as error:
-                # Everything is stored; only not as compactly as could be.
-                log.warning("merging small segments failed: %s", error)
-
-        return SegmentWriter(lambda group: self.append(space_id, group), merge, max_bytes=max_bytes, linger=linger)
+        appender = Appender(
+            partial(self.append, space_id), partial(self._prepared, space_id), partial(self._index, space_id),
+            self.index_dir,
+        )  # fmt: skip
+        return SegmentWriter(appender.append, appender.finish, max_bytes=max_bytes, linger=linger)
 
     def refresh(self) -> None:
         """Take notice at once of what other processes have written or removed."""
@@ -371,18 +337,24 @@ class Store:
 
     def close(self) -> None:
         """Let go of the index and of mapped segments; placements in use stay readable."""
+        self._let_go()
+        self._catalog.close()
+
+    def _let_go(self) -> None:
+        _write_reads(self._indexes)
         with self._lock:
             self._indexes.clear()
-        self._catalog.close()
 
     def _after_fork(self) -> None:
         # Another thread of the parent may have held these locks; nobody will release them here.
         self._lock = threading.Lock()
         self._catalog.after_fork()
         # What a thread was changing at that moment may be half done: it is built anew.
-        self._indexes = {space: index for space, index in self._indexes.items() if index.lock.acquire(blocking=False)}
-        for index in self._indexes.values():
-            index.lock = threading.RLock()
+        for space, index in list(self._indexes.items()):
+            if index.lock.acquire(blocking=False):
+                index.lock = threading.RLock()
+            else:
+                del self._indexes[space]
 
 
 _alive: weakref.WeakSet[Store] = weakref.WeakSet()
@@ -391,6 +363,11 @@ _alive: weakref.WeakSet[Store] = weakref.WeakSet()
 def _after_fork() -> None:
     for store in list(_alive):
         store._after_fork()
+
+
+def _write_reads(indexes: Mapping[str, SpaceIndex]) -> None:
+    for index in list(indexes.values()):
+        index.write_reads()
 
 
 if hasattr(os, "register_at_fork"):

@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from actcache.errors import LayerRangeError, OptionError, PromptError, PromptTypeError
+from actcache.errors import LayerRangeError, OptionError, PromptError, PromptTypeError, ValueOverflowError
+from actcache.store.dtypes import common_dtype, reaches
 from actcache.store.prompts import CHAT, IDS, TEXT, PromptTable, canonical_chat, text_keys
 from actcache.store.records import Records
 
@@ -19,16 +20,25 @@ if TYPE_CHECKING:
     from actcache.store.placement import Placement
 
 
+_BY_BITS: dict[str, tuple[str, np.dtype[Any]]] = {
+    "bfloat16": ("int16", np.dtype(ml_dtypes.bfloat16)),
+    "float8_e4m3fn": ("uint8", np.dtype(ml_dtypes.float8_e4m3fn)),
+    "float8_e5m2": ("uint8", np.dtype(ml_dtypes.float8_e5m2)),
+}
+"""Dtypes of torch that numpy lacks: integers of their size, and what stands for them here."""
+
+
 def to_array(value: Any) -> npt.NDArray[Any]:
-    """A tensor or array as a numpy array; bfloat16 by its bits."""
+    """A tensor or array as a numpy array; bfloat16 and float8 by their bits."""
     if not hasattr(value, "detach"):
         return np.asarray(value)
     import torch
 
     tensor = value.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        bits: npt.NDArray[Any] = tensor.view(torch.int16).numpy()
-        return bits.view(ml_dtypes.bfloat16)
+    for name, (bits, dtype) in _BY_BITS.items():
+        if tensor.dtype == getattr(torch, name):
+            viewed: npt.NDArray[Any] = tensor.view(getattr(torch, bits)).numpy()
+            return viewed.view(dtype)
     array: npt.NDArray[Any] = tensor.numpy()
     return array
 
@@ -39,11 +49,36 @@ def to_tensor(array: npt.NDArray[Any], dtype: torch.dtype | None = None) -> torc
 
     if not array.flags.writeable or not array.flags.c_contiguous:
         array = np.array(array)
-    if array.dtype == ml_dtypes.bfloat16:
-        tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    for name, (bits, kind) in _BY_BITS.items():
+        if array.dtype == kind:
+            tensor = torch.from_numpy(array.view(bits)).view(getattr(torch, name))
+            break
     else:
         tensor = torch.from_numpy(array)
-    return tensor if dtype is None else tensor.to(dtype)
+    return tensor if dtype is None else converted(tensor, dtype)
+
+
+def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` in another dtype.
+
+    Raises:
+        OptionError: floating numbers asked for as integers.
+        ValueOverflowError: a finite value would become inf.
+    """
+    import torch
+
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor.to(dtype)
+    if not dtype.is_floating_point:
+        raise OptionError(f"floating values cannot be read as {dtype}: ask for float32, float16 or bfloat16.")
+    result = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+        lost = tensor.isfinite() & ~result.to(tensor.dtype).isfinite()
+        if lost.any():
+            raise ValueOverflowError(
+                f"the value {float(tensor[lost][0]):.6g} becomes inf in {dtype}: read it as bfloat16 or float32."
+            )
+    return result
 
 
 def torch_dtype(dtype: Any) -> torch.dtype | None:
@@ -55,6 +90,18 @@ def torch_dtype(dtype: Any) -> torch.dtype | None:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
         raise OptionError(f"unknown dtype {dtype!r}: expected a torch dtype, 'float32', 'float16', 'bfloat16', ...")
+    return found
+
+
+def reading_dtype(dtype: Any) -> torch.dtype | None:
+    """A dtype in which vectors can be read, given as `torch_dtype` takes it.
+
+    Raises:
+        OptionError: no such dtype, or not a floating one.
+    """
+    found = torch_dtype(dtype)
+    if found is not None and not found.is_floating_point:
+        raise OptionError(f"vectors cannot be read as {found}: ask for float32, float16 or bfloat16.")
     return found
 
 
@@ -71,11 +118,12 @@ def prompt_table(prompts: Any, context: str, lengths: Sequence[int]) -> PromptTa
         kind, text = kind_of(prompt, i)
         kinds.append(kind)
         texts.append(text)
-        ids.append(prompt if text is None else _stand_in(kind, text, lengths[i]))
+        ids.append(prompt if text is None else stand_in(kind, text, lengths[i]))
     return PromptTable.build(ids, texts, kinds, context)
 
 
-def _stand_in(kind: int, text: str, length: int) -> npt.NDArray[np.int32]:
+def stand_in(kind: int, text: str, length: int) -> npt.NDArray[np.int32]:
+    """`length` negative numbers in place of the unknown token ids of a text."""
     words = text_keys([text], kind, "").view(np.int32).reshape(-1)
     return np.resize(words | np.int32(-(2**31)), length)
 
@@ -152,18 +200,40 @@ def cut(rows: npt.NDArray[Any], positions: Any) -> npt.NDArray[Any]:
 
 
 def stack_pooled(located: Sequence[tuple[Placement, npt.NDArray[np.int64]]], n: int, out: Any, dtype: Any) -> Any:
-    """The vectors of all located prompts in one tensor ``[n, D]``."""
-    first = located[0][0]
-    if len(located) == 1 and out is None:
-        return to_tensor(first.take()[:, 0], dtype)
-    parts = [(p, members, np.flatnonzero(p.found)) for p, members in located]
-    taken = [(members[local], to_tensor(p.take(index=local)[:, 0])) for p, members, local in parts if len(local)]
-    if out is None:
-        import torch
+    """The vectors of all located prompts in one tensor ``[n, D]``, in `dtype`; in `out` where it is given.
 
-        out = torch.empty((n, taken[0][1].shape[1]), dtype=dtype or taken[0][1].dtype)
-    if tuple(out.shape) != (n, taken[0][1].shape[1]):
-        raise ValueError(f"out has shape {list(out.shape)}, expected {[n, taken[0][1].shape[1]]}")
-    for at, values in taken:
-        out[at] = values.to(out.dtype)
+    Raises:
+        ValueOverflowError: a finite value would become inf there.
+    """
+    parts = [(p, members[local], local) for p, members in located if len(local := np.flatnonzero(p.found))]
+    stored = common_dtype(p.dtype for p, _, _ in parts)
+    widths = {width for p, _, _ in parts for width in p.widths}
+    if len(widths) > 1:
+        raise ValueError(f"vectors of different widths {sorted(widths)} cannot share one tensor: read them apart")
+    shape = (n, *widths)
+    if out is not None and (not hasattr(out, "detach") or tuple(out.shape) != shape):
+        raise ValueError(f"out is {_described(out)}, expected a tensor of shape {list(shape)}")
+    given = None if out is None else _shared_array(out)
+    if given is not None and reaches(given.dtype, stored):
+        array = given
+    else:
+        array = np.empty(shape, stored)
+    for placement, members, local in parts:
+        placement.take(array[:, None], index=local, at=members)
+    if out is None:
+        return to_tensor(array, dtype)
+    if array is not given:
+        out.copy_(converted(to_tensor(array), out.dtype))
     return out
+
+
+def _described(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"a {type(value).__name__} of shape {list(shape)}"
+
+
+def _shared_array(tensor: torch.Tensor) -> npt.NDArray[Any] | None:
+    """An array over the memory of `tensor`; None where there is none, as on an accelerator."""
+    if tensor.device.type != "cpu" or tensor.requires_grad or not tensor.is_contiguous():
+        return None
+    return to_array(tensor)

@@ -13,9 +13,9 @@ import xxhash
 
 from actcache.errors import FormatError
 from actcache.store import container
-from actcache.store.files import TOMB_NAME, atomic_file, write_all
+from actcache.store.files import TOMB_NAME, atomic_file, open_plain, write_all
 from actcache.store.keys import KeyTable
-from actcache.store.records import VERSION, flat_bytes
+from actcache.store.records import VERSION, check_version, flat_bytes
 
 FORMAT = "actcache-tomb"
 _MAX_BYTES = 1 << 30
@@ -44,7 +44,7 @@ def write_tomb(folder: Path, segment: str, keys: Keys) -> str:
 def read_tomb(path: Path) -> Keys:
     """The token keys that the tomb at `path` names. FormatError when it is not ours or damaged."""
     match = TOMB_NAME.fullmatch(path.name)
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    fd = open_plain(path)
     try:
         size = os.fstat(fd).st_size
         data = os.read(fd, min(size, _MAX_BYTES))
@@ -56,8 +56,7 @@ def read_tomb(path: Path) -> Keys:
         digest, keys = tensors.get("digest"), tensors.get("prompt_key")
         if match is None or metadata.get("format") != FORMAT or metadata.get("segment") != match[1]:
             raise FormatError("not a tomb of the segment it is named after")
-        if metadata.get("version", "").split(".")[0] != VERSION.split(".")[0]:
-            raise FormatError(f"format version {metadata.get('version')!r}: install a newer actcache")
+        check_version(metadata.get("version", ""))
         if digest is None or keys is None or digest.shape != (2,) or len(keys.shape) != 2 or keys.shape[1] != 16:
             raise FormatError("tensors missing or of the wrong shape")
         if digest.dtype != np.dtype("<u8") or keys.dtype != np.dtype("u1") or digest.start != len(head):
@@ -66,7 +65,7 @@ def read_tomb(path: Path) -> Keys:
         if stored != [xxhash.xxh3_64_intdigest(head), xxhash.xxh3_64_intdigest(memoryview(data)[digest.stop :])]:
             raise FormatError("its digest does not match")
     except FormatError as error:
-        raise FormatError(f"{path}: {error}") from None
+        raise type(error)(f"{path}: {error}") from None
     return np.frombuffer(data, np.uint8, keys.nbytes, keys.start).reshape(keys.shape)
 
 

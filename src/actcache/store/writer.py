@@ -10,9 +10,12 @@ from types import TracebackType
 from typing import Any
 
 from actcache.store.files import log
+from actcache.store.quantize import BLOCK_ROWS
 from actcache.store.records import Records
 
 _GROUP_BYTES = 32 << 20
+# Rows that are written together share scales, of which fewer rows need as many.
+_SCALED_ROWS, _SCALED_LINGER = 4 * BLOCK_ROWS, 1.0
 
 
 class SegmentWriter:
@@ -20,7 +23,8 @@ class SegmentWriter:
 
     `put` blocks while more than `max_bytes` wait, and never drops. What waits and agrees in layout, sites,
     dtypes and text context goes into one segment: the thread comes round when 32 MB wait, `linger` seconds
-    after the first, or at `flush` and `close`. An error of the thread is raised by the next of these calls
+    after the first (a second, for so few rows of int8 or float8_e4m3 that their scales would weigh as much as they),
+    or at `flush` and `close`. An error of the thread is raised by the next of these calls
     (DiskFullError, StoreAccessError, ...); what was written before it stays. The arrays in the records must
     not be changed after `put`.
     """
@@ -28,13 +32,13 @@ class SegmentWriter:
     def __init__(
         self,
         append: Callable[[list[Records]], object],
-        merge: Callable[[bool], object],
+        finish: Callable[[bool], object],
         *,
         max_bytes: int,
         linger: float,
     ) -> None:
         self._append = append
-        self._merge = merge
+        self._finish = finish
         self._max_bytes = max_bytes
         self._linger = linger
         self._changed = threading.Condition()
@@ -102,9 +106,12 @@ class SegmentWriter:
         if thread is not None:
             thread.join()
             self._thread = None
-        self._raise()
-        if merge and self.bytes_written:
-            self._merge(True)
+        try:
+            self._raise()
+        except BaseException:
+            self._finish(False)
+            raise
+        self._finish(merge and self.bytes_written > 0)
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -117,14 +124,13 @@ class SegmentWriter:
                 while not self._due():
                     if self._closing and not self._queue:
                         return
-                    remaining = self._first + self._linger - time.monotonic() if self._queue else None
+                    remaining = self._late_at() - time.monotonic() if self._queue else None
                     self._changed.wait(remaining)
                 group = self._next_group()
                 self._writing = True
             try:
                 self._append(group)
                 size = sum(r.nbytes for r in group)
-                self._merge(False)
             except BaseException as error:
                 with self._changed:
                     # Later batches would fail for the same reason; the caller decides.
@@ -146,8 +152,12 @@ class SegmentWriter:
     def _due(self) -> bool:
         if not self._queue:
             return False
-        late = time.monotonic() >= self._first + self._linger
+        late = time.monotonic() >= self._late_at()
         return self._closing or self._hurry or late or self._queued >= _GROUP_BYTES
+
+    def _late_at(self) -> float:
+        few = self._queue[0].is_scaled and sum(int(r.row_offset[-1]) for r in self._queue) < _SCALED_ROWS
+        return self._first + (max(self._linger, _SCALED_LINGER) if few else self._linger)
 
     def _next_group(self) -> list[Records]:
         group = [self._queue.popleft()]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +18,13 @@ import xxhash
 
 from actcache._version import __version__
 from actcache.store import container
+from actcache.store.casting import CastError, Piece
+from actcache.store.dtypes import is_scaled, matrix_dtype, value_dtype
 from actcache.store.files import atomic_file, write_all
+from actcache.store.mapped import start_writing
 from actcache.store.prompts import PromptTable
-from actcache.store.records import BLOCK, FORMAT, TOKENS, VERSION, SegmentInfo, flat_bytes
+from actcache.store.records import BLOCK, FORMAT, SCALE, TOKENS, VERSION, SegmentInfo, flat_bytes
+from actcache.store.spaces import description_of
 from actcache.store.statistics import Moments, is_float
 
 _WRITE_BATCH = 4 << 20
@@ -26,12 +32,12 @@ _WRITE_BATCH = 4 << 20
 
 @dataclass(frozen=True)
 class Column:
-    """The rows of one site that go into a segment, in pieces, and their moments where already known."""
+    """The rows of one site that go into a segment, in pieces; `code` as in `actcache.store.dtypes`."""
 
     site: str
-    dtype: np.dtype[Any]
+    code: str
     dim: int
-    pieces: Iterable[tuple[npt.NDArray[Any], Moments | None]]
+    pieces: Iterable[Piece]
 
 
 class BlockHasher:
@@ -74,87 +80,166 @@ def write_columns(
     columns: Sequence[Column],
     *,
     space: str,
-    created_ns: int,
+    created_ns: int | None,
+    block_offset: npt.NDArray[np.int64],
     replaces: Mapping[str, Sequence[str]] | None = None,
 ) -> SegmentInfo:
-    """Write one segment whose data arrives in pieces; memory stays that of the prompts and a few blocks."""
+    """Write one segment whose data arrives in pieces; memory stays that of prompts, a site's scales and a few blocks.
+
+    `created_ns`: None for now.
+    `block_offset`: which rows share a scale, int64 ``[blocks + 1]``; only 0 where no column has scales.
+    """
     n = len(prompts)
     row_offset = prompts.token_offset if layout == TOKENS else np.arange(n + 1, dtype=np.int64)
     rows = int(row_offset[-1])
-    sizes = [rows * c.dim * c.dtype.itemsize for c in columns]
-    moments = [Moments.empty(c.dim) if is_float(c.dtype) else None for c in columns]
-    index: dict[str, npt.NDArray[Any]] = {
+    prefix = "" if layout == TOKENS else f"{layout}/"
+    shapes: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = []
+    for column in columns:
+        shapes.append((prefix + column.site, matrix_dtype(column.code), (rows, column.dim)))
+        if is_scaled(column.code):
+            shapes.append((prefix + column.site + SCALE, np.dtype("<f4"), (len(block_offset) - 1, column.dim)))
+    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in shapes]
+    moments = [Moments.empty(c.dim) if is_float(value_dtype(c.code)) else None for c in columns]
+    errors = [CastError() for _ in columns]
+    index = index_tensors(prompts, row_offset, block_offset)
+    index |= {
+        "checksum": np.zeros(sum(-(-size // BLOCK) for size in sizes), np.uint64),
+        "moments": np.zeros(sum(2 * len(m.mean) + 1 for m in moments if m)),
+        "errors": np.zeros((len(columns), len(CastError().numbers))),
+    }
+    now = time.time_ns() if created_ns is None else created_ns
+    metadata = segment_metadata(folder, layout, now, prompts.text_context, replaces or {}, space=space)
+    tensors = [(name, a.dtype, a.shape) for name, a in index.items()] + shapes
+    head, placed = container.encode(metadata, tensors)
+    data_start = placed[shapes[0][0]].start
+    total = max(t.stop for t in placed.values())
+    name = f"{uuid.uuid4().hex}.safetensors"
+
+    with atomic_file(folder, name, needed=total) as fd:
+        if created_ns is None:
+            # Not before its temporary file tells whoever merges that something is being written.
+            now = time.time_ns()
+            head, placed = container.encode({**metadata, "created_ns": str(now)}, tensors)
+        write_all(fd, [head], 0)
+        digests: list[int] = []
+        for k, (column, moment, error) in enumerate(zip(columns, moments, errors, strict=True)):
+            name_in_file = prefix + column.site
+            digests += _write_column(fd, column, placed[name_in_file], placed.get(name_in_file + SCALE), moment, error)
+            index["errors"][k] = error.numbers
+        index["checksum"][:] = digests
+        index["moments"][:] = joined_moments(moments)
+        region = index_region(head, index, placed, data_start)
+        write_all(fd, [region], len(head))
+        # Pads at the very end (there are none today) and empty tensors must not leave the file short.
+        if os.fstat(fd).st_size != total:
+            os.ftruncate(fd, total)
+    return SegmentInfo(
+        name[:32], space, layout, tuple((c.site, c.code, c.dim) for c in columns), n, rows, total,
+        now, prompts.text_context, {k: tuple(v) for k, v in (replaces or {}).items()},
+        prompts.token_key, prompts.text_key,
+    )  # fmt: skip
+
+
+def index_tensors(
+    prompts: PromptTable, row_offset: npt.NDArray[np.int64], block_offset: npt.NDArray[np.int64]
+) -> dict[str, npt.NDArray[Any]]:
+    """What is known of the prompts of a segment, as tensors in the order of the file."""
+    return {
         "digest": np.zeros(2, np.uint64),
         "row_offset": row_offset,
         "token_offset": prompts.token_offset,
         "text_offset": prompts.text_offset,
-        "checksum": np.zeros(sum(-(-size // BLOCK) for size in sizes), np.uint64),
-        "moments": np.zeros(sum(2 * len(m.mean) for m in moments if m)),
+        "block_offset": block_offset,
         "prompt_key": prompts.token_key,
         "text_key": prompts.text_key,
         "token_ids": prompts.token_ids,
         "kind": prompts.kind,
         "text": prompts.text,
     }
+
+
+def segment_metadata(
+    folder: Path,
+    layout: str,
+    created_ns: int,
+    text_context: str,
+    replaces: Mapping[str, Sequence[str]],
+    *,
+    space: str,
+) -> dict[str, str]:
+    """The ``__metadata__`` of a segment in `folder`."""
     metadata = {
         "format": FORMAT, "version": VERSION, "writer": f"actcache {__version__}", "space": space, "layout": layout,
-        "created_ns": str(created_ns), "text_context": prompts.text_context,
+        "created_ns": str(created_ns), "text_context": text_context,
     }  # fmt: skip
+    description = description_of(folder)
+    if description is not None:
+        metadata["description"] = description
     if replaces:
         metadata["replaces"] = json.dumps({k: list(v) for k, v in replaces.items()}, separators=(",", ":"))
-    prefix = "" if layout == TOKENS else f"{layout}/"
-    shapes = [(name, array.dtype, array.shape) for name, array in index.items()]
-    shapes += [(prefix + c.site, c.dtype, (rows, c.dim)) for c in columns]
-    head, placed = container.encode(metadata, shapes)
-    data_start = placed[prefix + columns[0].site].start if columns else 0
-    total = max(t.stop for t in placed.values())
-    name = f"{uuid.uuid4().hex}.safetensors"
-
-    with atomic_file(folder, name, needed=total) as fd:
-        write_all(fd, [head], 0)
-        digests: list[int] = []
-        for column, moment in zip(columns, moments, strict=True):
-            tensor = placed[prefix + column.site]
-            digests += _write_column(fd, column, tensor, moment)
-        index["checksum"][:] = digests
-        known = [part for m in moments if m for part in (m.mean, m.m2)]
-        if known:
-            index["moments"][:] = np.concatenate(known)
-        region = bytearray(data_start - len(head))
-        for tensor_name, array in index.items():
-            at = placed[tensor_name].start - len(head)
-            region[at : at + array.nbytes] = flat_bytes(array)
-        region[:16] = np.array(
-            [xxhash.xxh3_64_intdigest(head), xxhash.xxh3_64_intdigest(memoryview(region)[16:])], "<u8"
-        ).tobytes()
-        write_all(fd, [region], len(head))
-        # Pads at the very end (there are none today) and empty tensors must not leave the file short.
-        if os.fstat(fd).st_size != total:
-            os.ftruncate(fd, total)
-    return SegmentInfo(
-        name[:32], space, layout, tuple((c.site, container.code_of(c.dtype), c.dim) for c in columns), n, rows, total,
-        created_ns, prompts.text_context, {k: tuple(v) for k, v in (replaces or {}).items()},
-        prompts.token_key, prompts.text_key,
-    )  # fmt: skip
+    return metadata
 
 
-def _write_column(fd: int, column: Column, tensor: container.Tensor, moment: Moments | None) -> list[int]:
+def joined_moments(moments: Sequence[Moments | None]) -> npt.NDArray[np.float64]:
+    """The tensor of the moments of all columns that have any."""
+    return np.concatenate([np.empty(0), *(part for m in moments if m for part in (m.mean, m.m2, [m.norms]))])
+
+
+def index_region(
+    head: bytes, index: Mapping[str, npt.NDArray[Any]], placed: Mapping[str, container.Tensor], stop: int
+) -> bytearray:
+    """The bytes of a file between its header and `stop`: the index tensors, their digests first."""
+    region = bytearray(stop - len(head))
+    for name, array in index.items():
+        at = placed[name].start - len(head)
+        region[at : at + array.nbytes] = flat_bytes(array)
+    digests = xxhash.xxh3_64_intdigest(head), xxhash.xxh3_64_intdigest(memoryview(region)[16:])
+    region[:16] = np.array(digests, "<u8").tobytes()
+    return region
+
+
+def _write_column(
+    fd: int,
+    column: Column,
+    tensor: container.Tensor,
+    scale: container.Tensor | None,
+    moment: Moments | None,
+    error: CastError,
+) -> list[int]:
+    """Write a column and its scales; the checksums of both. What its pieces say goes to `moment` and `error`."""
     hasher = BlockHasher()
     at, pending, size = tensor.start, [], 0
-    for rows, known in column.pieces:
-        data = flat_bytes(rows)
+    scales = []
+    for piece in column.pieces:
+        data = flat_bytes(piece.rows)
         hasher.update(data)
-        if moment is not None:
-            if known is None:
-                moment.update(rows)
-            else:
-                moment.merge(known.count, known.mean, known.m2)
+        if moment is not None and piece.moments is not None:
+            moment.merge(piece.moments)
+        if piece.scales is not None:
+            scales.append(piece.scales)
+        error.add(piece.error)
         pending.append(data)
         size += len(data)
         if size >= _WRITE_BATCH:
-            at = write_all(fd, pending, at)
+            at = _write_started(fd, pending, at)
             pending, size = [], 0
-    at = write_all(fd, pending, at)
+    at = _write_started(fd, pending, at)
     if at != tensor.stop:
         raise ValueError(f"{column.site}: {at - tensor.start} bytes of data for {tensor.nbytes}")
-    return hasher.finish()
+    digests = hasher.finish()
+    if scale is not None:
+        joined = np.concatenate(scales)
+        if joined.shape != scale.shape:
+            raise ValueError(f"{column.site}: scales {joined.shape} for {scale.shape}")
+        hasher = BlockHasher()
+        hasher.update(flat_bytes(joined))
+        write_all(fd, [flat_bytes(joined)], scale.start)
+        digests += hasher.finish()
+    return digests
+
+
+def _write_started(fd: int, buffers: Sequence[memoryview], at: int) -> int:
+    """`write_all`, and the disk begins with it while the next rows are cast and hashed."""
+    stop = write_all(fd, buffers, at)
+    start_writing(fd, at, stop - at)
+    return stop

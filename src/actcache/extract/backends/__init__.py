@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
     from actcache.model.invariance import BatchPolicy
 
+from actcache.derive.results import NOTHING, Asked
+
+# What the names of results begin with among the rows of a batch: no site has such a name.
+RESULT = "result/"
+
 Pooling = str | Callable[[Any], Any] | None
 
 
@@ -31,14 +36,15 @@ class Reduction:
 
 
 class Rows(Protocol):
-    """The rows of one batch, perhaps still on their way from the device."""
+    """The rows of one batch, perhaps still on their way from the device, by site; results by `RESULT` and name."""
 
     @property
     def ready(self) -> bool:
         """Whether `wait` returns at once."""
 
     def wait(self) -> Mapping[str, torch.Tensor]:
-        """Per site a CPU tensor: `[b, D]` pooled, else `[sum of kept tokens, D]`, prompts in batch order."""
+        """Per site a CPU tensor: `[b, D]` pooled, else `[sum of kept tokens, D]`, prompts in batch order. Of results
+        `token_nll` `[sum of tokens]`, and logits in rows for every token, or the last of each prompt."""
 
 
 class Session(Protocol):
@@ -48,9 +54,9 @@ class Session(Protocol):
     def policy(self) -> BatchPolicy:
         """Which prompts may share a batch."""
 
-    def run(self, sequences: Sequence[npt.NDArray[np.int32]]) -> Rows:
+    def run(self, sequences: Sequence[npt.NDArray[np.int32]], positions: Sequence[Any] | None = None) -> Rows:
         """One forward pass over `sequences` (token ids of each prompt); they may differ in length
-        where `policy` allows it."""
+        where `policy` allows it. `positions`: those of each prompt, None for the reduction's."""
 
 
 class Backend(Protocol):
@@ -60,5 +66,8 @@ class Backend(Protocol):
     def device(self) -> str:
         """Where the model runs, as torch names it."""
 
-    def session(self, sites: Sequence[str], reduction: Reduction) -> AbstractContextManager[Session]:
-        """Load and check the model, read `sites` on it until the block ends, then leave it as it was."""
+    def session(
+        self, sites: Sequence[str], reduction: Reduction, asked: Asked = NOTHING
+    ) -> AbstractContextManager[Session]:
+        """Load and check the model, read `sites` on it and compute what is `asked` beside them until the block ends,
+        then leave it as it was."""

@@ -19,8 +19,10 @@ import torch
 from actcache.capture.edits import Editing
 from actcache.capture.hooks import StopForward, observe
 from actcache.capture.positions import pool, pool_rows, resolve_positions
+from actcache.derive.results import NOTHING, Asked
 from actcache.errors import MissedModuleError, OptionError, SiteUnavailableError
 from actcache.extract.backends import Reduction
+from actcache.extract.backends.predictor import Predictor
 from actcache.model.anatomy import Anatomy, ReadPoint, check_identities, describe
 from actcache.model.decoder_inputs import require_decoder_start
 from actcache.model.forward_inputs import ForwardInputs
@@ -54,12 +56,15 @@ class LocalBackend:
         return resolve_device(self._source.options.device)
 
     @contextmanager
-    def session(self, sites: Sequence[str], reduction: Reduction) -> Iterator[LocalSession]:
+    def session(self, sites: Sequence[str], reduction: Reduction, asked: Asked = NOTHING) -> Iterator[LocalSession]:
         model = self._source.model_to_run()
         parsed = {name: Site.parse(name) for name in sites}
+        predictor = Predictor.of(model, asked, self._edits) if asked else None
+        if predictor is not None:
+            parsed.setdefault(predictor.site, Site.parse(predictor.site))
         with ExitStack() as stack:
             # What one thread's pass reads must not be read by another's.
-            stack.enter_context(_lock_of(model))
+            stack.enter_context(lock_of(model))
             refuse_edits(model)
             stack.enter_context(evaluating(model))
             stack.enter_context(exact_float32())
@@ -73,7 +78,7 @@ class LocalBackend:
             inputs = ForwardInputs(module, policy, decoder_start=start)
             if policy.lengths == "any" and not inputs.tells_lengths and not all(e.everywhere for e in self._edits):
                 policy = replace(policy, lengths="equal", why="Edits at positions need to know each prompt's length.")
-            session = LocalSession(module, input_device(model), reduction, policy, inputs, parsed)
+            session = LocalSession(module, input_device(model), reduction, policy, inputs, sites, predictor)
             stack.enter_context(torch.no_grad())
             if self._edits:
                 stack.enter_context(Editing(model, self._edits, declared=True))
@@ -109,6 +114,7 @@ class LocalSession:
         policy: BatchPolicy,
         inputs: ForwardInputs,
         sites: Iterable[str],
+        predictor: Predictor | None = None,
     ) -> None:
         self.policy = policy
         self._module = module
@@ -116,12 +122,15 @@ class LocalSession:
         self._reduction = reduction
         self._inputs = inputs
         self._sites = list(sites)
+        self._predictor = predictor
         self._lengths: list[int] = []
+        self._positions: Sequence[Any] | None = None
         self._on_device: dict[torch.device, torch.Tensor] = {}
         self._rows: dict[str, torch.Tensor] = {}
 
-    def run(self, sequences: Sequence[npt.NDArray[np.int32]]) -> CopiedRows:
+    def run(self, sequences: Sequence[npt.NDArray[np.int32]], positions: Sequence[Any] | None = None) -> CopiedRows:
         self._lengths = [len(s) for s in sequences]
+        self._positions = positions
         self._on_device = {}
         self._rows = {}
         self.observer.reset()
@@ -134,6 +143,8 @@ class LocalSession:
             # What it is recognised by is the same after a pass as before.
             if self.policy.forget_lengths:
                 forget_lengths(self._module)
+        if self._predictor is not None:
+            self._rows |= self._predictor.predict(sequences)
         rows, self._rows = self._rows, {}
         missed = [site for site in self._sites if site not in rows]
         if missed:
@@ -141,18 +152,24 @@ class LocalSession:
         return CopiedRows(rows)
 
     def receive(self, site: str, hidden: torch.Tensor) -> None:
-        """Keep what the reduction asks for of `hidden` `[B, S, D]`, as a tensor of its own."""
+        """Keep what the reduction asks for of `hidden` `[B, S, D]` or `[B, S, H, hd]`, as a tensor of its own."""
         expected = len(self._lengths), max(self._lengths)
         if tuple(hidden.shape[:2]) != expected:
             raise SiteUnavailableError(
                 f"site {site!r} has the shape {list(hidden.shape)} for {expected[0]} prompts of up to {expected[1]} "
                 "tokens: this model adds or arranges tokens inside, so that it has no row for each of the prompt's."
             )
-        self._rows[site] = self._reduce(hidden)
+        if self._predictor is not None and site == self._predictor.site:
+            self._predictor.receive(hidden, self._lengths)
+        if site in self._sites:
+            self._rows[site] = self._reduce(hidden.flatten(2))
 
     def _reduce(self, hidden: torch.Tensor) -> torch.Tensor:
         pooling, positions = self._reduction.pooling, self._reduction.positions
-        if isinstance(positions, str) and positions == "all":
+        if self._positions is not None:
+            each = zip(hidden, self._positions, self._lengths, strict=True)
+            rows = [h[resolve_positions(where, n)] for h, where, n in each]
+        elif isinstance(positions, str) and positions == "all":
             if isinstance(pooling, str):
                 return pool(hidden, self._lengths_on(hidden.device), pooling)
             rows = [h[:n] for h, n in zip(hidden, self._lengths, strict=True)]
@@ -215,7 +232,8 @@ _locks: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.We
 _locks_lock = threading.Lock()
 
 
-def _lock_of(model: torch.nn.Module) -> threading.RLock:
+def lock_of(model: torch.nn.Module) -> threading.RLock:
+    """What a thread holds while it runs `model`: what one thread's pass reads must not be read by another's."""
     with _locks_lock:
         return _locks.setdefault(model, threading.RLock())
 

@@ -1,0 +1,160 @@
+"""The part of `UnifiedCache` that gives perplexity and logits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from actcache.derive.results import Asked, LogitsAsked
+from actcache.errors import ResultsNotCachedError
+from actcache.extract.prompts import Prompt, PromptList, read_prompts
+from actcache.extract.reading import (
+    CachedLogits,
+    compute_results,
+    no_logits,
+    no_perplexity,
+    read_logits,
+    read_perplexity,
+    read_token_perplexity,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from actcache.extract.cached import CachedExtractor
+
+# "What the cache was made for", where None means something else.
+_OWN: Any = object()
+T = TypeVar("T")
+
+
+class Results(ABC):
+    """Perplexity and logits of prompts, out of `cached`.
+
+    Attributes: `_asked` is what a warm-up computes, `_logits` which logits are meant when nothing is said.
+    """
+
+    cached: CachedExtractor
+    _asked: Asked
+    _logits: LogitsAsked
+
+    @abstractmethod
+    def _sequences(self, prompts: PromptList) -> PromptList:
+        """What goes through the model for `prompts`."""
+
+    @abstractmethod
+    def _compute(self, prompts: PromptList) -> None:
+        """Run the model for `prompts`, and store all that is asked of it."""
+
+    def get_perplexity(self, prompts: Prompt | Iterable[Prompt]) -> npt.NDArray[np.float32]:
+        """``[exp(mean c), exp(min c), exp(max c)]`` of each prompt, float32 ``[B, 3]``.
+
+        ``c`` are the cross-entropies of its tokens but the first, each given those before it. A prompt of one token has
+        ``[1, 1, 1]``; what is no float32 is the largest there is.
+
+        Computed first, with the activations, where it is missing.
+
+        Raises:
+            ResultsNotCachedError: it is not stored, and this cache was made with ``compute_perplexity=False``.
+            SiteUnavailableError: a model that does not predict next tokens.
+        """
+        return self._perplexity(prompts, read_perplexity)
+
+    def get_token_perplexity(self, prompts: Prompt | Iterable[Prompt]) -> list[npt.NDArray[np.float32]]:
+        """``exp(c)`` of each token of each prompt but its first, a list of arrays ``[T - 1]``; as `get_perplexity`."""
+        return self._perplexity(prompts, read_token_perplexity)
+
+    def _perplexity(
+        self, prompts: Prompt | Iterable[Prompt], read: Callable[[CachedExtractor, PromptList], T | None]
+    ) -> T:
+        with self.cached.session():
+            given = self._sequences(read_prompts(prompts))
+            found = read(self.cached, given)
+            if found is None and not self._asked.perplexity:
+                raise ResultsNotCachedError(
+                    "perplexity is not stored for every prompt: UnifiedCache(..., compute_perplexity=True) computes it "
+                    "with the activations, compute_perplexity_from_cache(prompts) from stored full sequences."
+                )
+            if found is None:
+                self._complete(given, Asked(perplexity=True))
+                found = read(self.cached, given)
+            if found is None:
+                raise no_perplexity(self.cached.extractor.source.name)
+            return found
+
+    def get_logits(
+        self, prompts: Prompt | Iterable[Prompt], *, top_k: int | None = _OWN, positions: str = _OWN
+    ) -> CachedLogits:
+        """Logits of `prompts`: just those asked for, out of what holds them or all logits.
+
+        Computed first, with the activations, where they are missing and this cache was made to store them.
+
+        Args:
+            top_k, positions: as `logit_top_k` and `logit_positions`, by default this cache's.
+
+        Raises:
+            ResultsNotCachedError: they are not stored, and this cache was not made to compute them.
+        """
+        asked = self._logits_asked(top_k, positions)
+        with self.cached.session():
+            given = self._sequences(read_prompts(prompts))
+            found = read_logits(self.cached, given, asked)
+            if found is None and asked == self._asked.logits:
+                self._complete(given, Asked(logits=asked))
+                found = read_logits(self.cached, given, asked)
+            if found is None:
+                raise no_logits(asked)
+            return found
+
+    def _logits_asked(self, top_k: Any, positions: Any) -> LogitsAsked:
+        top_k = self._logits.top_k if top_k is _OWN else top_k
+        positions = self._logits.positions if positions is _OWN else positions
+        return LogitsAsked.checked(positions, top_k, self.cached.extractor.source.vocab_size)
+
+    def _complete(self, prompts: PromptList, asked: Asked) -> None:
+        """Run the model for the prompts that lack what is `asked`."""
+        import numpy as np
+
+        found = self.cached.find_results(prompts, asked)
+        if asked.perplexity and not found.asked.perplexity:
+            raise no_perplexity(self.cached.extractor.source.name)
+        self._compute(prompts.select(np.flatnonzero(~found.found).tolist()))
+
+    def compute_logits_from_cache(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        positions: str = "last",
+        top_k: int | None = None,
+        device: str | None = None,
+        batch_size: int = 64,
+    ) -> int:
+        """Store logits of `prompts` where they are missing, computed from their stored activations of the last layer.
+
+        No forward pass: of a model that is not loaded only the final norm and the head are read from its files. The
+        logits are those of the model as far as the activations are: what these lost in a narrow storage dtype is lost
+        here. Vectors pooled as ``"last_token"`` serve ``positions="last"``.
+
+        Returns:
+            The number of different prompts that were computed.
+
+        Raises:
+            OptionError: the last layer is not among the cache's; a bad value.
+            NotCachedError: activations that are not stored.
+            SiteUnavailableError: a model without a head, or one whose head is not read by itself.
+        """
+        asked = Asked(logits=LogitsAsked.checked(positions, top_k, self.cached.extractor.source.vocab_size))
+        with self.cached.session():
+            given = self._sequences(read_prompts(prompts))
+            return compute_results(self.cached, given, asked, batch_size=batch_size, device=device)
+
+    def compute_perplexity_from_cache(
+        self, prompts: Prompt | Iterable[Prompt], device: str | None = None, batch_size: int = 16
+    ) -> int:
+        """Store the perplexity of `prompts` where it is missing, computed from their stored activations of every token
+        in the last layer, as `compute_logits_from_cache` does; the same return value and errors."""
+        asked = Asked(perplexity=True)
+        with self.cached.session():
+            given = self._sequences(read_prompts(prompts))
+            return compute_results(self.cached, given, asked, batch_size=batch_size, device=device)

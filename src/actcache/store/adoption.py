@@ -1,0 +1,152 @@
+"""Files that grew and will grow no more: what they hold becomes segments."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from actcache.store.batches import OpenFile
+from actcache.store.files import OPEN_NAME, is_ours, log, remove, sync_folder
+from actcache.store.growing import GrowingFile
+from actcache.store.index import SpaceIndex
+from actcache.store.merging import (
+    LOCK_WAIT_S,
+    Source,
+    before_writes,
+    drop_duplicates,
+    exclusive,
+    in_order,
+    open_source,
+    overtaken_by_others,
+    replace_segments,
+)
+
+
+def adopt(index: SpaceIndex, lock_folder: Path) -> int:
+    """Make segments of the files whose writers are gone; how many files went. Another process at it: 0, its turn."""
+    index.refresh()
+    with index.lock:
+        if not any(index.opened):
+            return 0
+    with exclusive(lock_folder, index.folder.name) as mine:
+        return adopt_now(index) if mine else 0
+
+
+def adopt_now(index: SpaceIndex) -> int:
+    """`adopt`, for whoever has the space to itself."""
+    index.refresh(force=True)
+    with index.lock:
+        paths = [file.path for file in index.opened]
+    adopted = 0
+    for path in paths:
+        with claimed(path) as mine:
+            adopted += mine and _settled(index, path)
+    return adopted
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether the file that grows at `path` has no writer any more; it gets none while the block runs."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its writer may have finished it in the meantime, or another process done what is to be done.
+            mine = os.path.samestat(os.fstat(fd), os.stat(path))
+        except OSError:
+            mine = False
+        yield mine
+    finally:
+        os.close(fd)
+
+
+def finish(index: SpaceIndex, file: GrowingFile, lock_folder: Path) -> None:
+    """Make a segment of what this process has written to `file`, and close it: where it is if that is mostly filled."""
+    try:
+        sources = _batches(index, file.path)
+        if sources and file.is_well_filled and _may_be_sealed(index, file, sources):
+            _seal(index, file, sources)
+        else:
+            with exclusive(lock_folder, index.folder.name, wait_s=LOCK_WAIT_S) as mine:
+                if mine:
+                    _settled(index, file.path)
+    finally:
+        file.close()
+
+
+def _batches(index: SpaceIndex, path: Path) -> list[Source]:
+    """The batches of a file, oldest first, with all of their prompts."""
+    index.refresh(force=True)
+    with index.lock:
+        numbers = {info.name: number for number, info in index.segments()}
+        held = [batch for file in index.opened if file.path == path for batch in file.batches]
+        return [
+            Source(
+                numbers[b.info.name], b.info, b, np.ones(b.info.prompts, bool), tuple(sorted(index.tombs_of(b.info)))
+            )
+            for b in held
+        ]
+
+
+def _may_be_sealed(index: SpaceIndex, file: GrowingFile, sources: list[Source]) -> bool:
+    # First: what is finished from here on is among the copies that are looked for below.
+    settled = before_writes(index)
+    with index.lock:
+        tombs = [keys for source in sources for keys in index.tombs_of(source.info).values()]
+        # All of it will count as being as new as its last batch, and an unreadable tomb of one batch for all of it.
+        known = all(keys is not None for keys in tombs) and [s.info.name for s in sources] == file.batches
+        return known and settled.issuperset(file.batches) and not overtaken_by_others(index, sources)
+
+
+def _seal(index: SpaceIndex, file: GrowingFile, sources: list[Source]) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        # Tombs of the batches go on counting through `replaces`, since nothing is dropped.
+        info = file.seal({source.info.name: () for source in sources})
+        with index.lock:
+            index.reads.inherit(info, np.concatenate([index.reads.times(source.info) for source in sources]))
+        index.add(info)
+        index.refresh(force=True)
+        log.info("%d batches became %s, with %d prompts", len(sources), index.path(info.name), info.prompts)
+
+
+def _settled(index: SpaceIndex, path: Path) -> bool:
+    """Write what the file at `path` holds as segments, and remove it. Whoever calls has its lock.
+
+    False when it was left, since what of it is live is unknown.
+    """
+    sources = [open_source(index, source.number) for source in _batches(index, path)]
+    known = [source for source in sources if source is not None]
+    if len(known) < len(sources) or not is_ours(path, OPEN_NAME):
+        return False
+    settled = before_writes(index)
+    together = in_order(index, [source for source in known if source.info.name in settled])
+    apart = {source.number for source in known} - {source.number for source in together}
+    if together:
+        drop_duplicates(together)
+        replace_segments(index, together)
+    for source in known:
+        if source.number in apart:
+            replace_segments(index, [source])
+    # Where locks are not seen by every host, its writer may be at work after all.
+    if _count(path) == len(sources):
+        remove(path)
+        with contextlib.suppress(OSError):
+            sync_folder(path.parent)
+    index.refresh(force=True)
+    return True
+
+
+def _count(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        file = OpenFile(path)
+        return len(file.poll())
+    return 0

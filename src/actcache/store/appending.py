@@ -1,0 +1,133 @@
+"""What a writer's thread does with what waits: files that grow for long runs, a segment at once for short ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from actcache.errors import DiskFullError, StoreAccessError
+from actcache.store import adoption, merging
+from actcache.store.files import log
+from actcache.store.growing import GrowingFile
+from actcache.store.index import SpaceIndex
+from actcache.store.records import Records
+
+_SIZES = (16 << 20, 64 << 20, merging.TARGET)
+# A file for fewer batches would rarely be filled.
+_LEAST_BATCHES = 4
+_MOST_FILES = 8
+_ATTEMPTS = 16
+
+
+class Appender:
+    """Stores groups of records in one space, each durable and visible to everyone when `append` returns.
+
+    The first group of a kind becomes a segment; from the second on they go into a file that grows, each with one sync
+    and never to be written again. Such a file becomes a segment when it is full, and when all is finished.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[Sequence[Records]], object],
+        prepare: Callable[[Sequence[Records]], list[Records]],
+        index: Callable[[], SpaceIndex],
+        lock_folder: Path,
+    ) -> None:
+        """`write` makes a segment; `prepare` describes the space, and sees to what its dtype cannot hold."""
+        self._write, self._prepare, self._index, self._lock_folder = write, prepare, index, lock_folder
+        self._known: set[tuple[Any, ...]] = set()
+        self._files: dict[tuple[Any, ...], GrowingFile] = {}
+        self._made: dict[tuple[Any, ...], int] = {}
+        self._can_lock = True
+
+    def append(self, given: Sequence[Records]) -> None:
+        """Store `given`, of one signature, all or nothing."""
+        group = self._prepare(given)
+        signature = group[0].signature
+        size = sum(part.stored_bytes for part in group)
+        # What is larger is not merged in any case.
+        grows = signature in self._known and not group[0].is_scaled and size <= merging.TARGET // 2
+        self._known.add(signature)
+        if not (grows and self._can_lock and self._grown(group, size)):
+            self._write(group)
+            self._merge(merging.MANY)
+
+    def _grown(self, group: list[Records], size: int) -> bool:
+        """Whether `group` was added to a file that grows; False where files cannot be locked."""
+        for _ in range(_ATTEMPTS):
+            file = self._file(group, size)
+            if file is None:
+                return False
+            try:
+                file.add(group)
+            except FileNotFoundError:
+                # Evicted or cleared; what is stored now is not what was meant.
+                self._drop(file)
+                self._prepare(group)
+                continue
+            except BaseException:
+                self._drop(file)
+                raise
+            self._prepare(group)
+            return True
+        return False
+
+    def _file(self, group: list[Records], size: int) -> GrowingFile | None:
+        signature = group[0].signature
+        file = self._files.pop(signature, None)
+        if file is not None and not file.fits(group):
+            self._finish(file)
+            self._merge(merging.MANY)
+            file = None
+        if file is None:
+            if not self._made:
+                # Else they would pile up where every run is killed before its end.
+                self._adopt()
+            made = self._made[signature] = self._made.get(signature, -1) + 1
+            large = next((s for s in _SIZES[made:-1] if s >= _LEAST_BATCHES * size), _SIZES[-1])
+            index = self._index()
+            try:
+                file = GrowingFile(index.folder, index.folder.name, group, large)
+            except (DiskFullError, StoreAccessError):
+                raise
+            except OSError as error:
+                log.debug("files that grow need locks, which there are none of: %s", error)
+                self._can_lock = False
+                return None
+            if len(self._files) == _MOST_FILES:
+                self._finish(self._files.pop(next(iter(self._files))))
+        self._files[signature] = file
+        return file
+
+    def _drop(self, file: GrowingFile) -> None:
+        file.close()
+        self._files = {signature: other for signature, other in self._files.items() if other is not file}
+
+    def finish(self, merge: bool) -> None:
+        """Make segments of the files that grew; with `merge` also of those whose writers are gone, and merge."""
+        while self._files:
+            self._finish(self._files.popitem()[1])
+        if merge:
+            self._adopt()
+            self._merge(merging.FEW)
+
+    def _finish(self, file: GrowingFile) -> None:
+        try:
+            adoption.finish(self._index(), file, self._lock_folder)
+        except OSError as error:
+            # Everything is stored; only not as compactly as could be.
+            log.warning("finishing %s failed, whoever writes next does it: %s", file.path, error)
+
+    def _adopt(self) -> None:
+        try:
+            adoption.adopt(self._index(), self._lock_folder)
+        except OSError as error:
+            log.warning("making segments of what others have left unfinished failed: %s", error)
+
+    def _merge(self, few: int) -> None:
+        try:
+            merging.merge_space(self._index(), self._lock_folder, few=few)
+        except OSError as error:
+            # Everything is stored; only not as compactly as could be.
+            log.warning("merging small segments failed: %s", error)

@@ -1,0 +1,183 @@
+"""Which blocks of a segment are intact: each is read and hashed once per process, whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from actcache.store.container import Tensor
+from actcache.store.mapped import MappedFile
+from actcache.store.records import BLOCK
+
+Ints = npt.NDArray[np.int64]
+Shape = tuple[tuple[int, int], ...]
+Ranges = list[tuple[Ints, Ints]]
+
+_UNKNOWN, _GOOD, _DAMAGED = 0, 1, 2
+# Blocks that are mapped and hashed in one go, and for how many such pieces the disk is asked ahead of that.
+_PIECE, _AHEAD = 8, 32
+
+
+class BlockChecks:
+    """The checksums of a mapped segment, and what is known of its blocks.
+
+    `parts`: for each site the tensors that hold it, its matrix and its scales, in the order of the file; `checksum`
+    uint64, one for each of their blocks; `block_offset` says which rows share scales.
+    """
+
+    def __init__(
+        self,
+        file: MappedFile,
+        parts: Mapping[str, Sequence[Tensor]],
+        checksum: npt.NDArray[np.uint64],
+        block_offset: Ints,
+    ) -> None:
+        self._file = file
+        self._parts = parts
+        self._checksum = checksum
+        self._block_offset = block_offset
+        self._shape: dict[str, Shape] = {}
+        self._first: dict[str, int] = {}
+        first = 0
+        for site, tensors in parts.items():
+            self._shape[site] = tuple((t.shape[1] * t.dtype.itemsize, blocks_of(t)) for t in tensors)
+            self._first[site] = first
+            first += sum(map(blocks_of, tensors))
+        self._state: npt.NDArray[np.uint8] = np.zeros(first, np.uint8)
+        self._clean: set[str] = set()
+
+    def all_good(self, sites: Iterable[str]) -> bool:
+        """Whether every block of all `sites` has been checked and is good."""
+        return self._clean.issuperset(sites)
+
+    def good(self, sites: Sequence[str], starts: Ints, stops: Ints) -> bool:
+        """Whether the rows ``starts[i]:stops[i]`` of all `sites` have been checked and are good; reads nothing."""
+        for shape, alike in self._by_shape(sites).items():
+            blocks = _marked(self._touched(shape, starts, stops), sum(count for _, count in shape))
+            first = np.array([self._first[site] for site in alike])
+            if (self._state[first[:, None] + blocks] != _GOOD).any():
+                return False
+        return True
+
+    def verify(self, sites: Sequence[str], starts: Ints, stops: Ints) -> npt.NDArray[np.bool_]:
+        """Whether the rows ``starts[i]:stops[i]`` of each of `sites` are intact, bool ``[sites, len(starts)]``."""
+        intact = np.ones((len(sites), len(starts)), bool)
+        row = {site: i for i, site in enumerate(sites)}
+        for shape, alike in self._by_shape(s for s in sites if s not in self._clean).items():
+            ranges = self._touched(shape, starts, stops)
+            blocks = _marked(ranges, sum(count for _, count in shape))
+            for site in alike:
+                state = self._check(site, blocks)
+                if (state == _DAMAGED).any():
+                    before = np.zeros(len(state) + 1, np.int64)
+                    np.cumsum(state == _DAMAGED, out=before[1:])
+                    for low, high in ranges:
+                        intact[row[site]] &= before[high] == before[low]
+                elif (state == _GOOD).all():
+                    self._clean.add(site)
+        return intact
+
+    def ask(self, sites: Sequence[str], starts: Ints, stops: Ints, most: int) -> int:
+        """Ask the disk for what `verify` would hash, for up to `most` bytes and a few; how many it was asked for."""
+        asked = 0
+        for shape, alike in self._by_shape(s for s in sites if s not in self._clean).items():
+            blocks = _marked(self._touched(shape, starts, stops), sum(count for _, count in shape))
+            for site in alike:
+                for tensor, mine, _ in self._unknown(site, blocks):
+                    for piece in _pieces(mine):
+                        if asked >= most:
+                            return asked
+                        start, stop = _span(tensor, piece)
+                        self._file.will_need(start, stop)
+                        asked += stop - start
+        return asked
+
+    def damaged(self, site: str) -> Ints:
+        """Numbers of the blocks of `site` that fail their checksum, its scales behind its rows; reads all of it."""
+        state = self._check(site, np.arange(sum(count for _, count in self._shape[site])))
+        return np.flatnonzero(state == _DAMAGED)
+
+    def _by_shape(self, sites: Iterable[str]) -> dict[Shape, list[str]]:
+        """Sites whose blocks hold the same rows, which they do in most segments: what they touch is found once."""
+        found: dict[Shape, list[str]] = {}
+        for site in sites:
+            found.setdefault(self._shape[site], []).append(site)
+        return found
+
+    def _touched(self, shape: Shape, starts: Ints, stops: Ints) -> Ranges:
+        """The blocks that hold these rows, and those that hold their scales: first and one behind the last of each."""
+        ranges, before = [], 0
+        rows = starts, stops
+        for width, count in shape:
+            low = rows[0] * width // BLOCK
+            high = np.maximum(-(-(rows[1] * width) // BLOCK), low)
+            ranges.append((before + low, before + high))
+            before += count
+            if len(shape) > 1:
+                first = np.searchsorted(self._block_offset, starts, "right") - 1
+                rows = first, np.maximum(np.searchsorted(self._block_offset, stops, "left"), first)
+        return ranges
+
+    def _check(self, site: str, blocks: Ints) -> npt.NDArray[np.uint8]:
+        """What is known of the blocks of `site` once those of `blocks` that were not known have been hashed."""
+        for tensor, mine, before in self._unknown(site, blocks):
+            first = self._first[site] + before
+            every = slice(first, first + blocks_of(tensor))
+            pieces = _pieces(mine)
+            for i, piece in enumerate(pieces):
+                for coming in pieces[i + _AHEAD - 1 : i + _AHEAD] if i else pieces[:_AHEAD]:
+                    self._file.will_need(*_span(tensor, coming))
+                self._hash(tensor, piece, self._checksum[every], self._state[every])
+        return self._state_of(site)
+
+    def _state_of(self, site: str) -> npt.NDArray[np.uint8]:
+        first = self._first[site]
+        return self._state[first : first + sum(count for _, count in self._shape[site])]
+
+    def _unknown(self, site: str, blocks: Ints) -> Iterator[tuple[Tensor, Ints, int]]:
+        """Those of `blocks` of `site` that have not been hashed: each tensor, its own, and how many come before it."""
+        wanted = blocks[self._state_of(site)[blocks] == _UNKNOWN]
+        before = 0
+        for tensor in self._parts[site] if len(wanted) else ():
+            count = blocks_of(tensor)
+            yield tensor, wanted[(wanted >= before) & (wanted < before + count)] - before, before
+            before += count
+
+    def _hash(
+        self, tensor: Tensor, blocks: Ints, expected: npt.NDArray[np.uint64], state: npt.NDArray[np.uint8]
+    ) -> None:
+        """Hash neighbouring `blocks` of `tensor`, and note in `state` how they are."""
+        self._file.populate(*_span(tensor, blocks))
+        data, digest = self._file.raw, xxhash.xxh3_64_intdigest
+        for block, checksum in zip(blocks.tolist(), expected[blocks].tolist(), strict=True):
+            start = tensor.start + block * BLOCK
+            right = digest(data[start : min(start + BLOCK, tensor.stop)]) == checksum
+            state[block] = _GOOD if right else _DAMAGED
+
+
+def blocks_of(tensor: Tensor) -> int:
+    """How many blocks a tensor has."""
+    return -(-tensor.nbytes // BLOCK)
+
+
+def _marked(ranges: Ranges, count: int) -> Ints:
+    """The blocks, of `count`, that lie in any of `ranges`."""
+    change = np.zeros(count + 1, np.int64)
+    for low, high in ranges:
+        change += np.bincount(low, minlength=count + 1)
+        change -= np.bincount(high, minlength=count + 1)
+    return np.flatnonzero(np.cumsum(change[:-1]))
+
+
+def _pieces(blocks: Ints) -> list[Ints]:
+    """Ascending `blocks` in runs of neighbours, none longer than `_PIECE`."""
+    runs = np.split(blocks, np.flatnonzero(np.diff(blocks) > 1) + 1)
+    return [run[i : i + _PIECE] for run in runs for i in range(0, len(run), _PIECE)]
+
+
+def _span(tensor: Tensor, blocks: Ints) -> tuple[int, int]:
+    """Where in the file neighbouring blocks of `tensor` begin and end."""
+    return tensor.start + int(blocks[0]) * BLOCK, min(tensor.start + (int(blocks[-1]) + 1) * BLOCK, tensor.stop)

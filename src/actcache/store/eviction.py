@@ -1,0 +1,382 @@
+"""Keeping a store below a size: the coldest segments go, after what was read lately has been copied out of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from actcache.errors import DiskFullError, NewerFormatError
+from actcache.store.adoption import adopt_now
+from actcache.store.files import (
+    OPEN_NAME,
+    SEGMENT_NAME,
+    SPACE_NAME,
+    TOMB_NAME,
+    is_ours,
+    log,
+    remove,
+    sync_folder,
+    translated,
+)
+from actcache.store.index import Mask, SpaceIndex
+from actcache.store.keys import Ints
+from actcache.store.merging import LOCK_WAIT_S, Overtaken, exclusive, open_source, replace_segments, tidy
+from actcache.store.records import SegmentInfo, is_result
+from actcache.store.removal import count_distinct
+from actcache.store.spaces import FILE, drop_if_empty
+from actcache.store.tombs import Keys, is_member, write_tomb
+
+_ROUNDS = 64
+# Segments of which at least this part was invalidated are written anew before anything that is live goes.
+_GARBAGE = 0.25
+# What a segment holds beside its rows, roughly: altogether, for each column, and for each number in a row.
+_HEADER, _PER_COLUMN, _PER_NUMBER = 4 << 10, 512, 16
+
+
+@dataclass(frozen=True)
+class EvictionReport:
+    """What an eviction did.
+
+    Attributes:
+        prompts: different prompts of which something is gone.
+        bytes_freed, bytes_kept: on disk; what was copied to be kept does not count as freed.
+        segments: files that are gone.
+        segments_rewritten: those of them out of which prompts were copied that are kept.
+        limit_bytes: what was to be reached; None where there was no limit and nothing was done.
+        models: prompts gone, by the id of their space.
+    """
+
+    prompts: int
+    bytes_freed: int
+    bytes_kept: int
+    segments: int
+    segments_rewritten: int
+    limit_bytes: int | None
+    models: dict[str, int]
+
+
+class _Victim:
+    """A segment that may go. `heat`: when half of its prompts had been read for the last time, in nanoseconds."""
+
+    def __init__(self, index: SpaceIndex, number: int, info: SegmentInfo, heat: int) -> None:
+        self.index, self.number, self.info, self.heat = index, number, info, heat
+
+    @cached_property
+    def live(self) -> Mask:
+        with self.index.lock:
+            live = self.index.live(self.number)
+        return np.ones(self.info.prompts, bool) if live is None else live
+
+    @cached_property
+    def times(self) -> Ints:
+        with self.index.lock:
+            return self.index.reads.times(self.info)
+
+    @cached_property
+    def nbytes(self) -> Ints:
+        """Roughly what each prompt takes on disk."""
+        with self.index.lock:
+            segment = self.index.open(self.number)
+        if segment is None:
+            return np.zeros(self.info.prompts, np.int64)
+        rows = np.diff(segment.row_offset)
+        return np.asarray(rows * (self.info.size / max(1, int(rows.sum())))).astype(np.int64)
+
+    @property
+    def fixed(self) -> int:
+        """Roughly what a copy takes on disk however few prompts it has."""
+        return _HEADER + sum(_PER_COLUMN + _PER_NUMBER * dim for _, _, dim in self.info.columns)
+
+    def copied(self, threshold: float) -> int:
+        """Roughly what a copy of `hot` takes on disk."""
+        hot = self.hot(threshold)
+        return int(self.nbytes[hot].sum()) + self.fixed if hot.any() else 0
+
+    def hot(self, threshold: float) -> Mask:
+        """Live prompts that were read after `threshold`."""
+        return np.asarray(self.live & (self.times > threshold))
+
+
+class _Eviction:
+    """One run over the spaces of a store."""
+
+    def __init__(self, indexes: Sequence[SpaceIndex], limit: int) -> None:
+        self.indexes = indexes
+        self.limit = limit
+        self.gone: dict[SpaceIndex, list[Keys]] = {}
+        self.segments = self.rewritten = 0
+
+    def run(self) -> EvictionReport:
+        before = self._on_disk()
+        after = before
+        if before > self.limit:
+            for index in self.indexes:
+                with contextlib.suppress(DiskFullError):
+                    adopt_now(index)
+            for work in (self._clear_out_damaged, self._clear_out_garbage):
+                after = self._on_disk()
+                work(after - self.limit)
+            for _ in range(_ROUNDS):
+                after = self._on_disk()
+                if after <= self.limit or not self._round(after):
+                    break
+            self._clear_out_open(self._on_disk() - self.limit)
+            after = self._finish()
+        models = {index.folder.name: count_distinct(keys) for index, keys in self.gone.items()}
+        report = EvictionReport(
+            sum(models.values()), before - after, after, self.segments, self.rewritten, self.limit,
+            {space: n for space, n in models.items() if n},
+        )  # fmt: skip
+        if self.segments:
+            log.info("evicted: %s", report)
+        return report
+
+    def _on_disk(self) -> int:
+        for index in self.indexes:
+            index.refresh(force=True)
+        return sum(bytes_on_disk(index) for index in self.indexes)
+
+    # -- what nobody can read ----------------------------------------------------------------------------
+
+    def _clear_out_damaged(self, need: int) -> None:
+        for index in self.indexes:
+            for name, error in index.refused.items():
+                if need > 0 and not isinstance(error, NewerFormatError) and is_ours(index.path(name), SEGMENT_NAME):
+                    need -= remove(index.path(name))
+                    self.segments += 1
+
+    def _clear_out_garbage(self, need: int) -> None:
+        shares = []
+        for index in self.indexes:
+            with index.lock:
+                for number, info in index.sealed():
+                    live = index.live(number)
+                    dead = 0.0 if live is None else 1 - float(live.mean())
+                    if dead >= _GARBAGE and all(keys is not None for keys in index.tombs_of(info).values()):
+                        shares.append((dead, _Victim(index, number, info, 0)))
+        for _, victim in sorted(shares, key=lambda s: -s[0]):
+            if need > 0:
+                with contextlib.suppress(DiskFullError):
+                    need -= self._take(victim, victim.live)
+
+    # -- what was read longest ago -----------------------------------------------------------------------
+
+    def _round(self, total: int) -> bool:
+        """Take out what should be enough; whether anything went."""
+        victims, threshold = self._choose(total - self.limit)
+        if threshold == -np.inf:
+            kept = self._that_fit(victims, total)
+        else:
+            kept = [victim.hot(threshold) for victim in victims]
+        need = total - self.limit
+        freed = 0
+        postponed = []
+        for victim, mask in zip(victims, kept, strict=True):
+            if freed >= need:
+                break
+            try:
+                freed += self._take(victim, mask)
+            except DiskFullError:
+                # What goes whole makes the room that copying needs.
+                postponed.append((victim, mask))
+        for victim, mask in postponed:
+            if freed >= need:
+                break
+            try:
+                freed += self._take(victim, mask)
+            except DiskFullError:
+                log.warning("no room to copy what was read lately out of %s: all of it goes", victim.info.name)
+                freed += self._take(victim, np.zeros(victim.info.prompts, bool))
+        return freed > 0
+
+    def _choose(self, need: int) -> tuple[list[_Victim], float]:
+        """The coldest segments, as many as it takes, and the time after which what was read in them is kept.
+
+        Minus infinity where all of them must go.
+        """
+        candidates = sorted(self._candidates(), key=lambda c: (c.heat, c.info.created_ns, c.info.name))
+        size = 0
+        for k, candidate in enumerate(candidates[:-1]):
+            size += candidate.info.size
+            if size >= need:
+                threshold = candidates[k + 1].heat
+                chosen = candidates[: k + 1]
+                if size - sum(victim.copied(threshold) for victim in chosen) >= need:
+                    return chosen, threshold
+        return candidates, -np.inf
+
+    def _candidates(self) -> Iterator[_Victim]:
+        for index in self.indexes:
+            with index.lock:
+                medians = index.reads.medians()
+                held = list(index.sealed())
+            for number, info in held:
+                yield _Victim(index, number, info, medians.get(info.name, info.created_ns))
+            for name, error in index.refused.items():
+                if isinstance(error, NewerFormatError):
+                    yield _Newer(index, name)
+
+    def _that_fit(self, victims: Sequence[_Victim], total: int) -> list[Mask]:
+        """Of all that is stored, what was read last and fits below the limit."""
+        room = self.limit - (total - sum(v.info.size for v in victims))
+        kept = [np.zeros(v.info.prompts, bool) for v in victims]
+        if room <= 0 or not victims:
+            return kept
+        owner = np.repeat(np.arange(len(victims)), [v.info.prompts for v in victims])
+        row = np.concatenate([np.arange(v.info.prompts) for v in victims])
+        times = np.concatenate([np.where(v.live, v.times, -1) for v in victims])
+        nbytes = np.concatenate([v.nbytes for v in victims])
+        order = np.lexsort((-row, -times))
+        some, first = np.unique(owner[order], return_index=True)
+        nbytes[order[first]] += [victims[k].fixed for k in some.tolist()]
+        order = order[(np.cumsum(nbytes[order]) <= room) & (times[order] >= 0)]
+        for k, mask in enumerate(kept):
+            mask[row[order[owner[order] == k]]] = True
+        return kept
+
+    def _take(self, victim: _Victim, keep: Mask) -> int:
+        """Remove a segment, `keep` of it copied to a new one before; the bytes that makes free."""
+        index, info = victim.index, victim.info
+        lost = victim.live & ~keep
+        written = 0
+        if keep.any():
+            source = open_source(index, victim.number, keep)
+            if source is not None:
+                lost = victim.live & ~source.keep
+                made = None
+                with contextlib.suppress(Overtaken):
+                    made = replace_segments(index, [source])
+                written = made.size if made is not None else 0
+                self.rewritten += made is not None
+        index.forget(info.name)
+        remove(index.path(info.name))
+        self.segments += 1
+        if lost.any():
+            self.gone.setdefault(index, []).append(info.prompt_key[lost])
+        return info.size - written
+
+    def _clear_out_open(self, need: int) -> None:
+        """Where all else does not do, also what is being written; its writer notices and goes on in another file."""
+        files = [(index, file) for index in self.indexes for file in index.opened]
+        for index, file in sorted(files, key=lambda f: max((b.info.created_ns for b in f[1].batches), default=0)):
+            if need > 0 and is_ours(file.path, OPEN_NAME):
+                with index.lock:
+                    keys = [b.info.prompt_key for b in file.batches]
+                need -= _allocated(file.path.stat())
+                remove(file.path)
+                self.segments += 1
+                if keys:
+                    self.gone.setdefault(index, []).append(np.concatenate(keys))
+
+    # -- afterwards --------------------------------------------------------------------------------------
+
+    def _finish(self) -> int:
+        for index in self.gone:
+            with contextlib.suppress(DiskFullError):
+                self._drop_derived(index, np.concatenate(self.gone[index]))
+        for index in self.indexes:
+            index.refresh(force=True)
+            tidy(index)
+            with contextlib.suppress(OSError):
+                drop_if_empty(index.folder)
+                sync_folder(index.folder)
+        return self._on_disk()
+
+    def _drop_derived(self, index: SpaceIndex, keys: Keys) -> None:
+        """What was computed from prompts goes with the last copy of what it was computed from."""
+        index.refresh(force=True)
+        with index.lock:
+            groups = index.all_groups()
+            derived = [number for g in groups if _is_derived(g.sites) for number in g.members]
+            if not derived:
+                return
+            for group in groups:
+                if not _is_derived(group.sites):
+                    keys = keys[index.find(group, "token", keys)[0] < 0]
+            hits = []
+            for number in derived:
+                info, live = index.info(number), index.live(number)
+                if info is not None:
+                    hit = is_member(info.prompt_key, keys)
+                    hits.append((number, info, hit if live is None else hit & live))
+        for number, info, hit in hits:
+            if hit.all() and info.name not in index.opened:
+                self._take(_Victim(index, number, info, 0), ~hit)
+            elif hit.any():
+                with translated(index.folder):
+                    write_tomb(index.folder, info.name, info.prompt_key[hit])
+
+
+class _Newer(_Victim):
+    """A segment that a later version has written: nothing is known of it but its size and age."""
+
+    def __init__(self, index: SpaceIndex, name: str) -> None:
+        size = age = 0
+        with contextlib.suppress(OSError):
+            status = index.path(name).stat()
+            size, age = status.st_size, status.st_mtime_ns
+        nothing: npt.NDArray[np.uint8] = np.empty((0, 16), np.uint8)
+        info = SegmentInfo(name, index.folder.name, "", (), 0, 0, size, age, "", {}, nothing, nothing)
+        super().__init__(index, -1, info, age)
+
+    live = cached_property(lambda self: np.empty(0, bool))
+    times = cached_property(lambda self: np.empty(0, np.int64))
+    nbytes = cached_property(lambda self: np.empty(0, np.int64))
+
+
+def _is_derived(sites: frozenset[str]) -> bool:
+    return all(map(is_result, sites))
+
+
+def evict(indexes: Sequence[SpaceIndex], lock_folder: Path, limit: int) -> EvictionReport:
+    """Bring the bytes on disk below `limit`: what was read longest ago goes first.
+
+    What other processes have mapped stays readable for them. Needs room for a copy of the part of one segment that was
+    read lately; where a full disk has none, that part goes, too.
+    """
+    ordered = sorted(indexes, key=lambda index: index.folder.name)
+    with contextlib.ExitStack() as stack:
+        for index in ordered:
+            stack.enter_context(exclusive(lock_folder, index.folder.name, wait_s=LOCK_WAIT_S))
+        return _Eviction(ordered, limit).run()
+
+
+def space_folders(root: Path) -> list[str]:
+    """The names of all spaces, described or not."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(root) as entries:
+        return sorted(e.name for e in entries if SPACE_NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
+    return []
+
+
+def bytes_on_disk(index: SpaceIndex) -> int:
+    """Bytes of the files of ours in a space's folder; of those that grow what is in them, of unfinished ones none."""
+    known = {info.name for _, info in index.segments()}
+    total = 0
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(index.folder) as entries:
+        for entry in entries:
+            segment = SEGMENT_NAME.fullmatch(entry.name)
+            if OPEN_NAME.fullmatch(entry.name) and is_ours(index.folder / entry.name, OPEN_NAME):
+                with contextlib.suppress(FileNotFoundError):
+                    total += _allocated(entry.stat(follow_symlinks=False))
+                continue
+            mine = (
+                entry.name[:32] in known or is_ours(index.folder / entry.name, SEGMENT_NAME)
+                if segment
+                else (TOMB_NAME.fullmatch(entry.name) or entry.name == FILE)
+            )
+            if mine:
+                with contextlib.suppress(FileNotFoundError):
+                    total += entry.stat(follow_symlinks=False).st_size
+    return total
+
+
+def _allocated(status: os.stat_result) -> int:
+    """What a file takes on disk that may have holes."""
+    return min(status.st_size, 512 * status.st_blocks)

@@ -1,0 +1,112 @@
+"""What a store says of itself: spaces, prompts, sizes, statistics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from actcache import config
+from actcache.store import reports
+from actcache.store.eviction import bytes_on_disk
+from actcache.store.index import SpaceIndex
+from actcache.store.prompts import PromptTable
+from actcache.store.records import TOKENS
+from actcache.store.reports import CachedPromptInfo, CacheInfo
+from actcache.store.spaces import SpaceInfo, list_spaces
+from actcache.store.statistics import Moments
+from actcache.store.summaries import SiteSummary, summarise
+from actcache.store.variants import by_preference, variant_names
+
+
+class Inspection(ABC):
+    """The part of `Store` that describes; nothing here changes anything."""
+
+    location: Path
+    root: Path
+
+    @property
+    @abstractmethod
+    def limit(self) -> config.Setting:
+        """The size limit in force, in bytes (None: no limit), and where it comes from."""
+
+    @abstractmethod
+    def _index(self, space: str) -> SpaceIndex: ...
+
+    @abstractmethod
+    def _space(self, space: str | SpaceInfo) -> str: ...
+
+    def spaces(self) -> list[SpaceInfo]:
+        """Every space, oldest first, with its number of prompts and its size on disk."""
+        return [self._measured(space) for space in list_spaces(self.root)]
+
+    def _measured(self, space: SpaceInfo) -> SpaceInfo:
+        index = self._index(space.space)
+        index.refresh()
+        return replace(space, num_prompts=reports.count_prompts(index), size_bytes=bytes_on_disk(index))
+
+    def prompts(self, space: str | SpaceInfo, *, site: str | None = None, layout: str | None = None) -> PromptTable:
+        """The distinct prompts of a space (those that have `site` and `layout`, where given), oldest first."""
+        return reports.stored_prompts(self._index(self._space(space)), site, layout)
+
+    def imports_of(self, model_name: str) -> list[tuple[str, list[str]]]:
+        """The spaces imported under a model's name, newest first, each with the text contexts it has."""
+        found = [s for s in list_spaces(self.root) if s.imported and s.model_name == model_name]
+        indexes = [(space.space, self._index(space.space)) for space in by_preference(found)]
+        for _, index in indexes:
+            index.refresh()
+        return [(space, index.contexts()) for space, index in indexes]
+
+    def find_prompt(self, space: str | SpaceInfo, prompt: Any) -> PromptTable | None:
+        """One stored prompt, given as text, token ids or chat, as a table of its own; None when it is not there."""
+        return reports.find_prompt(self._index(self._space(space)), prompt)
+
+    def sites_of(self, space: str | SpaceInfo, prompt: PromptTable) -> dict[str, list[str]]:
+        """The sites at which the first prompt of a table is stored, by layout."""
+        found = reports.sites_of(self._index(self._space(space)), prompt.token_key[:1])
+        return {layout: sorted(sites, key=reports.site_order) for layout, sites in sorted(found.items())}
+
+    def info(self) -> CacheInfo:
+        """What the store holds: one `ModelCacheInfo` per space, sizes, times."""
+        spaces = self.spaces()
+        names = variant_names(spaces)
+        models, created = [], []
+        for space in spaces:
+            infos = [info for _, info in self._index(space.space).segments()]
+            models.append(reports.describe_model(space, infos, names[space.space]))
+            created += [info.created_ns / 1e9 for info in infos]
+        return CacheInfo(
+            self.location,
+            sum(s.size_bytes for s in spaces),
+            models,
+            min(created, default=None),
+            max(created, default=None),
+            self.limit.value,
+        )
+
+    def discover(self, model_name: str, prompt: Any) -> CachedPromptInfo | None:
+        """What is stored for one prompt (text, token ids or chat) of a model, None when nothing.
+
+        The newest variant of the model as it is is described, all are listed.
+        """
+        holding, answers = [], []
+        for space in by_preference([s for s in list_spaces(self.root) if s.model_name == model_name]):
+            found = reports.describe_prompt(self._index(space.space), prompt)
+            if found is not None:
+                holding.append(self._measured(space))
+                answers.append(found)
+        if not holding:
+            return None
+        return reports.prompt_info(*(({}, None) if holding[0].edits else answers[0]), holding)
+
+    def statistics(self, space: str | SpaceInfo, site: str, *, pooling: str | None = None) -> Moments:
+        """Count, mean and spread of every dimension of a site, over all live prompts of the space.
+
+        Exact, and without reading data except where prompts are tombed or stored twice.
+        """
+        return reports.statistics(self._index(self._space(space)), site, pooling or TOKENS)
+
+    def summaries(self, space: str | SpaceInfo) -> list[SiteSummary]:
+        """Of every site of a space, in every layout: rows, size, statistics, and what storing changed."""
+        return summarise(self._index(self._space(space)))

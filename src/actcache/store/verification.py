@@ -1,0 +1,313 @@
+"""Is everything that is stored intact? And putting right what is not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from actcache.errors import FormatError, NewerFormatError
+from actcache.store.adoption import adopt_now
+from actcache.store.batches import OpenFile
+from actcache.store.catalog import Catalog
+from actcache.store.eviction import space_folders
+from actcache.store.files import (
+    OPEN_NAME,
+    SEGMENT_NAME,
+    SPACE_FILE,
+    TOMB_NAME,
+    TRANSIENT,
+    is_ours,
+    log,
+    remove,
+    sweep,
+    translated,
+)
+from actcache.store.index import SpaceIndex
+from actcache.store.mapping import Segment
+from actcache.store.merging import LOCK_WAIT_S, Overtaken, exclusive, open_source, replace_segments
+from actcache.store.records import SegmentInfo
+from actcache.store.segment import blocks_of, problems_of_keys, rows_of_blocks
+from actcache.store.spaces import FILE, SpaceInfo, holds_segments, read_space, recovered_space, write_space
+from actcache.store.tombs import read_tomb, write_tomb
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something wrong.
+
+    Attributes:
+        segment: the file, from the store's folder; "index" for this host's index.
+        site: whose vectors are damaged; None when it is not about vectors.
+        rows: the rows of that site which lie in damaged blocks.
+        reason: in words.
+        repaired: whether it has been put right: what is damaged is gone, and will be computed again when asked for.
+    """
+
+    segment: str
+    site: str | None
+    rows: list[int]
+    reason: str
+    repaired: bool = False
+
+
+@dataclass
+class VerifyReport:
+    """What a verification found.
+
+    Attributes:
+        segments, blocks, tombs: how many were read and checked.
+        damaged: what is wrong with them; empty when all is well.
+        newer: files that only a later actcache can read; nothing is said of them, and nothing is done to them.
+    """
+
+    segments: int = 0
+    blocks: int = 0
+    tombs: int = 0
+    damaged: list[Damage] = field(default_factory=list)
+    newer: list[str] = field(default_factory=list)
+
+    @property
+    def repaired(self) -> int:
+        """How much of what was wrong has been put right."""
+        return sum(damage.repaired for damage in self.damaged)
+
+    @property
+    def ok(self) -> bool:
+        """Whether all is well now."""
+        return self.repaired == len(self.damaged)
+
+
+class _Space:
+    """One space under verification."""
+
+    def __init__(self, location: Path, index: SpaceIndex, report: VerifyReport) -> None:
+        self.location, self.index, self.report = location, index, report
+        self.folder = index.folder
+        self.unreadable: dict[Path, str] = {}
+        """Files to remove: segments, then tombs."""
+        self.rotten: set[str] = set()
+        """Segments of which some rows are damaged."""
+        self.left: dict[Path, str] = {}
+        """Files that we may not touch."""
+        self.blocks: list[tuple[str, str, list[int]]] = []
+        self.batches: list[tuple[Path, str | None, list[int], str]] = []
+        """What is wrong in files that grow."""
+
+    def check(self) -> None:
+        sweep(self.folder)
+        names = self._names()
+        for name in sorted(names):
+            path = self.folder / name
+            with contextlib.suppress(FileNotFoundError):
+                if SEGMENT_NAME.fullmatch(name):
+                    self._segment(path)
+                elif OPEN_NAME.fullmatch(name):
+                    self._open(path)
+                elif TOMB_NAME.fullmatch(name):
+                    self._tomb(path)
+
+    def _names(self) -> set[str]:
+        with contextlib.suppress(FileNotFoundError):
+            return {path.name for path in self.folder.iterdir()}
+        return set()
+
+    def _segment(self, path: Path) -> None:
+        try:
+            segment = Segment(path)
+        except NewerFormatError:
+            self.report.newer.append(self._named(path))
+            return
+        except (FormatError, OSError) as error:
+            self._refused(path, error, is_ours(path, SEGMENT_NAME))
+            return
+        self.report.segments += 1
+        if segment.info.space != self.folder.name:
+            self.left[path] = f"it belongs to space {segment.info.space}: move it there, or delete it"
+            return
+        self.report.blocks += blocks_of(segment)
+        wrong = list(problems_of_keys(segment))
+        if wrong:
+            self.unreadable[path] = "; ".join(wrong)
+            return
+        for site in segment.info.sites:
+            damaged = segment.checks.damaged(site)
+            if len(damaged):
+                self.rotten.add(segment.info.name)
+                self.blocks.append((segment.info.name, site, rows_of_blocks(segment, site, damaged).tolist()))
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = OpenFile(path)
+        except NewerFormatError:
+            self.report.newer.append(self._named(path))
+            return
+        except (FormatError, OSError) as error:
+            self._refused(path, error, is_ours(path, OPEN_NAME))
+            return
+        self.report.segments += 1
+        space = file.metadata.get("space")
+        if space != self.folder.name:
+            self.left[path] = f"it belongs to space {space}: move it there, or delete it"
+            return
+        file.poll()
+        self.batches += [(path, None, [], reason) for reason in file.damage.values()]
+        for batch in file.batches:
+            self.report.blocks += blocks_of(batch)
+            self.batches += [(path, None, [], reason) for reason in problems_of_keys(batch)]
+            for site in batch.info.sites:
+                damaged = batch.checks.damaged(site)
+                if len(damaged):
+                    rows = batch.stop - batch.info.rows + rows_of_blocks(batch, site, damaged)
+                    self.batches.append((path, site, rows.tolist(), "checksums do not match"))
+
+    def _tomb(self, path: Path) -> None:
+        try:
+            read_tomb(path)
+            self.report.tombs += 1
+        except NewerFormatError:
+            self.report.newer.append(self._named(path))
+        except (FormatError, OSError) as error:
+            self._refused(path, error, is_ours(path, TOMB_NAME))
+
+    def _refused(self, path: Path, error: Exception, ours: bool) -> None:
+        if isinstance(error, OSError) and (isinstance(error, FileNotFoundError) or error.errno in TRANSIENT):
+            raise error
+        reason = str(error).removeprefix(f"{path}: ")
+        if ours:
+            self.unreadable[path] = reason
+        else:
+            self.left[path] = f"{reason}; it does not begin as a file of ours does: delete it yourself if you know it"
+
+    def repair(self, wanted: bool, lock_folder: Path) -> None:
+        """Note what is wrong; where `wanted`, put it right first."""
+        done = False
+        if wanted and (self.unreadable or self.rotten or self.batches):
+            with exclusive(lock_folder, self.folder.name, wait_s=LOCK_WAIT_S), translated(self.folder):
+                self._drop_buried()
+                for path in self.unreadable:
+                    remove(path)
+                self._rewrite()
+                if self.batches:
+                    adopt_now(self.index)
+            done = True
+        damaged = [Damage(self._named(path), None, [], reason, done) for path, reason in self.unreadable.items()]
+        damaged += [Damage(self._named(path), None, [], reason) for path, reason in self.left.items()]
+        damaged += [
+            Damage(self._named(self.index.path(name)), site, rows, "checksums do not match", done)
+            for name, site, rows in self.blocks
+        ]
+        for path, site, rows, reason in self.batches:
+            gone = done and not path.exists()
+            if wanted and not gone:
+                reason += "; it is being written: repair it when its writer has finished"
+            damaged.append(Damage(self._named(path), site, rows, reason, gone))
+        self.report.damaged += damaged
+
+    def _drop_buried(self) -> None:
+        """Segments of which an unreadable tomb names nobody knows what: all of them counts as gone already."""
+        self.index.refresh(force=True)
+        for _, info in list(self.index.segments()):
+            if any(keys is None for keys in self.index.tombs_of(info).values()):
+                log.info("repair: removing %s, a tomb of which cannot be read", info.name)
+                if info.name in self.index.opened:
+                    write_tomb(self.folder, info.name, info.prompt_key)
+                else:
+                    remove(self.index.path(info.name))
+                self.rotten.discard(info.name)
+
+    def _rewrite(self) -> None:
+        self.index.refresh(force=True)
+        for number, info in list(self.index.segments()):
+            if info.name in self.rotten:
+                source = open_source(self.index, number)
+                if source is not None:
+                    with contextlib.suppress(Overtaken):
+                        replace_segments(self.index, [source])
+
+    def description(self, known: SpaceInfo | None, repair: bool) -> None:
+        """Check space.json, and write it again where its content is `known`, or told by a segment."""
+        path = self.folder / FILE
+        try:
+            read_space(self.folder)
+            return
+        except FileNotFoundError:
+            if not holds_segments(self.folder):
+                return
+            reason = "there is no description of the space"
+        except NewerFormatError:
+            self.report.newer.append(self._named(path))
+            return
+        except (FormatError, OSError) as error:
+            reason = str(error).removeprefix(str(path)).strip()
+        repaired = False
+        if repair:
+            with translated(self.location):
+                if is_ours(path, SPACE_FILE):
+                    remove(path)
+                known = known or recovered_space(self.folder)
+                if known is not None and not path.exists():
+                    write_space(self.folder.parent, known)
+                    repaired = True
+        if not repaired:
+            listed = "" if recovered_space(self.folder) else ", but not listed"
+            reason += f" (its prompts are found{listed}): what is stored next for its model describes it again"
+        self.report.damaged.append(Damage(self._named(path), None, [], reason, repaired))
+
+    def _named(self, path: Path) -> str:
+        return str(path.relative_to(self.location))
+
+
+def verify(
+    location: Path, root: Path, catalog: Catalog, known: Mapping[str, SpaceInfo], *, repair: bool
+) -> VerifyReport:
+    """Read and check every block, key, tomb, description and row of the index of the store at `location`."""
+    report = VerifyReport()
+    for name in space_folders(root):
+        # An index of its own: what this process has verified before may have been damaged since.
+        space = _Space(location, SpaceIndex(root / name, catalog), report)
+        space.check()
+        report.damaged += _index(root / name, catalog, repair)
+        space.repair(repair, catalog.path.parent)
+        space.description(known.get(name), repair)
+    return report
+
+
+def _index(folder: Path, catalog: Catalog, repair: bool) -> Iterator[Damage]:
+    """Rows of the index that say something else than the segments do."""
+    wrong = []
+    for row in catalog.load(folder.name):
+        with contextlib.suppress(FormatError, OSError):
+            info = Segment(folder / f"{row.name}.safetensors").info
+            if not _same(row, info):
+                wrong.append(row.name)
+    if repair and wrong:
+        catalog.record(folder.name, [], wrong)
+    for name in wrong:
+        yield Damage("index", None, [], f"the row of segment {name} does not fit the segment", repair)
+
+
+def _same(row: SegmentInfo, info: SegmentInfo) -> bool:
+    plain = all(
+        getattr(row, name) == getattr(info, name)
+        for name in ("space", "layout", "columns", "prompts", "rows", "size", "created_ns", "text_context")
+    )
+    keys = all(np.array_equal(getattr(row, name), getattr(info, name)) for name in ("prompt_key", "text_key"))
+    return plain and keys and json.dumps(dict(row.replaces)) == json.dumps(dict(info.replaces))
+
+
+def in_words(report: VerifyReport) -> Sequence[str]:
+    """The lines that a person reads."""
+    lines = [f"{report.segments:,} segments, {report.blocks:,} blocks, {report.tombs:,} tombs read."]
+    for damage in report.damaged:
+        about = f" {damage.site}, {len(damage.rows):,} rows" if damage.site else ""
+        lines.append(f"{'repaired' if damage.repaired else 'DAMAGED'}: {damage.segment}{about}: {damage.reason}")
+    lines += [f"newer: {name}: install a newer actcache to read it" for name in report.newer]
+    lines.append(
+        "everything is intact." if not report.damaged else f"{report.repaired} of {len(report.damaged)} repaired."
+    )
+    return lines

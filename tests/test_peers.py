@@ -1,0 +1,24 @@
+"""The environment in which slow tests compare with other libraries."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import actcache as ac
+from conftest import Peers
+
+MAKEFILE = Path(__file__).parents[1] / "Makefile"
+
+
+@pytest.mark.slow
+def test_the_peers_are_those_of_the_makefile_and_live_beside_this_package(peers: Peers) -> None:
+    (line,) = re.findall(r"^PEERS \?= (.*)$", MAKEFILE.read_text(), re.MULTILINE)
+    pinned = dict(requirement.split("==") for requirement in line.split())
+    found = json.loads(peers.run("installed.py").splitlines()[-1])
+    assert found["actcache"] == ac.__version__
+    assert found["transformers"].startswith("5.")
+    assert {name: found[name] for name in pinned} == pinned

@@ -1,0 +1,114 @@
+"""Statistics of a store against numpy in float64, through duplicates, tombs, merges, dtypes and layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from actcache.config import STORAGE_DTYPES
+from actcache.errors import NotCachedError
+from actcache.store import segment
+from actcache.store.prompts import PromptTable
+from actcache.store.records import Records
+from actcache.store.statistics import Moments, as_float
+from actcache.store.store import Store
+from store_helpers import make_table, segment_files
+
+SITE = "resid_post.0"
+
+
+def new_store(folder: Path, dtype: str | None) -> tuple[Store, str]:
+    store = Store(folder / "store", dtype=dtype, index_dir=folder / "index")
+    return store, store.open_space({"weights": "abc"}, {"model_name": "org/model"})
+
+
+def same_as_numpy(found: Moments, rows: np.ndarray) -> None:
+    exact = rows.astype(np.float64)
+    assert found.count == len(exact)
+    spread = exact.std(axis=0)
+    np.testing.assert_allclose(found.mean, exact.mean(axis=0), rtol=0, atol=1e-6 * spread.max(initial=1e-30))
+    np.testing.assert_allclose(found.variance, spread**2, rtol=1e-5, atol=1e-7 * spread.max(initial=0) ** 2)
+    assert found.mean_norm == pytest.approx(np.linalg.norm(exact, axis=1).mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["last_token", "tokens"])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_happened_the_statistics_are_those_of_what_is_read(
+    tmp_path_factory: Any, layout: str, data: st.DataObject
+) -> None:
+    dtype = data.draw(st.sampled_from([None, *STORAGE_DTYPES]))
+    store, space = new_store(tmp_path_factory.mktemp("store"), dtype)
+    alive: set[int] = set()
+    for step in range(data.draw(st.integers(1, 4))):
+        numbers = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=20))
+        table = make_table(numbers)
+        rows = len(table) if layout != "tokens" else int(table.token_offset[-1])
+        rng = np.random.default_rng(step)
+        matrix = (rng.standard_normal((rows, 5)) * [1, 100, 1e-3, 1, 1] + [0, 5, 0, -300, 1]).astype(np.float32)
+        make = (
+            Records.tokens(table, {SITE: matrix})
+            if layout == "tokens"
+            else Records.pooled(table, layout, {SITE: matrix})
+        )
+        store.append(space, make)
+        alive |= set(numbers)
+        gone = data.draw(st.lists(st.sampled_from(sorted(alive)), max_size=4)) if alive else []
+        if gone:
+            store.invalidate(space, make_table(sorted(set(gone))))
+            alive -= set(gone)
+        if data.draw(st.booleans()):
+            store.merge(space)
+    if not alive:
+        return
+    place = store.locate(space, table=make_table(sorted(alive)), sites=[SITE], layout=layout)
+    read = np.concatenate([as_float(place.rows(i)[0]) for i in range(len(alive))])
+    same_as_numpy(store.statistics(space, SITE, pooling=None if layout == "tokens" else layout), read)
+
+
+def test_statistics_of_whole_segments_read_no_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, space = new_store(tmp_path, "int8")
+    for start in range(0, 400, 100):
+        table = make_table(range(start, start + 100))
+        store.append(
+            space,
+            Records.pooled(
+                table, "mean", {SITE: np.random.default_rng(start).standard_normal((100, 8)).astype(np.float32)}
+            ),
+        )
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("vectors were read")
+
+    monkeypatch.setattr(segment.Segment, "matrix", refuse)
+    assert store.statistics(space, SITE, pooling="mean").count == 400
+    with pytest.raises(NotCachedError):
+        store.statistics(space, "embed")
+
+
+def test_validate_holds_moments_and_scales_against_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
+    table = PromptTable.build([[i] for i in range(300)])
+    store, space = new_store(tmp_path / "right", "int8")
+    store.append(space, Records.pooled(table, "mean", {SITE: rows}))
+    assert segment.validate(segment_files(store, space)[0]) == []
+
+    update = Moments.update
+    for wrong in ("mean", "m2"):
+
+        def spoiled(self: Moments, rows: np.ndarray, wrong: str = wrong) -> None:
+            update(self, rows)
+            getattr(self, wrong)[3] += 0.1 * self.count
+
+        store, space = new_store(tmp_path / wrong, "int8")
+        with monkeypatch.context() as patch:
+            patch.setattr(Moments, "update", spoiled)
+            store.append(space, Records.pooled(table, "mean", {SITE: rows}))
+        (problem,) = segment.validate(segment_files(store, space)[0])
+        assert "moments" in problem
+        assert "column 3" in problem
