@@ -82,14 +82,18 @@ def reported(pipe: int) -> list[int]:
 
 
 def look(store: Store, space: str, stored: list[int], started: int, *, complete: bool) -> None:
-    """Every read is right or a miss; what was reported is there: all of it where `complete`, else what came last."""
+    """Every read is right or a miss; what was reported is there: all of it where `complete`, else what came last.
+
+    A life that ended before it reported anything may have evicted all that the lives before it had stored.
+    """
     asked = sorted({i for batch in [*stored, *range(started, started + 60)] for i in numbers_of(batch)})
     found = check_pooled(store, space, asked)
     must = {i for batch in stored for i in numbers_of(batch)}
     if not complete:
         # Of the last batch of all the first prompt may be invalidated, and the last one by the batch after it.
-        must = set(numbers_of(stored[-1])[1:-1]) if stored else set()
-    assert all(f for i, f in zip(asked, found, strict=True) if i in must), (stored[-1:], found)
+        must = set(numbers_of(stored[-1])[1:-1]) if stored and stored[-1] >= started else set()
+    missing = [i for i, f in zip(asked, found, strict=True) if i in must and not f]
+    assert not missing, (started, stored[-1:], missing)
     table = make_table(asked)
     place = store.locate(space, table=table, sites=SITES, layout="tokens")
     tokens = {i for batch in stored if batch % 3 == 0 for i in numbers_of(batch)}
