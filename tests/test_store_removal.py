@@ -305,9 +305,10 @@ def test_damaged_rows_are_dropped_not_copied(tmp_path: Path, caplog: pytest.LogC
     file.write_bytes(raw)
     fresh = Store(store.location, index_dir=tmp_path / "i2")
     fresh.merge(space)
-    assert "1 damaged prompts are dropped" in caplog.text
+    assert f"{SITES[1]} of 1 prompts is damaged, and dropped" in caplog.text
     assert check_pooled(fresh, space, [1, 2, 3]).tolist() == [True, False, True]
-    assert [segment.validate(p) for p in segment_files(store, space)] == [[]]
+    assert check_pooled(fresh, space, [1, 2, 3], SITES[:1]).all()
+    assert [segment.validate(p) for p in segment_files(store, space)] == [[], []]
 
 
 def test_merging_needs_memory_for_the_prompts_only(tmp_path: Path) -> None:

@@ -85,9 +85,12 @@ def test_damaged_rows_are_named_and_dropped(tmp_path: Path) -> None:
     assert segment_path(store, sound).exists()
     assert store.verify().damaged == []
     fresh = reopened(tmp_path, "other")
-    found = fresh.contains(space, make_table(range(100)), SITES[0], pooling="last_token")
     kept = np.setdiff1d(np.arange(100), damage.rows)
-    assert np.flatnonzero(found).tolist() == kept.tolist()
+    for site, left in zip(SITES, (np.arange(100), kept), strict=True):
+        found = fresh.contains(space, make_table(range(100)), site, pooling="last_token")
+        assert np.flatnonzero(found).tolist() == left.tolist()
+        place = fresh.locate(space, table=make_table(left.tolist()), sites=[site], layout="last_token")
+        np.testing.assert_array_equal(place.take()[:, 0], data[site][left])
     place = fresh.locate(space, table=make_table(kept.tolist()), sites=SITES, layout="last_token")
     np.testing.assert_array_equal(place.take(), np.stack([data[s][kept] for s in SITES], 1))
 
@@ -256,7 +259,8 @@ def test_damage_since_it_was_last_looked_at_is_found(tmp_path: Path) -> None:
     report = store.verify(repair=True)
     assert [(d.site, d.rows) for d in report.damaged] == [(SITES[1], list(range(10)))]
     assert not check_pooled(store, space, range(10)).any()
-    assert segment_files(store, space) == []
+    assert check_pooled(store, space, range(10), SITES[:1]).all()
+    assert len(segment_files(store, space)) == 1
 
 
 def test_validate_looks_at_what_no_checksum_covers(tmp_path: Path) -> None:
@@ -302,8 +306,11 @@ def test_the_verb_and_the_function(tmp_path: Path, capsys: pytest.CaptureFixture
     found = json.loads(capsys.readouterr().out)
     assert (found["ok"], found["repaired"], found["segments"]) == (False, 0, 1)
     assert found["damaged"][0]["site"] == SITES[1]
+    assert (found["lost"], found["lost_prompts"], found["lost_sites"]) == (10, 10, {SITES[1]: 10})
     assert run(["verify", *where]) == 1
-    assert f"DAMAGED: v1/{space}/{path.name} {SITES[1]}, 10 rows" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"DAMAGED: v1/{space}/{path.name} {SITES[1]}, 10 rows" in shown
+    assert f"lost: 10 activations of 10 prompts ({SITES[1]} of 10); all else is intact." in shown
     assert run(["verify", "--repair", *where]) == 0
     assert "1 of 1 repaired" in capsys.readouterr().out
     ac.set_cache_backend(store.location)

@@ -125,10 +125,11 @@ def _settled(index: SpaceIndex, path: Path) -> bool:
     """
     sources = [open_source(index, source.number) for source in _batches(index, path)]
     known = [source for source in sources if source is not None]
+    intact = [source for source in known if not source.remnants]
     if len(known) < len(sources) or not is_ours(path, OPEN_NAME):
         return False
     settled = before_writes(index)
-    together = in_order(index, [source for source in known if source.info.name in settled])
+    together = in_order(index, [source for source in intact if source.info.name in settled])
     apart = {source.number for source in known} - {source.number for source in together}
     if together:
         drop_duplicates(together)

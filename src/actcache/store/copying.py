@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from actcache.store.casting import Piece
+from actcache.store.casting import CastError, Piece
+from actcache.store.dtypes import is_scaled
 from actcache.store.keys import Ints
 from actcache.store.mapping import Segment
 from actcache.store.statistics import Moments, as_float, is_float
@@ -17,18 +18,22 @@ Source = tuple[Segment, npt.NDArray[np.bool_]]
 """A segment, and which of its prompts are kept."""
 
 
-def copied(sources: Sequence[Source]) -> tuple[list[Column], Ints]:
-    """The columns of a segment that holds the kept prompts of `sources`, and its `block_offset`.
+def copied(sources: Sequence[Source], sites: Sequence[str], told: Container[str] = ()) -> tuple[list[Column], Ints]:
+    """The columns of a segment that holds the kept prompts of `sources` at `sites`, and its `block_offset`.
 
-    The sources agree in signature. Rows that shared a scale go on sharing it, however many of them are left: codes and
-    scales are copied, so that what is read is the same bit for bit after any number of merges.
+    What storing changed at sites that are `told` is left out: another part of the same segments keeps it. The sources
+    agree in signature. Rows that shared a scale go on sharing it, however many of them are left: codes and scales are
+    copied, so that what is read is the same bit for bit after any number of merges.
     """
     first = sources[0][0]
-    sizes = [np.diff(_edges(blocks)) for blocks in (_block_of_rows(s) for s in sources) if len(blocks)]
+    chosen = [column for column in first.info.columns if column[0] in sites]
+    scaled = any(is_scaled(code) for _, code, _ in chosen)
+    blocks = [_block_of_rows(source) for source in sources] if scaled else []
+    sizes = [np.diff(_edges(of_rows)) for of_rows in blocks if len(of_rows)]
     offset = np.zeros(1 + sum(map(len, sizes)), np.int64)
     if sizes:
         np.cumsum(np.concatenate(sizes), out=offset[1:])
-    return [Column(site, code, dim, _pieces(sources, site)) for site, code, dim in first.info.columns], offset
+    return [Column(site, code, dim, _pieces(sources, site, site in told)) for site, code, dim in chosen], offset
 
 
 def _block_of_rows(source: Source) -> Ints:
@@ -44,10 +49,10 @@ def _edges(blocks: Ints) -> Ints:
     return np.concatenate([[0], np.flatnonzero(np.diff(blocks)) + 1, [len(blocks)]])
 
 
-def _pieces(sources: Sequence[Source], site: str) -> Iterator[Piece]:
+def _pieces(sources: Sequence[Source], site: str, told: bool) -> Iterator[Piece]:
     for segment, keep in sources:
         matrix, scales, offset = segment.matrix(site), segment.scales(site), segment.row_offset
-        error = segment.error(site)
+        error = CastError() if told else segment.error(site)
         if keep.all():
             yield Piece(matrix, scales, segment.moments(site), error)
             continue

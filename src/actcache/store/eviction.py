@@ -71,8 +71,7 @@ class _Victim:
     @cached_property
     def live(self) -> Mask:
         with self.index.lock:
-            live = self.index.live(self.number)
-        return np.ones(self.info.prompts, bool) if live is None else live
+            return self.index.untombed(self.number)
 
     @cached_property
     def times(self) -> Ints:
@@ -249,12 +248,11 @@ class _Eviction:
         if keep.any():
             source = open_source(index, victim.number, keep)
             if source is not None:
-                lost = victim.live & ~source.keep
-                made = None
+                lost = victim.live & ~source.kept
                 with contextlib.suppress(Overtaken):
                     made = replace_segments(index, [source])
-                written = made.size if made is not None else 0
-                self.rewritten += made is not None
+                    written = sum(info.size for info in made)
+                    self.rewritten += bool(made)
         index.forget(info.name)
         remove(index.path(info.name))
         self.segments += 1

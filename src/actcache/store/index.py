@@ -182,6 +182,11 @@ class SpaceIndex:
             return None if damaged is None else ~damaged
         return ~dead if damaged is None else ~(dead | damaged)
 
+    def untombed(self, number: int) -> Mask:
+        """Which prompts of a segment no tomb names, damaged or not."""
+        info, dead = self._infos[number], self._dead.get(number)
+        return np.ones(0 if info is None else info.prompts, bool) if dead is None else ~dead
+
     def mark_damaged(self, number: int, rows: Ints) -> None:
         """Leave these prompts of a segment out from now on, in this process."""
         with self.lock:

@@ -7,13 +7,14 @@ import fcntl
 import os
 import time
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from actcache.store.copying import copied
+from actcache.store.damage import Remnant, intact_of, remnants
 from actcache.store.files import TOMB_NAME, is_ours, log, remove, sweep, sync_folder
 from actcache.store.index import Mask, SpaceIndex
 from actcache.store.mapping import Segment
@@ -33,13 +34,25 @@ LOCK_WAIT_S = 60.0
 
 @dataclass
 class Source:
-    """A segment that is to be replaced: what of it is kept, and the tombs that count for it."""
+    """A segment that is to be replaced: what of it is kept, and the tombs that count for it.
+
+    `keep`: the prompts of which all is intact; `remnants`: of which a part is.
+    """
 
     number: int
     info: SegmentInfo
     segment: Segment
     keep: Mask
     tombs: tuple[str, ...]
+    remnants: list[Remnant] = field(default_factory=list)
+
+    @property
+    def kept(self) -> Mask:
+        """The prompts of which something is kept."""
+        kept = self.keep.copy()
+        for remnant in self.remnants:
+            kept |= remnant.keep
+        return kept
 
 
 def plan(index: SpaceIndex, *, few: int = FEW, among: Container[str] | None = None) -> list[list[int]]:
@@ -118,51 +131,58 @@ def drop_dead(index: SpaceIndex, lock_folder: Path) -> int:
 
 
 def _merge(index: SpaceIndex, numbers: Sequence[int]) -> int:
-    sources = in_order(index, _sources(index, numbers))
-    if len(sources) < 2:
-        return 0
-    drop_duplicates(sources)
-    try:
-        replace_segments(index, sources)
-    except Overtaken:
-        return 0
-    with contextlib.suppress(OSError):
-        sync_folder(index.folder)
-    index.refresh(force=True)
-    return len(sources)
+    found = _sources(index, numbers)
+    merged = 0
+    for source in found:
+        # On its own, so that what is left of a prompt is not taken for newer or older than it is.
+        if source.remnants:
+            with contextlib.suppress(Overtaken):
+                replace_segments(index, [source])
+                merged += 1
+    sources = in_order(index, [source for source in found if not source.remnants])
+    if len(sources) > 1:
+        drop_duplicates(sources)
+        with contextlib.suppress(Overtaken):
+            replace_segments(index, sources)
+            merged += len(sources)
+    if merged:
+        with contextlib.suppress(OSError):
+            sync_folder(index.folder)
+        index.refresh(force=True)
+    return merged
 
 
 class Overtaken(Exception):
     """Somebody else has replaced or removed a segment that was to be replaced: nothing was done."""
 
 
-def replace_segments(index: SpaceIndex, sources: Sequence[Source]) -> SegmentInfo | None:
-    """Make one segment of what is to be kept of `sources` (of one signature), then remove them; None: nothing is kept.
+def replace_segments(index: SpaceIndex, sources: Sequence[Source]) -> list[SegmentInfo]:
+    """Make one segment of what is to be kept of `sources` (of one signature), then remove them. What was made.
 
-    Raises `Overtaken` when one of them is gone by the time the new one is there.
+    Of a source with remnants, which must be the only one, as many more as they are; of sources of which nothing is kept
+    none.
 
-    Needs memory for the prompts and a few blocks, and room on the disk for the new segment before the old ones go.
+    Raises `Overtaken` when one of them is gone by the time what is new is there.
+
+    Needs memory for the prompts and a few blocks, and room on the disk for what is new before the old ones go.
     """
-    kept = [s for s in sources if s.keep.any()]
-    info = None
-    if kept:
-        prompts = PromptTable.concatenate(
-            [s.segment.prompts if s.keep.all() else s.segment.prompts.select(s.keep) for s in kept]
-        )
-        first = kept[0].info
-        columns, block_offset = copied([(s.segment, s.keep) for s in kept])
-        info = write_columns(
-            index.folder, prompts, first.layout, columns, space=first.space,
-            created_ns=max(s.info.created_ns for s in sources), block_offset=block_offset,
-            replaces={s.info.name: s.tombs for s in sources},
-        )  # fmt: skip
-        # Whoever invalidates must find the new segment or what it was made of: a tomb for what somebody else has made
-        # of the same would not count for it. And what was evicted or cleared must not come back.
-        if not all(s.info.name in index.opened or index.path(s.info.name).exists() for s in sources):
+    whole = [(source, source.keep) for source in sources if source.keep.any()]
+    parts = [(sources[0].info.sites, whole)] if whole else []
+    parts += [(remnant.sites, [(source, remnant.keep)]) for source in sources for remnant in source.remnants]
+    made: list[SegmentInfo] = []
+    told: set[str] = set()
+    for sites, kept in parts:
+        made.append(_write_part(index, sources, kept, sites, told))
+        told.update(sites)
+    # Whoever invalidates must find the new segments or what they were made of: a tomb for what somebody else has made
+    # of the same would not count for them. And what was evicted or cleared must not come back.
+    if made and not all(s.info.name in index.opened or index.path(s.info.name).exists() for s in sources):
+        for info in made:
             remove(index.path(info.name))
-            raise Overtaken(index.path(info.name))
+        raise Overtaken(index.path(made[0].name))
+    for info, (_, kept) in zip(made, parts, strict=True):
         with index.lock:
-            index.reads.inherit(info, np.concatenate([index.reads.times(s.info)[s.keep] for s in kept]))
+            index.reads.inherit(info, np.concatenate([index.reads.times(s.info)[keep] for s, keep in kept]))
         index.add(info)
         log.info("%d segments became %s, with %d prompts", len(sources), index.path(info.name), info.prompts)
     for source in sources:
@@ -170,7 +190,23 @@ def replace_segments(index: SpaceIndex, sources: Sequence[Source]) -> SegmentInf
         # no file of its own: whoever replaces it removes that of all batches.
         if source.info.name not in index.opened:
             remove(index.path(source.info.name))
-    return info
+    return made
+
+
+def _write_part(
+    index: SpaceIndex, sources: Sequence[Source], kept: list[tuple[Source, Mask]], sites: Sequence[str], told: set[str]
+) -> SegmentInfo:
+    """One segment with `sites` of the prompts `kept`; of what storing changed nothing at sites that are `told`."""
+    prompts = PromptTable.concatenate(
+        [s.segment.prompts if keep.all() else s.segment.prompts.select(keep) for s, keep in kept]
+    )
+    first = kept[0][0].info
+    columns, block_offset = copied([(s.segment, keep) for s, keep in kept], sites, told)
+    return write_columns(
+        index.folder, prompts, first.layout, columns, space=first.space,
+        created_ns=max(s.info.created_ns for s in sources), block_offset=block_offset,
+        replaces={s.info.name: s.tombs for s in sources},
+    )  # fmt: skip
 
 
 def _sources(index: SpaceIndex, numbers: Sequence[int]) -> list[Source]:
@@ -180,7 +216,7 @@ def _sources(index: SpaceIndex, numbers: Sequence[int]) -> list[Source]:
 
 
 def open_source(index: SpaceIndex, number: int, wanted: Mask | None = None) -> Source | None:
-    """A segment to be replaced by its live, undamaged prompts (those `wanted`), every block that will be read checked.
+    """A segment to be replaced by what is intact of its live prompts (those `wanted`), every block of theirs checked.
 
     None when it is gone, or when what is live is unknown: an unreadable tomb leaves it for a person to look at.
     """
@@ -188,21 +224,18 @@ def open_source(index: SpaceIndex, number: int, wanted: Mask | None = None) -> S
         segment, info = index.open(number), index.info(number)
         if segment is None or info is None:
             return None
-        live = index.live(number)
+        keep = index.untombed(number)
         tombs = index.tombs_of(info)
     if any(keys is None for keys in tombs.values()):
         return None
-    keep: Mask = np.ones(info.prompts, bool) if live is None else live
     if wanted is not None:
         keep = keep & wanted
-    chosen = np.flatnonzero(keep)
-    starts, stops = segment.row_offset[chosen], segment.row_offset[chosen + 1]
-    intact = segment.checks.verify(info.sites, starts, stops).all(axis=0)
-    if not intact.all():
-        log.warning("%s: %d damaged prompts are dropped while merging", segment.path, int((~intact).sum()))
-        keep = keep.copy()
-        keep[chosen[~intact]] = False
-    return Source(number, info, segment, keep, tuple(sorted(tombs)))
+    intact = intact_of(segment, keep)
+    for site, good in zip(info.sites, intact, strict=True):
+        if lost := int((keep & ~good).sum()):
+            log.warning("%s: %s of %d prompts is damaged, and dropped", segment.path, site, lost)
+    left = remnants(info.sites, intact, keep)
+    return Source(number, info, segment, keep & intact.all(axis=0), tuple(sorted(tombs)), left)
 
 
 def in_order(index: SpaceIndex, sources: list[Source]) -> list[Source]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from actcache.errors import FormatError, NewerFormatError
 from actcache.store.adoption import adopt_now
 from actcache.store.batches import OpenFile
 from actcache.store.catalog import Catalog
+from actcache.store.damage import intact_of, losses
 from actcache.store.eviction import space_folders
 from actcache.store.files import (
     OPEN_NAME,
@@ -27,7 +28,7 @@ from actcache.store.files import (
     sweep,
     translated,
 )
-from actcache.store.index import SpaceIndex
+from actcache.store.index import Mask, SpaceIndex
 from actcache.store.mapping import Segment
 from actcache.store.merging import LOCK_WAIT_S, Overtaken, exclusive, open_source, replace_segments
 from actcache.store.records import SegmentInfo
@@ -63,6 +64,11 @@ class VerifyReport:
         segments, blocks, tombs: how many were read and checked.
         damaged: what is wrong with them; empty when all is well.
         newer: files that only a later actcache can read; nothing is said of them, and nothing is done to them.
+        lost: activations that are damaged and have no other copy, one for each prompt and site: they read as not
+            stored, with `repair` as without. Of a file that does not tell what it held, and is not known to this host,
+            they are not counted.
+        lost_prompts: the different prompts, in all spaces, that lost one or more of them.
+        lost_sites: how many were lost at each site.
     """
 
     segments: int = 0
@@ -70,6 +76,9 @@ class VerifyReport:
     tombs: int = 0
     damaged: list[Damage] = field(default_factory=list)
     newer: list[str] = field(default_factory=list)
+    lost: int = 0
+    lost_prompts: int = 0
+    lost_sites: dict[str, int] = field(default_factory=dict)
 
     @property
     def repaired(self) -> int:
@@ -97,6 +106,8 @@ class _Space:
         self.blocks: list[tuple[str, str, list[int]]] = []
         self.batches: list[tuple[Path, str | None, list[int], str]] = []
         """What is wrong in files that grow."""
+        self.held: list[tuple[SegmentInfo, dict[str, Mask]]] = []
+        """Every segment and batch, and of its damaged sites which prompts are intact."""
 
     def check(self) -> None:
         sweep(self.folder)
@@ -110,6 +121,31 @@ class _Space:
                     self._open(path)
                 elif TOMB_NAME.fullmatch(name):
                     self._tomb(path)
+        self._count_losses()
+
+    def _count_losses(self) -> None:
+        self.index.refresh(force=True)
+        numbers = {info.name: number for number, info in self.index.segments()}
+        read = {info.name for info, _ in self.held}
+        for path in self.unreadable:
+            if SEGMENT_NAME.fullmatch(path.name) and path.name[:32] not in read:
+                info = self.index.info(numbers[path.name[:32]]) if path.name[:32] in numbers else None
+                if info is None:
+                    self.unreadable[path] += "; what it held is not known"
+                else:
+                    # This host knew it when it could be read.
+                    self.held.append((info, dict.fromkeys(info.sites, np.zeros(info.prompts, bool))))
+        found = losses(
+            [
+                (info, self.index.untombed(numbers[info.name]), damaged)
+                for info, damaged in self.held
+                if info.name in numbers
+            ]
+        )
+        self.report.lost += found.activations
+        self.report.lost_prompts += found.prompts
+        for site, count in found.sites.items():
+            self.report.lost_sites[site] = self.report.lost_sites.get(site, 0) + count
 
     def _names(self) -> set[str]:
         with contextlib.suppress(FileNotFoundError):
@@ -133,12 +169,20 @@ class _Space:
         wrong = list(problems_of_keys(segment))
         if wrong:
             self.unreadable[path] = "; ".join(wrong)
+            self._hold(segment, lost=True)
             return
         for site in segment.info.sites:
             damaged = segment.checks.damaged(site)
             if len(damaged):
                 self.rotten.add(segment.info.name)
                 self.blocks.append((segment.info.name, site, rows_of_blocks(segment, site, damaged).tolist()))
+        self._hold(segment)
+
+    def _hold(self, segment: Segment, *, lost: bool = False) -> None:
+        """Note what of a segment whose blocks have been read is intact; nothing, where it is `lost`."""
+        intact = intact_of(segment, np.full(segment.info.prompts, not lost))
+        sites = zip(segment.info.sites, intact, strict=True)
+        self.held.append((segment.info, {site: good for site, good in sites if not good.all()}))
 
     def _open(self, path: Path) -> None:
         try:
@@ -159,6 +203,7 @@ class _Space:
         for batch in file.batches:
             self.report.blocks += blocks_of(batch)
             self.batches += [(path, None, [], reason) for reason in problems_of_keys(batch)]
+            self._hold(batch)
             for site in batch.info.sites:
                 damaged = batch.checks.damaged(site)
                 if len(damaged):
@@ -300,12 +345,17 @@ def _same(row: SegmentInfo, info: SegmentInfo) -> bool:
     return plain and keys and json.dumps(dict(row.replaces)) == json.dumps(dict(info.replaces))
 
 
-def in_words(report: VerifyReport) -> Sequence[str]:
+def in_words(report: VerifyReport) -> list[str]:
     """The lines that a person reads."""
     lines = [f"{report.segments:,} segments, {report.blocks:,} blocks, {report.tombs:,} tombs read."]
     for damage in report.damaged:
         about = f" {damage.site}, {len(damage.rows):,} rows" if damage.site else ""
         lines.append(f"{'repaired' if damage.repaired else 'DAMAGED'}: {damage.segment}{about}: {damage.reason}")
+    if report.lost:
+        each = ", ".join(f"{site} of {count:,}" for site, count in sorted(report.lost_sites.items()))
+        lines.append(
+            f"lost: {report.lost:,} activations of {report.lost_prompts:,} prompts ({each}); all else is intact."
+        )
     lines += [f"newer: {name}: install a newer actcache to read it" for name in report.newer]
     lines.append(
         "everything is intact." if not report.damaged else f"{report.repaired} of {len(report.damaged)} repaired."
