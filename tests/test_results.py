@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import actcache as ac
 import zoo
 from actcache import errors
 from actcache.model.head_way import Way
+from actcache.store.appending import Appender
+from actcache.store.records import Records, is_result
 from actcache.testing.tiny import tiny_tokenizer
 
 CAUSAL = [
@@ -190,6 +194,29 @@ def test_only_what_is_missing_is_computed(folder: Path, tmp_path: Path) -> None:
     # Values are unchanged by where they come from.
     check_perplexity(again, "llama")
     assert again.warmup(PROMPTS).perplexity_cached == len(PROMPTS)
+
+
+def test_results_are_never_durable_before_the_vectors_of_their_pass(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = Appender.append
+    held: dict[bool, set[bytes]] = {True: set(), False: set()}
+    early = []
+
+    def slow_for_vectors(self: Appender, group: Sequence[Records]) -> None:
+        results = all(is_result(site) for site in group[0].data)
+        if not results:
+            time.sleep(0.1)
+        append(self, group)
+        held[results] |= {key.tobytes() for records in group for key in records.prompts.token_key}
+        early.append(len(held[True] - held[False]))
+
+    monkeypatch.setattr(Appender, "append", slow_for_vectors)
+    monkeypatch.setattr("actcache.extract.results._LINGER_SECONDS", 0.0)
+    cache = ac.UnifiedCache(folder, cache_pooled=False, cache_logits=True, store=tmp_path, batch_size=1)
+    cache.warmup(PROMPTS)
+    assert len(held[True]) == len(held[False]) == len({tuple(p) for p in PROMPTS})
+    assert not any(early)
 
 
 def test_the_last_tokens_vector_serves_the_last_tokens_logits(folder: Path, tmp_path: Path) -> None:

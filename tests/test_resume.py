@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,14 +40,25 @@ def folder(tmp_path_factory):
     return folder
 
 
+DIFFERENT = [list(p) for p in {tuple(p): None for p in PROMPTS}]
+
+
 def stored(place):
     return sum(space.num_prompts for space in ac.Store(place).spaces())
+
+
+def having(place, *columns):
+    """Which different prompts have vectors, and which have each of the other columns."""
+    store = ac.Store(place)
+    (space,) = store.spaces()
+    vectors = np.logical_and.reduce([store.contains(space, DIFFERENT, f"resid_post.{layer}") for layer in range(3)])
+    return vectors, [store.contains(space, DIFFERENT, name, pooling=pooling) for name, pooling in columns]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [0.1, 0.5, 0.9])
 def test_kill_and_go_on(folder, tmp_path, moment):
-    different = len({tuple(p) for p in PROMPTS})
+    different = len(DIFFERENT)
     place = tmp_path / "store"
     child = subprocess.Popen([sys.executable, "-c", _DRIVER, str(folder), str(place)])
     deadline = time.monotonic() + 120
@@ -59,12 +71,15 @@ def test_kill_and_go_on(folder, tmp_path, moment):
 
     finished = stored(place)
     assert moment * different <= finished < different
+    vectors, results = having(place, ("perplexity", "derived"), ("token_nll", None))
+    assert vectors.sum() == finished
+    assert not any((found & ~vectors).any() for found in results)
     cache = ac.UnifiedCache(folder, store=place, batch_size=4, cache_pooled=False)
     stats = cache.warmup(PROMPTS)
-    # What results of a batch and its vectors are is made durable one after the other: a batch may have one of them.
-    kept = stats.activations_cached, stats.perplexity_cached
-    assert max(kept) == finished
-    assert stats.activations_extracted == different - stats.activations_cached
+    assert stats.activations_cached == finished
+    assert stats.activations_extracted == different - finished
+    # Results of a batch are durable after its vectors, never before them.
+    assert stats.perplexity_cached <= finished
 
     whole = ac.UnifiedCache(folder, store=tmp_path / "whole", batch_size=4, cache_pooled=False)
     whole.warmup(PROMPTS)

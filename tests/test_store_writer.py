@@ -178,6 +178,53 @@ def test_everyone_who_waits_is_let_go_when_the_thread_fails() -> None:
     assert sorted(outcome) == ["flushed", "flushed", "trouble"]
 
 
+class Kept:
+    """What a writer was given, in order; nothing of it lies anywhere."""
+
+    def __init__(self, gate: threading.Event | None = None, error: Exception | None = None) -> None:
+        self.held: list[int] = []
+        self._gate, self._error = gate, error
+
+    def append(self, group: list[Records]) -> None:
+        if self._gate is not None:
+            assert self._gate.wait(30)
+        if self._error is not None:
+            raise self._error
+        self.held += [int(records.prompts.tokens(0)[0]) for records in group]
+
+    def writer(self, linger: float = 0) -> SegmentWriter:
+        return SegmentWriter(self.append, lambda merge: None, max_bytes=1 << 20, linger=linger)
+
+
+def test_what_is_computed_from_records_waits_for_them() -> None:
+    gate = threading.Event()
+    sources, results = Kept(gate), Kept()
+    with sources.writer() as first, results.writer() as second:
+        for i in range(3):
+            second.put(pooled([i]), after=first.put(pooled([i])))
+        time.sleep(0.3)
+        assert (sources.held, results.held) == ([], [])
+        gate.set()
+        second.flush()
+        assert sources.held == [0, 1, 2] == results.held
+    assert second.bytes_written == sum(pooled([i]).nbytes for i in range(3))
+
+
+def test_what_is_computed_from_lost_records_is_left_out() -> None:
+    sources, results = Kept(error=RuntimeError("trouble")), Kept()
+    with results.writer(linger=60) as second:
+        first = sources.writer()
+        second.put(pooled([1]), after=first.put(pooled([1])))
+        with pytest.raises(RuntimeError, match="trouble"):
+            first.flush()
+        second.put(pooled([2]))
+        ticket = second.put(pooled([3]))
+        second.flush()
+        assert ticket.wait()
+    assert results.held == [2, 3]
+    assert second.bytes_written == pooled([2]).nbytes + pooled([3]).nbytes
+
+
 def test_bad_records_are_refused_by_put(tmp_path: Path) -> None:
     store, space = make_store(tmp_path)
     with store.writer(space) as writer:

@@ -345,23 +345,25 @@ class CachedExtractor:
                         self.confirm(identity.values)
                         confirmed = True
                     prompts = table.select(list(batch.indices))
+                    vectors = None
                     if names:
                         records = self._records(prompts, {name: rows[name] for name in names})
                         kept, refused = self.store.screen(records, allow_inf=self.allow_inf)
                         filled.failed += [(members[batch.indices[r.prompt]], f"{r}") for r in refused]
                         if kept is not None:
-                            writer.put(kept)
+                            vectors = writer.put(kept)
                             filled.extracted += len(kept.prompts)
                             filled.bytes_written += kept.stored_bytes
                     if asked:
                         found = {k.removeprefix(RESULT): rows[k] for k in rows if k.startswith(RESULT)}
-                        filled.bytes_written += results.put(prompts, asked, found)
+                        filled.bytes_written += results.put(prompts, asked, found, after=vectors)
                         filled.perplexity += len(prompts) if asked.perplexity else 0
                         filled.logits += len(prompts) if asked.logits else 0
                     filled.ran += len(prompts)
                     filled.tokens += sum(len(ids[i]) for i in batch.indices)
                     bar.update(len(batch.indices))
                     self._session.added = True
+            writer.flush()  # The results, which are finished first, do not wait for what lingers.
         filled.seconds = time.perf_counter() - start
         remember_speed(space, self.extractor.backend().device, filled.tokens, filled.seconds)
         return filled

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from actcache.model.source import ModelSource
     from actcache.store.prompts import PromptTable
     from actcache.store.store import Store
-    from actcache.store.writer import SegmentWriter
+    from actcache.store.writer import SegmentWriter, Ticket
 
 # They are small, and a file of their own for each batch would cost more than it holds.
 _LINGER_SECONDS = 1.0
@@ -114,14 +114,19 @@ class ResultWriter:
     def __exit__(self, *error: object) -> None:
         self._stack.__exit__(*error)  # type: ignore[arg-type]
 
-    def put(self, prompts: PromptTable, asked: Asked, rows: Mapping[str, torch.Tensor]) -> int:
-        """Queue what is `asked` of `prompts`; its bytes. `rows`: CPU tensors, by the names of their columns."""
+    def put(
+        self, prompts: PromptTable, asked: Asked, rows: Mapping[str, torch.Tensor], *, after: Ticket | None = None
+    ) -> int:
+        """Queue what is `asked` of `prompts`; its bytes. `rows`: CPU tensors, by the names of their columns.
+
+        `after`: the ticket of the vectors that come of the same pass. A kill must not leave results without them.
+        """
         nbytes = 0
         columns = {name: tensor.numpy() for name, tensor in rows.items()}
         for records in result_records(prompts, asked, columns):
             if records.layout not in self._writers:
                 writer = self._store.writer(self._space, max_bytes=_QUEUE_BYTES, linger=_LINGER_SECONDS)
                 self._writers[records.layout] = self._stack.enter_context(writer)
-            self._writers[records.layout].put(records)
+            self._writers[records.layout].put(records, after=after)
             nbytes += records.stored_bytes
         return nbytes

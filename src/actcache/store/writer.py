@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,33 @@ _GROUP_BYTES = 32 << 20
 _SCALED_ROWS, _SCALED_LINGER = 4 * BLOCK_ROWS, 1.0
 
 
+class Ticket:
+    """What `put` gives for records: whether they are durable, once that is known."""
+
+    def __init__(self) -> None:
+        self._known = threading.Event()
+        self._durable = False
+
+    def wait(self) -> bool:
+        """Return when the records are durable (True), or when they never will be (False)."""
+        self._known.wait()
+        return self._durable
+
+    def settle(self, durable: bool) -> None:
+        """Tell those who wait."""
+        self._durable = durable
+        self._known.set()
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """Records in the queue, and the ticket of what has to be durable before them."""
+
+    records: Records
+    after: Ticket | None
+    ticket: Ticket = field(default_factory=Ticket)
+
+
 class SegmentWriter:
     """Takes records and makes them durable in the background; a context manager.
 
@@ -27,6 +55,9 @@ class SegmentWriter:
     or at `flush` and `close`. An error of the thread is raised by the next of these calls
     (DiskFullError, StoreAccessError, ...); what was written before it stays. The arrays in the records must
     not be changed after `put`.
+
+    What is computed from other records is put with their ticket: it is never durable before them, and left out
+    where they could not be stored.
     """
 
     def __init__(
@@ -42,7 +73,7 @@ class SegmentWriter:
         self._max_bytes = max_bytes
         self._linger = linger
         self._changed = threading.Condition()
-        self._queue: deque[Records] = deque()
+        self._queue: deque[_Waiting] = deque()
         self._queued = 0
         self._writing = False
         self._first = 0.0
@@ -67,9 +98,13 @@ class SegmentWriter:
                 raise
             log.warning("and the last batches could not be stored: %s", second)
 
-    def put(self, records: Records) -> None:
-        """Queue `records`; blocks while the queue is full."""
+    def put(self, records: Records, *, after: Ticket | None = None) -> Ticket:
+        """Queue `records`; blocks while the queue is full.
+
+        `after`: another writer's ticket, of what they are computed from.
+        """
         records.check()
+        waiting = _Waiting(records, after)
         size = records.nbytes
         with self._changed:
             while self._queued and self._queued + size > self._max_bytes and self._error is None:
@@ -81,12 +116,13 @@ class SegmentWriter:
                 raise ValueError("the writer is closed")
             if not self._queue:
                 self._first = time.monotonic()
-            self._queue.append(records)
+            self._queue.append(waiting)
             self._queued += size
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="actcache-writer", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
+        return waiting.ticket
 
     def flush(self) -> None:
         """Return when everything put so far is durable."""
@@ -129,21 +165,31 @@ class SegmentWriter:
                 group = self._next_group()
                 self._writing = True
             try:
-                self._append(group)
-                size = sum(r.nbytes for r in group)
+                # Outside the lock: what is waited for is another writer's, which nobody here holds up.
+                stored = [w for w in group if w.after is None or w.after.wait()]
+                if stored:
+                    self._append([w.records for w in stored])
             except BaseException as error:
                 with self._changed:
                     # Later batches would fail for the same reason; the caller decides.
                     self._error = error
+                    for lost in (*group, *self._queue):
+                        lost.ticket.settle(False)
                     self._queue.clear()
                     self._queued = 0
                     self._writing = False
                     self._thread = None
                     self._changed.notify_all()
                 return
+            if len(stored) < len(group):
+                log.info(
+                    "%d batches are left out: what they were computed from was not stored", len(group) - len(stored)
+                )
+            for each in group:
+                each.ticket.settle(each in stored)
             with self._changed:
-                self.bytes_written += size
-                self._queued -= size
+                self.bytes_written += sum(w.records.nbytes for w in stored)
+                self._queued -= sum(w.records.nbytes for w in group)
                 self._writing = False
                 self._first = time.monotonic()
                 self._hurry = self._hurry and bool(self._queue)
@@ -156,15 +202,16 @@ class SegmentWriter:
         return self._closing or self._hurry or late or self._queued >= _GROUP_BYTES
 
     def _late_at(self) -> float:
-        few = self._queue[0].is_scaled and sum(int(r.row_offset[-1]) for r in self._queue) < _SCALED_ROWS
+        rows = sum(int(w.records.row_offset[-1]) for w in self._queue)
+        few = self._queue[0].records.is_scaled and rows < _SCALED_ROWS
         return self._first + (max(self._linger, _SCALED_LINGER) if few else self._linger)
 
-    def _next_group(self) -> list[Records]:
+    def _next_group(self) -> list[_Waiting]:
         group = [self._queue.popleft()]
-        signature: tuple[Any, ...] = group[0].signature
-        size = group[0].nbytes
+        signature: tuple[Any, ...] = group[0].records.signature
+        size = group[0].records.nbytes
         # Only neighbours are joined, so that what was put first is never written after what came later.
-        while self._queue and size < 2 * _GROUP_BYTES and self._queue[0].signature == signature:
+        while self._queue and size < 2 * _GROUP_BYTES and self._queue[0].records.signature == signature:
             group.append(self._queue.popleft())
-            size += group[-1].nbytes
+            size += group[-1].records.nbytes
         return group
