@@ -55,8 +55,9 @@ def test_any_rows_to_any_places(data):
         for column in columns:
             expected[place, column] = held.matrix(names[column])[row].astype(target)
     # Small results, too, take the way of those that are worth a copy of their own.
+    straight = bool((np.diff(rows) == 1).all() and (np.diff(at) == 1).all()) and data.draw(st.booleans())
     with mock.patch.object(module, "_LONG_BYTES", data.draw(st.sampled_from([1, 40, module._LONG_BYTES]))):
-        gather_pieces([Piece(held, columns, rows, at)], names, out)
+        gather_pieces([Piece(held, columns, rows, at, straight)], names, out)
     np.testing.assert_array_equal(out, expected)
 
 
@@ -73,6 +74,15 @@ def test_several_threads_copy_the_same(monkeypatch, threads):
     for k, where in enumerate((at[:41], at[41:])):
         expected = np.stack([held[k].matrix(j)[rows[k]] for j in range(3)], axis=1)
         np.testing.assert_array_equal(out[where], expected)
+
+
+@pytest.mark.parametrize("first", [-1, 19, 10**12])
+def test_neighbours_that_reach_outside_are_an_error(first):
+    held = Held(2, 20, 3, np.dtype(np.float32), 0)
+    out = np.zeros((2, 2, 3), np.float32)
+    with pytest.raises(NotCachedError, match=r"row .* of a segment of 20 rows"):
+        gather_pieces([Piece(held, [0], first + np.arange(2), np.arange(2), straight=True)], ["0", "1"], out)
+    assert not out.any()
 
 
 @pytest.mark.parametrize("row", [-1, 20, 10**12])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from actcache.errors import NotCachedError, ValueOverflowError
-from actcache.store import lookup
+from actcache.store import lookup, placement
 from actcache.store.records import Records
 from actcache.store.store import Store
 from store_helpers import SITES, every_token, make_store, make_table, pooled, segment_files, text, vector
@@ -34,10 +35,23 @@ def numbers_of(store: Store, space: str, site: str) -> list[int]:
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_rows_are_those_of_the_listed_prompts(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Whatever was written again, invalidated, merged, or seen by another process."""
+    """Whatever was written again, invalidated, merged, or seen by another process, and read in between."""
     folder = tmp_path_factory.mktemp("s")
     store, space = make_store(folder)
     newest: dict[int, int] = {}
+
+    def check() -> None:
+        for k, site in enumerate(SITES):
+            if not newest:
+                with pytest.raises(NotCachedError, match=site):
+                    store.read(space, None, site, pooling=LAYOUT)
+                continue
+            with mock.patch.object(placement, "_LONG_RUN", data.draw(st.sampled_from([1, 2, placement._LONG_RUN]))):
+                found = store.read(space, None, site, pooling=LAYOUT)
+            listed = numbers_of(store, space, site)
+            assert sorted(listed) == sorted(newest)
+            assert found.tolist() == [[n, newest[n], k] for n in listed]
+
     for version in range(data.draw(st.integers(1, 5))):
         batch = data.draw(st.lists(st.integers(0, 12), min_size=1, max_size=6, unique=True))
         store.append(space, numbered(batch, version))
@@ -48,17 +62,11 @@ def test_rows_are_those_of_the_listed_prompts(tmp_path_factory: pytest.TempPathF
             newest = {n: v for n, v in newest.items() if n not in gone}
         if data.draw(st.booleans()):
             store.merge(space)
+        if data.draw(st.booleans()):
+            check()
     if data.draw(st.booleans()):
         store = Store(store.location, index_dir=folder / "another host")
-    for k, site in enumerate(SITES):
-        if not newest:
-            with pytest.raises(NotCachedError, match=site):
-                store.read(space, None, site, pooling=LAYOUT)
-            continue
-        found = store.read(space, None, site, pooling=LAYOUT)
-        listed = numbers_of(store, space, site)
-        assert sorted(listed) == sorted(newest)
-        assert found.tolist() == [[n, newest[n], k] for n in listed]
+    check()
 
 
 def test_every_token_of_everything(tmp_path: Path) -> None:

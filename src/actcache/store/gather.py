@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -32,15 +32,19 @@ THREAD_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Piece:
-    """What of one segment is wanted: its sites `names[j]` for j in `columns`, their `rows`, and where each goes."""
+    """What of one segment is wanted: its sites `names[j]` for j in `columns`, their `rows`, and where each goes.
+
+    `straight`: rows and places both go up one by one.
+    """
 
     segment: Segment
     columns: Sequence[int]
     rows: Ints
     at: Ints
+    straight: bool = False
 
     def cut(self, start: int, stop: int) -> Piece:
-        return Piece(self.segment, self.columns, self.rows[start:stop], self.at[start:stop])
+        return replace(self, rows=self.rows[start:stop], at=self.at[start:stop])
 
 
 def gather_pieces(pieces: Sequence[Piece], names: Sequence[str], out: npt.NDArray[Any]) -> None:
@@ -84,13 +88,18 @@ def _gather_all(pieces: Sequence[Piece], names: Sequence[str], out: npt.NDArray[
 def _gather(piece: Piece, sites: Sequence[str], out: npt.NDArray[Any]) -> None:
     """Every row is checked first against the rows that the segment has; nothing is ever clipped."""
     segment, rows, at = piece.segment, piece.rows, piece.at
-    low, high, length = int(rows.min()), int(rows.max()), segment.info.rows
+    low, high = (int(rows[0]), int(rows[-1])) if piece.straight else (int(rows.min()), int(rows.max()))
+    length = segment.info.rows
     if low < 0 or high >= length:
         raise NotCachedError(
             f"row {low if low < 0 else high} of a segment of {length} rows: the file is shorter than its index says"
         )
     grid = segment.grid(sites)
     if grid is not None and grid[0].dtype == out.dtype:
+        if piece.straight and len(sites) == 1:
+            start, place = int(grid[1][0]) + low, int(at[0])
+            out[place : place + len(at), piece.columns[0]] = grid[0][start : start + len(at)]
+            return
         _on_grid(*grid, rows, out, at, piece.columns)
         return
     plain = []

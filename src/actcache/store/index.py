@@ -52,6 +52,8 @@ class SpaceIndex:
         self.opened = OpenFiles(folder)
         """The files that are being written; each batch in them counts as a segment."""
         self._loaded = False
+        self.distinct: tuple[int, ...] | None = None
+        """Segments, by number, that were last found to hold no prompt twice."""
 
     # -- keeping in step with the folder ---------------------------------------------------------------
 
@@ -139,9 +141,8 @@ class SpaceIndex:
 
     def _remove(self, name: str) -> None:
         number = self._numbers.pop(name)
-        info = self._infos[number]
+        info, self._infos[number] = self._infos[number], None
         assert info is not None
-        self._infos[number] = None
         self._contexts = None
         self._open.pop(name, None)
         self._dead.pop(number, None)

@@ -123,10 +123,13 @@ def locate_all(index: SpaceIndex, site: str, layout: str) -> Placement | None:
         held = index.open_all(lambda _, info: info.layout == layout and site in info.sites)
         held.sort(key=lambda held: (held[1].created_ns, held[1].name))
         live = [index.live(number) for number, _, _ in held]
-        if not _distinct(
-            [i.prompt_key if m is None else i.prompt_key[m] for (_, i, _), m in zip(held, live, strict=True)]
-        ):
-            return None
+        numbers = None if any(mask is not None for mask in live) else tuple(number for number, _, _ in held)
+        if numbers is None or numbers != index.distinct:
+            if not _distinct(
+                [i.prompt_key if m is None else i.prompt_key[m] for (_, i, _), m in zip(held, live, strict=True)]
+            ):
+                return None
+            index.distinct = numbers
         rows = [
             np.arange(i.prompts) if m is None else np.flatnonzero(m) for (_, i, _), m in zip(held, live, strict=True)
         ]
@@ -136,7 +139,7 @@ def locate_all(index: SpaceIndex, site: str, layout: str) -> Placement | None:
         for slot, ((number, _, segment), prompts) in enumerate(zip(held, rows, strict=True)):
             intact = _intact(index, number, segment, [site], prompts)
             slots.append(np.where(intact, np.int32(slot), np.int32(-1)))
-            index.note_read(number, prompts[intact])
+            index.note_read(number, prompts if intact.all() else prompts[intact])
         part = Part((0,), np.concatenate(slots), np.concatenate([np.empty(0, np.int64), *rows]))
         return Placement(len(part.segment), [site], layout, [part], segments)
 

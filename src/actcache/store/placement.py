@@ -18,6 +18,9 @@ from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable
 from actcache.store.records import TOKENS
 
+# So many neighbours are copied faster on their own than rows are looked at.
+_LONG_RUN = 64
+
 
 @dataclass(frozen=True)
 class Part:
@@ -95,12 +98,34 @@ class Placement:
             out = np.empty(shape, self.dtype)
         elif out.shape[1:] != shape[1:] or (at is None and len(out) != len(chosen)):
             raise ValueError(f"out has shape {out.shape}, expected {shape}")
-        pieces = [
-            Piece(segment, part.sites, part.prompt[chosen[members]], members if at is None else at[members])
-            for part, segment, members in self._by_segment(chosen)
-        ]
+        if index is None and at is None:
+            pieces = self._everything
+        else:
+            pieces = [
+                Piece(segment, part.sites, part.prompt[chosen[members]], members if at is None else at[members])
+                for part, segment, members in self._by_segment(chosen)
+            ]
         gather_pieces(pieces, self.sites, out)
         return out
+
+    @cached_property
+    def _everything(self) -> list[Piece]:
+        """Where all prompts are and go, looked at once: neighbours that stay neighbours lie in pieces of their own."""
+        every = np.arange(self._n)
+        pieces = []
+        for part in self._parts:
+            cuts = np.flatnonzero((np.diff(part.segment) != 0) | (np.diff(part.prompt) != 1)) + 1
+            if _LONG_RUN * (len(cuts) + 1) <= self._n:
+                pieces += [
+                    Piece(self._segments[part.segment[run[0]]], part.sites, part.prompt[run], run, straight=True)
+                    for run in np.split(every, cuts)
+                ]
+            else:
+                pieces += [
+                    Piece(self._segments[number], part.sites, part.prompt[members], members)
+                    for number, members in by_segment(part.segment, every)
+                ]
+        return pieces
 
     def rows(self, i: int) -> list[npt.NDArray[Any]]:
         """The rows of prompt `i`: one array ``[T, D]`` per site, a read-only view of the mapping where it can be."""
@@ -209,7 +234,7 @@ class Placement:
         chosen = np.arange(len(self), dtype=np.int64)
         if index is not None:
             chosen = chosen[np.asarray(index)]
-        missing = chosen[~self.found[chosen]]
+        missing = chosen[~(self.found if index is None else self.found[chosen])]
         if len(missing):
             raise NotCachedError(
                 f"{len(missing)} of {len(chosen)} prompts are not in the store (the first is prompt {missing[0]}): "

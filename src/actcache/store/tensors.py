@@ -219,7 +219,10 @@ def stack_pooled(located: Sequence[tuple[Placement, npt.NDArray[np.int64]]], n: 
     else:
         array = np.empty(shape, stored)
     for placement, members, local in parts:
-        placement.take(array[:, None], index=local, at=members)
+        if len(local) == n and len(parts) == 1:
+            placement.take(array[:, None])
+        else:
+            placement.take(array[:, None], index=local, at=members)
     if out is None:
         return to_tensor(array, dtype)
     if array is not given:
