@@ -19,6 +19,7 @@ from actcache.capture.prompt_positions import PromptPositions
 from actcache.capture.readers import OnInput
 from actcache.capture.ready_made import OfValue, ReadyMade, ablate, patch, steer
 from actcache.capture.recording import instead_of_missing
+from actcache.capture.repeats import Part
 from actcache.capture.requests import resolve_modules
 from actcache.errors import (
     EditError,
@@ -70,10 +71,11 @@ def edit(model: nn.Module, edits: Edits) -> Editing:
 
     An edit stands behind all hooks of the caller, and captures see what it made, whichever block was opened first;
     edits of one value follow each other in the order in which their blocks were opened. Gradients flow through edits;
-    where the model recomputes blocks (gradient checkpointing) run ``backward()`` inside the block too. Positions are
-    those of the sequence that is handed over: of the prompt, in a call of `generate`, so that "last" is its last token
-    in every step, with and without a KV cache; with "all" new tokens are edited too. As with `capture`, only passes of
-    the thread that opens the block are edited.
+    where the model runs blocks once more for them (gradient checkpointing) call ``backward()`` inside the block, which
+    is an `EditError` behind it; passes from before the block are repeated as they were. Positions are those of the
+    sequence that is handed over: of the prompt, in a call of `generate`, so that "last" is its last token in every
+    step, with and without a KV cache; with "all" new tokens are edited too. As with `capture`, only passes of the
+    thread that opens the block are edited.
 
     Raises, before any pass, `UnknownModuleError`, `UnknownSiteError`, `SiteUnavailableError`, `AdditivityError`,
     `LayerRangeError` or `OptionError`; during a pass `EditError` for a new value that does not fit; and
@@ -101,6 +103,7 @@ class Editing:
         # By target, what changes which module.
         self._changes: dict[str, list[tuple[nn.Module, _Change]]] = {}
         self._positions: PromptPositions | None = None
+        self._part = Part()
         self._taps: Taps | None = None
         self._watch: Watch | None = None
         for number, (target, one) in enumerate(_listed(edits)):
@@ -117,6 +120,7 @@ class Editing:
             self._positions.forget()
             listeners += self._positions.listeners()
         taps = self._taps = Taps()
+        self._part.open()
         try:
             if self._holds_probabilities:
                 self._held.enter_context(holding_probabilities(self._model))
@@ -145,6 +149,7 @@ class Editing:
     def _release(self) -> None:
         taps, watch = self._taps, self._watch
         self._taps = self._watch = None
+        self._part.close()
         if watch is not None:
             watch.end()
         if taps is not None:
@@ -162,6 +167,7 @@ class Editing:
                 )
             if not one.everywhere and self._positions is None:
                 self._positions = PromptPositions(self._model, self._anatomy_if_any())
+                self._part.state = self._positions.state
             if isinstance(one, Knockout):
                 self._cut(key, one)
                 return
@@ -173,7 +179,7 @@ class Editing:
         site = self._site(target)
         if site is None:
             self._changes[key] = [
-                (module, _Change("output", self._of_module(path, _shown(target), one), self._declared))
+                (module, self._made("output", self._of_module(path, _shown(target), one)))
                 for path, module in self._modules(target).items()
             ]
             return
@@ -208,15 +214,17 @@ class Editing:
             self._listeners += [(module, OnInput(note)) for module, note in read.around]
             self._guards += read.guards
             self._holds_probabilities = True
-            self._changes[f"{key} at layer {layer}"] = [(read.module, _Change("scores", cut, self._declared))]
+            self._changes[f"{key} at layer {layer}"] = [(read.module, self._made("scores", cut))]
 
     def _change(self, key: str, point: WritePoint, function: Callable[[Tensor], Tensor]) -> None:
         read = point.read
         self._listeners += [(module, OnInput(note)) for module, note in read.around]
         self._guards += read.guards
         self._holds_probabilities |= read.probabilities
-        change = _Change(point.side, _at_site(point, function), self._declared, early=point.early)
-        self._changes[key] = [(read.module, change)]
+        self._changes[key] = [(read.module, self._made(point.side, _at_site(point, function), early=point.early))]
+
+    def _made(self, side: EditedSide, function: Function, *, early: bool = False) -> _Change:
+        return _Change(side, function, self._part, declared=self._declared, early=early)
 
     def _site(self, target: Any) -> Site | None:
         """The site that `target` names; None when it names modules."""
@@ -295,23 +303,22 @@ class Editing:
 class _Change:
     """One edit of one module, as its tap sees it."""
 
-    __slots__ = ("declared", "early", "function", "ran", "side")
+    __slots__ = ("declared", "early", "function", "part", "ran", "side")
 
-    def __init__(
-        self,
-        side: EditedSide,
-        function: Function,
-        declared: bool,
-        *,
-        early: bool = False,
-    ) -> None:
+    def __init__(self, side: EditedSide, function: Function, part: Part, *, declared: bool, early: bool) -> None:
         self.side = side
         self.function = function
+        self.part = part
         self.declared = declared
         self.early = early
         self.ran = False
 
+    def stands(self) -> bool:
+        return self.part.taken()
+
     def __call__(self, value: Any) -> Any:
+        if not self.part.taken():
+            return value
         self.ran = True
         return self.function(value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterable
@@ -89,6 +90,12 @@ class Passes:
         # Passes that were given nothing which shows their tokens.
         self._unknown = 0
         self._state: weakref.ref[Tensor] | None = None
+
+    def copy(self) -> Passes:
+        """The same passes, noted for itself from here on."""
+        made = copy.copy(self)
+        made.passes, made.generations = list(self.passes), list(self.generations)
+        return made
 
     def listeners(self, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, _PassListener]]:
         """What to put on the modules with which a pass may begin: a call inside a call is the same pass."""

@@ -7,7 +7,8 @@ without a KV cache, and however many beams each prompt has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,6 +86,20 @@ class PromptPositions:
         # Calls of `generate` that are running, and the tokens of the outermost one's prompt.
         self._depth = 0
         self._prompt: int | None = None
+
+    def state(self) -> Callable[[], AbstractContextManager[None]]:
+        """What brings back, for a while, the pass that is running now."""
+        noted = _copied(self._stacks)
+
+        @contextmanager
+        def brought_back() -> Iterator[None]:
+            now, self._stacks = self._stacks, _copied(noted)
+            try:
+                yield
+            finally:
+                self._stacks = now
+
+        return brought_back
 
     def listeners(self) -> list[tuple[nn.Module, Any]]:
         """What to put on the modules with which passes begin."""
@@ -247,6 +262,10 @@ class PromptPositions:
     def _end_of_prompt(self) -> None:
         for running in self._stacks.values():
             running.first = None
+
+
+def _copied(stacks: dict[str | None, _Running]) -> dict[str | None, _Running]:
+    return {stack: replace(running, passes=running.passes.copy()) for stack, running in stacks.items()}
 
 
 class _Begins:

@@ -174,6 +174,9 @@ class OwnTensors:
                 yield point.module, cls("input")
             yield point.module, cls(point.side, every=point.side == "input", early=point.early)
 
+    def stands(self) -> bool:
+        return True
+
     def __call__(self, value: Any) -> Any:
         if any(map(self._concerned, tensors_in(value))):
             value = map_tensors(value, self._own, of_cache=lambda cache: cache)

@@ -60,19 +60,25 @@ def thread_key() -> object:
 @contextmanager
 def unseen() -> Iterator[None]:
     """Passes of this thread meet nothing that any block put on modules; those of other threads meet what they did."""
-    key, before = _here.key, _here.unseen
+    key, before, at_work = _here.key, _here.unseen, _key_at_work()
     _here.key, _here.unseen = object(), True
     torch._C._stash_obj_in_tls(_KEY, _here.key)
     try:
         yield
     finally:
         _here.key, _here.unseen = key, before
-        torch._C._stash_obj_in_tls(_KEY, key)
+        # In a thread that works for another one this is not its own.
+        torch._C._stash_obj_in_tls(_KEY, at_work)
 
 
 def _key_at_work() -> object | None:
     """The key of the thread for which this one works; its own, or none, where it works for itself."""
     return _get_obj_in_tls(_KEY) if _is_key_in_tls(_KEY) else None
+
+
+def works_for(key: object | None) -> bool:
+    """Whether the passes of this thread are those of the thread that `key` stands for."""
+    return key is not None and (key is _here.key or key is _key_at_work())
 
 
 class Listener(Protocol):
@@ -106,6 +112,9 @@ class Change(Protocol):
 
     @property
     def early(self) -> bool: ...
+
+    def stands(self) -> bool:
+        """Whether it is to be made in the call that is under way; where it is not it hands values on as they are."""
 
     def __call__(self, value: Any) -> Any:
         """The value that takes the place of `value`."""
@@ -299,10 +308,12 @@ class _Emptying:
 
 
 def changes_of(module: nn.Module) -> tuple[Change, ...]:
-    """The changes on a module that a pass of this thread meets, edits first."""
+    """The changes on a module that are to be made in the pass of this thread that is under way, edits first."""
     tap = module.__dict__.get(_SLOT)
-    view = tap.views.get(_here.key) if type(tap) is Tap else None
-    return () if view is None else (*view.changes, *view.last)
+    view = None
+    if type(tap) is Tap:
+        view = tap.views.get(_here.key) or tap.views.get(_key_at_work())
+    return () if view is None else tuple([change for change in (*view.changes, *view.last) if change.stands()])
 
 
 def _guarded(guard: Guard, call: Callable[..., Any]) -> Callable[..., Any]:
