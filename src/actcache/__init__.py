@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from actcache.capture.extract_batches import extract_batches
     from actcache.capture.hooks import capture, run_with_cache
     from actcache.capture.knockout import knockout
+    from actcache.capture.lens import LogitLens
     from actcache.capture.notes import ValueWithInfo
     from actcache.capture.positions import tokens_of
     from actcache.capture.ready_made import ReadyMade, ablate, patch, steer
@@ -81,6 +82,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "patch": ("capture.ready_made", "patch"),
     "ReadyMade": ("capture.ready_made", "ReadyMade"),
     "FullActivationCache": ("capture.residual", "FullActivationCache"),
+    "LogitLens": ("capture.lens", "LogitLens"),
     "SavedCache": ("capture.saved", "SavedCache"),
     "ValueWithInfo": ("capture.notes", "ValueWithInfo"),
     "aggregate": ("capture.aggregate", ""),
@@ -128,6 +130,7 @@ __all__ = [
     "Entry",
     "FullActivationCache",
     "ImportReport",
+    "LogitLens",
     "Plan",
     "ReadyMade",
     "SavedCache",

@@ -264,22 +264,9 @@ class UnifiedCache(Results):
         groups = self._groups(site, layers)
         if positions is not None and self.cache_pooled:
             raise OptionError("positions= needs full sequences: make the UnifiedCache with cache_pooled=False.")
-        read = read_prompts(prompts)
-        part = positions if self._completions is not None and positions in ("prompt", "completion") else None
-        if part is None:
-            check_positions(positions, chats=True)
-            each_prompt(positions, len(read))
-            source, special = self.extractor.source, self.extractor.add_special_tokens
-            # Of a chat that is continued the tokens are others, behind those of its messages.
-            same = read if self._completions is None else read.select(range(len(read)))
-            positions = positions_of(positions, same, source, add_special_tokens=special)
         everything = list(dict.fromkeys(name for names in groups.values() for name in names))
         with self.cached.session():
-            if self._completions is not None:
-                said = self._completions.of(read)
-                read = sequences_of(said)
-                if part is not None:
-                    positions = [[one.prompt_span if part == "prompt" else one.completion_span] for one in said]
+            read, positions = self._placed(read_prompts(prompts), positions)
             request = self._stored(read, everything)
             if len(groups) == 1:
                 return self._read(request, positions, wanted)
@@ -288,6 +275,22 @@ class UnifiedCache(Results):
                 group: self._read(self.cached.request(read, names), positions, wanted)
                 for group, names in groups.items()
             }
+
+    def _placed(self, prompts: PromptList, positions: Any) -> tuple[PromptList, Any]:
+        part = positions if self._completions is not None and positions in ("prompt", "completion") else None
+        if part is None:
+            check_positions(positions, chats=True)
+            each_prompt(positions, len(prompts))
+            source, special = self.extractor.source, self.extractor.add_special_tokens
+            # Of a chat that is continued the tokens are others, behind those of its messages.
+            same = prompts if self._completions is None else prompts.select(range(len(prompts)))
+            positions = positions_of(positions, same, source, add_special_tokens=special)
+        if self._completions is None:
+            return prompts, positions
+        said = self._completions.of(prompts)
+        if part is not None:
+            positions = [[one.prompt_span if part == "prompt" else one.completion_span] for one in said]
+        return sequences_of(said), positions
 
     def get_completions(self, prompts: Prompt | Iterable[Prompt]) -> list[Completion]:
         """What the model says after each prompt, generated first where it is missing; of a cache with ``generate=``.

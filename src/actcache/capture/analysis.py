@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actcache.capture.inputs import find_tokenizer
-from actcache.capture.lens import LogitLens, make_lens
+from actcache.capture.inputs import find_tokenizer, single_token
+from actcache.capture.lens import LogitLens
+from actcache.capture.lens_of_cache import make_lens
 from actcache.capture.notes import ValueWithInfo
 from actcache.capture.parts import Parts
 from actcache.capture.streams import ATTENTION, Streams, read_index, take
@@ -244,17 +245,28 @@ class Analysis(Parts):
         stack: str | None = None,
         model: nn.Module | None = None,
         tokenizer: Any = None,
+        tokens: Any = None,
+        translators: Any = None,
     ) -> LogitLens:
         """What the model would predict if each layer of `site` ("resid_pre", "resid_mid", "resid_post") were the last:
         final norm and head on the stream at that layer.
 
-        `layers`: those of the site that the cache holds, by default. `recompute_ln`: the final norm takes the scale of
-        that layer's stream; without it that of the whole stream behind the last block in this pass. The best `top_k`
-        tokens of each position are kept, and logits computed anew when they are asked for: see `LogitLens`.
+        Args:
+            layers: by default those of the site that the cache holds.
+            top_k: how many of the best tokens of each position are kept; logits are computed anew when they are asked
+                for: see `LogitLens`.
+            recompute_ln: the final norm takes the scale of that layer's stream; without it that of the whole stream
+                behind the last block in this pass.
+            tokens: ids, or texts that are one token each, whose ranks and probabilities are wanted.
+            translators: what the stream is put through first (a tuned lens): by layer ``(weight [D, D], bias [D])``, a
+                linear layer or a function, applied as they are; or the folder of a lens of the package tuned-lens,
+                whose maps are added to the stream.
+
+        Where the cache holds `resid_post` of the last block, divergences from the final prediction are there too.
         """
         asked = Site.parse(site)
         streams = Streams(self, "logit_lens", stack=asked.stack or stack, model=model)
-        return make_lens(streams, asked.name, layers, top_k, pos_slice, recompute_ln, tokenizer)
+        return make_lens(streams, asked.name, layers, top_k, pos_slice, recompute_ln, tokenizer, tokens, translators)
 
     def vector(self, site: str, prompt: int = 0, position: int = -1, *, sequence: int | None = None) -> ValueWithInfo:
         """The value of `site` at one token of a prompt, ``[D]`` (``[H, hd]`` where there are heads), which knows where
@@ -354,10 +366,7 @@ def _fitted(directions: Tensor, ids: Tensor, scaled: Tensor) -> Tensor:
 def _token_ids(tokens: Any, streams: Streams, tokenizer: Any) -> Tensor:
     if isinstance(tokens, str):
         known = find_tokenizer(streams.anatomy.model) if tokenizer is None else tokenizer
-        found = known(tokens, add_special_tokens=False)["input_ids"]
-        if len(found) != 1:
-            raise OptionError(f"{tokens!r} is {len(found)} tokens ({found}) and must be one: give a token id")
-        return torch.tensor(found[0])
+        return torch.tensor(single_token(tokens, known))
     ids = torch.as_tensor(tokens)
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim > 2:
         raise OptionError(f"tokens is {tokens!r}: expected a token id, a string, or ids [B] or [B, S]")

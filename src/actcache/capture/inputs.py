@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from actcache.errors import PromptError, PromptTypeError, TokenizerError
+from actcache.errors import OptionError, PromptError, PromptTypeError, TokenizerError
 from actcache.model.chat import Messages, chat_ids, is_chat
 from actcache.model.config_values import context_length, first_int, text_values
 from actcache.model.decoder_inputs import require_decoder_start
@@ -223,6 +223,14 @@ def find_tokenizer(model: nn.Module) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise TokenizerError(f"no tokenizer was found at {name!r}: pass tokenizer= ({type(error).__name__})") from error
+
+
+def single_token(text: str, tokenizer: Any) -> int:
+    """The id of a text that is one token. Raises `OptionError` for one that is not."""
+    found = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(found) != 1:
+        raise OptionError(f"{text!r} is {len(found)} tokens ({found}) and must be one: give a token id")
+    return int(found[0])
 
 
 def _pads_in_front(mask: Any) -> TypeGuard[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from actcache.capture.parts import Parts
-from actcache.capture.tokens import take_columns, tensor_of
+from actcache.capture.tokens import TokenState, take_columns, tensor_of
 from actcache.errors import AdditivityError, LayerRangeError, OptionError, UnknownKeyError
 from actcache.model.anatomy import Anatomy, describe, original
 from actcache.model.head import Head, find_head
@@ -217,6 +217,13 @@ class Streams:
         """Which positions of the value of a site are real; None where all are, as far as is known."""
         value = tensor_of(self.cache[str(site)])
         return None if value is None else self.cache._mask_of(str(site), value)
+
+    def token_ids(self, site: Site) -> Tensor | None:
+        """The token at each position of the value of a site, ``[B, S]``; None where they are not known."""
+        value = tensor_of(self.cache[str(site)])
+        table = TokenState(self.cache._tables()).table_of(str(site))
+        fits = value is not None and table.ids is not None and table.ids.shape == value.shape[:2]
+        return table.ids if fits else None
 
     def picked(self, site: Site, value: Tensor) -> Tensor:
         """The chosen positions of a value that has those of `site`."""

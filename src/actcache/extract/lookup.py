@@ -98,7 +98,7 @@ class Lookup:
 
     def pooled(self) -> npt.NDArray[Any]:
         """One row per prompt and site, `[n, sites, D]`, in a new array. All sites must have the same width."""
-        self._require_all()
+        self.require_all()
         n = len(self.found)
         first = self._pieces[0]
         if len(self._pieces) == 1 and len(first.local) == n and not first.full_rows:
@@ -119,7 +119,7 @@ class Lookup:
 
     def rows(self) -> list[list[npt.NDArray[Any]]]:
         """For each prompt one read-only array `[T, D]` per site."""
-        self._require_all()
+        self.require_all()
         result: list[list[npt.NDArray[Any]]] = [[] for _ in range(len(self.found))]
         for piece in self._pieces:
             for i, rows in zip(piece.at.tolist(), piece.placement.all_rows(piece.local), strict=True):
@@ -138,7 +138,7 @@ class Lookup:
 
     def padded(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """`([n, S, sites * D], mask [n, S])`, right-padded with zeros."""
-        self._require_all()
+        self.require_all()
         n = len(self.found)
         if len(self._pieces) == 1 and len(self._pieces[0].local) == n and self.one_width:
             return self._pieces[0].placement.take_padded()
@@ -155,7 +155,8 @@ class Lookup:
                 start += part.shape[1]
         return values, mask
 
-    def _require_all(self) -> None:
+    def require_all(self) -> None:
+        """Raise `NotCachedError` unless every prompt was found."""
         if not self.found.all():
             absent = np.flatnonzero(~self.found)
             raise NotCachedError(

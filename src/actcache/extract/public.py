@@ -1,13 +1,14 @@
-"""The part of `UnifiedCache` that gives perplexity and logits."""
+"""The part of `UnifiedCache` that gives what follows from activations: perplexity, logits, the logit lens."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actcache.derive.results import Asked, LogitsAsked
 from actcache.errors import ResultsNotCachedError
+from actcache.extract.lens import ask_for_lens, stored_lens
 from actcache.extract.prompts import Prompt, PromptList, read_prompts
 from actcache.extract.reading import (
     CachedLogits,
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from actcache.capture.lens import LogitLens
     from actcache.extract.cached import CachedExtractor
+    from actcache.extract.request import Request
 
 # "What the cache was made for", where None means something else.
 _OWN: Any = object()
@@ -31,7 +34,7 @@ T = TypeVar("T")
 
 
 class Results(ABC):
-    """Perplexity and logits of prompts, out of `cached`.
+    """Perplexity, logits and logit lens of prompts, out of `cached`.
 
     Attributes: `_asked` is what a warm-up computes, `_logits` which logits are meant when nothing is said.
     """
@@ -47,6 +50,16 @@ class Results(ABC):
     @abstractmethod
     def _compute(self, prompts: PromptList) -> None:
         """Run the model for `prompts`, and store all that is asked of it."""
+
+    @abstractmethod
+    def _placed(self, prompts: PromptList, positions: Any) -> tuple[PromptList, Any]:
+        """What goes through the model for `prompts`, and `positions` of it in numbers. In a session.
+
+        Raises `OptionError` for what can be no position."""
+
+    @abstractmethod
+    def _stored(self, prompts: PromptList, names: Sequence[str]) -> Request:
+        """`prompts` with the columns `names` computed where they were missing, and looked up."""
 
     def get_perplexity(self, prompts: Prompt | Iterable[Prompt]) -> npt.NDArray[np.float32]:
         """``[exp(mean c), exp(min c), exp(max c)]`` of each prompt, float32 ``[B, 3]``.
@@ -158,3 +171,53 @@ class Results(ABC):
         with self.cached.session():
             given = self._sequences(read_prompts(prompts))
             return compute_results(self.cached, given, asked, batch_size=batch_size, device=device)
+
+    def logit_lens(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        top_k: int = 5,
+        *,
+        layers: Any = None,
+        positions: Any = None,
+        site: str | None = None,
+        tokens: Any = None,
+        translators: Any = None,
+        device: str | None = None,
+    ) -> LogitLens:
+        """What the model would predict if each layer were the last, from stored streams: see `LogitLens`.
+
+        What is stored is read without the model, of which only the final norm and the head are read from its files (the
+        model itself only where they are not read by themselves); what is missing is computed and stored first.
+
+        Args:
+            top_k: how many of the best tokens are kept of each layer and position.
+            layers: some of this cache's layers, in the order wanted; None for all of them. The last layer must be among
+                this cache's in any case, since final predictions follow from it.
+            positions: as `get_activations` takes them; None for every token that this cache keeps. A cache of pooled
+                vectors has ``"last"`` only, and that with ``pooling="last_token"``.
+            site: ``"resid_post"`` (None), ``"resid_mid"`` or ``"resid_pre"``, among this cache's sites; of an
+                encoder-decoder model the decoder's.
+            tokens: ids, or texts that are one token each, whose ranks and probabilities are wanted.
+            translators: what the stream is put through first (a tuned lens): by layer ``(weight [D, D], bias [D])``, a
+                linear layer or a function, applied as they are; or the folder of a lens of the package tuned-lens,
+                whose maps are added to the stream.
+            device: where norm and head run when the model is not loaded.
+
+        Raises:
+            OptionError: a site, layer or position that this cache does not keep, a translator that does not fit.
+            SiteUnavailableError: a model without a head, or one whose way to logits cannot be made out.
+        """
+        asked = ask_for_lens(self.cached, site, layers, positions)
+        with self.cached.session():
+            given, places = self._placed(read_prompts(prompts), positions)
+            return stored_lens(
+                self.cached,
+                given,
+                asked,
+                places,
+                top_k=top_k,
+                tokens=tokens,
+                translators=translators,
+                device=device,
+                complete=self._stored,
+            )

@@ -37,7 +37,7 @@ class Head:
         sizes: width of the residual stream, and number of logits.
         keep: hold `model`, which nobody else does.
 
-    Attributes: `norm`, `vocab_size`, `way`, `device`.
+    Attributes: `norm`, `width`, `vocab_size`, `way`, `device`.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Head:
         self.way = way
         self._model = weakref.ref(model)
         self._kept = model if keep else None
-        self._width, self.vocab_size = sizes
+        self.width, self.vocab_size = sizes
         self.device = device
         self._modules = [weakref.ref(step.module(model)) for step in way.steps]
         self._behind = behind
@@ -108,7 +108,7 @@ class Head:
         dtype = self.way.steps[self._behind].dtype
         for point in (torch.zeros, torch.ones):
             with torch.enable_grad():
-                x = point(1, self._width, dtype=dtype, device=self.device, requires_grad=True)
+                x = point(1, self.width, dtype=dtype, device=self.device, requires_grad=True)
                 logits = self._run(x, self._behind, capped=False)[0]
                 grads = (torch.autograd.grad(logits[token], x, retain_graph=True)[0][0] for token in tokens.tolist())
                 found.append([grad.detach() for grad in grads])
