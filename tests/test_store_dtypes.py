@@ -113,7 +113,7 @@ def test_merging_changes_no_value_however_often_and_whatever_is_dropped(
     rng = np.random.default_rng(0)
     first: dict[int, np.ndarray] = {}
     alive: list[int] = []
-    number = 0
+    number = blocks = 0
 
     def read(i: int) -> np.ndarray:
         table = make_table([i])
@@ -128,7 +128,8 @@ def test_merging_changes_no_value_however_often_and_whatever_is_dropped(
         rows = len(table) if layout == "last_token" else int(table.token_offset[-1])
         data = {s: with_outliers(rows, seed=number + j) for j, s in enumerate(SITES)}
         make = Records.tokens(table, data) if layout == "tokens" else Records.pooled(table, layout, data)
-        store.append(space, make)
+        info = store.append(space, make)
+        blocks += len(segment.open(store.root / space / f"{info.name}.safetensors").block_offset) - 1
         first.update({i: read(i) for i in numbers})
         # Whole blocks, and some of the rows of others.
         gone = numbers[:70] if count == 130 else rng.choice(numbers, count // 3, replace=False).tolist()
@@ -152,9 +153,7 @@ def test_merging_changes_no_value_however_often_and_whatever_is_dropped(
         assert error.rows >= moments.count
         assert 0.001 < error.relative < TOLERANCE[dtype]
     # Blocks that lost rows to tombs are short, and no new ones came into being.
-    assert len(merged.block_offset) - 1 <= sum(
-        -(-c * (7 if layout == "tokens" else 1) // 64) for c in (1, 7, 64, 100, 3, 130, 20)
-    )
+    assert 1 < len(merged.block_offset) - 1 <= blocks
 
 
 @pytest.mark.parametrize("dtype", SMALL)

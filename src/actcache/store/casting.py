@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.store import quantize
+from actcache.store.blocks import Rows
 from actcache.store.dtypes import code_for, is_scaled, matrix_dtype, name_of
 from actcache.store.records import Records
 from actcache.store.statistics import Moments, as_float, is_float
@@ -125,7 +126,7 @@ def nothing_lost(rows: int, moments: Moments | None) -> CastError:
 
 
 def cast(rows: npt.NDArray[Any], code: str) -> Iterator[Piece]:
-    """`rows` ``[n, D]`` as a column of `code` keeps them, in pieces of whole blocks."""
+    """`rows` ``[n, D]`` as a column of `code`, which has no scales, keeps them, in pieces."""
     dtype = matrix_dtype(code)
     if not is_cast(rows, code):
         moments = None
@@ -134,24 +135,36 @@ def cast(rows: npt.NDArray[Any], code: str) -> Iterator[Piece]:
             moments.update(rows)
         yield Piece(np.ascontiguousarray(rows), None, moments, nothing_lost(len(rows), moments))
         return
-    step = quantize.blocks_at_once(rows.shape[1]) * quantize.BLOCK_ROWS
+    step = max(1, _CHUNK_BYTES // (4 * max(rows.shape[1], 1)))
     for start in range(0, len(rows), step):
         given = np.ascontiguousarray(as_float(rows[start : start + step]))
-        yield _cast_chunk(given, dtype, scaled=is_scaled(code))
-
-
-def _cast_chunk(given: npt.NDArray[Any], dtype: np.dtype[Any], *, scaled: bool) -> Piece:
-    scales = None
-    with np.errstate(over="ignore"):
-        if scaled:
-            narrow = given.astype(np.float32, copy=False)
-            stored, scales = quantize.encode(narrow, dtype)
-            back: npt.NDArray[Any] = quantize.decode_run(
-                stored, scales, quantize.block_offsets(len(given)), 0, len(given)
-            )
-        else:
+        with np.errstate(over="ignore"):
             stored = given.astype(dtype)
-            back = as_float(stored)
+        yield _measured(given, stored, None, as_float(stored))
+
+
+def quantised(rows: Rows, offsets: npt.NDArray[np.int64]) -> Iterator[Piece]:
+    """`rows` as codes and scales, in pieces of whole blocks, which `offsets` ``[blocks + 1]`` names."""
+    edges, block = offsets.tolist(), 0
+    most = quantize.blocks_at_once(rows.dim) * quantize.BLOCK_ROWS
+    while block + 1 < len(edges):
+        last = max(block + 1, int(np.searchsorted(offsets, edges[block] + most, "right")) - 1)
+        given = np.ascontiguousarray(rows.between(edges[block], edges[last]))
+        mine = offsets[block : last + 1] - edges[block]
+        with np.errstate(over="ignore"):
+            stored, scales = quantize.encode(given.astype(np.float32, copy=False), rows.dtype, mine)
+        back = quantize.decode_run(stored, scales, mine, 0, len(given))
+        yield _measured(given, stored, scales, back)
+        block = last
+
+
+def _measured(
+    given: npt.NDArray[Any],
+    stored: npt.NDArray[Any],
+    scales: npt.NDArray[np.float32] | None,
+    back: npt.NDArray[Any],
+) -> Piece:
+    """What is `stored` of rows that were `given`, and are read `back`."""
     moments, error = Moments.empty(given.shape[1]), CastError()
     moments.update(back)
     error.measure(given, back)

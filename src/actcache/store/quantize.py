@@ -1,7 +1,8 @@
 """int8 and float8_e4m3 with a scale for each dimension and block of rows: encoding, decoding, gathering.
 
 A value is its code times its scale. A scale belongs to one column and at most 64 rows, so that a dimension whose
-values are a thousand times the others' costs those nothing. What cannot be encoded (inf, nan) is read back as nan.
+values are a thousand times the others' costs those nothing; `actcache.store.blocks` sees to it that a row does not,
+either. What cannot be encoded (inf, nan) is read back as nan.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _LONG_RUN = 8
 
 
 def block_offsets(rows: int) -> Ints:
-    """Where the blocks of `rows` rows begin and end: int64 ``[blocks + 1]``; 0 alone where there are no rows."""
+    """Where blocks of 64 of `rows` rows begin and end: int64 ``[blocks + 1]``; 0 alone where there are no rows."""
     return np.append(np.arange(0, rows, BLOCK_ROWS, dtype=np.int64), rows).astype(np.int64)
 
 
@@ -41,21 +42,20 @@ def blocks_at_once(dim: int) -> int:
     return max(1, _CHUNK_BYTES // (4 * BLOCK_ROWS * max(dim, 1)))
 
 
-def encode(rows: Floats, dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], Floats]:
-    """Codes ``[n, D]`` of `dtype` and scales float32 ``[ceil(n / 64), D]`` of `rows` ``[n, D]``."""
+def encode(rows: Floats, dtype: np.dtype[Any], offsets: Ints) -> tuple[npt.NDArray[Any], Floats]:
+    """Codes ``[n, D]`` of `dtype` and scales float32 ``[blocks, D]`` of `rows` ``[n, D]`` in blocks at `offsets`."""
     n, dim = rows.shape
     codes = np.empty((n, dim), dtype)
-    scales = np.empty((-(-n // BLOCK_ROWS), dim), np.float32)
-    step = blocks_at_once(dim) * BLOCK_ROWS
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        whole = start + (stop - start) // BLOCK_ROWS * BLOCK_ROWS
-        for a, b in ((start, whole), (whole, stop)):
-            if a < b:
-                size = min(BLOCK_ROWS, b - a)
-                shape = (b - a) // size, size, dim
-                first = a // BLOCK_ROWS
-                _encode_blocks(rows[a:b].reshape(shape), codes[a:b].reshape(shape), scales[first : first + shape[0]])
+    scales = np.empty((len(offsets) - 1, dim), np.float32)
+    sizes = np.diff(offsets)
+    # Neighbours of one size are encoded together, as many as stay in the processor's cache.
+    step = blocks_at_once(dim)
+    for first, stop in pairwise([0, *(np.flatnonzero(np.diff(sizes)) + 1).tolist(), len(sizes)]):
+        for block in range(first, stop, step):
+            last = min(block + step, stop)
+            a, b, size = int(offsets[block]), int(offsets[last]), int(sizes[block])
+            shape = last - block, size, dim
+            _encode_blocks(rows[a:b].reshape(shape), codes[a:b].reshape(shape), scales[block:last])
     return codes, scales
 
 

@@ -14,15 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import FormatError
-from actcache.store.casting import Piece, cast
-from actcache.store.dtypes import is_scaled
+from actcache.store.blocks import Rows, plan
+from actcache.store.casting import Piece, cast, quantised
+from actcache.store.dtypes import is_scaled, matrix_dtype
 from actcache.store.files import SEGMENT_NAME, is_ours
 from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable
-from actcache.store.quantize import block_offsets
+from actcache.store.prompts import offsets as joined_offsets
 from actcache.store.records import BLOCK, SCALE, TOKENS, Records, SegmentInfo
 from actcache.store.spaces import described_by
-from actcache.store.statistics import Moments, as_float
+from actcache.store.statistics import Moments
 from actcache.store.writing import Column, write_columns
 
 __all__ = ["BLOCK", "TOKENS", "Records", "Segment", "SegmentInfo", "open", "read_info", "validate", "write"]
@@ -44,22 +45,27 @@ def write(
     if len({p.signature for p in parts}) != 1:
         raise ValueError("records of different layouts, sites, dtypes or text contexts cannot share a segment")
     first = parts[0]
+    given = {site: [part.data[site] for part in parts] for site in first.data}
+    scaled = {
+        site: Rows(rows, matrix_dtype(first.code(site))) for site, rows in given.items() if is_scaled(first.code(site))
+    }
+    lengths = np.concatenate([np.diff(part.row_offset) for part in parts])
+    offsets = plan(list(scaled.values()), joined_offsets(lengths)) if scaled else np.zeros(1, np.int64)
     columns = [
-        Column(site, first.code(site), rows.shape[1], _pieces([p.data[site] for p in parts], first.code(site)))
-        for site, rows in first.data.items()
-    ]
-    rows = sum(int(p.row_offset[-1]) for p in parts)
+        Column(
+            site, first.code(site), rows[0].shape[1],
+            quantised(scaled[site], offsets) if site in scaled else _pieces(rows, first.code(site)),
+        )
+        for site, rows in given.items()
+    ]  # fmt: skip
     return write_columns(
         folder, PromptTable.concatenate([p.prompts for p in parts]), first.layout, columns, space=space,
-        created_ns=created_ns,
-        block_offset=block_offsets(rows if first.is_scaled else 0),
+        created_ns=created_ns, block_offset=offsets,
     )  # fmt: skip
 
 
 def _pieces(parts: Sequence[npt.NDArray[Any]], code: str) -> Iterator[Piece]:
-    # Scales are shared by rows of several parts.
-    whole = [np.concatenate([as_float(p) for p in parts])] if is_scaled(code) and len(parts) > 1 else parts
-    for part in whole:
+    for part in parts:
         yield from cast(part, code)
 
 

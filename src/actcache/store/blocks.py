@@ -1,0 +1,128 @@
+"""Which neighbouring rows share scales: as many as lose little by it, and of a longer prompt none with other prompts.
+
+A scale is as coarse as the largest value that it stands for. Where one row is a hundred times as long as those beside
+it, as that of the first token often is, sharing would leave little of the others. So a block ends before a row with
+which one of its rows would lose too much, whatever its columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actcache.store.quantize import BLOCK_ROWS, FLOAT8, INT8
+from actcache.store.statistics import as_float
+
+Ints = npt.NDArray[np.int64]
+
+MOST_LOST = 0.03
+"""How much of its length a row may lose to steps that are larger than it needs: some five times what is usual."""
+OWN_ROWS = 16
+"""Prompts of so many rows share scales with no other prompt: what is stored of them depends on nothing else."""
+
+# How many steps of the same size a dtype has between zero and the largest value: for float8 those of the subnormals.
+_STEPS = {INT8: 127.0, FLOAT8: 448.0 * 512}
+# Squares of others, and their sums, are not exact enough in float32.
+_LEAST, _MOST = 1e-15, 1e15
+_FEW = 8
+
+
+class Rows:
+    """Rows ``[n, D]`` of one site that lie in several arrays, as one; `dtype`: that of their codes, `dim`: D."""
+
+    def __init__(self, parts: Sequence[npt.NDArray[Any]], dtype: np.dtype[Any]) -> None:
+        self._parts, self.dtype, self.dim = parts, dtype, parts[0].shape[1]
+        self._ends = np.cumsum([0, *map(len, parts)])
+
+    def between(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows `start` to `stop`, which are some, as `as_float` gives them."""
+        first = int(np.searchsorted(self._ends, start, "right")) - 1
+        last = int(np.searchsorted(self._ends, stop, "left"))
+        found = [
+            as_float(part[max(start - a, 0) : stop - a])
+            for part, a in zip(self._parts[first:last], self._ends[first:last].tolist(), strict=True)
+        ]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def plan(columns: Sequence[Rows], row_offset: Ints) -> Ints:
+    """Where blocks of rows that share scales begin and end, int64 ``[blocks + 1]``.
+
+    `columns`: the rows of all sites that have scales; `row_offset` ``[n + 1]``: which of them are whose.
+    """
+    offsets, likely = [0], BLOCK_ROWS
+    for start, end in pairwise(_borders(row_offset)):
+        at = start
+        while at < end:
+            most = min(BLOCK_ROWS, end - at)
+            tried = min(most, likely)
+            size = _sharing(columns, at, tried)
+            if size == tried < most:
+                size = _sharing(columns, at, most)
+            # Short blocks come in rows: to look at 64 rows for each of them would take many times as long.
+            likely = BLOCK_ROWS if size == most else max(_FEW, 2 * size)
+            at += size
+            offsets.append(at)
+    return np.array(offsets, np.int64)
+
+
+def _sharing(columns: Sequence[Rows], at: int, size: int) -> int:
+    for rows in columns:
+        size = sharing(rows.between(at, at + size), rows.dtype)
+    return size
+
+
+def _borders(row_offset: Ints) -> list[int]:
+    """The rows at which a block begins in any case, and the number of rows."""
+    long = np.flatnonzero(np.diff(row_offset) >= OWN_ROWS)
+    return sorted({*row_offset[[0, -1]].tolist(), *row_offset[long].tolist(), *row_offset[long + 1].tolist()})
+
+
+def sharing(rows: npt.NDArray[Any], dtype: np.dtype[Any]) -> int:
+    """How many of the first of `rows` ``[n, D]`` can share scales of codes of `dtype`: at least 1.
+
+    Each of them loses at most `MOST_LOST` of its length by that. Values that are not finite are nobody's.
+    """
+    n = len(rows)
+    if n < 2 or not rows.shape[1]:
+        return n
+    with np.errstate(over="ignore"):
+        size: npt.NDArray[Any] = np.abs(rows).astype(np.float32, copy=False)
+    top = float(size.max())
+    if not np.isfinite(top):
+        size[~np.isfinite(size)] = 0
+        top = float(size.max())
+    squares = np.einsum("ij,ij->i", size, size)
+    if not (top < _MOST and squares.min() > _LEAST):
+        size = size.astype(np.float64)
+        squares = np.einsum("ij,ij->i", size, size)
+    # A row without length has nothing to lose.
+    allowed = MOST_LOST**2 * np.where(squares > 0, squares, np.inf)
+    # What rounding to a step takes, on average.
+    lost_each = 1 / (12 * _STEPS[dtype] ** 2)
+    largest = size.max(axis=0)
+    if lost_each * (largest @ largest) <= allowed.min():
+        return n
+
+    def too_many(count: int) -> bool:
+        # A value smaller than a step loses itself, and not more.
+        lost = np.minimum(size[:count], lost_each**0.5 * reach[count - 1])
+        return bool((np.einsum("ij,ij->i", lost, lost) > allowed[:count]).any())
+
+    # Mostly it is the first row that is unlike the others, so that there is little to look at.
+    for looked_at in (min(_FEW, n), n):
+        reach = np.maximum.accumulate(size[:looked_at], axis=0)
+        few = lost_each * np.einsum("ij,ij->i", reach, reach) > np.minimum.accumulate(allowed[:looked_at])
+        if few.any() and too_many(int(few.argmax()) + 1):
+            return int(few.argmax())
+    if not too_many(n):
+        return n
+    low, high = int(few.argmax()) + 1, n
+    while high - low > 1:
+        count = (low + high) // 2
+        low, high = (low, count) if too_many(count) else (count, high)
+    return low
