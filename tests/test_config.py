@@ -14,7 +14,7 @@ import actcache as ac
 from actcache import config
 from actcache.cli.app import run
 from actcache.errors import OptionError
-from actcache.store.default import default_store
+from actcache.store.default import default_store, store_at
 
 GB = 2**30
 
@@ -32,18 +32,40 @@ def _own_logger() -> Iterator[None]:
 def test_a_store_s_own_limit_wins_over_a_call_over_the_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, plain = ac.Store(tmp_path, limit_gb=0.5), ac.Store(tmp_path)
+    own, plain = ac.Store(tmp_path, limit_gb=0.5), default_store()
     assert plain.limit == config.Setting(None, "default")
     monkeypatch.setenv("ACTCACHE_MAX_GB", "3.5")
     assert plain.limit == config.Setting(int(3.5 * GB), "ACTCACHE_MAX_GB")
     ac.set_cache_limit(2)
-    assert plain.limit == default_store().limit == config.Setting(2 * GB, "set_cache_limit()")
+    assert plain.limit == config.Setting(2 * GB, "set_cache_limit()")
     assert own.limit == config.Setting(GB // 2, "Store()")
+    ac.set_cache_backend(own)
+    assert default_store().limit == config.Setting(GB // 2, "Store()")
     ac.set_cache_limit(None)
     assert plain.limit.value is None
     assert ac.Store(tmp_path, limit_gb=float("inf")).limit == config.Setting(None, "Store()")
     assert own.info().cache_limit_bytes == GB // 2
+    ac.set_cache_backend(None)
     assert ac.cache_info().cache_limit_bytes is None
+
+
+def test_the_limit_of_the_process_is_the_default_store_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever that is at the moment, and whoever names it; no store that somebody made is emptied by it."""
+    made, chosen = ac.Store(tmp_path / "made"), ac.Store(tmp_path / "chosen")
+    monkeypatch.setenv("ACTCACHE_MAX_GB", "3")
+    ac.set_cache_limit(2)
+    at_the_default = ac.cache_info().cache_dir
+    assert made.limit == store_at(tmp_path / "made").limit == config.Setting(None, "default")
+    assert store_at(at_the_default).limit.value == 2 * GB
+    ac.set_cache_backend(chosen)
+    assert (chosen.limit.value, made.limit.value) == (2 * GB, None)
+    assert store_at(str(tmp_path / "chosen")) is chosen
+    ac.set_cache_backend(at_the_default)
+    assert chosen.limit.value is None
+    ac.set_cache_backend(None)
+    assert ac.cache_info().cache_limit_bytes == default_store().limit.value == 2 * GB
+    monkeypatch.setenv("ACTCACHE_BACKEND", "s3://bucket")
+    assert store_at(tmp_path / "made").limit.value is None
 
 
 @pytest.mark.parametrize("value", ["much", "-1", "nan", "12GB"])

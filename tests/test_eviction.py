@@ -17,7 +17,8 @@ import actcache as ac
 from actcache.cli.app import run
 from actcache.demo import model_path
 from actcache.errors import OptionError
-from actcache.store import eviction, files
+from actcache.extract.stats import after_eviction
+from actcache.store import eviction, files, segment
 from actcache.store.records import Records
 from actcache.store.store import Store
 from store_helpers import (
@@ -366,8 +367,7 @@ def test_a_limit_smaller_than_a_request_still_answers_it(tmp_path: Path) -> None
 def test_a_limit_of_zero_works_without_storing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"The number {i} is" for i in range(6)]
     expected, _ = ac.UnifiedCache(str(model_path()), store=tmp_path / "all").get_activations(prompts)
-    ac.set_cache_limit(0)
-    store = Store(tmp_path / "store")
+    store = Store(tmp_path / "store", limit_gb=0)
     cache = ac.UnifiedCache(str(model_path()), store=store, sites=("resid_post", "mlp_out"))
     both = cache.get_activations(prompts)
     assert both["resid_post"][0].equal(expected)
@@ -380,7 +380,7 @@ def test_a_limit_of_zero_works_without_storing(tmp_path: Path, monkeypatch: pyte
     assert store.write(ac.new_space("m"), ["a"], {"x": [np.zeros(4, np.float32)]}, pooling="mean") == 0
     assert not store.location.exists()
     assert not list(Path("/dev/shm").glob("actcache-*"))
-    ac.set_cache_limit(None)
+    cache = ac.UnifiedCache(str(model_path()), store=Store(tmp_path / "store"))
     assert cache.warmup(prompts).activations_extracted == 6
 
 
@@ -391,9 +391,12 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         store.write(ac.new_space(name), [f"p{i}" for i in range(10)], {"resid_post.0": vectors}, pooling="mean")
     where = ["--store", str(tmp_path / "store")]
     assert run(["evict", *where]) == 2
-    assert "give --limit-gb, or set ACTCACHE_MAX_GB" in capsys.readouterr().err
+    assert "give --limit-gb" in capsys.readouterr().err
     monkeypatch.setenv("ACTCACHE_MAX_GB", str(120_000 / GB))
-    assert run(["evict", *where, "--json"]) == 0
+    assert run(["evict", *where]) == 2
+    assert "ACTCACHE_MAX_GB is the default store's" in capsys.readouterr().err
+    monkeypatch.setenv("ACTCACHE_DIR", where[1])
+    assert run(["evict", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["prompts"] == 10 and report["bytes_kept"] <= 120_000
     assert run(["evict", *where, "--limit-gb", str(70_000 / GB)]) == 0
@@ -422,3 +425,68 @@ def test_a_writer_at_work_loses_nothing_but_what_is_old(tmp_path: Path, monkeypa
     assert done
     assert 100 in there(store, space, [*range(60), 100])
     assert bytes_on_disk(store) <= 30_000
+
+
+def test_a_warm_up_says_what_its_limit_had_no_room_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = [f"The number {i} is" for i in range(12)]
+    model = str(model_path())
+    whole = ac.UnifiedCache(model, store=tmp_path / "all", cache_pooled=False)
+    planned = whole.plan(prompts)
+    assert (planned.bytes_limit, planned.over_limit) == (None, False)
+    stats = whole.warmup(prompts)
+    assert (stats.prompts_evicted, stats.activations_evicted, caplog.messages) == (0, 0, [])
+    needed = bytes_on_disk(whole.store)
+    for limit, some in ((100, False), (needed * 2 // 3, True)):
+        caplog.clear()
+        cache = ac.UnifiedCache(model, store=Store(tmp_path / str(limit), limit_gb=limit / GB), cache_pooled=False)
+        plan = cache.plan(prompts)
+        assert plan.bytes_limit == int(limit / GB * GB)
+        assert plan.over_limit is (plan.bytes_to_write > limit)
+        assert plan.over_limit or some
+        stats = cache.warmup([*prompts, prompts[0]])
+        # What is there now is seen by whoever asks next.
+        left = cache.plan(prompts).missing
+        assert stats.prompts_evicted == left
+        activations = ac.UnifiedCache(model, store=cache.store, cache_pooled=False, compute_perplexity=False)
+        assert stats.activations_evicted == activations.plan(prompts).missing
+        assert stats.activations_evicted > 0 if some else stats.activations_evicted == left == 12
+        (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+        text = warning.getMessage()
+        assert f"of {left} of 13 prompts" in text
+        assert f"{limit / 2**20:,.2f} MB" in text if some else "100 bytes" in text
+        assert f"{needed / 2**20:,.2f} MB" in text and "ac.set_cache_limit" in text
+
+
+def test_results_that_a_limit_takes_are_not_counted_as_activations(tmp_path: Path) -> None:
+    prompts = [f"The number {i} is" for i in range(6)]
+    cache = ac.UnifiedCache(str(model_path()), store=Store(tmp_path / "one", limit_gb=1), cache_pooled=True)
+    assert cache.warmup(prompts).prompts_evicted == 0
+    store = Store(cache.store.location, index_dir=tmp_path / "index")
+    (space,) = store.spaces()
+    results = [p for p in segment_files(store, space.space) if "perplexity" in str(segment.open(p).info.sites)]
+    assert results
+    for path in results:
+        path.unlink()
+    left = cache.cached.request(prompts, cache.sites, check=False, asked=cache._asked)
+    report = eviction.EvictionReport(6, 10, 20, 1, 0, 15, {})
+    stats = after_eviction(ac.WarmupStats(6), left, report)
+    assert (stats.prompts_evicted, stats.activations_evicted) == (6, 0)
+
+
+def test_the_verbs_say_what_the_limit_has_no_room_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACTCACHE_DIR", str(tmp_path / "store"))
+    arguments = [str(model_path()), "--prompt", "The sky is", "--prompt", "Snow is"]
+    assert run(["plan", *arguments]) == 0
+    assert "the limit" not in capsys.readouterr().out
+    monkeypatch.setenv("ACTCACHE_MAX_GB", str(1000 / GB))
+    assert run(["plan", *arguments]) == 0
+    assert "the limit        1000 B: not all of this stays." in capsys.readouterr().out
+    assert run(["plan", *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["bytes_limit"], found["over_limit"]) == (1000, True)
+    assert run(["warmup", *arguments]) == 0
+    assert "2 prompts did not stay: the limit of the store has no room for all." in capsys.readouterr().out

@@ -1,7 +1,8 @@
 """Environment variables and process-wide defaults, in one place.
 
 What a store was made with wins over what the process has chosen by a call, that over the environment, and that over
-the default. `ACTCACHE_BACKEND` (a path) wins over `ACTCACHE_DIR` (a path).
+the default. The limit of the process is that of the default store alone. `ACTCACHE_BACKEND` (a path) wins over
+`ACTCACHE_DIR` (a path).
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def limit_bytes(gb: Any, source: str) -> int | None:
 
 
 def cache_limit() -> Setting:
-    """The size limit of stores that have none of their own, in bytes; None where there is none."""
+    """The size limit of the default store where it has none of its own, in bytes; None where there is none."""
     if "limit" in _chosen:
         return Setting(_chosen["limit"], "set_cache_limit()")
     value = os.environ.get("ACTCACHE_MAX_GB")
@@ -90,7 +91,7 @@ def cache_limit() -> Setting:
 
 
 def set_cache_limit(gb: float | None = None) -> None:
-    """Set the size that stores without a limit of their own should keep to, in GB (2**30 bytes).
+    """Set the size that the default store should keep to, in GB (2**30 bytes); other stores have their own limit.
 
     None: no limit. 0: work without storing. The limit is enforced when a run has stored something, and by `evict`; a
     request that is larger is still answered in full.

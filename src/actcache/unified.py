@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from actcache.extract.plan import Plan
 from actcache.extract.prompts import Prompt, PromptList, positions_of, read_prompts
 from actcache.extract.public import Results
 from actcache.extract.request import Request, partial_failure
-from actcache.extract.stats import WarmupStats
+from actcache.extract.stats import WarmupStats, after_eviction
 from actcache.store.files import log
 from actcache.store.tensors import converted, reading_dtype
 
@@ -197,9 +198,16 @@ class UnifiedCache(Results):
         if not self.cached.keeps:
             log.warning("the limit of the store is 0: nothing is stored, so there is nothing to warm up")
             return WarmupStats(len(read_prompts(prompts)))
-        with self.cached.session():
+        with self.cached.session() as session:
             read = self._sequences(read_prompts(prompts))
-            return self._warmup(read, self.extractor.sites, verify_cache=verify_cache)[0]
+            stats = self._warmup(read, self.extractor.sites, verify_cache=verify_cache)[0]
+        if session.evicted is None:
+            return stats
+        # What cannot be had of this model is not gone.
+        perplexity = self._asked.perplexity and stats.perplexity_cached + stats.perplexity_extracted > 0
+        asked = replace(self._asked, perplexity=perplexity)
+        left = self.cached.request(read, self.extractor.sites, check=False, asked=asked)
+        return after_eviction(stats, left, session.evicted)
 
     def _stored(self, prompts: Any, names: Sequence[str]) -> Request:
         """`prompts` computed where they were missing, and looked up."""

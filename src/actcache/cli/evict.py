@@ -10,7 +10,10 @@ from actcache.errors import OptionError
 
 @click.command("evict")
 @click.option(
-    "--limit-gb", type=float, metavar="N", help="Size to reach, in GB (2**30 bytes). [default: $ACTCACHE_MAX_GB]"
+    "--limit-gb",
+    type=float,
+    metavar="N",
+    help="Size to reach, in GB (2**30 bytes). [default: of the default store $ACTCACHE_MAX_GB]",
 )
 @store_option
 @json_option
@@ -25,7 +28,7 @@ def command(limit_gb: float | None, store: str | None, as_json: bool) -> None:
 
     opened = store_at(store)
     if limit_gb is None and not opened.limit.value:
-        raise OptionError("there is no limit to keep to: give --limit-gb, or set ACTCACHE_MAX_GB.")
+        raise OptionError("there is no limit to keep to: give --limit-gb (ACTCACHE_MAX_GB is the default store's).")
     report = opened.evict(limit_gb)
     if as_json:
         print_json(report)

@@ -29,14 +29,19 @@ def command(
     prompts = read_prompts(files, texts, column=column, file_format=file_format)
     plan = unified_cache(model, **options).plan(prompts)
 
-    from actcache.cli.output import count, duration, print_json, size
+    from actcache.cli.output import count, duration, plain, print_json, size
 
     if as_json:
-        print_json(plan)
+        print_json({**plain(plan), "over_limit": plan.over_limit})
         return
     click.echo(f"stored already   {count(plan.cached, 'prompt')}")
     click.echo(f"to extract       {count(plan.missing, 'prompt')}, {count(plan.tokens, 'token')}")
     click.echo(f"to write         {size(plan.bytes_to_write)} ({size(plan.bytes_free)} free)")
+    if plan.over_limit:
+        click.echo(
+            f"the limit        {size(plan.bytes_limit)}: not all of this stays. Raise the limit "
+            "(ACTCACHE_MAX_GB), or store fewer prompts, sites or layers."
+        )
     click.echo(f"time, roughly    {duration(plan.seconds) if plan.seconds >= 1 else 'less than a second'}")
     if plan.missing and plan.batching:
         click.echo(f"not mixed        {plan.batching}")

@@ -60,3 +60,7 @@ def _print(stats: Any, as_json: bool) -> None:
         f"{stats.activations_extracted:,} extracted in {duration(stats.elapsed_seconds)}{speed}; "
         f"{size(stats.bytes_written)} written."
     )
+    if stats.prompts_evicted:
+        click.echo(
+            f"{count(stats.prompts_evicted, 'prompt')} did not stay: the limit of the store has no room for all."
+        )

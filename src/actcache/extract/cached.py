@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -35,6 +31,7 @@ from actcache.extract.prompts import (
 )
 from actcache.extract.request import Filled, Request, partial_failure
 from actcache.extract.results import ResultsFound, ResultWriter, find_results
+from actcache.extract.session import Session, Sessions
 from actcache.progress import progress
 from actcache.store.default import store_at
 from actcache.store.files import log
@@ -82,47 +79,27 @@ class CachedExtractor:
         self.extractor = extractor
         self.layout = layout_name(extractor.reduction.pooling)
         self._store = store_at(store)
-        self._session = threading.local()
+        self._sessions = Sessions(self._store)
         self.allow_inf = allow_inf
         self.trust_names = trust_names
 
     @property
     def store(self) -> Store:
         """Where activations are kept; for the time of a request that must not be stored, its own place in memory."""
-        return getattr(self._session, "store", None) or self._store
+        current = self._sessions.current
+        return self._store if current is None else current.store
 
     @property
     def keeps(self) -> bool:
         """Whether the store keeps anything: a limit of 0 means that it does not."""
         return bool(self._store.limit.value != 0)
 
-    @contextlib.contextmanager
-    def session(self) -> Iterator[None]:
+    def session(self) -> contextlib.AbstractContextManager[Session]:
         """Around one request, from looking up to reading: its prompts stay readable however small the limit is.
 
         Afterwards the store is brought below its limit when something was added.
         """
-        if getattr(self._session, "depth", 0):
-            yield
-            return
-        with contextlib.ExitStack() as stack:
-            if not self.keeps:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="actcache-", dir=_roomiest()))
-                place = self._store.beside(Path(folder))
-                stack.callback(place.close)
-                self._session.store = place
-            self._session.depth, self._session.added = 1, False
-            try:
-                yield
-                added = self._session.added
-            finally:
-                self._session.__dict__.clear()
-            if added and self.keeps:
-                try:
-                    self._store.keep_limit()
-                except OSError as error:
-                    # The request has its answer.
-                    log.warning("the store could not be brought below its limit: %s", error)
+        return self._sessions.open()
 
     def extract(
         self, prompts: Prompt | Iterable[Prompt], *, invalidate_cache: bool = False, cache_only: bool = False
@@ -246,14 +223,16 @@ class CachedExtractor:
     def identity(self) -> ModelIdentity:
         """The model's, as it was when it was first asked for in a session: of a model in memory it takes a look at all
         weights. What is stored is confirmed."""
-        known: ModelIdentity = getattr(self._session, "identity", None) or self.extractor.source.identity()
-        if getattr(self._session, "depth", 0):
-            self._session.identity = known
+        current = self._sessions.current
+        known = (current and current.identity) or self.extractor.source.identity()
+        if current is not None:
+            current.identity = known
         return known
 
     def note_added(self) -> None:
         """Within a session: something was stored, so that the store may have grown beyond its limit."""
-        self._session.added = True
+        if self._sessions.current is not None:
+            self._sessions.current.added = True
 
     @contextlib.contextmanager
     def adding_results(self) -> Iterator[ResultWriter]:
@@ -262,7 +241,7 @@ class CachedExtractor:
         self.store.check_writable()
         space = self.store.open_space(identity.values, identity.label)
         with self.session(), ResultWriter(self.store, space) as writer:
-            self._session.added = True
+            self.note_added()
             yield writer
 
     def plan(self, request: Request) -> Plan:
@@ -290,6 +269,7 @@ class CachedExtractor:
             tokens=tokens,
             bytes_to_write=nbytes,
             bytes_free=bytes_free(Path(self.store.location)),
+            bytes_limit=self._store.limit.value,
             seconds=seconds,
             batching="" if policy.lengths == "any" else policy.why,
         )
@@ -362,7 +342,7 @@ class CachedExtractor:
                     filled.ran += len(prompts)
                     filled.tokens += sum(len(ids[i]) for i in batch.indices)
                     bar.update(len(batch.indices))
-                    self._session.added = True
+                    self.note_added()
             writer.flush()  # The results, which are finished first, do not wait for what lingers.
         filled.seconds = time.perf_counter() - start
         remember_speed(space, self.extractor.backend().device, filled.tokens, filled.seconds)
@@ -392,9 +372,3 @@ class CachedExtractor:
         everything = list(range(len(prompts)))
         tokenize(prompts, everything, source, add_special_tokens=special)
         self.store.invalidate(request.space, prompt_table(prompts, everything, ""))
-
-
-def _roomiest() -> str:
-    """Where what is not to be kept lies for the time of a request: in memory, unless there is more room elsewhere."""
-    places = ["/dev/shm", tempfile.gettempdir()]
-    return max((p for p in places if os.access(p, os.W_OK)), key=lambda p: shutil.disk_usage(p).free)

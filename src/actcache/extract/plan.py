@@ -28,6 +28,7 @@ class Plan:
         bytes_free: bytes free where the store lives.
         seconds: estimated time; from earlier runs of this model on this host, else from its size.
         batching: why prompts of different lengths do not run together; empty where they do.
+        bytes_limit: the size that the store keeps to; None where it has no limit.
     """
 
     cached: int
@@ -37,6 +38,15 @@ class Plan:
     bytes_free: int
     seconds: float
     batching: str = ""
+    bytes_limit: int | None = None
+
+    @property
+    def over_limit(self) -> bool:
+        """Whether `bytes_to_write` alone is more than the store's limit: a part is evicted when it has been written.
+
+        What lies in a file beside activations is not counted.
+        """
+        return self.bytes_limit is not None and self.bytes_to_write > self.bytes_limit
 
     def require_room(self, place: Path) -> None:
         """Raise `DiskFullError` when `bytes_to_write` is more than is free."""

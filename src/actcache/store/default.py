@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +35,7 @@ def default_store() -> Store:
         location = store_location().value
         if _environment is None or _environment[0] != location:
             _environment = location, Store(location)
+            _environment[1].is_default = True
         return _environment[1]
 
 
@@ -43,7 +46,7 @@ def default_location() -> Setting:
 
 
 def store_at(location: str | Path | Store | None) -> Store:
-    """A store as callers name it: a folder, a `Store`, or None for the default one.
+    """A store as callers name it: a folder, a `Store`, or None for the default one, which its folder names, too.
 
     Raises:
         OptionError: a URL, or anything else that is not a folder.
@@ -54,19 +57,33 @@ def store_at(location: str | Path | Store | None) -> Store:
     if isinstance(location, Store):
         return location
     if isinstance(location, str | Path):
-        return Store(local_folder(location, "store"))
+        folder = local_folder(location, "store")
+        return default_store() if _is_default(folder) else Store(folder)
     raise OptionError(f"store is a {type(location).__name__}: expected a folder, a Store, or None for the default.")
+
+
+def _is_default(folder: Path) -> bool:
+    with contextlib.suppress(OptionError):
+        return bool(os.path.realpath(folder) == os.path.realpath(default_location().value))
+    # Where the environment names no folder, one that is named here is none of its business.
+    return False
 
 
 def set_cache_backend(backend: str | Path | Store | None = None) -> None:
     """Choose the default store of this process: a folder, a `Store`, or None for what the environment says.
+
+    `set_cache_limit` and ``ACTCACHE_MAX_GB`` are for it, unless it is a `Store` with a limit of its own.
 
     Raises `OptionError` for a URL: object stores are not supported yet.
     """
     global _chosen
     chosen = None if backend is None else store_at(backend)
     with _lock:
+        if _chosen is not None:
+            _chosen.is_default = _environment is not None and _chosen is _environment[1]
         _chosen = chosen
+        if chosen is not None:
+            chosen.is_default = True
 
 
 def cache_info(model: str | Path | None = None) -> CacheInfo:

@@ -57,12 +57,12 @@ __all__ = [
 class Store(Maintenance):
     """A durable cache in a folder. Any number of threads and processes may use the same one.
 
-    `limit_gb`: the size to keep to, in GB (2**30 bytes); 0 stores nothing, infinity is no limit; without it the
-    process's holds (`set_cache_limit`, ``ACTCACHE_MAX_GB``). `dtype`: what new floating values are stored in,
-    "float16", "bfloat16", "float32", "int8" or "float8_e4m3"; without it the process's holds (`set_cache_dtype`,
-    ``ACTCACHE_DTYPE``), and without that they are stored as they come. `index_dir`: where this host keeps its
-    disposable index (default: the user's cache folder). Nothing is created before the first write; a folder that can
-    only be read works for reading.
+    `limit_gb`: the size to keep to, in GB (2**30 bytes); 0 stores nothing, None and infinity are no limit: that of the
+    process (`set_cache_limit`, ``ACTCACHE_MAX_GB``) is the default store's. `dtype`: what new floating values are
+    stored in, "float16", "bfloat16", "float32", "int8" or "float8_e4m3"; without it the process's holds
+    (`set_cache_dtype`, ``ACTCACHE_DTYPE``), and without that they are stored as they come. `index_dir`: where this host
+    keeps its disposable index (default: the user's cache folder). Nothing is created before the first write; a folder
+    that can only be read works for reading.
 
     Raises:
         OptionError: a limit that is no size, an unknown dtype.
@@ -81,6 +81,8 @@ class Store(Maintenance):
             dtype = require_choice(dtype, config.STORAGE_DTYPES, "dtype")
         self._dtype = None if dtype is None else config.Setting(dtype, "Store()")
         self._limit = None if limit_gb is None else config.Setting(config.limit_bytes(limit_gb, "limit_gb"), "Store()")
+        self.is_default = False
+        """Whether the process's limit is meant for this store, unless it has one of its own."""
         self.location = Path(location).expanduser()
         self.root = self.location / ROOT
         if index_dir is None:
@@ -105,7 +107,7 @@ class Store(Maintenance):
     @property
     def limit(self) -> config.Setting:
         """The size limit in force, in bytes (None: no limit), and where it comes from."""
-        return self._limit or config.cache_limit()
+        return self._limit or (config.cache_limit() if self.is_default else config.Setting(None, "default"))
 
     def beside(self, folder: Path) -> Store:
         """A store in `folder` that works as this one does, without a limit."""
