@@ -20,7 +20,7 @@ FLOORS = (
     ("extract",),
     ("share", "stream"),
     ("unified",),
-    ("selftest",),
+    ("selftest", "probing"),
     ("cli", "report"),
     ("demo", "testing", "__main__"),
 )

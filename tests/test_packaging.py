@@ -47,7 +47,7 @@ def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
         "torch", "transformers", "safetensors", "numpy", "ml-dtypes", "huggingface-hub", "xxhash", "platformdirs",
         "tqdm", "click", "rich",
     }  # fmt: skip
-    assert set(metadata.get_all("Provides-Extra")) == {"demo", "dev", "hub", "nnsight", "ray", "s3", "viz"}
+    assert set(metadata.get_all("Provides-Extra")) == {"demo", "dev", "hub", "nnsight", "probe", "ray", "s3", "viz"}
     assert "actcache = actcache.cli.app:main" in wheel.read(f"{info}/entry_points.txt").decode()
 
 

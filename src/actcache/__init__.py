@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from actcache.extract.stats import WarmupStats
     from actcache.model.sites import Site
     from actcache.model.sites import list_sites as sites
+    from actcache.probing.difference import mean_difference
+    from actcache.probing.probe import probe_by_layer
+    from actcache.probing.report import ProbeReport
     from actcache.selftest.report import SelftestReport
     from actcache.selftest.run import selftest
     from actcache.store.default import (
@@ -97,6 +100,9 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "CachedLogits": ("extract.reading", "CachedLogits"),
     "Completion": ("extract.completions", "Completion"),
     "Plan": ("extract.plan", "Plan"),
+    "mean_difference": ("probing.difference", "mean_difference"),
+    "probe_by_layer": ("probing.probe", "probe_by_layer"),
+    "ProbeReport": ("probing.report", "ProbeReport"),
     # Is it right here?
     "selftest": ("selftest", ""),  # as with capture
     "SelftestReport": ("selftest.report", "SelftestReport"),
@@ -132,6 +138,7 @@ __all__ = [
     "ImportReport",
     "LogitLens",
     "Plan",
+    "ProbeReport",
     "ReadyMade",
     "SavedCache",
     "SelftestReport",
@@ -159,8 +166,10 @@ __all__ = [
     "import_transformer_lens",
     "invalidate_extraction_cache",
     "knockout",
+    "mean_difference",
     "new_space",
     "patch",
+    "probe_by_layer",
     "run_with_cache",
     "selftest",
     "set_cache_backend",
