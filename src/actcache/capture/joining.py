@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from actcache.capture.generation import Generation
 from actcache.capture.padding import join_tensors, pad_front, padded
 from actcache.capture.passes import Pass
+from actcache.capture.pieces import Latest, Piece, agree, by_beams, in_order, left_behind
 from actcache.capture.tokens import Tokens, columns_of, take_columns
 from actcache.errors import SiteUnavailableError
 
@@ -56,35 +56,14 @@ class Refused:
 
 
 @dataclass
-class Piece:
-    """What one pass gives to the joined value: its positions ``start .. stop - 1``.
-
-    `rows` ``[N]`` are the rows that are taken (None: all, in order), `absent` ``[N]`` those that had ended.
-    """
-
-    index: int
-    start: int
-    stop: int
-    rows: Tensor | None = None
-    absent: Tensor | None = None
-
-    def of(self, value: Tensor) -> Tensor:
-        """The rows of one pass's value, zero where absent."""
-        if self.rows is None:
-            return value
-        taken = value[self.rows.to(value.device)]
-        if self.absent is not None:
-            taken[self.absent.to(value.device)] = 0
-        return taken
-
-
-@dataclass
 class Sequences:
     """Passes that are steps of the same sequences, and how they join; `refusal` says why they cannot be."""
 
     pieces: list[Piece]
     generation: Generation | None
     refusal: str | None = None
+    latest: Latest | None = None
+    """Where passes of beams ran positions again, which of them computed each one last."""
 
 
 def group(passes: Sequence[Pass], generations: Sequence[Generation], *, steps: bool) -> list[Sequences]:
@@ -138,86 +117,26 @@ def _sequences(passes: Sequence[Pass], indices: list[int], made: Generation | No
     if made is None or made.stop <= indices[-1]:
         # Steps of the caller's own, with nothing to hold them against.
         moved = any(one.reordered for _, one in steps)
-        return Sequences(_in_order(steps), None, _REORDERED if moved else None)
+        return Sequences(in_order(steps), None, _REORDERED if moved else None)
     same = all(one.batch == steps[0][1].batch for _, one in steps)
     if made.sequences is None or not same:
         return Sequences([], made, _CONTRADICTED)
     if made.beams is not None:
         for origin in dict.fromkeys((steps[0][1].end if steps[0][1].ids is None else 0, 0, steps[0][1].past)):
-            pieces = _by_beams(steps, made.beams, origin + made.sequences.shape[1] - made.beams.shape[1])
-            if pieces and _agree(passes, pieces, made.sequences, origin):
-                return Sequences(pieces, made, _LEFT_BEHIND if _left_behind(passes, pieces) else None)
+            pieces = by_beams(steps, made.beams, origin + made.sequences.shape[1] - made.beams.shape[1])
+            if pieces and agree(passes, pieces, made.sequences, origin):
+                refusal = _LEFT_BEHIND if left_behind(passes, pieces) else None
+                return Sequences(pieces, made, refusal, Latest.among(passes, pieces))
         return Sequences([], made, _CONTRADICTED)
     if any(one.reordered for _, one in steps):
         return Sequences([], made, _REORDERED)
     # All tokens but the last went through the model, and with drafts some that were given up again.
     width = made.sequences.shape[1] - 1
     for origin in dict.fromkeys((steps[-1][1].end - width, 0)):
-        pieces = _in_order(steps, origin + width)
-        if _agree(passes, pieces, made.sequences, origin):
+        pieces = in_order(steps, origin + width)
+        if agree(passes, pieces, made.sequences, origin):
             return Sequences(pieces, made)
     return Sequences([], made, _CONTRADICTED)
-
-
-def _in_order(steps: list[tuple[int, Pass]], limit: int | None = None) -> list[Piece]:
-    """Row after row as they are, up to position `limit`. A pass whose cache was cut back (a rejected draft) replaces
-    what it takes back; one that runs everything again replaces all."""
-    pieces: list[Piece] = []
-    for index, one in steps:
-        for piece, (_, earlier) in zip(reversed(pieces), reversed(steps[: len(pieces)]), strict=True):
-            if earlier.past + piece.stop <= one.past:
-                break
-            piece.stop = max(one.past - earlier.past, piece.start)
-        stop = one.length if limit is None else min(one.length, max(limit - one.past, 0))
-        pieces.append(Piece(index, 0, stop))
-    return pieces
-
-
-def _by_beams(steps: list[tuple[int, Pass]], beams: Tensor, prompt: int) -> list[Piece]:
-    """The positions that each pass added, in the rows from which the returned sequences come."""
-    pieces: list[Piece] = []
-    covered = steps[0][1].past
-    for index, one in steps:
-        step = max(one.end - prompt, 0)
-        if step >= beams.shape[1]:
-            # The search went on, and nothing of that was returned.
-            break
-        rows = beams[:, step].long()
-        if bool((rows >= one.batch).any()):
-            return []
-        pieces.append(Piece(index, max(covered - one.past, 0), one.length, rows.clamp_min(0), rows < 0))
-        covered = max(covered, one.end)
-    return pieces
-
-
-def _left_behind(passes: Sequence[Pass], pieces: Sequence[Piece]) -> bool:
-    """Whether a sequence went on in another row of a cache whose rows were not exchanged."""
-    for before, piece in pairwise(pieces):
-        if passes[piece.index].reordered is False and before.rows is not None and piece.rows is not None:
-            moved = before.rows != piece.rows
-            if bool((moved if piece.absent is None else moved & ~piece.absent).any()):
-                return True
-    return False
-
-
-def _agree(passes: Sequence[Pass], pieces: Sequence[Piece], sequences: Tensor, origin: int) -> bool:
-    """Whether the tokens that went through the model are those of the returned sequences, whose first column is
-    position `origin`."""
-    for piece in pieces:
-        one = passes[piece.index]
-        first = max(piece.start, origin - one.past)
-        if one.ids is None or first >= piece.stop:
-            continue
-        seen = piece.of(one.ids)[:, first : piece.stop]
-        returned = sequences[:, one.past + first - origin : one.past + piece.stop - origin].to(seen.device)
-        if seen.shape != returned.shape:
-            return False
-        different = seen != returned
-        if piece.absent is not None:
-            different &= ~piece.absent.to(seen.device)[:, None]
-        if bool(different.any()):
-            return False
-    return True
 
 
 def join(
@@ -238,12 +157,14 @@ def join(
     joined = []
     for sequences in groups:
         parts = []
-        for piece in sequences.pieces:
-            value = values.get(piece.index)
-            if value is None:
-                continue
+        there = [(piece, values[piece.index]) for piece in sequences.pieces if piece.index in values]
+        if sequences.latest is not None and all(_whole(passes[p.index], v, axis, kept) for p, v in there):
+            if there:
+                joined.append(sequences.latest.of({piece.index: value for piece, value in there}, axes))
+            continue
+        for piece, value in there:
             one = passes[piece.index]
-            whole = not (kept and one.keep is not None) and value.ndim > axis and value.shape[axis] == one.length
+            whole = _whole(one, value, axis, kept)
             if not whole or piece.stop > piece.start:
                 value = piece.of(value)
                 # Where nothing is left out the value stays the tensor it is: a gradient may be asked for it.
@@ -252,6 +173,11 @@ def join(
         if parts:
             joined.append(parts[0] if len(parts) == 1 else torch.cat(padded(parts, axes[1:]), axis))
     return join_tensors(joined, axes)
+
+
+def _whole(one: Pass, value: Tensor, axis: int, kept: bool) -> bool:
+    """Whether a pass's value has all of its positions."""
+    return not (kept and one.keep is not None) and value.ndim > axis and value.shape[axis] == one.length
 
 
 def at_their_keys(value: Tensor, one: Pass, axes: tuple[int, ...]) -> Tensor | Refused:
