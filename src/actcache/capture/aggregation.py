@@ -6,7 +6,7 @@ What `cat` adds is checked at once and joined when somebody reads, so that many 
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actcache.capture.like_batches import Copied, Form, Held, Like, cat, in_graph
 from actcache.capture.merging import Axes, absent, check, copied, merge, signature
 from actcache.capture.strategies import Strategies, Strategy
 from actcache.capture.tokens import Mask, TokenState, join_tables, joined_mask, position_axes, tensor_of
@@ -43,14 +44,15 @@ class Join:
         # What the first value of a key decided: its strategy, position axes and signature.
         self._plans: dict[str, tuple[Strategy | None, Axes, Hashable]] = {}
         self._parts: dict[str, list[tuple[Any, TokenState]]] = {}
+        # The form of the last batch, when it was all tensors joined by default, and what those after it that have the
+        # same went to: one part, the last, of all keys.
+        self._form: Form | None = None
+        self._like: Like | None = None
         self._states: list[TokenState] = []
         self._columns: dict[str, list[Any]] = {}
         self._tokens: list[list[str]] | None = None
         self._metadata = base.metadata
         self._rows = self.batches = 0
-        # Keys, shapes, dtypes and devices of the last batch, when it was all tensors joined by default.
-        self._form: list[tuple[Any, ...]] | None = None
-        self._alike = False
         # Whether some prompts lack values that others have.
         self._padded = False
         if base.items or base.columns:
@@ -72,17 +74,18 @@ class Join:
         first = not self._states
         late: list[str] = []
         lacking: list[str] = []
-        if not first and self._parts.keys() != batch.items.keys():
+        like = self._form is not None and self._form.fits(batch.items)
+        if not like and not first and self._parts.keys() != batch.items.keys():
             late = [key for key in batch.items if key not in self._parts]
             lacking = [key for key in self._parts if key not in batch.items]
             _settle_keys(missing, "keys", lacking, late, bool(self._parts.keys() & batch.items.keys()))
         columns = self._with_columns(batch, missing, first)
         if self._metadata and batch.metadata and not same_content(self._metadata, batch.metadata):
             raise JoinError(_other_metadata(self._metadata, batch.metadata))
-        form = [(k, v.shape, v.dtype, v.device) for k, v in batch.items.items() if type(v) is Tensor]
-        if form == self._form and len(form) == len(batch.items):
+        if like:
             # As the batch before, which was checked: by far the most frequent case.
-            self._commit(batch, self._kept(batch.items, copy, self._alike), columns)
+            self._add_like(list(batch.items.values()), batch.state, copy)
+            self._commit(batch, columns)
             return
         parts: dict[str, Any] = {}
         padding: dict[str, tuple[Any, TokenState]] = {}
@@ -104,7 +107,9 @@ class Join:
             if key in late:
                 padding[key] = _padding(key, value, self._rows, self.batches)
             parts[key] = value
-        parts = self._kept(parts, copy or first, alike=False)
+        # What is joined without a copy gets one by the join.
+        own = copy or first or not self.pad
+        parts = {k: v if not own and isinstance(v, (Tensor, np.ndarray)) else copied(v) for k, v in parts.items()}
         states = dict.fromkeys(parts, batch.state)
         if missing == "pad":
             for key in lacking:
@@ -119,24 +124,26 @@ class Join:
             self._parts[key] = [(value, batch.state)]
         self._plans.update(plans)
         self._padded |= missing == "pad" and bool(late or lacking)
-        self._form = form if len(form) == len(parts) == len(self._parts) else None
-        self._alike = len(form) > 1 and _all_alike(list(batch.items.values()))
-        self._commit(batch, parts, columns, states)
-
-    def _commit(
-        self,
-        batch: Batch,
-        parts: dict[str, Any],
-        columns: dict[str, list[Any]],
-        states: dict[str, TokenState] | None = None,
-    ) -> None:
-        first = not self._states
         for key, value in parts.items():
-            part = value, batch.state if states is None else states[key]
-            if key in self._parts:
-                self._parts[key].append(part)
-            else:
-                self._parts[key] = [part]
+            self._parts.setdefault(key, []).append((value, states[key]))
+        default = not folded and len(batch.items) == len(parts) == len(self._parts)
+        self._form, self._like = Form.of(batch.items) if default else None, None
+        self._commit(batch, columns)
+
+    def _add_like(self, values: list[Tensor], state: TokenState, copy: bool) -> None:
+        """Add the values of a batch that has the form of the one before."""
+        assert self._form is not None
+        own = copy or not self.pad
+        kind = Copied if own and self.pad and not in_graph(values) else Held
+        like = self._like if type(self._like) is kind else kind(self._form)
+        like.add(values, state, copy=own)
+        if like is not self._like:
+            self._like = like
+            for parts in self._parts.values():
+                parts.append((like, state))
+
+    def _commit(self, batch: Batch, columns: dict[str, list[Any]]) -> None:
+        first = not self._states
         self._columns = columns
         self._tokens = _add_tokens(self._tokens, batch.tokens, first)
         self._metadata = self._metadata or dict(batch.metadata)
@@ -152,11 +159,12 @@ class Join:
         blank = not self._padded and all(state.blank for state in states)
         items: dict[str, Any] = {}
         masks: dict[str, Mask] = {}
-        for key, parts in self._parts.items():
-            values = [value for value, _ in parts]
-            if blank and len(parts) > 1 and _all_alike(values):
-                items[key] = torch.cat(values)
+        for key, found in self._parts.items():
+            if blank and len(found) > 1 and _all_alike([value for value, _ in found], key):
+                items[key] = cat([value for value, _ in found], key)
                 continue
+            parts = list(_one_by_one(found, key))
+            values = [value for value, _ in parts]
             items[key] = merge(values, position_axes(key), pad=self.pad)
             if len(parts) == 1:
                 if len(states) == 1 and key in parts[0][1].masks:
@@ -176,17 +184,6 @@ class Join:
         known = self._parts[key][0][0] if key in self._parts else value
         axes = position_axes(key)
         return self._strategies.of(key), axes, signature(known, axes)
-
-    def _kept(self, values: dict[str, Any], copy: bool, alike: bool) -> dict[str, Any]:
-        """Values in memory of our own. What is joined without a copy gets it by the join."""
-        if not copy and self.pad:
-            return {k: v if isinstance(v, (Tensor, np.ndarray)) else copied(v) for k, v in values.items()}
-        if not alike or not self.pad:
-            return {key: copied(value) for key, value in values.items()}
-        # One copy of them all costs less than one of each.
-        tensors = list(values.values())
-        together = torch.cat(tensors).view(len(tensors), *tensors[0].shape)
-        return dict(zip(values, together.unbind(), strict=True))
 
     def _with_columns(self, batch: Batch, missing: str, first: bool) -> dict[str, list[Any]]:
         if not batch.columns and not self._columns:
@@ -240,13 +237,26 @@ def overlay(left: Batch, right: Batch) -> Batch:
     )
 
 
-def _all_alike(values: list[Any]) -> bool:
+def _one_by_one(parts: Sequence[tuple[Any, TokenState]], key: str) -> Iterator[tuple[Any, TokenState]]:
+    """The value of each batch, also of those that are one part."""
+    for value, state in parts:
+        if isinstance(value, Like):
+            yield from zip(value.each(key), value.states, strict=True)
+        else:
+            yield value, state
+
+
+def _all_alike(values: list[Any], key: str) -> bool:
     """Whether these are tensors of one form, which join as they are."""
-    first = values[0]
-    if type(first) is not Tensor or first.ndim == 0:
-        return False
-    shape, dtype, device = first.shape, first.dtype, first.device
-    return all(type(v) is Tensor and v.shape == shape and v.dtype == dtype and v.device == device for v in values)
+    forms = set()
+    for value in values:
+        if isinstance(value, Like):
+            forms.add(value.form.parts[value.form.places[key]])
+        elif type(value) is Tensor and value.ndim and value.layout is torch.strided:
+            forms.add((value.shape, value.dtype, value.device))
+        else:
+            return False
+    return len(forms) == 1
 
 
 def _apply(strategy: Strategy, key: str, old: Any, new: Any) -> Any:

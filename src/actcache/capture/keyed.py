@@ -123,8 +123,8 @@ class Keyed(MutableMapping[str, Any]):
         for table in self._tables().values():
             if table.mask is not None:
                 return int(table.mask.shape[0])
-        for column in (self._columns or {}).values():
-            return len(column)
+        if self._columns:
+            return len(next(iter(self._columns.values())))
         # Values of the caller's own may be of anything.
         for of_site in (True, False):
             for key, value in self._data.items():

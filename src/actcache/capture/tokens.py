@@ -49,7 +49,7 @@ class TokenState:
 
     @property
     def blank(self) -> bool:
-        return not self.masks and all(table.mask is None for table in self.tables.values())
+        return not self.masks and (not self.tables or all(table.mask is None for table in self.tables.values()))
 
     def table_of(self, key: str) -> Tokens:
         """The table that describes the value of `key`; an empty one where there is none."""

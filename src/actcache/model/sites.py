@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, total_ordering
+from functools import cached_property, lru_cache, total_ordering
 from typing import TYPE_CHECKING, Any, Protocol
 
 from actcache.errors import LayerRangeError, OptionError, UnknownSiteError, did_you_mean
@@ -143,25 +143,15 @@ class Site:
         """
         if not isinstance(text, str):
             raise UnknownSiteError(f"a site is named by a string such as 'resid_post.5', not {type(text).__name__}")
-        found = _CANONICAL.fullmatch(text)
-        if found and (found["name"] in PER_LAYER or (found["name"] in WHOLE_MODEL and found["layer"] != "*")):
-            return cls(found["name"], _number(found["layer"]), _number(found["head"]), found["stack"])
-        found = _BLOCKS.fullmatch(text)
-        if found and found["point"] in _HOOK_POINTS:
-            return cls(_HOOK_POINTS[found["point"]], _number(found["layer"]))
-        found = _SUFFIXED.fullmatch(text)
-        if found and found["name"] in _UNDERSCORED:
-            return cls(_UNDERSCORED[found["name"]], int(found["layer"]), _number(found["head"]))
-        raise _unknown(text)
+        site = _known(text)
+        if site is not None:
+            return site
+        raise _why_none(text)
 
     @classmethod
     def looks_like(cls, text: str) -> bool:
         """Whether `text` reads as a site."""
-        try:
-            cls.parse(text)
-        except UnknownSiteError:
-            return False
-        return True
+        return isinstance(text, str) and _known(text) is not None
 
     @property
     def per_layer(self) -> bool:
@@ -317,6 +307,37 @@ def list_sites(model: nn.Module) -> list[SiteInfo]:
     anatomy = describe(model)
     points = {site: anatomy.read_point(site) for site in anatomy.sites()}
     return [SiteInfo(site, point.path, point.side, site.shape) for site, point in points.items()]
+
+
+def _read(text: str) -> Site | None:
+    """The site that `text` names, None for text of another form; raises `UnknownSiteError` for a site there is not."""
+    found = _CANONICAL.fullmatch(text)
+    if found and (found["name"] in PER_LAYER or (found["name"] in WHOLE_MODEL and found["layer"] != "*")):
+        return Site(found["name"], _number(found["layer"]), _number(found["head"]), found["stack"])
+    found = _BLOCKS.fullmatch(text)
+    if found and found["point"] in _HOOK_POINTS:
+        return Site(_HOOK_POINTS[found["point"]], _number(found["layer"]))
+    found = _SUFFIXED.fullmatch(text)
+    if found and found["name"] in _UNDERSCORED:
+        return Site(_UNDERSCORED[found["name"]], int(found["layer"]), _number(found["head"]))
+    return None
+
+
+# Caches ask for every key of theirs, again and again, and most of the answers are about the same few names.
+@lru_cache(maxsize=4096)
+def _known(text: str) -> Site | None:
+    try:
+        return _read(text)
+    except UnknownSiteError:
+        return None
+
+
+def _why_none(text: str) -> UnknownSiteError:
+    try:
+        _read(text)
+    except UnknownSiteError as error:
+        return error
+    return _unknown(text)
 
 
 def _number(text: str | None) -> int | None:
