@@ -32,6 +32,7 @@ def test_the_wheel_holds_the_package_its_types_and_the_demo_model(wheel: zipfile
     assert sources <= names
     model = {"config.json", "model.safetensors", "tokenizer.json"}
     assert {"actcache/py.typed"} | {f"actcache/demo/model/{name}" for name in model} <= names
+    assert {"actcache/capture/lens.css", "actcache/capture/lens.js"} <= names
     assert {name.split("/")[0] for name in names} == {"actcache", f"actcache-{ac.__version__}.dist-info"}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,6 +92,11 @@ class LogitLens:
         """Whether the final prediction is known, from which `kl` is measured."""
         return self._kl is not None
 
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are to predict."""
+        return self._head.vocab_size
+
     @torch.no_grad()
     def logits(self, layer: int) -> Tensor:
         """All logits ``[B, S, V]`` from one of the layers, a number of the model (negative: from the last one read);
@@ -165,6 +172,21 @@ class LogitLens:
         least = len(columns) - self.tokens.shape[-1] + 1
         return "\n".join(lines + _set(columns, width, least))
 
+    def to_html(self, path: str | PathLike[str], *, title: str | None = None) -> Path:
+        """Write a page that needs nothing else, no network either: a map of tokens and layers, coloured by probability,
+        entropy, KL, or rank or probability of a chosen token, with details of each cell under the pointer or by the
+        arrow keys. Returns the path."""
+        from actcache.capture.lens_html import page
+
+        place = Path(path).expanduser()
+        place.write_text(page(self, title=title), encoding="utf-8", newline="\n")
+        return place
+
+    def _repr_html_(self) -> str:
+        from actcache.capture.lens_html import notebook
+
+        return notebook(self)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text
 
@@ -213,7 +235,8 @@ def lens_of(
 
     def spread(values: Tensor, padding: float) -> Tensor:
         found = torch.full((len(layers), *mask.shape, *values.shape[2:]), padding, dtype=values.dtype)
-        found[:, mask] = values
+        if layers:
+            found[:, mask] = values
         return found
 
     return LogitLens(

@@ -22,6 +22,7 @@ VERBS = {
     "info": "Report on the store: models, prompts, sizes.",
     "list": "List the prompts that are stored for a model.",
     "show": "Show what is stored for one prompt.",
+    "lens": "Show what each layer of a model would predict.",
     "stats": "Report norms, spreads and storage errors of every site.",
     "import": "Bring in activations from elsewhere.",
     "sites": "List the places of a model that can be read.",

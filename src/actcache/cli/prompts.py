@@ -61,6 +61,19 @@ def read_prompts(
     return prompts
 
 
+def read_prompt(text: str) -> Prompt:
+    """One prompt: text, or what is JSON of a list of token ids or of chat messages as these."""
+    if text.lstrip().startswith("["):
+        try:
+            given = json.loads(text)
+        except ValueError:
+            return text
+        if isinstance(given, list) and given:
+            same = all(type(i) is int for i in given) or all(isinstance(i, dict) for i in given)
+            return given if same else text
+    return text
+
+
 def _read_file(name: str, column: str | None, file_format: str | None) -> list[Prompt]:
     shown = "standard input" if name == "-" else name
     kind = file_format or _FORMATS.get(Path(name).suffix.lower(), "text")

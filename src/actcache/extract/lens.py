@@ -12,6 +12,7 @@ import numpy as np
 from actcache.capture.positions import each_prompt, resolve_positions
 from actcache.errors import OptionError, SiteUnavailableError, did_you_mean, require_choice
 from actcache.extract.declared import refuse_edits_behind
+from actcache.extract.inventory import width_of
 from actcache.extract.prompts import PromptList
 from actcache.model.sites import Site, resolve_layers
 from actcache.progress import progress
@@ -133,15 +134,19 @@ def stored_lens(
     from actcache.model.layer_predictions import LayerPredictions, predict_layers
 
     source, identity = cached.extractor.source, cached.identity().values
-    reader = _Reader(cached, prompts, asked, positions)
+    size, width = source.vocab_size, width_of(source, Site.parse(asked.final))
+    if size is None:
+        # Its config does not say.
+        size = _head(source, device).vocab_size
+    check_top_k(top_k, size)
+    chosen = read_chosen(tokens, size, source.tokenizer)
+    maps = read_translators(translators, asked.name, asked.layers, asked.depth, width)
+    reader = _Reader(cached, prompts, asked, positions, maps, width)
     if len(reader.missing(asked.names)):
         # It is needed, and has the head.
         source.model()
     head = _head(source, device)
     refuse_edits_behind(cached.extractor.edits, head, normalised=False)
-    check_top_k(top_k, head.vocab_size)
-    chosen = read_chosen(tokens, head.vocab_size, source.tokenizer)
-    reader.maps = read_translators(translators, asked.name, asked.layers, asked.depth, head.width)
     _complete(reader, asked.names, complete)
     made: list[LayerPredictions] = []
     where: list[list[int]] = []
@@ -152,7 +157,7 @@ def stored_lens(
         torch.autocast(head.device.type, enabled=False),
         exact_float32(),
     ):
-        for rows, last, at, said in reader.batches(head.width):
+        for rows, last, at, said in reader.batches():
             made.append(predict_layers(head, rows, last, top_k=top_k, chosen=chosen))
             where += at
             ids += said
@@ -163,7 +168,7 @@ def stored_lens(
             # The head is that of the model as it is now.
             cached.confirm(identity)
             _complete(reader, [asked.site(asked.layers[place])], complete)
-            yield from reader.rows_of(place, head.width)
+            yield from reader.rows_of(place)
 
     longest = max(map(len, where))
     numbers = _padded(where, longest)
@@ -209,10 +214,12 @@ class _Reader:
         prompts: PromptList,
         asked: LensAsked,
         positions: Any,
+        maps: list[Map | None],
+        width: int,
     ) -> None:
-        self._cached, self._prompts, self._asked = cached, prompts, asked
+        self._cached, self._prompts, self._asked, self._maps = cached, prompts, asked, maps
         self._positions = each_prompt(positions, len(prompts))
-        self.maps: list[Map | None] = [None] * len(asked.layers)
+        self._most = max(1, _BYTES // (4 * width * len(asked.names)))
 
     def missing(self, names: list[str]) -> PromptList:
         """The prompts that lack one of the columns."""
@@ -225,38 +232,35 @@ class _Reader:
             return self._cached.request(prompts, names, check=check).lookup
         return self._cached.look_up(prompts, names, self._asked.layout, check=check)
 
-    def batches(
-        self, width: int
-    ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor, list[list[int]], list[list[int]]]]:
+    def batches(self) -> Iterator[tuple[list[torch.Tensor], torch.Tensor, list[list[int]], list[list[int]]]]:
         """For some prompts the rows ``[n, D]`` of each layer and of the last block, for each of these prompts the
         positions that they are of, and the tokens there (-1 where they are not known)."""
         asked = self._asked
         names = asked.names
-        for members in self._members(width):
+        for members in self._members():
             columns, where, ids = self._read(names, members)
             by_name = dict(zip(names, columns, strict=True))
             last = by_name[asked.final]
             rows = [self._mapped(by_name[asked.site(layer)], i) for i, layer in enumerate(asked.layers)]
             yield rows, last, where, ids
 
-    def rows_of(self, place: int, width: int) -> Iterator[torch.Tensor]:
+    def rows_of(self, place: int) -> Iterator[torch.Tensor]:
         """The rows of one of the layers, in the same order."""
         name = self._asked.site(self._asked.layers[place])
-        for members in self._members(width):
+        for members in self._members():
             (rows,), _, _ = self._read([name], members)
             yield self._mapped(rows, place)
 
     def _mapped(self, rows: torch.Tensor, place: int) -> torch.Tensor:
-        translate = self.maps[place]
+        translate = self._maps[place]
         return rows if translate is None else translate(rows)
 
-    def _members(self, width: int) -> Iterator[list[int]]:
+    def _members(self) -> Iterator[list[int]]:
         """Prompts that are read together."""
-        most = _BYTES // (4 * width * len(self._asked.names))
         batch: list[int] = []
         rows = 0
         for i, length in enumerate(self._lengths()):
-            if batch and rows + length > most:
+            if batch and rows + length > self._most:
                 yield batch
                 batch, rows = [], 0
             batch.append(i)

@@ -1,0 +1,123 @@
+"""`actcache lens`: what each layer of a model would predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from actcache.cli.options import debug_option, json_option, layers_option, store_option
+
+if TYPE_CHECKING:
+    from actcache.capture.lens import LogitLens
+
+
+@click.command("lens")
+@click.argument("model")
+@click.argument("prompt")
+@click.option(
+    "--position", default=-1, show_default=True, help="Which token's prediction to show, from the end if < 0."
+)
+@click.option("--top-k", type=click.IntRange(min=1), default=5, show_default=True, help="How many of the best tokens.")
+@click.option(
+    "--token", "tokens", multiple=True, metavar="TEXT", help="A token whose rank and probability are shown; repeatable."
+)
+@click.option("--html", metavar="FILE", help="Write a map of all tokens and layers, a page that works by itself.")
+@click.option("--translators", metavar="PATH", help="Folder of a tuned lens (of the package tuned-lens).")
+@layers_option
+@click.option(
+    "--site", default="resid_post", show_default=True, metavar="NAME", help="resid_post, resid_mid, resid_pre."
+)
+@click.option("--dtype", metavar="NAME", help="float32, float16, bfloat16 or float64. [default: float32]")
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--tokenizer", metavar="NAME", help="Tokenizer to use when it is not the model's own.")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the Hub.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@store_option
+@json_option
+@debug_option
+def command(
+    model: str,
+    prompt: str,
+    position: int,
+    top_k: int,
+    tokens: tuple[str, ...],
+    html: str | None,
+    translators: str | None,
+    layers: Any,
+    site: str,
+    store: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Show what MODEL would predict behind PROMPT if each layer were its last (the logit lens).
+
+    KL is that of the final prediction from the layer's, in nats as the entropy; #0 is the rank of the best token.
+    PROMPT is text, or JSON: a list of token ids, or of chat messages. The stream of every token is computed once, and
+    stored; after that the model is not loaded. --json prints every position. An encoder-decoder model takes
+    --site decoder.resid_post.
+    """
+    from actcache.cli.output import console, print_json
+    from actcache.cli.prompts import read_prompt
+    from actcache.errors import OptionError
+    from actcache.model.sites import Site
+    from actcache.unified import UnifiedCache
+
+    if html is not None and not Path(html).expanduser().parent.is_dir():
+        raise OptionError(f"--html {html!r}: there is no folder {str(Path(html).parent)!r} to write it into.")
+    asked = Site.parse(site)
+    sites = tuple(dict.fromkeys([site, str(Site("resid_post", stack=asked.stack))]))
+    given = read_prompt(prompt)
+    cache = UnifiedCache(
+        model, sites=sites, cache_pooled=False, compute_perplexity=False, store=store, batch_size=None, **options
+    )
+    lens = cache.logit_lens(
+        [given],
+        top_k,
+        layers=None if layers == "all" else layers,
+        site=site,
+        tokens=list(tokens),
+        translators=translators,
+    )
+    shown = lens.table(0, position, width=console().width)
+    written = None if html is None else lens.to_html(html, title=f"Logit lens of {cache.model_name}")
+    if as_json:
+        print_json({"model_name": cache.model_name, "prompt": given, **_plain(lens), "html": written})
+        return
+    console().print(shown, markup=False, soft_wrap=True)
+    if written is not None:
+        console().print(f"wrote {written}", markup=False, soft_wrap=True)
+
+
+def _plain(lens: LogitLens) -> dict[str, Any]:
+    """All that the lens says of its one prompt."""
+    positions = []
+    for at in lens.mask[0].nonzero()[:, 0].tolist():
+        layers = []
+        for place, layer in enumerate(lens.layers):
+            best = zip(lens.tokens[place, 0, at].tolist(), lens.probabilities[place, 0, at].tolist(), strict=True)
+            chances = lens.chosen_probabilities[place, 0, at].tolist()
+            ranks = lens.chosen_ranks[place, 0, at].tolist()
+            layers.append(
+                {
+                    "layer": layer,
+                    "entropy": lens.entropy[place, 0, at].item(),
+                    "kl": lens.kl[place, 0, at].item(),
+                    "top": [{"token_id": i, "token": lens.text(i), "probability": p} for i, p in best],
+                    "chosen": [
+                        {"token_id": i, "token": lens.text(i), "probability": p, "rank": rank}
+                        for i, p, rank in zip(lens.chosen, chances, ranks, strict=True)
+                    ],
+                }
+            )
+        token = int(lens.input_ids[0, at])
+        positions.append(
+            {
+                "position": int(lens.positions[0, at]),
+                "token_id": token,
+                "token": lens.text(token),
+                "layers": layers,
+            }
+        )
+    return {"site": lens.site, "layers": lens.layers, "positions": positions}
