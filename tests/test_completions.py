@@ -183,6 +183,7 @@ def test_the_store_tells_completions_from_what_the_model_is_given(folder: Path, 
     (model,) = store.info().models
     assert model.variant == "float32, with 6 tokens generated, do_sample False"
     assert model.stored_dtypes == ["float32"]
+    assert model.num_prompts == len(TEXTS)
     ac.UnifiedCache(folder, store=store, layers=-1).warmup(TEXTS)
     info = store.discover(str(folder.resolve()), TEXTS[0])
     assert info is not None

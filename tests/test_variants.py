@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ import torch
 
 import actcache as ac
 from actcache.demo import model_path
-from actcache.errors import AmbiguousVariantError
+from actcache.errors import AmbiguousVariantError, NotCachedError
+from actcache.store import segment
+from actcache.store.default import one_variant
+from actcache.store.records import Records
 from actcache.store.spaces import SpaceInfo
 from actcache.store.store import Store
 from actcache.store.variants import by_preference, variant_names
 from cli_helpers import Cli
+from store_helpers import segment_files
 
 MODEL = str(model_path())
 PROMPT = "The Eiffel Tower is in the city of"
@@ -190,7 +195,10 @@ def test_stats_prints_the_numbers_of_numpy(tmp_path: Path, cli: Cli) -> None:
     assert stored["error_relative"] == pytest.approx(np.linalg.norm(read - exact) / np.linalg.norm(exact))
     cosine = (read * exact).sum(axis=1) / np.linalg.norm(read, axis=1) / np.linalg.norm(exact, axis=1)
     assert [stored["cosine"], stored["cosine_min"]] == pytest.approx([cosine.mean(), cosine.min()], abs=1e-8)
-    assert ten["size_bytes"] == 500 * 64 + 8 * 64 * 4
+    opened = [segment.open(path) for path in segment_files(store, new.space)]
+    (scales,) = [one.scales("resid_post.10") for one in opened if "resid_post.10" in one.info.sites]
+    assert scales is not None
+    assert ten["size_bytes"] == 500 * 64 + scales.nbytes
     assert (ids["rows"], ids["stored"], ids["mean_norm"]) == (500, [], None)
     assert (nine["layout"], nine["rows"], nine["stored"][0]["error_max"]) == ("tokens", 3, 0)
     assert store.summaries(new)[1].stored[0].error_relative == stored["error_relative"]
@@ -214,3 +222,150 @@ def test_list_tells_variants_apart_and_unknown_lengths(tmp_path: Path, cli: Cli)
     ]
     assert "# float32, space" in out
     assert "# float16, space" in out
+
+
+def two_variants(folder: Path) -> tuple[Store, dict[str, SpaceInfo]]:
+    """One prompt in a float32 and a bfloat16 variant of other revisions, with other sites; the second is newer."""
+    store = Store(folder, index_dir=folder / "index")
+    spaces = {}
+    for dtype, sites in (("float32", ["resid_post.10", "resid_post.9"]), ("bfloat16", ["mlp_out.3"])):
+        one = ac.new_space("org/m", dtype=dtype, revision=f"{dtype}-revision")
+        for texts in ([PROMPT], [f"{dtype} {i}" for i in range(len(sites))]):
+            store.write(one, texts, {site: [np.ones((4, 8), np.float32)] * len(texts) for site in sites})
+        spaces[dtype] = one
+    return store, spaces
+
+
+def test_discovery_tells_variants_apart(tmp_path: Path) -> None:
+    store, spaces = two_variants(tmp_path)
+    store.write(spaces["float32"], [PROMPT], {"resid_post.2": [np.ones(8, np.float32)]}, pooling="mean")
+    found = store.discover("org/m", PROMPT)
+    assert found is not None
+    newer, older = found.variants
+    measured = {s.space: s for s in store.spaces()}
+    for variant, dtype, sites, layers, prompts in (
+        (newer, "bfloat16", {"tokens": ["mlp_out.3"]}, [3], 2),
+        (older, "float32", {"mean": ["resid_post.2"], "tokens": ["resid_post.9", "resid_post.10"]}, [2, 9, 10], 3),
+    ):
+        assert (variant.space, variant.dtype, variant.revision) == (spaces[dtype].space, dtype, f"{dtype}-revision")
+        assert (variant.sites, variant.layers, variant.num_tokens) == (sites, layers, 4)
+        assert (variant.num_prompts, variant.size_bytes) == (prompts, measured[variant.space].size_bytes)
+        assert variant.size_bytes > 0
+        assert dtype in variant.variant
+    assert found.sites == newer.sites
+    assert found.all_sites == ["mlp_out.3", "resid_post.2", "resid_post.9", "resid_post.10"]
+
+
+def test_discovery_of_a_chosen_variant(tmp_path: Path) -> None:
+    store, spaces = two_variants(tmp_path)
+    space = spaces["float32"].space
+    for chosen in ({"dtype": "float32"}, {"revision": "float32-revision"}, {"space": space}):
+        found = store.discover("org/m", PROMPT, **chosen)
+        assert found is not None
+        assert [v.space for v in found.variants] == [space]
+        assert found.raw_layers == [9, 10]
+        assert store.discover("org/m", "bfloat16 0", **chosen) is None
+    with pytest.raises(
+        NotCachedError, match=r"has dtype 'float23'\. Did you mean dtype='float32'\? Stored: .*bfloat16"
+    ):
+        store.discover("org/m", PROMPT, dtype="float23")
+    with pytest.raises(NotCachedError, match=f"Did you mean space={space!r}"):
+        store.discover("org/m", PROMPT, space=space[:-1])
+    with pytest.raises(NotCachedError, match=r"dtype 'bfloat16', revision|revision 'float32-revision', dtype"):
+        store.discover("org/m", PROMPT, dtype="bfloat16", revision="float32-revision")
+    assert store.discover("another", PROMPT, dtype="float32") is None
+    ac.set_cache_backend(store)
+    try:
+        found = ac.discover_cached("org/m", PROMPT, dtype="float32")
+        assert found is not None and found.variants[0].space == space
+    finally:
+        ac.set_cache_backend(None)
+
+
+def test_an_edited_variant_that_is_chosen_is_described(tmp_path: Path) -> None:
+    store = Store(tmp_path, index_dir=tmp_path / "index")
+    ac.UnifiedCache(MODEL, [0], store=store, edits=[ac.ablate("resid_post.0")], compute_perplexity=False).warmup(
+        [PROMPT]
+    )
+    (space,) = store.spaces()
+    hidden, chosen = store.discover(MODEL, PROMPT), store.discover(MODEL, PROMPT, space=space.space)
+    assert hidden is not None and chosen is not None
+    assert (hidden.pooled, chosen.pooled) == ({}, {"last_token": [0]})
+    assert chosen.variants[0].edits == ["ablate resid_post.0"]
+    assert hidden.all_sites == ["resid_post.0"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "names", "answers"),
+    [
+        ("tokens", ["logits"], [("all", None), ("all", 3), ("last", None), ("last", 3)]),
+        ("last_token", ["logits"], [("last", None), ("last", 3)]),
+        ("mean", ["logits"], []),
+        ("last_token", ["logits.top3.values", "logits.top3.indices"], [("last", 3)]),
+        ("tokens", ["logits.top3.values", "logits.top3.indices"], [("all", 3), ("last", 3)]),
+        ("last_token", ["logits.top3.values"], []),
+    ],
+)
+def test_what_is_said_of_logits_is_what_can_be_read(
+    tmp_path: Path, layout: str, names: list[str], answers: list[tuple[str, int | None]]
+) -> None:
+    """Asked of the cache itself, which looks in its own way."""
+    store = Store(tmp_path, index_dir=tmp_path / "index")
+    cache = ac.UnifiedCache(MODEL, [0], store=store, compute_perplexity=False)
+    cache.warmup([PROMPT])
+    (space,) = store.spaces()
+    table = store.prompts(space)
+    vocabulary = cache.extractor.source.vocab_size
+    assert vocabulary is not None
+    rows = len(table.token_ids) if layout == "tokens" else 1
+    data: dict[str, Any] = {}
+    for name in names:
+        width = vocabulary if name == "logits" else 3
+        data[name] = np.zeros((rows, width), np.int32 if name.endswith("indices") else np.float32)
+    records = Records.tokens(table, data) if layout == "tokens" else Records.pooled(table, layout, data)
+    store.append(space.space, records)
+    found = []
+    for positions in ("all", "last"):
+        for top_k in (None, 3):
+            with contextlib.suppress(NotCachedError):
+                cache.get_logits([PROMPT], top_k=top_k, positions=positions)
+                found.append((positions, top_k))
+    assert found == answers
+    info = store.discover(MODEL, PROMPT)
+    assert info is not None
+    assert info.has_logits is any(top_k is None for _, top_k in answers)
+    assert info.logits_positions == sorted({positions for positions, _ in answers})
+    assert info.logits_top_k == (None if info.has_logits or not answers else 3)
+    assert store.info().models[0].has_logits is bool(answers)
+
+
+def test_perplexity_counts_where_it_is_read_from(tmp_path: Path) -> None:
+    store = Store(tmp_path, index_dir=tmp_path / "index")
+    store.write(ac.new_space("org/m"), [PROMPT], {"perplexity": [np.ones(3, np.float32)]}, pooling="mean")
+    info = store.discover("org/m", PROMPT)
+    assert info is not None
+    assert not info.has_perplexity
+    assert not store.info().models[0].has_perplexity
+
+
+def test_list_and_info_give_the_numbers_of_each_variant(tmp_path: Path, cli: Cli) -> None:
+    store, _ = two_variants(tmp_path)
+    listed = {v["space"]: v for v in json.loads(cli("list", "org/m", "--store", str(tmp_path), "--json")[1])}
+    models = {m["model_hash"]: m for m in json.loads(cli("info", "--store", str(tmp_path), "--json")[1])["models"]}
+    out = cli("list", "org/m", "--store", str(tmp_path))[1]
+    for measured in store.spaces():
+        entry, model = listed[measured.space], models[measured.space]
+        for key in ("num_prompts", "size_bytes", "revision", "dtype", "variant"):
+            assert entry[key] == model[key]
+        assert entry["num_prompts"] == len(entry["prompts"]) == measured.num_prompts
+        assert f"revision {measured.dtype}-revision, space {measured.space}: {measured.num_prompts} prompts" in out
+
+
+def test_an_ambiguous_name_lists_and_counts_those_that_fit(tmp_path: Path) -> None:
+    store, spaces = two_variants(tmp_path)
+    store.write(ac.new_space("org/m", dtype="float32"), ["a", "b"], {"x": [np.ones(4)] * 2}, pooling="mean")
+    with pytest.raises(AmbiguousVariantError, match="in 2 variants that fit") as raised:
+        one_variant(store, "org/m", dtype="float32")
+    assert str(raised.value).count("space=") == 2
+    assert spaces["bfloat16"].space not in str(raised.value)
+    assert "3 prompts" in str(raised.value) and "2 prompts" in str(raised.value)

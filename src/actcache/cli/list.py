@@ -22,7 +22,7 @@ def command(model: str, space: str | None, store: str | None, as_json: bool) -> 
     A model that is stored in several variants (revision, dtype, edits, ...) has a list for each.
     """
     from actcache.cli.lookup import readable, variants_of
-    from actcache.cli.output import one_line, print_json
+    from actcache.cli.output import count, one_line, print_json, size
     from actcache.store.default import store_at
 
     opened = store_at(store)
@@ -35,6 +35,8 @@ def command(model: str, space: str | None, store: str | None, as_json: bool) -> 
                     "variant": name,
                     "revision": v.revision,
                     "dtype": v.dtype,
+                    "num_prompts": v.num_prompts,
+                    "size_bytes": v.size_bytes,
                     "prompts": readable(opened.prompts(v.space)),
                 }
                 for v, name in variants
@@ -44,7 +46,9 @@ def command(model: str, space: str | None, store: str | None, as_json: bool) -> 
     width = shutil.get_terminal_size().columns - 7 if sys.stdout.isatty() else None
     for variant, name in variants:
         if len(variants) > 1:
-            click.echo(f"# {name}, space {variant.space}")
+            revision = "" if variant.revision is None else f", revision {variant.revision}"
+            held = f"{count(variant.num_prompts, 'prompt')}, {size(variant.size_bytes)}"
+            click.echo(f"# {name}{revision}, space {variant.space}: {held}")
         for prompt in readable(opened.prompts(variant.space)):
             text = prompt["prompt"] if isinstance(prompt["prompt"], str) else str(prompt["prompt"])
             tokens = "?" if prompt["num_tokens"] is None else prompt["num_tokens"]

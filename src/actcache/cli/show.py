@@ -45,7 +45,7 @@ def command(model: str, prompt: str, space: str | None, store: str | None, as_js
     from actcache.cli.output import console, one_line, print_json, table
     from actcache.errors import AmbiguousVariantError, NotCachedError
     from actcache.store.default import store_at
-    from actcache.store.reports import site_order
+    from actcache.store.site_names import site_order
     from actcache.store.variants import by_preference
 
     opened = store_at(store)

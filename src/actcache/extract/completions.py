@@ -19,14 +19,14 @@ from actcache.model.chat import chat_ids
 from actcache.model.decoder_inputs import is_encoder_decoder
 from actcache.progress import progress
 from actcache.store.prompts import CHAT, IDS
-from actcache.store.records import Records
+from actcache.store.records import COMPLETION, Records
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from actcache.extract.cached import CachedExtractor
 
-LAYOUT, TOKEN_IDS, TEXT = "completion", "completion.ids", "completion.text"
+LAYOUT, TOKEN_IDS, TEXT = COMPLETION, "completion.ids", "completion.text"
 # How texts of several lengths lie in one matrix: UTF-8 has no such byte, and few widths make few segments.
 _PAD, _WIDTHS = 0xFF, 64
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from actcache.config import Setting, local_folder, store_location
 from actcache.errors import AmbiguousVariantError, NotCachedError, OptionError, did_you_mean
+from actcache.store.discovered import agreeing, listed
 from actcache.store.store import Store
 from actcache.store.variants import variant_names
 
@@ -101,13 +102,25 @@ def only_model(info: CacheInfo, name: str) -> CacheInfo:
     return dataclasses.replace(info, models=models, total_size_bytes=sum(m.size_bytes for m in models))
 
 
-def discover_cached(model_name: str | Path, prompt: Any) -> CachedPromptInfo | None:
+def discover_cached(
+    model_name: str | Path,
+    prompt: Any,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    space: str | None = None,
+) -> CachedPromptInfo | None:
     """What the default store holds for one prompt of a model, without loading the model; None when nothing.
 
     `prompt` is text, token ids or chat messages. Of several variants the newest of the model as it is is described, the
-    others are listed (`CachedPromptInfo.variants`); what was computed with edits is never taken for the model's own.
+    others are listed (`CachedPromptInfo.variants`, each a `CachedVariant`); what was computed with edits is never taken
+    for the model's own. `revision`, `dtype` and `space` choose among them.
+
+    Raises:
+        NotCachedError: something is stored of the model, but no variant of it agrees with what was chosen.
     """
-    return default_store().discover(model_label(model_name), prompt)
+    label = model_label(model_name)
+    return default_store().discover(label, prompt, revision=revision, dtype=dtype, space=space)
 
 
 def clear_cache(model: str | Path | None = None) -> int:
@@ -167,18 +180,11 @@ def one_variant(
             f"nothing is stored for {name!r}.{did_you_mean(name, names)} "
             + (f"Stored: {', '.join(names)}." if names else "The store is empty.")
         )
-    wanted = {"revision": revision, "dtype": dtype, "space": space}
-    given = {key: value for key, value in wanted.items() if value is not None}
-    agree = [s for s in named if all(getattr(s, key) == value for key, value in given.items())]
+    agree = agreeing(named, name, revision=revision, dtype=dtype, space=space)
     if len(agree) == 1:
         return agree[0]
-    variants = variant_names(named)
-    listed = "; ".join(
-        f"space={s.space!r} (revision {s.revision}, {variants[s.space]}, {s.num_prompts} prompts)" for s in named
-    )
-    if not agree:
-        raise NotCachedError(f"no variant of {name!r} has {given}. Stored: {listed}.")
-    raise AmbiguousVariantError(f"{name!r} is stored in {len(agree)} variants; choose one: {listed}.")
+    told = listed(agree, variant_names(named))
+    raise AmbiguousVariantError(f"{name!r} is stored in {len(agree)} variants that fit; choose one: {told}.")
 
 
 def model_label(model: str | Path) -> str:

@@ -9,11 +9,13 @@ from typing import Any
 
 from actcache import config
 from actcache.store import reports
+from actcache.store.discovered import CachedPromptInfo, agreeing, prompt_info, variant_of
 from actcache.store.eviction import bytes_on_disk
 from actcache.store.index import SpaceIndex
 from actcache.store.prompts import PromptTable
 from actcache.store.records import TOKENS
-from actcache.store.reports import CachedPromptInfo, CacheInfo
+from actcache.store.reports import CacheInfo
+from actcache.store.site_names import in_order
 from actcache.store.spaces import SpaceInfo, list_spaces
 from actcache.store.statistics import Moments
 from actcache.store.summaries import SiteSummary, summarise
@@ -65,7 +67,7 @@ class Inspection(ABC):
     def sites_of(self, space: str | SpaceInfo, prompt: PromptTable) -> dict[str, list[str]]:
         """The sites at which the first prompt of a table is stored, by layout."""
         found = reports.sites_of(self._index(self._space(space)), prompt.token_key[:1])
-        return {layout: sorted(sites, key=reports.site_order) for layout, sites in sorted(found.items())}
+        return {layout: in_order(sites) for layout, sites in sorted(found.items())}
 
     def info(self) -> CacheInfo:
         """What the store holds: one `ModelCacheInfo` per space, sizes, times."""
@@ -85,20 +87,37 @@ class Inspection(ABC):
             self.limit.value,
         )
 
-    def discover(self, model_name: str, prompt: Any) -> CachedPromptInfo | None:
+    def discover(
+        self,
+        model_name: str,
+        prompt: Any,
+        *,
+        revision: str | None = None,
+        dtype: str | None = None,
+        space: str | None = None,
+    ) -> CachedPromptInfo | None:
         """What is stored for one prompt (text, token ids or chat) of a model, None when nothing.
 
-        The newest variant of the model as it is is described, all are listed.
+        The newest variant of the model as it is is described, all are listed; only those that agree with `revision`,
+        `dtype` and `space`, where given.
+
+        Raises:
+            NotCachedError: something is stored of the model, but no variant of it agrees.
         """
-        holding, answers = [], []
-        for space in by_preference([s for s in list_spaces(self.root) if s.model_name == model_name]):
-            found = reports.describe_prompt(self._index(space.space), prompt)
+        named = [s for s in list_spaces(self.root) if s.model_name == model_name]
+        names = variant_names(named)
+        agree = agreeing(named, model_name, revision=revision, dtype=dtype, space=space)
+        variants, answers = [], []
+        for one in by_preference(agree):
+            found = reports.describe_prompt(self._index(one.space), prompt)
             if found is not None:
-                holding.append(self._measured(space))
+                variants.append(variant_of(self._measured(one), names[one.space], *found))
                 answers.append(found)
-        if not holding:
+        if not variants:
             return None
-        return reports.prompt_info(*(({}, None) if holding[0].edits else answers[0]), holding)
+        # What was computed with edits is not what the model gives, unless it is what was asked for.
+        hidden = variants[0].edits and space is None
+        return prompt_info(*(({}, None) if hidden else answers[0]), variants)
 
     def statistics(self, space: str | SpaceInfo, site: str, *, pooling: str | None = None) -> Moments:
         """Count, mean and spread of every dimension of a site, over all live prompts of the space.

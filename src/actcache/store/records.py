@@ -24,6 +24,8 @@ TOKENS = "tokens"
 
 DERIVED = "derived"
 """The layout of results that are no vectors, one row per prompt."""
+COMPLETION = "completion"
+"""The layout of what a model said after a prompt."""
 RESULTS = frozenset({"perplexity", "token_nll", "logits", "completion"})
 """What the names of results begin with, before a dot; other sites hold activations."""
 

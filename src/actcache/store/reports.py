@@ -1,9 +1,8 @@
-"""What a store holds, in words and numbers: `CacheInfo`, `CachedPromptInfo`."""
+"""What a store holds, in words and numbers: `CacheInfo`, its prompts, its statistics."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from actcache.store.dtypes import name_of
 from actcache.store.index import Mask, SpaceIndex
 from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable, text_keys
-from actcache.store.records import TOKENS, SegmentInfo, is_result
+from actcache.store.records import COMPLETION, DERIVED, TOKENS, SegmentInfo, is_result
 from actcache.store.removal import count_distinct
+from actcache.store.site_names import layers_of, logits_of
 from actcache.store.spaces import SpaceInfo
 from actcache.store.statistics import Moments
 from actcache.store.tensors import kind_of
@@ -34,6 +34,8 @@ class ModelCacheInfo:
         model_hash: the id of its space.
         revision, dtype, attn_implementation: of the model that was run; None where that is not known.
         num_layers: distinct layers held in any form.
+        has_perplexity, has_logits: whether perplexity, and logits (all of a position, or its largest), can be read of
+            some prompts.
         variant: what tells it from the other variants of the model, in words.
         edits: the ready-made edits it was run with, in words; none for the model as it is.
         imported: where it comes from when only its name is known; such entries are used only with `trust_names`.
@@ -77,65 +79,32 @@ class CacheInfo:
         return self.total_size_bytes / GB
 
 
-@dataclass(frozen=True)
-class CachedPromptInfo:
-    """What is stored for one prompt.
-
-    `raw_layers`: layers whose residual stream is there for every token; `pooled`: pooling -> layers; `sites`:
-    every stored site by layout ("tokens" or the pooling); `num_tokens` of the prompt, None where unknown;
-    `variants`: every space of that model that holds it: the model as it is, then what was imported, then what was
-    computed with edits, of these the newest first. The other fields describe the first of them; where only variants
-    with edits hold the prompt they are empty, since that is not what the model gives.
-    """
-
-    raw_layers: list[int]
-    pooled: dict[str, list[int]]
-    sites: dict[str, list[str]]
-    num_tokens: int | None
-    variants: list[SpaceInfo]
-    has_logits: bool = False
-    logits_top_k: int | None = None
-    has_perplexity: bool = False
-    has_token_perplexity: bool = False
-    router_layers: list[int] = field(default_factory=list)
-
-
-def layers_of(sites: Iterable[str], name: str | None = None) -> list[int]:
-    """The layers in site names like "resid_post.5" (of the site `name` only, where given)."""
-    found = set()
-    for site in sites:
-        match = re.fullmatch(r"(?:\w+\.)?([a-z_]+)\.(\d+)(?:\.\d+)?", site)
-        if match and name in (None, match[1]):
-            found.add(int(match[2]))
-    return sorted(found)
-
-
-def site_order(site: str) -> str:
-    """What sites are sorted by: their names, layers by number."""
-    return re.sub(r"\d+", lambda digits: digits[0].zfill(6), site)
-
-
 def describe_model(space: SpaceInfo, infos: Sequence[SegmentInfo], variant: str) -> ModelCacheInfo:
     """The line of one space in `CacheInfo`."""
-    sites = {s for i in infos for s in i.sites}
+    by_layout: dict[str, set[str]] = {}
+    for info in infos:
+        by_layout.setdefault(info.layout, set()).update(info.sites)
+    sites = {site for names in by_layout.values() for site in names}
     vectors = [(i.layout, code) for i in infos for site, code, _ in i.columns if not is_result(site)]
     return ModelCacheInfo(
         space.model_name, space.space, space.revision, space.dtype, space.size_bytes, space.num_prompts,
-        len(layers_of(sites)), any(layout != TOKENS for layout, _ in vectors), "perplexity" in sites,
-        any(s == "logits" or s.startswith("logits.") for s in sites), variant, space.attn_implementation,
+        len(layers_of(sites)), any(layout != TOKENS for layout, _ in vectors),
+        "perplexity" in by_layout.get(DERIVED, ()), bool(logits_of(by_layout)), variant, space.attn_implementation,
         [edit_text(e) for e in space.edits], space.imported,
         sorted({name_of(code) for _, code in vectors}),
     )  # fmt: skip
 
 
 def count_prompts(index: SpaceIndex) -> int:
-    """Distinct live prompts of a space."""
+    """Distinct live prompts of a space. One that the model continued counts once, with what it became."""
+    keys: dict[bool, list[Keys]] = {}
     with index.lock:
-        keys = []
         for number, info in index.segments():
             live = index.live(number)
-            keys.append(info.prompt_key if live is None else info.prompt_key[live])
-    return count_distinct(keys)
+            held = keys.setdefault(info.layout == COMPLETION, [])
+            held.append(info.prompt_key if live is None else info.prompt_key[live])
+    # Completions lie under the prompts, all else of such a space under prompts with their completions.
+    return max(map(count_distinct, keys.values()), default=0)
 
 
 def find_token_keys(index: SpaceIndex, prompts: Sequence[Any]) -> Keys:
@@ -210,28 +179,6 @@ def _live_hits(index: SpaceIndex, number: int, info: SegmentInfo, keys: Keys) ->
         return np.zeros(info.prompts, bool)
     hit, live = is_member(info.prompt_key, keys), index.live(number)
     return hit if live is None else hit & live
-
-
-def prompt_info(sites: Mapping[str, set[str]], tokens: int | None, variants: list[SpaceInfo]) -> CachedPromptInfo:
-    """The answer of `discover` from the sites of each layout."""
-    everything = {s for names in sites.values() for s in names}
-    top_k = [int(found[1]) for s in everything if (found := re.fullmatch(r"logits\.top(\d+)\.values", s))]
-    return CachedPromptInfo(
-        raw_layers=layers_of(sites.get(TOKENS, ()), "resid_post"),
-        pooled={
-            layout: layers
-            for layout, names in sorted(sites.items())
-            if layout != TOKENS and (layers := layers_of(names, "resid_post"))
-        },
-        sites={layout: sorted(names) for layout, names in sorted(sites.items())},
-        num_tokens=tokens,
-        variants=variants,
-        has_logits="logits" in everything,
-        logits_top_k=max(top_k, default=None),
-        has_perplexity="perplexity" in everything,
-        has_token_perplexity="token_nll" in everything,
-        router_layers=layers_of(everything, "router_logits"),
-    )
 
 
 def stored_prompts(index: SpaceIndex, site: str | None, layout: str | None) -> PromptTable:

@@ -25,6 +25,7 @@ from actcache.store.appending import Appender
 from actcache.store.asking import locate_any
 from actcache.store.casting import Overflow, overflowing
 from actcache.store.catalog import Catalog
+from actcache.store.discovered import CachedPromptInfo, CachedVariant
 from actcache.store.eviction import EvictionReport
 from actcache.store.files import access_error, log, make_folder, sweep, translated
 from actcache.store.index import SpaceIndex
@@ -33,7 +34,7 @@ from actcache.store.maintenance import Maintenance
 from actcache.store.placement import Placement
 from actcache.store.prompts import PromptTable
 from actcache.store.records import TOKENS, Records, SegmentInfo
-from actcache.store.reports import CachedPromptInfo, CacheInfo, ModelCacheInfo
+from actcache.store.reports import CacheInfo, ModelCacheInfo
 from actcache.store.spaces import ROOT, SpaceInfo, read_space, space_id, write_space
 from actcache.store.statistics import Moments
 from actcache.store.verification import VerifyReport
@@ -42,6 +43,7 @@ from actcache.store.writer import SegmentWriter
 __all__ = [
     "CacheInfo",
     "CachedPromptInfo",
+    "CachedVariant",
     "EvictionReport",
     "ModelCacheInfo",
     "Moments",

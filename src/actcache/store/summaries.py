@@ -9,7 +9,8 @@ import numpy as np
 from actcache.store.casting import CastError
 from actcache.store.dtypes import FLOATING, name_of
 from actcache.store.index import SpaceIndex
-from actcache.store.reports import counted, site_order, statistics
+from actcache.store.reports import counted, statistics
+from actcache.store.site_names import site_order
 
 
 @dataclass(frozen=True)
