@@ -1,4 +1,4 @@
-"""Exact, mergeable moments: count, mean and sum of squared deviations of each dimension."""
+"""Exact, mergeable moments of each dimension, to the last bits of float64: count, mean, sum of squared deviations."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_CHUNK_BYTES = 512 << 10
-_GROUP = 16
+_CHUNK_BYTES = 1 << 20
 _INF = 65536.0
 # Of what takes the place of inf the square is at least this, less what rounding takes.
 _INF_SQUARED = 0.99 * _INF**2
+# What float16 is taken for when its bits are moved to where those of float32 are.
+_SMALL = 2.0**-112
+# A squared mean that is so many times the variance costs the variance as many times the last bit.
+_FAR = 64.0
 
 
 @dataclass
@@ -60,46 +63,54 @@ class Moments:
     def update(self, rows: npt.NDArray[Any]) -> None:
         """Take in `rows` ``[n, D]`` of any floating dtype."""
         n, dim = rows.shape
-        if not dim:
+        if not n or not dim:
             self.count += n
             return
-        step = max(_GROUP, _CHUNK_BYTES // (4 * dim) // _GROUP * _GROUP)
-        # Fresh memory would cost more than the arithmetic.
-        scratch = np.empty((min(step, n), dim), np.float64 if rows.dtype == np.float64 else np.float32)
-        quick = rows.dtype == np.float16 and not _flushes_subnormals()
         with np.errstate(all="ignore"):
-            for start in range(0, n, step):
-                part, wide = rows[start : start + step], scratch[: min(step, n - start)]
-                values = _widened(part, wide) if quick else as_float(part, wide)
-                squares = np.matmul(values[:, None, :], values[:, :, None])
-                if quick and squares.max() >= _INF_SQUARED:
-                    values = as_float(part, wide)
-                    squares = np.matmul(values[:, None, :], values[:, :, None])
-                norms = float(np.sqrt(squares).sum(dtype=np.float64))
-                self._update_chunk(values, norms, wide)
-
-    def _update_chunk(self, rows: npt.NDArray[Any], norms: float, away: npt.NDArray[Any]) -> None:
-        """Take in rows of which the lengths add up to `norms`; `away` is written to, and may be the rows themselves."""
-        n = len(rows)
-        # Deviations from about the mean are small beside it (outlier dimensions), and 16 of them are added in
-        # float32 before float64 takes over: what that loses is lost in the noise, and it is several times as fast.
-        # The first row would not do: that of the first token is often a hundred times as long as others.
-        centre = (self.mean if self.count else rows[n // 2]).astype(away.dtype)
-        np.subtract(rows, centre, out=away)
-        total = _column_sums(away)
-        squares = _column_sums(np.multiply(away, away, out=away))
-        shift = total / n
-        m2 = np.maximum(squares - n * shift * shift, 0)
-        self.merge(Moments(n, centre.astype(np.float64) + shift, m2, norms))
+            self.merge(_moments(rows))
 
 
-def _column_sums(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    whole = len(rows) // _GROUP * _GROUP
-    groups = np.add.reduce(rows[:whole].reshape(whole // _GROUP, _GROUP, rows.shape[1]), axis=1)
-    sums: npt.NDArray[np.float64] = np.add.reduce(groups, axis=0, dtype=np.float64)
-    if whole < len(rows):
-        sums += np.add.reduce(rows[whole:], axis=0)
-    return sums
+def _moments(rows: npt.NDArray[Any]) -> Moments:
+    """All is added in float64, in which values of every other dtype, and their squares, are exact."""
+    n, dim = rows.shape
+    total, squares, norms = np.zeros(dim), np.zeros(dim), 0.0
+    step = min(n, max(1, _CHUNK_BYTES // (8 * dim)))
+    # Fresh memory would cost more than the arithmetic.
+    double = rows.dtype == np.float64
+    wide, narrow = np.empty((0 if double else step, dim)), np.empty((0 if double else step, dim), np.float32)
+    quick = rows.dtype == np.float16 and not _flushes_subnormals()
+    unit = _SMALL if quick else 1.0
+    for start in range(0, n, step):
+        part = rows[start : start + step]
+        here = part if double else wide[: len(part)]
+        if not double:
+            np.copyto(here, _by_bits(part, narrow[: len(part)]) if quick else as_float(part, narrow[: len(part)]))
+        lengths = np.matmul(here[:, None, :], here[:, :, None])
+        if quick and lengths.max() >= _INF_SQUARED * unit**2:
+            np.copyto(here, as_float(part, narrow[: len(part)]))
+            here *= unit
+            lengths = np.matmul(here[:, None, :], here[:, :, None])
+        norms += float(np.sqrt(lengths).sum())
+        total += np.add.reduce(here, axis=0)
+        squares += np.einsum("ij,ij->j", here, here)
+    mean = total / (n * unit)
+    m2 = squares / unit**2 - n * mean * mean
+    # Where the mean is large beside the spread this difference is inexact: such dimensions are few.
+    far = np.flatnonzero(np.isfinite(mean) & ~(n * mean * mean <= _FAR * m2))
+    if n > 1 and len(far):
+        mean[far], m2[far] = _around(rows, far, mean[far])
+    return Moments(n, mean, m2, norms / unit)
+
+
+def _around(rows: npt.NDArray[Any], columns: npt.NDArray[np.int64], mean: npt.NDArray[np.float64]) -> Any:
+    """Mean and sum of squared deviations of some columns, of which `mean` is the mean but for rounding."""
+    rest, squares = np.zeros(len(columns)), np.zeros(len(columns))
+    step = max(1, _CHUNK_BYTES // (8 * len(columns)))
+    for start in range(0, len(rows), step):
+        away = as_float(rows[start : start + step, columns]) - mean
+        rest += np.add.reduce(away, axis=0)
+        squares += np.einsum("ij,ij->j", away, away)
+    return mean + rest / len(rows), np.maximum(squares - rest * rest / len(rows), 0)
 
 
 def as_float(rows: npt.NDArray[Any], out: npt.NDArray[np.float32] | None = None) -> npt.NDArray[Any]:
@@ -117,7 +128,8 @@ def as_float(rows: npt.NDArray[Any], out: npt.NDArray[np.float32] | None = None)
     if rows.dtype != np.float16 or _flushes_subnormals():
         np.copyto(out, rows)
         return out
-    _widened(rows, out)
+    _by_bits(rows, out)
+    out *= np.float32(1 / _SMALL)
     if out.max(initial=0) >= _INF or out.min(initial=0) <= -_INF:
         # inf and nan, whose exponent is no number.
         strange = np.abs(out) >= _INF
@@ -125,14 +137,16 @@ def as_float(rows: npt.NDArray[Any], out: npt.NDArray[np.float32] | None = None)
     return out
 
 
-def _widened(rows: npt.NDArray[Any], out: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """`rows` of float16 in `out`; what is inf or nan becomes a number from 65536 on. Several times as fast as numpy."""
+def _by_bits(rows: npt.NDArray[Any], out: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """`rows` of float16, times 2**-112, in `out`; what is inf or nan becomes a number, from 65536 times as much on.
+
+    Several times as fast as numpy.
+    """
     bits = out.view(np.int32)
     np.copyto(bits, rows.view(np.int16))
     bits <<= 13
     # The sign was spread over what is now the exponent's upper half.
     bits &= np.int32(-0x70000001)
-    out *= np.float32(2.0**112)
     return out
 
 
