@@ -59,7 +59,7 @@ def test_a_model_folder_without_config_is_named(capsys: pytest.CaptureFixture[st
 def test_a_file_where_the_store_should_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     place = tmp_path / "file"
     place.write_text("mine")
-    assert run(["warmup", MODEL, *PROMPT, "--store", str(place)]) == 1
+    assert run(["warmup", MODEL, *PROMPT, "--store", str(place)]) == 2
     captured = capsys.readouterr()
     assert str(place) in captured.err
     assert captured.err.count("\n") == 1

@@ -139,3 +139,64 @@ def test_the_verb_says_where_each_setting_comes_from(
     monkeypatch.setenv("ACTCACHE_MAX_GB", "lots")
     assert run(["config"]) == 2
     assert "ACTCACHE_MAX_GB is 'lots'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("location", ["s3://bucket/prefix", "http://host/x", "gs://b", Path("s3://bucket/prefix")])
+def test_a_url_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str | Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (ac.Store, ac.set_cache_backend, store_at):
+        with pytest.raises(OptionError, match="object stores are not supported yet"):
+            name(location)  # type: ignore[operator]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for name in (ac.Store, ac.set_cache_backend):
+        with pytest.raises(OptionError, match="that is a file: name a folder"):
+            name(file)  # type: ignore[operator]
+    monkeypatch.setenv("ACTCACHE_BACKEND", str(file))
+    with pytest.raises(OptionError, match=r"ACTCACHE_BACKEND is .*that is a file"):
+        ac.cache_info()
+    assert run(["info", "--store", str(file)]) == 2
+    assert file.read_text() == "mine"
+
+
+def test_a_relative_location_is_that_of_the_folder_it_was_given_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = ac.Store("here")
+    monkeypatch.setenv("ACTCACHE_BACKEND", "here")
+    assert run(["config", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["store"]["value"] == str(tmp_path / "here")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    write_something(store)
+    assert (tmp_path / "here" / "v1").is_dir()
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_of_two_variables_the_one_that_wins_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    monkeypatch.setenv("ACTCACHE_BACKEND", one)
+    monkeypatch.setenv("ACTCACHE_DIR", two)
+    for _ in range(2):
+        assert str(ac.cache_info().cache_dir) == one
+    (message,) = caplog.messages
+    assert message.startswith(f"ACTCACHE_BACKEND ({one}) wins over ACTCACHE_DIR ({two})")
+    assert run(["config"]) == 0
+    assert "wins over ACTCACHE_DIR" in " ".join(capsys.readouterr().out.split())
+    assert run(["config", "--json"]) == 0
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    assert note == message
+    for variable, value in (("ACTCACHE_DIR", one), ("ACTCACHE_BACKEND", "")):
+        monkeypatch.setenv(variable, value)
+        assert run(["config", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["notes"] == []

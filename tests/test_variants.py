@@ -369,3 +369,33 @@ def test_an_ambiguous_name_lists_and_counts_those_that_fit(tmp_path: Path) -> No
     assert str(raised.value).count("space=") == 2
     assert spaces["bfloat16"].space not in str(raised.value)
     assert "3 prompts" in str(raised.value) and "2 prompts" in str(raised.value)
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_stats_can_be_read_at_any_width(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """No name and no number is broken into two lines; where the table is too wide there are two."""
+    store = Store(tmp_path, dtype="int8")
+    new = ac.new_space("org/m")
+    sites = [f"decoder.cross_attn_out.{layer}" for layer in (3, 11)]
+    rows = list(np.random.default_rng(0).standard_normal((200, 64)).astype(np.float32) * 100)
+    values = {**dict.fromkeys(sites, rows), "ids": [np.arange(3)] * 200}
+    store.write(new, [f"p{i}" for i in range(200)], values, pooling="mean")
+    Store(tmp_path, dtype="float16").write(new, ["more"], {sites[0]: rows[:1]}, pooling="mean")
+    summaries = {s.site: s for s in store.summaries(new)}
+    monkeypatch.setenv("COLUMNS", str(width))
+    status, out, _ = cli("stats", "org/m", "--store", str(tmp_path))
+    assert status == 0
+    assert max(map(len, out.splitlines()[1:])) <= width
+    lines = [line.split() for line in out.splitlines()]
+    one_table = width == 200
+    for site in sites:
+        entry = summaries[site]
+        found = [line for line in lines if line[:1] == [site]]
+        assert len(found) == (1 if one_table else 2)
+        assert found[0][1:3] == [f"{entry.rows:,}", "64"]
+        assert f"{entry.mean_norm:.4g}" in found[0] and f"{entry.std:.4g}" in found[0]
+        stored = found[-1][-6 if "-" in found[-1] else -4 :]
+        assert stored[0] == entry.stored[0].dtype
+        assert f"{entry.stored[0].error_max:.3g}" in stored
+    assert sum(line[:1] == ["int8"] for line in lines) == 1, "a second dtype has its own line"
+    assert sum(line[:1] == ["site"] for line in lines) == (1 if one_table else 2)

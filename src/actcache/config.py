@@ -22,6 +22,7 @@ GB = 2**30
 
 # One slash is enough: a Path made from a URL has lost the other. One letter would be a drive.
 _URL = re.compile(r"[A-Za-z][\w+.-]+:/")
+_LOCATIONS = ("ACTCACHE_BACKEND", "ACTCACHE_DIR")
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 _chosen: dict[str, Any] = {}
 
@@ -48,21 +49,36 @@ def host_state_path() -> Path:
 
 def store_location() -> Setting:
     """Where the default store lives when no call has chosen one, a `Path`."""
-    for variable in ("ACTCACHE_BACKEND", "ACTCACHE_DIR"):
+    for variable in _LOCATIONS:
         value = os.environ.get(variable)
         if value:
             return Setting(local_folder(value, variable), variable)
     return Setting(user_cache() / "store", "default")
 
 
+def overruled_location() -> str:
+    """What is to be said where two variables name the default store and differ; empty where they do not."""
+    winner, loser = (os.environ.get(variable) for variable in _LOCATIONS)
+    if not winner or not loser or os.path.realpath(winner) == os.path.realpath(loser):
+        return ""
+    first, second = _LOCATIONS
+    return (
+        f"{first} ({winner}) wins over {second} ({loser}): it chooses a kind of store as well as its place. Unset "
+        f"{first} to use {second}."
+    )
+
+
 def local_folder(value: str | Path, source: str) -> Path:
-    """`value` as a folder of this machine; `source` (a variable, an option) is named when it cannot be one."""
+    """`value` as an absolute path; `source` (a variable, an option) is named when it cannot be a folder here."""
     text = str(value)
     if _URL.match(text):
         raise OptionError(f"{source} is {text!r}: object stores are not supported yet, name a folder of this machine.")
     if not text.strip():
         raise OptionError(f"{source} is empty: name a folder.")
-    return Path(value).expanduser()
+    folder = Path(value).expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"{source} is {text!r}, and that is a file: name a folder, which need not exist yet.")
+    return folder
 
 
 def limit_bytes(gb: Any, source: str) -> int | None:

@@ -28,8 +28,10 @@ def command(store: str | None, as_json: bool) -> None:
         "log": config.log_level(),
         "index": config.Setting(opened.index_dir, "default"),
     }
+    notes = [] if store is not None or location.source != "ACTCACHE_BACKEND" else [config.overruled_location()]
+    notes = list(filter(None, notes))
     if as_json:
-        print_json(settings)
+        print_json({**settings, "notes": notes})
         return
     level = settings["log"].value
     shown = {
@@ -45,3 +47,5 @@ def command(store: str | None, as_json: bool) -> None:
     for name, setting in settings.items():
         rows.add_row(name, shown[name], setting.source, variables.get(name, ""))
     console().print(rows)
+    for note in notes:
+        click.echo(note)

@@ -36,6 +36,11 @@ def command(
 ) -> None:
     """Bring in the activations at PATH: a cache folder of lmprobe, or a .npy or .safetensors file.
 
+    Arrays have one row per prompt [N, D] with --pooling, else one per token, padded [N, S, D]. Which rows are tokens a
+    tensor named mask or attention_mask [N, S] says beside them, 1 for a token and 0 for padding: a .safetensors file
+    holds one. Without it, as in a .npy file, all rows must be tokens: every one of --prompts is a list of S token ids,
+    or there is only one.
+
     All that is known of their model is a name, so they are marked, and used only where --trust-names asks for them.
     """
     from pathlib import Path

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from actcache.store.summaries import SiteSummary, StoredAs
 
 
+_NUMBERS = ("vectors", "width", "norm", "std", "size")
+_UNBOUNDED = 10_000
+_ERRORS = ("as", "max error", "rel. error", "cosine")
+
+
 @click.command("stats")
 @click.argument("model", required=False)
 @space_option
@@ -27,7 +32,7 @@ def command(model: str | None, space: str | None, store: str | None, as_json: bo
     Errors are those of the dtype in which vectors are stored, measured when they were written.
     """
     from actcache.cli.lookup import variants_of
-    from actcache.cli.output import console, count, print_json, size, table
+    from actcache.cli.output import console, count, print_json, size
     from actcache.store.default import store_at
 
     opened = store_at(store)
@@ -56,22 +61,34 @@ def command(model: str | None, space: str | None, store: str | None, as_json: bo
         summaries = opened.summaries(variant.space)
         for layout in dict.fromkeys(entry.layout for entry in summaries):
             title = "every token" if layout == "tokens" else layout
-            numbers = ("vectors", "width", "norm", "std", "size", "max error", "rel. error", "cosine")
-            rows = table("site", *numbers[:5], "as", *numbers[5:], right=numbers, title=title)
-            for entry in summaries:
-                if entry.layout == layout:
-                    _add(rows, entry)
-            out.print(rows)
+            entries = [entry for entry in summaries if entry.layout == layout]
+            whole = _table(entries, title, _NUMBERS, _ERRORS)
+            # A table that is folded into the width of a terminal is not read any more.
+            if out.measure(whole, options=out.options.update(max_width=_UNBOUNDED)).maximum <= out.width:
+                out.print(whole)
+            else:
+                out.print(_table(entries, title, _NUMBERS))
+                out.print(_table(entries, f"{title}: as stored", (), _ERRORS))
 
 
-def _add(rows: Table, entry: SiteSummary) -> None:
+def _table(entries: list[SiteSummary], title: str, numbers: tuple[str, ...], errors: tuple[str, ...] = ()) -> Table:
+    """A line for each site, or where there are `errors` for each dtype in which it is stored."""
+    from actcache.cli.output import table
+
+    rows = table("site", *numbers, *errors, right=(*numbers, *errors[1:]), title=title)
+    for entry in entries:
+        first = (entry.site, *(_numbers(entry) if numbers else ()))
+        for last in ([_errors(stored) for stored in entry.stored] or [("integers", "", "", "")]) if errors else [()]:
+            rows.add_row(*first, *last)
+            first = ("",) * len(first)
+    return rows
+
+
+def _numbers(entry: SiteSummary) -> tuple[str, ...]:
     from actcache.cli.output import size
 
     values = [f"{v:.4g}" if v is not None else "" for v in (entry.mean_norm, entry.std)]
-    first = (entry.site, f"{entry.rows:,}", str(entry.width), *values, size(entry.size_bytes))
-    for last in [_errors(stored) for stored in entry.stored] or [("integers", "", "", "")]:
-        rows.add_row(*first, *last)
-        first = ("",) * len(first)
+    return f"{entry.rows:,}", str(entry.width), *values, size(entry.size_bytes)
 
 
 def _errors(stored: StoredAs) -> tuple[str, str, str, str]:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actcache.config import Setting, local_folder, store_location
+from actcache.config import Setting, local_folder, overruled_location, store_location
 from actcache.errors import AmbiguousVariantError, NotCachedError, OptionError, did_you_mean
 from actcache.store.discovered import agreeing, listed
+from actcache.store.files import log
 from actcache.store.store import Store
 from actcache.store.variants import variant_names
 
@@ -35,6 +36,8 @@ def default_store() -> Store:
             return _chosen
         location = store_location().value
         if _environment is None or _environment[0] != location:
+            if overruled := overruled_location():
+                log.warning("%s", overruled)
             _environment = location, Store(location)
             _environment[1].is_default = True
         return _environment[1]

@@ -67,7 +67,7 @@ class Store(Maintenance):
     that can only be read works for reading.
 
     Raises:
-        OptionError: a limit that is no size, an unknown dtype.
+        OptionError: a limit that is no size, an unknown dtype, a location that is a URL or a file.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Store(Maintenance):
         self._limit = None if limit_gb is None else config.Setting(config.limit_bytes(limit_gb, "limit_gb"), "Store()")
         self.is_default = False
         """Whether the process's limit is meant for this store, unless it has one of its own."""
-        self.location = Path(location).expanduser()
+        self.location = config.local_folder(location, "location of Store()")
         self.root = self.location / ROOT
         if index_dir is None:
             real = os.path.realpath(self.location)
