@@ -165,10 +165,10 @@ def run_with_cache(
     lists, or a tensor), or a dict of tensors. Prompts are padded on the right behind a mask made from their lengths:
     each one's values are those it has alone. `tokenizer` is found by the model's name when it is needed and not given.
     A dict goes to the model as it is (images too: what a processor returns), with position ids where padding stands in
-    front of tokens and the model would count it. The other arguments are those of `capture`, and `positions` of chats
-    may be `ac.tokens_of` a role; with ``detach=False`` or `include_grads` the pass keeps its graph.
-    ``cache.input_ids``, ``attention_mask`` and ``tokens`` say what each position is, ``cache.rows(key)`` leaves the
-    padding out.
+    front of tokens and the model would count it, or a `PromptError` where the model takes none. The other arguments are
+    those of `capture`, and `positions` of chats may be `ac.tokens_of` a role; with ``detach=False`` or `include_grads`
+    the pass keeps its graph. ``cache.input_ids``, ``attention_mask`` and ``tokens`` say what each position is,
+    ``cache.rows(key)`` leaves the padding out.
     """
     if include_grads and not torch.is_grad_enabled():
         raise GradientError("include_grads needs gradients enabled, and torch.no_grad or inference mode turns them off")

@@ -15,7 +15,8 @@ from actcache.model.chat import Messages, chat_ids, is_chat
 from actcache.model.config_values import context_length, first_int, text_values
 from actcache.model.decoder_inputs import require_decoder_start
 from actcache.model.forward_inputs import ForwardInputs, accepts
-from actcache.model.invariance import BatchPolicy, batch_policy
+from actcache.model.front_padding import effect_of_front_padding
+from actcache.model.invariance import BatchPolicy, OwnPositions, batch_policy, own_positions
 from actcache.model.media import media_tokens
 from actcache.model.offload import input_device
 from actcache.model.rope import forget_lengths
@@ -89,19 +90,51 @@ class Preparer:
 
     def of_mapping(self, inputs: Mapping[str, Any]) -> Prepared:
         """A mapping as it is, on the model's device, with position ids that follow its mask where it has none, and has
-        padding in front of tokens: everything else the model counts by itself."""
+        padding in front of tokens: everything else the model counts by itself. A model that makes others than
+        ``0, 1, 2, ...`` is given those."""
         kwargs = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         mask = kwargs.get("attention_mask")
-        fresh = "position_ids" not in kwargs and kwargs.get("past_key_values") is None
-        if fresh and self.counts_positions and _pads_in_front(mask) and not self._counts_images(kwargs):
-            kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
         ids = kwargs.get("input_ids")
+        unplaced = self._unplaced(kwargs)
+        if unplaced is not None:
+            if self.counts_positions:
+                kwargs["position_ids"] = (unplaced.long().cumsum(1) - 1).clamp_min(0)
+            elif self._own_positions is not None:
+                kwargs["position_ids"] = self._own_positions.of(unplaced.ne(0), ids)
         prompts = None
         if isinstance(ids, Tensor) and ids.ndim == 2:
             real = mask if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids)
             rows = [row[here.bool()].tolist() for row, here in zip(ids, real, strict=True)]
             prompts = self._with_strings(Prompts(rows, [None] * len(rows)))
         return Prepared(kwargs, prompts)
+
+    def require_placed(self, inputs: Mapping[str, Any]) -> None:
+        """Raise `PromptError` where padding stands in front of tokens and the model takes it for text."""
+        mask, ids = self._unplaced(inputs), inputs.get("input_ids")
+        if mask is None or self.counts_positions:
+            return
+        padding = first_int(text_values(self._config), "pad_token_id") or 0
+        below = ids[~mask.bool()].tolist() if isinstance(ids, Tensor) and ids.shape == mask.shape else []
+        # Where positions are counted from the ids, all but the padding id are alike.
+        fill = next((token for token in below if token != padding), padding)
+        effect = effect_of_front_padding(self._model, fill, self._own_positions)
+        if effect:
+            raise PromptError(
+                "padding stands in front of tokens, and this model takes it into account: there it changes the values "
+                f"of a few tokens by {effect:.2g} of the largest one. Pad on the right (tokenizer.padding_side = "
+                "'right'), or pass texts or lists of token ids, which are padded so. What the model makes of it as it "
+                "is, ac.capture records around your own call."
+            )
+
+    @cached_property
+    def _own_positions(self) -> OwnPositions | None:
+        return own_positions(self._model) if accepts(self._model, "position_ids") else None
+
+    def _unplaced(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The mask of a pass that has padding in front of tokens, where nothing else says where these stand."""
+        mask = inputs.get("attention_mask")
+        fresh = "position_ids" not in inputs and inputs.get("past_key_values") is None
+        return mask if fresh and _pads_in_front(mask) and not self._counts_images(inputs) else None
 
     def _counts_images(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether the model makes positions out of its images, by rows and columns, and looks at the mask itself."""
@@ -198,11 +231,12 @@ class Preparer:
 def prepare(model: nn.Module, inputs: Inputs, tokenizer: Any) -> Prepared:
     """Arguments for ``model(**kwargs)``, of which all prompts are in one pass.
 
-    Raises `PromptError` (also for prompts that would change each other's values in one pass), `PromptTypeError`,
-    `TokenizerError` or `OptionError`.
+    Raises `PromptError` (also for prompts that would change each other's values in one pass, and for padding in front
+    of tokens that the model takes into account), `PromptTypeError`, `TokenizerError` or `OptionError`.
     """
     preparer = Preparer(model, tokenizer)
     if isinstance(inputs, Mapping):
+        preparer.require_placed(inputs)
         return preparer.of_mapping(inputs)
     prompts = preparer.read(inputs)
     _check_together(preparer.policy, prompts.ids)

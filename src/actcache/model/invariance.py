@@ -112,12 +112,12 @@ def batch_policy(
     asked: list[Lengths] = ["any", *(lengths for lengths, _, _ in found)]
     strictest = min(asked, key=_STRICTNESS.index)
     reasons = [why for lengths, _, why in found if lengths == strictest]
-    own_positions = kinds & (POSITIONS_FROM_IDS | _POSITIONS_OFFSET) or (model is not None and _own_positions(model))
+    made = kinds & (POSITIONS_FROM_IDS | _POSITIONS_OFFSET) or (model is not None and own_positions(model))
     return BatchPolicy(
         lengths=strictest,
         why=" ".join(reasons) or BatchPolicy.why,
         coupled=any(coupled for _, coupled, _ in found),
-        position_ids=not own_positions,
+        position_ids=not made,
         mask_always=bool(kinds & _MASK_FROM_IDS),
         forget_lengths=depends_on_longest(config) or any(map(switches_attention, _nested(config))),
     )
@@ -160,13 +160,29 @@ def _nested(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from _nested(value)
 
 
-def _own_positions(model: torch.nn.Module) -> bool:
-    """Whether its table of positions has a row for padding, or its own ids do not start at 0."""
+@dataclass(frozen=True)
+class OwnPositions:
+    """Positions that a model makes itself: the first token's, and the id that it does not count (None: it counts all
+    that is there)."""
+
+    first: int
+    uncounted: int | None
+
+    def of(self, real: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+        """Position ids ``[B, S]`` of what is `real`, bool ``[B, S]``: those that each row's prompt has alone."""
+        counted = real if ids is None or self.uncounted is None else real & ids.ne(self.uncounted)
+        elsewhere = self.first if self.uncounted is None else self.uncounted
+        return (counted.long().cumsum(1) + (self.first - 1)).where(counted, elsewhere)
+
+
+def own_positions(model: torch.nn.Module) -> OwnPositions | None:
+    """The positions that this model makes, where its modules tell: its table of them has a row for padding, or its own
+    ids do not start at 0."""
     for module in model.modules():
-        table = module._modules.get("position_embeddings")
-        if getattr(table, "padding_idx", None) is not None:
-            return True
+        padding = getattr(module._modules.get("position_embeddings"), "padding_idx", None)
+        if padding is not None:
+            return OwnPositions(padding + 1, padding)
         own = module._buffers.get("position_ids")
-        if own is not None and own.numel() and not own.is_meta and int(own.flatten()[0]) != 0:
-            return True
-    return False
+        if own is not None and own.numel() and not own.is_meta and (first := int(own.flatten()[0])) != 0:
+            return OwnPositions(first, None)
+    return None
