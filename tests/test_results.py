@@ -214,7 +214,8 @@ def test_results_are_never_durable_before_the_vectors_of_their_pass(
     monkeypatch.setattr(Appender, "append", slow_for_vectors)
     monkeypatch.setattr("actcache.extract.results._LINGER_SECONDS", 0.0)
     cache = ac.UnifiedCache(folder, cache_pooled=False, cache_logits=True, store=tmp_path, batch_size=1)
-    cache.warmup(PROMPTS)
+    # Labels are no results, and would mean as little alone.
+    cache.warmup(PROMPTS, labels=list(range(len(PROMPTS))))
     assert len(held[True]) == len(held[False]) == len({tuple(p) for p in PROMPTS})
     assert not any(early)
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from actcache.capture.positions import POOLINGS, check_positions, each_prompt
 from actcache.derive.results import Asked, LogitsAsked
-from actcache.errors import OptionError, UnknownSiteError, did_you_mean, require_choice
+from actcache.errors import OptionError, require_choice
 from actcache.extract.cached import CachedExtractor
 from actcache.extract.completions import Completion, Completions, check_settings, sequences_of
-from actcache.extract.extractor import ActivationExtractor, complete_sites
+from actcache.extract.extractor import ActivationExtractor, chosen_sites
+from actcache.extract.given import NOTHING_SAID, Said, checked, label_array, said_of
 from actcache.extract.plan import Plan
 from actcache.extract.prompts import Prompt, PromptList, positions_of, read_prompts
 from actcache.extract.public import Results
 from actcache.extract.request import Request, partial_failure
-from actcache.extract.stats import WarmupStats, after_eviction
+from actcache.extract.stats import WarmupStats, after_eviction, stats_of
 from actcache.store.files import log
+from actcache.store.records import LABEL
 from actcache.store.tensors import converted, reading_dtype
 
 if TYPE_CHECKING:
@@ -182,25 +184,33 @@ class UnifiedCache(Results):
         read = read if self._completions is None else self._completions.longest(read)
         return self.cached.plan(self.cached.request(read, self.extractor.sites, asked=self._asked))
 
-    def warmup(self, prompts: Prompt | Iterable[Prompt], *, verify_cache: bool = True) -> WarmupStats:
+    def warmup(
+        self, prompts: Prompt | Iterable[Prompt], *, verify_cache: bool = True, labels: Any = None, metadata: Any = None
+    ) -> WarmupStats:
         """Compute and store what is missing for `prompts`: activations, and the results this cache was made for.
 
         Every finished batch is stored at once and survives a kill; running again goes on where it stopped.
 
         Args:
             verify_cache: True also checks that what is stored is undamaged; False trusts the index.
+            labels: a string, number, boolean or None (no label) for each prompt, stored with it: see `get_labels` and
+                ``ac.activations(..., return_labels=True)``. They replace those stored before; without, these stay.
+            metadata: likewise, a dict for each prompt, all with the same keys, or a dict of lists: see `get_metadata`.
 
         Raises:
+            OptionError: labels or metadata that do not fit the prompts, or differ for the same prompt.
             PromptError, PromptTypeError, TokenizerError: a prompt that cannot be run, before any is.
             DiskFullError, StoreAccessError: the store cannot take what is to be written.
             PartialWarmupError: some prompts failed; all others are stored.
         """
+        read = read_prompts(prompts)
+        said = checked(labels, metadata, len(read))
         if not self.cached.keeps:
             log.warning("the limit of the store is 0: nothing is stored, so there is nothing to warm up")
-            return WarmupStats(len(read_prompts(prompts)))
+            return WarmupStats(len(read))
         with self.cached.session() as session:
-            read = self._sequences(read_prompts(prompts))
-            stats = self._warmup(read, self.extractor.sites, verify_cache=verify_cache)[0]
+            read = self._sequences(read)
+            stats = self._warmup(read, self.extractor.sites, verify_cache=verify_cache, said=said)[0]
         if session.evicted is None:
             return stats
         # What cannot be had of this model is not gone.
@@ -215,7 +225,13 @@ class UnifiedCache(Results):
         return self.cached.request(request.prompts, names) if stats.activations_extracted else request
 
     def _warmup(
-        self, prompts: Any, names: Sequence[str], *, verify_cache: bool = True, of_all: bool = True
+        self,
+        prompts: Any,
+        names: Sequence[str],
+        *,
+        verify_cache: bool = True,
+        of_all: bool = True,
+        said: Said = NOTHING_SAID,
     ) -> tuple[WarmupStats, Request]:
         """What was done, and the request as it was found before. Without `of_all` results are computed only of prompts
         that lack activations."""
@@ -223,20 +239,8 @@ class UnifiedCache(Results):
 
         start = time.perf_counter()
         request = self.cached.request(prompts, names, check=verify_cache, asked=self._asked, of_all=of_all)
-        filled = self.cached.fill(request)
-        results = request.results
-        stats = WarmupStats(
-            total_prompts=len(request.prompts),
-            activations_cached=request.cached,
-            activations_extracted=filled.extracted,
-            perplexity_cached=int(results.perplexity.sum()) if results.asked.perplexity else 0,
-            perplexity_extracted=filled.perplexity,
-            logits_cached=int(results.logits.sum()) if results.asked.logits else 0,
-            logits_extracted=filled.logits,
-            elapsed_seconds=time.perf_counter() - start,
-            bytes_written=filled.bytes_written,
-            tokens_extracted=filled.tokens,
-        )
+        filled = self.cached.fill(request, self.cached.say(request, said))
+        stats = stats_of(request, filled, time.perf_counter() - start)
         if filled.failed:
             raise partial_failure(filled, stats=stats)
         return stats, request
@@ -269,7 +273,7 @@ class UnifiedCache(Results):
             ValueOverflowError: a finite value would become inf in `dtype`.
         """
         wanted = reading_dtype(dtype)
-        groups = self._groups(site, layers)
+        groups = chosen_sites(self.extractor, site, layers)
         if positions is not None and self.cache_pooled:
             raise OptionError("positions= needs full sequences: make the UnifiedCache with cache_pooled=False.")
         everything = list(dict.fromkeys(name for names in groups.values() for name in names))
@@ -330,32 +334,19 @@ class UnifiedCache(Results):
             values, mask = at_positions(request.lookup.rows(), positions)
         return values if dtype is None else converted(values, dtype), mask
 
-    def _groups(self, site: str | None, layers: Any) -> dict[str, list[str]]:
-        groups = self.extractor.site_names
-        if site is not None:
-            if site not in groups:
-                named = complete_sites(site, None, self.extractor.source)
-                complete = [name for name in named if name in self.extractor.sites]
-                if not complete:
-                    known = [*groups, *self.extractor.sites]
-                    raise UnknownSiteError(
-                        f"site {site!r} is not among this cache's sites {list(groups)}.{did_you_mean(site, known)}"
-                    )
-                groups = {site: complete}
-            else:
-                groups = {site: groups[site]}
-        if layers is None:
-            return groups
-        chosen: dict[str, list[str]] = {}
-        for name, stored in groups.items():
-            wanted = complete_sites(name, layers, self.extractor.source)
-            chosen[name] = next(iter(wanted.values()))
-            absent = [n for n in chosen[name] if n not in stored]
-            if absent:
-                raise OptionError(
-                    f"layers={layers!r} asks for {absent[0]!r}, and this cache holds {stored}: add it to layers=."
-                )
-        return chosen
+
+@overload
+def activations(
+    model: Any, prompts: Prompt | Iterable[Prompt], *, layers: Any = ..., site: str = ..., pooling: str | None = ...,
+    return_labels: Literal[False] = ..., **options: Any,
+) -> npt.NDArray[np.generic] | list[npt.NDArray[np.generic]]: ...  # fmt: skip
+
+
+@overload
+def activations(
+    model: Any, prompts: Prompt | Iterable[Prompt], *, layers: Any = ..., site: str = ..., pooling: str | None = ...,
+    return_labels: Literal[True], **options: Any,
+) -> tuple[npt.NDArray[np.generic] | list[npt.NDArray[np.generic]], npt.NDArray[np.generic]]: ...  # fmt: skip
 
 
 def activations(
@@ -365,14 +356,20 @@ def activations(
     layers: Any = "all",
     site: str = "resid_post",
     pooling: str | None = "last_token",
+    return_labels: bool = False,
     **options: Any,
-) -> npt.NDArray[np.generic] | list[npt.NDArray[np.generic]]:
+) -> Any:
     """Activations in one line, computed once and then read from the default store.
 
     Returns:
-        An array `[B, L, D]`, or with ``pooling=None`` a list of `B` arrays `[T, L, D]`.
+        An array `[B, L, D]`, or with ``pooling=None`` a list of `B` arrays `[T, L, D]`. With `return_labels` a pair of
+        that and the labels `[B]` that ``UnifiedCache.warmup(prompts, labels=...)`` has stored: int64, float64, bool or
+        str where all are of one kind, else objects.
 
     Further `options` are those of `UnifiedCache`.
+
+    Raises:
+        NotCachedError: labels are asked for, and a prompt has none.
     """
     cached = pooling is not None
     if pooling is not None:
@@ -387,8 +384,11 @@ def activations(
                 f"site {site!r} has other widths at other layers, which fit no array [B, L, D]: choose layers of one, "
                 "or UnifiedCache.get_activations, which puts them side by side."
             )
+        labels = label_array(said_of(cache.store, request, LABEL)) if return_labels else None
         if cached:
-            return request.lookup.pooled()
-        import numpy as np
+            values: Any = request.lookup.pooled()
+        else:
+            import numpy as np
 
-        return [np.stack(parts, axis=1) for parts in request.lookup.rows()]
+            values = [np.stack(parts, axis=1) for parts in request.lookup.rows()]
+        return values if labels is None else (values, labels)

@@ -16,6 +16,7 @@ from actcache.errors import ModelChangedError, OptionError
 from actcache.extract.backends import RESULT
 from actcache.extract.declared import check_edited
 from actcache.extract.extractor import ActivationExtractor
+from actcache.extract.given import Said, Unsaid
 from actcache.extract.inventory import width_of
 from actcache.extract.layouts import layout_name
 from actcache.extract.lookup import Lookup, Question, look_up
@@ -285,8 +286,21 @@ class CachedExtractor:
 
         return [width_of(self.extractor.source, Site.parse(name)) for name in names]
 
-    def fill(self, request: Request) -> Filled:
+    def say(self, request: Request, said: Said) -> Unsaid | None:
+        """What is new of what is `said` of the prompts of `request`, None for nothing. It is stored of those that are
+        stored; `fill` takes the rest."""
+        if not said:
+            return None
+        unsaid = Unsaid(self.store, request, said)
+        if len(unsaid.of_stored):
+            with self.adding_results() as writer:
+                unsaid.put(writer, unsaid.of_stored)
+        return unsaid
+
+    def fill(self, request: Request, unsaid: Unsaid | None = None) -> Filled:
         """Compute and store what `request` lacks; a batch that fails is noted and the rest goes on.
+
+        `unsaid`: what is to be stored with the prompts that were not.
 
         Raises:
             DiskFullError, StoreAccessError: what was finished before stays stored.
@@ -334,6 +348,8 @@ class CachedExtractor:
                             vectors = writer.put(kept)
                             filled.extracted += len(kept.prompts)
                             filled.bytes_written += kept.stored_bytes
+                            if unsaid is not None:
+                                unsaid.put(results, kept.prompts, after=vectors)
                     if asked:
                         found = {k.removeprefix(RESULT): rows[k] for k in rows if k.startswith(RESULT)}
                         filled.bytes_written += results.put(prompts, asked, found, after=vectors)

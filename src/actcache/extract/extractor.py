@@ -10,7 +10,7 @@ import numpy as np
 
 from actcache.capture.positions import POOLINGS, check_positions, each_prompt, resolve_positions
 from actcache.derive.results import LOGITS, NOTHING, Asked
-from actcache.errors import OptionError, SiteUnavailableError, require_choice
+from actcache.errors import OptionError, SiteUnavailableError, UnknownSiteError, did_you_mean, require_choice
 from actcache.extract.activations import Activations
 from actcache.extract.backends import Backend, Pooling, Reduction, Rows, Session
 from actcache.extract.batching import Batch, check_limits, make_batches, token_budget
@@ -280,6 +280,39 @@ def complete_sites(sites: str | Sequence[str], layers: Any, source: ModelSource)
             chosen = [layer for layer in chosen if layer in having] or chosen
         complete[text] = [str(replace(site, layer=layer)) for layer in chosen]
     return complete
+
+
+def chosen_sites(extractor: ActivationExtractor, site: str | None, layers: Any) -> dict[str, list[str]]:
+    """Of what `extractor` gives, complete site names by the name asked for: those of one `site`, at some `layers`.
+
+    Raises:
+        UnknownSiteError, LayerRangeError; OptionError for layers that it does not give.
+    """
+    groups = extractor.site_names
+    if site is not None:
+        if site not in groups:
+            named = complete_sites(site, None, extractor.source)
+            complete = [name for name in named if name in extractor.sites]
+            if not complete:
+                known = [*groups, *extractor.sites]
+                raise UnknownSiteError(
+                    f"site {site!r} is not among this cache's sites {list(groups)}.{did_you_mean(site, known)}"
+                )
+            groups = {site: complete}
+        else:
+            groups = {site: groups[site]}
+    if layers is None:
+        return groups
+    chosen: dict[str, list[str]] = {}
+    for name, given in groups.items():
+        wanted = complete_sites(name, layers, extractor.source)
+        chosen[name] = next(iter(wanted.values()))
+        absent = [n for n in chosen[name] if n not in given]
+        if absent:
+            raise OptionError(
+                f"layers={layers!r} asks for {absent[0]!r}, and this cache holds {given}: add it to layers=."
+            )
+    return chosen
 
 
 def check_sites(sites: Sequence[str], layers: Any, source: ModelSource) -> list[Site]:

@@ -136,6 +136,16 @@ class Lookup:
         placed = [where[i] for i in members]
         return [placement.rows(k) for placement, k in placed], [p.prompt(k).tokens(0) for p, k in placed]
 
+    def token_ids(self, known: Sequence[npt.NDArray[np.int32] | None]) -> list[npt.NDArray[np.int32] | None]:
+        """The token ids that are `known`, and of the others, where they were found, those they are stored with."""
+        ids = list(known)
+        for piece in self._pieces:
+            unknown = np.array([ids[i] is None for i in piece.at], bool)
+            table = piece.placement.prompts(piece.local[unknown])
+            for k, i in enumerate(piece.at[unknown].tolist()):
+                ids[i] = table.tokens(k)
+        return ids
+
     def padded(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """`([n, S, sites * D], mask [n, S])`, right-padded with zeros."""
         self.require_all()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from actcache.derive.results import Asked, LogitsAsked
 from actcache.errors import ResultsNotCachedError
+from actcache.extract.given import said_of
 from actcache.extract.lens import ask_for_lens, stored_lens
 from actcache.extract.prompts import Prompt, PromptList, read_prompts
 from actcache.extract.reading import (
@@ -19,6 +20,7 @@ from actcache.extract.reading import (
     read_perplexity,
     read_token_perplexity,
 )
+from actcache.store.records import LABEL, METADATA
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,6 +122,23 @@ class Results(ABC):
             if found is None:
                 raise no_logits(asked)
             return found
+
+    def get_labels(self, prompts: Prompt | Iterable[Prompt]) -> list[Any]:
+        """The label of each prompt that ``warmup(prompts, labels=...)`` has stored, as it was given; None for none."""
+        return self._said(prompts, LABEL)
+
+    def get_metadata(self, prompts: Prompt | Iterable[Prompt]) -> list[dict[str, Any] | None]:
+        """The metadata of each prompt that ``warmup(prompts, metadata=...)`` has stored, None for none.
+
+        They are as they were given; keys come in sorted order, tuples and arrays as lists.
+        """
+        return self._said(prompts, METADATA)
+
+    def _said(self, prompts: Prompt | Iterable[Prompt], kind: str) -> list[Any]:
+        with self.cached.session():
+            given = self._sequences(read_prompts(prompts))
+            request = self.cached.request(given, self.cached.extractor.sites, check=False)
+            return said_of(self.cached.store, request, kind)
 
     def _logits_asked(self, top_k: Any, positions: Any) -> LogitsAsked:
         top_k = self._logits.top_k if top_k is _OWN else top_k

@@ -9,6 +9,7 @@ from actcache.derive.results import Asked
 from actcache.errors import PartialWarmupError
 from actcache.extract.lookup import Lookup
 from actcache.extract.prompts import PromptList
+from actcache.store.prompts import PromptTable
 
 if TYPE_CHECKING:
     from actcache.extract.results import ResultsFound
@@ -35,6 +36,12 @@ class Request:
     @property
     def cached(self) -> int:
         return int(self.lookup.found.sum())
+
+    def tokens(self) -> PromptTable:
+        """The token ids of all prompts: those found by their text have the ones they are stored with."""
+        known = [ids for ids in self.lookup.token_ids(self.prompts.ids) if ids is not None]
+        assert len(known) == len(self.prompts), "what was not found was tokenised"
+        return PromptTable.build(known)
 
     @property
     def to_compute(self) -> int:

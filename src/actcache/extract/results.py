@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from actcache.model.source import ModelSource
     from actcache.store.prompts import PromptTable
+    from actcache.store.records import Records
     from actcache.store.store import Store
     from actcache.store.writer import SegmentWriter, Ticket
 
@@ -124,9 +125,13 @@ class ResultWriter:
         nbytes = 0
         columns = {name: tensor.numpy() for name, tensor in rows.items()}
         for records in result_records(prompts, asked, columns):
-            if records.layout not in self._writers:
-                writer = self._store.writer(self._space, max_bytes=_QUEUE_BYTES, linger=_LINGER_SECONDS)
-                self._writers[records.layout] = self._stack.enter_context(writer)
-            self._writers[records.layout].put(records, after=after)
+            self.put_records(records, after=after)
             nbytes += records.stored_bytes
         return nbytes
+
+    def put_records(self, records: Records, *, after: Ticket | None = None) -> None:
+        """Queue `records` of any layout that has results."""
+        if records.layout not in self._writers:
+            writer = self._store.writer(self._space, max_bytes=_QUEUE_BYTES, linger=_LINGER_SECONDS)
+            self._writers[records.layout] = self._stack.enter_context(writer)
+        self._writers[records.layout].put(records, after=after)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from actcache.store.files import log
 
 if TYPE_CHECKING:
-    from actcache.extract.request import Request
+    from actcache.extract.request import Filled, Request
     from actcache.store.eviction import EvictionReport
 
 
@@ -52,6 +52,23 @@ class WarmupStats:
     def tokens_per_second(self) -> float:
         """Tokens through the model per second of the whole call; 0 when nothing was computed."""
         return self.tokens_extracted / self.elapsed_seconds if self.elapsed_seconds > 0 else 0.0
+
+
+def stats_of(request: Request, filled: Filled, seconds: float) -> WarmupStats:
+    """What was found for `request`, and what running the model added in so many seconds."""
+    results = request.results
+    return WarmupStats(
+        total_prompts=len(request.prompts),
+        activations_cached=request.cached,
+        activations_extracted=filled.extracted,
+        perplexity_cached=int(results.perplexity.sum()) if results.asked.perplexity else 0,
+        perplexity_extracted=filled.perplexity,
+        logits_cached=int(results.logits.sum()) if results.asked.logits else 0,
+        logits_extracted=filled.logits,
+        elapsed_seconds=seconds,
+        bytes_written=filled.bytes_written,
+        tokens_extracted=filled.tokens,
+    )
 
 
 def after_eviction(stats: WarmupStats, left: Request, evicted: EvictionReport) -> WarmupStats:

@@ -72,12 +72,13 @@ def _prompts(given: Any) -> list[Any]:
 
 def _names(cache: UnifiedCache, site: str | None, layers: Any) -> list[str]:
     """The complete names of what is read of `cache`, which have one width."""
+    from actcache.extract.extractor import chosen_sites
     from actcache.extract.inventory import width_of
     from actcache.model.sites import Site
 
     if site is None and len(cache.extractor.site_names) > 1:
         raise OptionError(f"the cache holds {list(cache.extractor.site_names)}: choose one with site=.")
-    (names,) = cache._groups(site, layers).values()
+    (names,) = chosen_sites(cache.extractor, site, layers).values()
     widths = {width_of(cache.extractor.source, Site.parse(name)) for name in names}
     if len(widths) > 1:
         raise OptionError(f"vectors are {sorted(widths)} numbers wide: choose layers of one width with layers=.")

@@ -28,7 +28,7 @@ from actcache.store.files import (
 from actcache.store.index import Mask, SpaceIndex
 from actcache.store.keys import Ints
 from actcache.store.merging import LOCK_WAIT_S, Overtaken, exclusive, open_source, replace_segments, tidy
-from actcache.store.records import SegmentInfo, is_result
+from actcache.store.records import LABEL, METADATA, SegmentInfo, is_result
 from actcache.store.removal import count_distinct
 from actcache.store.spaces import FILE, drop_if_empty
 from actcache.store.tombs import Keys, is_member, write_tomb
@@ -217,6 +217,9 @@ class _Eviction:
                 medians = index.reads.medians()
                 held = list(index.sealed())
             for number, info in held:
+                if info.layout in (LABEL, METADATA):
+                    # Nobody can compute them again: they go when all else of their prompts has gone.
+                    continue
                 yield _Victim(index, number, info, medians.get(info.name, info.created_ns))
             for name, error in index.refused.items():
                 if isinstance(error, NewerFormatError):

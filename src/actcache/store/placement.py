@@ -218,17 +218,17 @@ class Placement:
                     lengths[members] = offset[prompt + 1] - offset[prompt]
         return lengths
 
-    def prompts(self) -> PromptTable:
-        """What is stored for these prompts, in their order: ids and texts. All must be found."""
-        self._require(None)
-        if not len(self):
+    def prompts(self, index: npt.ArrayLike | None = None) -> PromptTable:
+        """What is stored for the prompts `index` (ascending; default all), in their order: ids and texts."""
+        chosen = self._require(index)
+        if not len(chosen):
             return PromptTable.build([])
         part = self._parts[0]
         order, tables = [], []
-        for number, members in by_segment(part.segment, np.arange(len(self))):
+        for number, members in by_segment(part.segment, chosen):
             order.append(members)
             tables.append(self._segments[number].prompts.select(part.prompt[members]))
-        return PromptTable.concatenate(tables).select(np.argsort(np.concatenate(order), kind="stable"))
+        return PromptTable.concatenate(tables, mixed=True).select(np.argsort(np.concatenate(order), kind="stable"))
 
     def _require(self, index: npt.ArrayLike | None) -> Ints:
         chosen = np.arange(len(self), dtype=np.int64)

@@ -26,7 +26,9 @@ DERIVED = "derived"
 """The layout of results that are no vectors, one row per prompt."""
 COMPLETION = "completion"
 """The layout of what a model said after a prompt."""
-RESULTS = frozenset({"perplexity", "token_nll", "logits", "completion"})
+LABEL, METADATA = "label", "metadata"
+"""The layouts, and the sites, of what people said of prompts."""
+RESULTS = frozenset({"perplexity", "token_nll", "logits", "completion", LABEL, METADATA})
 """What the names of results begin with, before a dot; other sites hold activations."""
 
 _INDEX_DTYPES = {
