@@ -43,7 +43,8 @@ def variants_of(store: Store, model: str | None, space: str | None) -> list[tupl
     chosen = [s for s in spaces if space is None or s.space.startswith(space)]
     if space is not None and not chosen:
         listed = "; ".join(f"{s.space} ({names[s.space]})" for s in spaces)
-        raise NotCachedError(f"no variant has a space that begins with {space!r}. Stored: {listed or 'nothing'}.")
+        hint = did_you_mean(space, [s.space[: len(space)] for s in spaces])
+        raise NotCachedError(f"no variant has a space that begins with {space!r}.{hint} Stored: {listed or 'nothing'}.")
     return [(s, names[s.space]) for s in sorted(chosen, key=lambda s: s.model_name)]
 
 

@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from actcache.errors import did_you_mean, nearest
 from actcache.store import tensors
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import Ints
 from actcache.store.lookup import Query, locate, locate_all
 from actcache.store.placement import Placement
 from actcache.store.prompts import IDS, TEXT, PromptTable
+from actcache.store.records import TOKENS
 from actcache.store.reports import stored_prompts
+from actcache.store.site_names import in_order
 
+_SHOWN = 12
 _TEXT = np.array(TEXT, np.uint8)
 
 
@@ -64,3 +68,32 @@ def locate_any(
 def _kinds_and_texts(given: Sequence[Any]) -> tuple[npt.NDArray[np.uint8], Sequence[Any]]:
     kinds, texts = zip(*(tensors.kind_of(prompt, i) for i, prompt in enumerate(given)), strict=True)
     return np.array(kinds, np.uint8), texts
+
+
+def why_absent(index: SpaceIndex, site: str, layout: str) -> str:
+    """Why nothing is found at `site` of `layout`, with the nearest that there is; empty where some prompts have it."""
+    index.refresh()
+    with index.lock:
+        held: dict[str, set[str]] = {}
+        for group in index.all_groups():
+            held.setdefault(group.layout, set()).update(group.sites)
+    space = f"space {index.folder.name}"
+    if not held:
+        return f"there is no {site!r}, since nothing is stored in {space}."
+    if site in held.get(layout, ()):
+        return ""
+    there = sorted(other for other, sites in held.items() if site in sites)
+    if there:
+        return f"{site!r} is stored in {space} {' and '.join(map(_as_asked, there))}, not {_as_asked(layout)}."
+    if layout not in held:
+        near = nearest(layout, held.keys() - {TOKENS}, limit=1)
+        hint = f" Did you mean {_as_asked(near[0])}?" if near else ""
+        stored = ", ".join(map(_as_asked, sorted(held)))
+        return f"nothing is stored {_as_asked(layout)} in {space}.{hint} Stored: {stored}."
+    sites = in_order(held[layout])
+    hint = did_you_mean(site, sites) or f" Stored: {', '.join(sites[:_SHOWN])}{', ...' if len(sites) > _SHOWN else ''}."
+    return f"no {site!r} is stored {_as_asked(layout)} in {space}.{hint}"
+
+
+def _as_asked(layout: str) -> str:
+    return "for every token (pooling=None)" if layout == TOKENS else f"with pooling={layout!r}"

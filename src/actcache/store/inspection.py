@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from actcache import config
+from actcache.errors import NotCachedError
 from actcache.store import reports
+from actcache.store.asking import why_absent
 from actcache.store.discovered import CachedPromptInfo, agreeing, prompt_info, variant_of
 from actcache.store.eviction import bytes_on_disk
 from actcache.store.index import SpaceIndex
@@ -122,9 +124,13 @@ class Inspection(ABC):
     def statistics(self, space: str | SpaceInfo, site: str, *, pooling: str | None = None) -> Moments:
         """Count, mean and spread of every dimension of a site, over all live prompts of the space.
 
-        Exact, and without reading data except where prompts are tombed or stored twice.
+        Exact, and without reading data except where prompts are tombed or stored twice. NotCachedError when no prompt
+        has the site.
         """
-        return reports.statistics(self._index(self._space(space)), site, pooling or TOKENS)
+        index = self._index(self._space(space))
+        if why := why_absent(index, site, pooling or TOKENS):
+            raise NotCachedError(why)
+        return reports.statistics(index, site, pooling or TOKENS)
 
     def summaries(self, space: str | SpaceInfo) -> list[SiteSummary]:
         """Of every site of a space, in every layout: rows, size, statistics, and what storing changed."""

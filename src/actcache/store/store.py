@@ -18,16 +18,16 @@ import numpy.typing as npt
 import xxhash
 
 from actcache import config
-from actcache.errors import FormatError, NotCachedError, ValueOverflowError, require_choice
+from actcache.errors import FormatError, NotCachedError, ValueOverflowError, did_you_mean, require_choice
 from actcache.store import segment as segments
 from actcache.store import tensors
 from actcache.store.appending import Appender
-from actcache.store.asking import locate_any
+from actcache.store.asking import locate_any, why_absent
 from actcache.store.casting import Overflow, overflowing
 from actcache.store.catalog import Catalog
-from actcache.store.discovered import CachedPromptInfo, CachedVariant
+from actcache.store.discovered import CachedPromptInfo, CachedVariant, listed
 from actcache.store.eviction import EvictionReport
-from actcache.store.files import access_error, log, make_folder, sweep, translated
+from actcache.store.files import SPACE_NAME, access_error, log, make_folder, sweep, translated
 from actcache.store.index import SpaceIndex
 from actcache.store.lookup import Query, locate
 from actcache.store.maintenance import Maintenance
@@ -284,8 +284,8 @@ class Store(Maintenance):
         space_id, layout = self._space(space), pooling or TOKENS
         wanted = tensors.torch_dtype(dtype)
         located, found = locate_any(self._index(space_id), prompts, site, layout, check=True)
-        if not len(found):
-            raise NotCachedError(f"no {site!r} ({layout}) is stored in space {space_id}: see Store.spaces()")
+        if (not found.all() or not len(found)) and (why := why_absent(self._index(space_id), site, layout)):
+            raise NotCachedError(why)
         if not found.all():
             raise NotCachedError(
                 f"{int((~found).sum())} of {len(found)} prompts have no {site!r} ({layout}) in the store "
@@ -319,9 +319,18 @@ class Store(Maintenance):
 
     def _space(self, space: str | SpaceInfo) -> str:
         if isinstance(space, str):
+            if space not in self._known and not (SPACE_NAME.fullmatch(space) and (self.root / space).is_dir()):
+                raise NotCachedError(f"store {self.location} has no space {space!r}.{self._nearest_space(space)}")
             return space
         self._known.setdefault(space.space, space)
         return space.space
+
+    def _nearest_space(self, wanted: str) -> str:
+        spaces = self.spaces()
+        if named := [s for s in spaces if s.model_name == wanted]:
+            return f" That is a model, stored as {listed(named)}."
+        hint = did_you_mean(wanted, [s.space for s in spaces])
+        return hint or f" Stored: {'; '.join(f'{s.space} ({s.model_name})' for s in spaces) or 'nothing'}."
 
     # -- behind a running model, and at the end ---------------------------------------------------------
 
