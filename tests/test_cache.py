@@ -7,12 +7,13 @@ import operator
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import actcache as ac
-from actcache.errors import LayerRangeError, UnknownKeyError
+from actcache.errors import LayerRangeError, OptionError, UnknownKeyError
 from actcache.testing.tiny import tiny_model
 
 IDS = torch.tensor([[5, 9, 100, 7, 3, 250], [8, 8, 4, 200, 31, 6]])
@@ -154,6 +155,28 @@ def test_positions_of_ragged_prompts(gpt2: Any) -> None:
     assert [tuple(r.shape) for r in cache.rows("resid_post.1")] == [(3, 32), (5, 32)]
     with pytest.raises(LayerRangeError, match="prompt 0 has 3 tokens"):
         cache.get_position(1, 3)
+
+
+@pytest.mark.parametrize("wrong", ["last", None, 1.0, True, [0, 1], (0, 1), torch.tensor(1.0), torch.tensor([0, 1])])
+def test_a_layer_or_position_that_is_no_number(cache: ac.ActivationCache, wrong: Any) -> None:
+    stream = cache.residual_stream(0)
+    for calls, expected in (
+        (
+            (lambda: cache.get_position(1, wrong), lambda: stream.get_position(1, wrong)),
+            "position is .*: expected one int",
+        ),
+        ((lambda: cache.get_layer(wrong), lambda: stream.get_layer(wrong)), "layer is .*: expected one int"),
+        (
+            (lambda: cache.get_position(wrong, 1), lambda: stream.get_position(wrong, 1)),
+            "layer is .*: expected one int",
+        ),
+    ):
+        for call in calls:
+            with pytest.raises(OptionError, match=expected):
+                call()
+    for one in (torch.tensor(2), np.int64(2)):
+        assert torch.equal(cache.get_position(one, one), cache["resid_post.2"][:, 2])
+        assert torch.equal(stream.get_position(one, one), cache["resid_post.2"][0, 2])
 
 
 def test_selection(cache: ac.ActivationCache, everything: ac.ActivationCache) -> None:

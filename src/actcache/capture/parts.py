@@ -11,6 +11,7 @@ from torch import Tensor
 
 from actcache.capture.entry import Entry
 from actcache.capture.keyed import Keyed
+from actcache.capture.positions import one_number
 from actcache.capture.residual import FullActivationCache
 from actcache.capture.rows import Chosen
 from actcache.capture.tokens import columns_of, cut_tables, position_axes, real_rows, take_columns, tensor_of
@@ -53,8 +54,10 @@ class Parts(Keyed):
     def get_layer(self, layer: int, site: str = "resid_post") -> Tensor:
         """`site` at one layer, ``[B, S, D]``; negative layers count from the end of the model.
 
-        Raises `LayerRangeError` (an `IndexError`) for a layer that the cache does not hold.
+        Raises `LayerRangeError` (an `IndexError`) for a layer that the cache does not hold, `OptionError` for a layer
+        that is no int.
         """
+        layer = one_number(layer, "layer", "; stack(site) is every layer that is held")
         asked = Site.parse(site)
         held = self.layer_numbers(site)
         depth = self._depths.get(asked.stack, held[-1] + 1 if held else 0)
@@ -70,7 +73,14 @@ class Parts(Keyed):
         positions from each row's end. Of a pattern that is a query with all its keys, ``[B, H, K]``. A row is a prompt,
         or one of the sequences that an encoder-decoder returned for it.
 
-        Raises `LayerRangeError` naming layer, position and range."""
+        Raises `LayerRangeError` naming layer, position and range, `OptionError` for a layer or position that is no
+        int."""
+        position = one_number(
+            position,
+            "position",
+            ". A name that was given to positions is read with cache.at(name), several are kept "
+            "with capture(positions=)",
+        )
         value = self.get_layer(layer, site)
         picked: list[Tensor] = []
         axis = position_axes(site)[0] - 1

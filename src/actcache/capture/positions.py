@@ -6,6 +6,7 @@ Positions count real tokens, never padding. Pooling means the same for a batch o
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -238,6 +239,17 @@ def _inside(position: int, length: int) -> int:
     if not -length <= position < length:
         raise LayerRangeError(f"position {position} is out of range: the prompt has {length} tokens")
     return position % length
+
+
+def one_number(value: object, what: str, instead: str = "") -> int:
+    """A layer or position that has to be one number; an `OptionError` for anything else, which says `instead` what
+    takes several."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        pass
+    raise OptionError(f"{what} is {value!r:.80}: expected one int, negative ones counted from the end{instead}")
 
 
 def _is_int(value: object) -> bool:

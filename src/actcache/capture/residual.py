@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from actcache.capture.positions import one_number
 from actcache.errors import JoinError, LayerRangeError, OptionError
 
 
@@ -55,14 +56,16 @@ class FullActivationCache:
         self._layers[number] = tensor
 
     def get_layer(self, layer: int) -> Tensor | None:
-        """One layer, ``[T, D]``, or None when it is not held."""
+        """One layer, ``[T, D]``, or None when it is not held; an `OptionError` for a layer that is no int."""
         return self._layers.get(self._number(layer))
 
     def get_position(self, layer: int, position: int) -> Tensor:
         """One position of one layer, ``[D]``; negative positions count from the end.
 
-        Raises `LayerRangeError` (an `IndexError`) naming the layer, or the position and the range.
+        Raises `LayerRangeError` (an `IndexError`) naming the layer, or the position and the range, `OptionError` for a
+        layer or position that is no int.
         """
+        position = one_number(position, "position")
         value = self.get_layer(layer)
         if value is None:
             held = ", ".join(map(str, self.layer_numbers())) or "none"
@@ -112,4 +115,5 @@ class FullActivationCache:
         return f"FullActivationCache with {self.n_layers} layers{what}" + (f" ({numbers}){shape}" if numbers else "")
 
     def _number(self, layer: int) -> int:
+        layer = one_number(layer, "layer")
         return layer + max(self._capacity, max(self._layers, default=-1) + 1) if layer < 0 else layer
