@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from actcache.cli.prompts import read_prompts
+from actcache.cli.prompts import read_labelled, read_prompts
 from actcache.errors import PromptError
 
 
@@ -49,6 +49,43 @@ def test_the_column_can_be_named_or_is_the_only_one(tmp_path: Path) -> None:
     file = write(tmp_path, "a.tsv", "q\ta\nwhy\tbecause\n")
     assert read_prompts([file], [], column="q") == ["why"]
     assert read_prompts([write(tmp_path, "b.csv", "q\nwhy\n")], []) == ["why"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "labels"),
+    [
+        ("a.jsonl", '{"text": "a", "y": 1.0}\n{"text": "b", "y": "1"}\n{"y": null, "text": "c"}\n', [1.0, "1", None]),
+        ("a.csv", "y,text\n1,a\n-2,b\n,c\n", [1, -2, None]),
+        ("a.csv", "y,text\n1,a\n007,b\n,c\n", ["1", "007", None]),
+        ("a.tsv", "text\ty\na\tpos\nb\tneg\nc\t1\n", ["pos", "neg", "1"]),
+        # What is left beside the label is the prompt.
+        ("a.csv", "what,y\na,0\nb,1\nc,10\n", [0, 1, 10]),
+    ],
+)
+def test_labels_are_in_a_column_of_their_own(tmp_path: Path, name: str, text: str, labels: list[object]) -> None:
+    prompts, found = read_labelled([write(tmp_path, name, text)], [], label_column="y")
+    assert prompts == ["a", "b", "c"]
+    assert found is not None
+    assert [(type(label), label) for label in found] == [(type(label), label) for label in labels]
+    assert read_labelled([write(tmp_path, name, text)], [], column=None if "text" in text else "what")[1] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '"a"\n', "line 1: no object, so that it has no 'y'"),
+        ("a.jsonl", '{"text": "a", "yy": 1}\n', "no 'y' among text, yy. Did you mean 'yy'"),
+        ("a.csv", "text,z\na,1\n", "no 'y' among text, z"),
+        ("a.csv", "text,y\na\n", "too short to have a 'y'"),
+    ],
+)
+def test_a_label_that_is_missing_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        read_labelled([write(tmp_path, name, text)], [], label_column="y")
+    with pytest.raises(click.UsageError, match=r"--label-column y.*no columns"):
+        read_labelled([write(tmp_path, "a.txt", "a\n")], [], label_column="y")
+    with pytest.raises(click.UsageError, match="--prompt TEXT has no label"):
+        read_labelled([], ["a"], label_column="y")
 
 
 def test_standard_input_is_text_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,14 @@ def test_perplexity_is_computed_when_it_is_asked_for(cli: Cli) -> None:
     assert 1 <= likeliest <= whole <= least
 
 
+def test_a_warmup_stores_labels(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "labelled.csv"
+    file.write_text("text,truth\nSnow is white.,1\nSnow is black.,0\n")
+    assert cli("warmup", MODEL, str(file), "--label-column", "truth")[0] == 0
+    X, y = ac.activations(MODEL, ["Snow is black.", "Snow is white."], return_labels=True)
+    assert len(X) == 2 and y.tolist() == [0, 1]
+
+
 def test_plan_tells_what_warmup_then_does(cli: Cli, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text(f"{PROMPT}\nSnow is white.\n")

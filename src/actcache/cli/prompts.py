@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -50,15 +51,36 @@ def read_prompts(
     Text files hold a prompt a line (empty lines are skipped). A line of JSONL is a string, an object with the prompt
     in `column`, a list of token ids, or a list of chat messages. CSV has a header line.
     """
+    return read_labelled(files, texts, column=column, file_format=file_format)[0]
+
+
+def read_labelled(
+    files: Iterable[str],
+    texts: Iterable[str],
+    *,
+    column: str | None = None,
+    label_column: str | None = None,
+    file_format: str | None = None,
+) -> tuple[list[Prompt], list[Any] | None]:
+    """As `read_prompts`, with the label of each prompt from `label_column` of its file; None without that.
+
+    Labels of JSONL are what they are there. CSV knows no types: a file's are integers where all of them are, else text,
+    and an empty field is none.
+    """
     prompts: list[Prompt] = list(texts)
+    if prompts and label_column is not None:
+        raise click.UsageError("a prompt given as --prompt TEXT has no label: put it into a file.")
+    labels: list[Any] = [None] * len(prompts)
     files = list(files)
     for name in files:
-        prompts += _read_file(name, column, file_format)
+        for prompt, label in _read_file(name, column, label_column, file_format):
+            prompts.append(prompt)
+            labels.append(label)
     if not prompts and not files:
         raise click.UsageError("no prompts: name a file, give --prompt TEXT, or - for standard input.")
     if not prompts:
         raise PromptError(f"no prompts in {', '.join(files)}: the file is empty.")
-    return prompts
+    return prompts, None if label_column is None else labels
 
 
 def read_prompt(text: str) -> Prompt:
@@ -74,34 +96,47 @@ def read_prompt(text: str) -> Prompt:
     return text
 
 
-def _read_file(name: str, column: str | None, file_format: str | None) -> list[Prompt]:
+def _read_file(
+    name: str, column: str | None, label_column: str | None, file_format: str | None
+) -> list[tuple[Prompt, Any]]:
     shown = "standard input" if name == "-" else name
     kind = file_format or _FORMATS.get(Path(name).suffix.lower(), "text")
     try:
         if name == "-":
-            return list(_parse(sys.stdin, kind, column, shown))
+            return _parse(sys.stdin, kind, column, label_column, shown)
         # newline="" leaves line ends inside quoted CSV fields alone; utf-8-sig drops a byte order mark.
         with open(name, encoding="utf-8-sig", newline="" if kind in ("csv", "tsv") else None) as file:
-            return list(_parse(file, kind, column, shown))
+            return _parse(file, kind, column, label_column, shown)
     except UnicodeDecodeError as error:
         raise PromptError(f"{shown} is not UTF-8 text (byte {error.start}): convert it first.") from error
 
 
-def _parse(file: IO[str], kind: str, column: str | None, shown: str) -> Iterator[Prompt]:
+def _parse(
+    file: IO[str], kind: str, column: str | None, label_column: str | None, shown: str
+) -> list[tuple[Prompt, Any]]:
+    """The prompts of a file, each with its label: None without `label_column`."""
     if kind == "jsonl":
-        yield from _parse_jsonl(file, column, shown)
-    elif kind in ("csv", "tsv"):
-        yield from _parse_csv(file, column, shown, delimiter="\t" if kind == "tsv" else ",")
-    else:
-        if column is not None:
-            raise click.UsageError(f"--column {column}: {shown} is read as text, which has no columns (see --format).")
-        for line in file:
-            text = line.rstrip("\r\n")
-            if text.strip():
-                yield text
+        return list(_parse_jsonl(file, column, label_column, shown))
+    if kind in ("csv", "tsv"):
+        return _typed(list(_parse_csv(file, column, label_column, shown, delimiter="\t" if kind == "tsv" else ",")))
+    for option, name in (("--column", column), ("--label-column", label_column)):
+        if name is not None:
+            raise click.UsageError(f"{option} {name}: {shown} is read as text, which has no columns (see --format).")
+    lines = (line.rstrip("\r\n") for line in file)
+    return [(text, None) for text in lines if text.strip()]
 
 
-def _parse_jsonl(file: IO[str], column: str | None, shown: str) -> Iterator[Prompt]:
+def _typed(found: list[tuple[Prompt, Any]]) -> list[tuple[Prompt, Any]]:
+    labels = [label or None for _, label in found]
+    # No others: as a number 007 would be another label than it was.
+    if all(label is None or re.fullmatch(r"0|-?[1-9][0-9]*", label) for label in labels):
+        labels = [None if label is None else int(label) for label in labels]
+    return [(prompt, label) for (prompt, _), label in zip(found, labels, strict=True)]
+
+
+def _parse_jsonl(
+    file: IO[str], column: str | None, label_column: str | None, shown: str
+) -> Iterator[tuple[Prompt, Any]]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -109,28 +144,38 @@ def _parse_jsonl(file: IO[str], column: str | None, shown: str) -> Iterator[Prom
             value = json.loads(line)
         except ValueError as error:
             raise PromptError(f"{shown}, line {number}: not JSON ({error}).") from error
+        where, label = f"{shown}, line {number}", None
+        if label_column is not None:
+            if not isinstance(value, dict):
+                raise PromptError(f"{where}: no object, so that it has no {label_column!r}.")
+            label = value[_choose([n for n in value if n != column], label_column, where)]
         if isinstance(value, dict):
-            value = value[_choose(list(value), column, f"{shown}, line {number}")]
+            value = value[_choose([n for n in value if n != label_column], column, where)]
         if not isinstance(value, (str, list)):
             raise PromptError(
                 f"{shown}, line {number}: a prompt is a string, a list of token ids or a list of messages, "
                 f"not {json.dumps(value)[:40]}."
             )
-        yield value
+        yield value, label
 
 
-def _parse_csv(file: IO[str], column: str | None, shown: str, *, delimiter: str) -> Iterator[Prompt]:
+def _parse_csv(
+    file: IO[str], column: str | None, label_column: str | None, shown: str, *, delimiter: str
+) -> Iterator[tuple[Prompt, Any]]:
     csv.field_size_limit(2**31 - 1)
     rows = csv.DictReader(file, delimiter=delimiter)
     if rows.fieldnames is None:
         return
-    chosen = _choose(list(rows.fieldnames), column, shown)
+    names = list(rows.fieldnames)
+    wanted = [_choose([n for n in names if n != label_column], column, shown)]
+    if label_column is not None:
+        wanted.append(_choose([n for n in names if n != column], label_column, shown))
     for row in rows:
-        text = row[chosen]
-        if text is None:
-            raise PromptError(f"{shown}, line {rows.line_num}: the row is too short to have a {chosen!r}.")
-        if text.strip():
-            yield text
+        for name in wanted:
+            if row[name] is None:
+                raise PromptError(f"{shown}, line {rows.line_num}: the row is too short to have a {name!r}.")
+        if row[wanted[0]].strip():
+            yield row[wanted[0]], None if label_column is None else row[label_column]
 
 
 def _choose(names: list[str], column: str | None, where: str) -> str:

@@ -7,13 +7,18 @@ from typing import Any
 import click
 
 from actcache.cli.options import debug_option, json_option, model_options, unified_cache
-from actcache.cli.prompts import prompt_arguments, read_prompts
+from actcache.cli.prompts import prompt_arguments, read_labelled
 from actcache.errors import PartialWarmupError
 
 
 @click.command("warmup")
 @click.argument("model")
 @prompt_arguments
+@click.option(
+    "--label-column",
+    metavar="NAME",
+    help="Column or field that holds the label of each prompt, to be stored with it.",
+)
 @model_options
 @json_option
 @debug_option
@@ -22,6 +27,7 @@ def command(
     files: tuple[str, ...],
     texts: tuple[str, ...],
     column: str | None,
+    label_column: str | None,
     file_format: str | None,
     as_json: bool,
     **options: Any,
@@ -31,10 +37,10 @@ def command(
     MODEL is a folder made by save_pretrained or an id on the Hugging Face Hub. FILES are text (a prompt a line), JSONL
     or CSV; - is standard input.
     """
-    prompts = read_prompts(files, texts, column=column, file_format=file_format)
+    prompts, labels = read_labelled(files, texts, column=column, label_column=label_column, file_format=file_format)
     cache = unified_cache(model, **options)
     try:
-        stats = cache.warmup(prompts)
+        stats = cache.warmup(prompts, labels=labels)
     except PartialWarmupError as error:
         # All others are stored: say so before the failure is reported.
         _print(error.stats, as_json)
