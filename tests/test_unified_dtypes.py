@@ -121,8 +121,15 @@ def test_a_prompt_that_overflows_is_named_and_the_others_are_stored(tmp_path: Pa
     loud = ac.UnifiedCache(model, tokenizer=tokenizer, store=wide, layers=[0])
     right = loud.get_activations(texts)[0]  # type: ignore[index]
     assert right.isfinite().all()  # type: ignore[union-attr]
-    with pytest.raises(ac.errors.ValueOverflowError, match=r"becomes inf in torch.float16"):
-        loud.get_activations(["The Eiffel Tower"], dtype="float16")
+    with pytest.raises(ac.errors.ValueOverflowError, match=r"prompt 1, resid_post.0: .*becomes -?inf in torch.float16"):
+        loud.get_activations(["Snow is white.", "The Eiffel Tower"], dtype="float16")
+    allowed = ac.UnifiedCache(model, tokenizer=tokenizer, store=wide, layers=[0], allow_inf=True)
+    half = allowed.get_activations(texts, dtype="float16")[0]  # type: ignore[index]
+    assert torch.equal(half, right.half())  # type: ignore[arg-type,union-attr]
+    for dtype in ("int8", torch.int64, "bool", torch.complex64, np.int32, "float8_e4m3fn"):
+        with pytest.raises(ac.errors.OptionError, match="bfloat16"):
+            loud.get_activations(["Nothing is computed."], dtype=dtype)
+    assert loud.plan(["Nothing is computed."]).missing == 1
 
 
 def test_full_sequences_of_one_run_share_blocks_of_64_rows(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -20,8 +21,8 @@ from actcache.extract.public import Results
 from actcache.extract.request import Request, partial_failure
 from actcache.extract.stats import WarmupStats, after_eviction, stats_of
 from actcache.store.files import log
+from actcache.store.reading import converted, reading_dtype
 from actcache.store.records import LABEL
-from actcache.store.tensors import converted, reading_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +66,8 @@ class UnifiedCache(Results):
         add_special_tokens: whether text gets the tokenizer's special tokens.
         allow_hooks: names of hooks on a loaded model that are known not to change what is stored.
         allow_inf: store a prompt even where its values do not fit the store's dtype (they are read back as inf, of
-            int8 and float8_e4m3 as nan); else it is refused, named, and the others are stored.
+            int8 and float8_e4m3 as nan); else it is refused, named, and the others are stored. So it is with dtypes
+            that are asked for when reading.
         trust_names: take what was imported under this model's name (`actcache import`) where its own activations are
             missing. Nothing but the name says that they are this model's.
         edits: ready-made edits (`ac.ablate`, `ac.steer`, `ac.patch`, `ac.knockout`) to run the model with; what is
@@ -270,7 +272,8 @@ class UnifiedCache(Results):
             with zeros. Layers lie side by side in the order asked.
 
         Raises:
-            ValueOverflowError: a finite value would become inf in `dtype`.
+            OptionError: `dtype` is not floating (nothing is computed).
+            ValueOverflowError: a finite value would become inf in `dtype`, without ``allow_inf``.
         """
         wanted = reading_dtype(dtype)
         groups = chosen_sites(self.extractor, site, layers)
@@ -332,7 +335,10 @@ class UnifiedCache(Results):
             values, mask = to_torch(padded), to_torch(real)
         else:
             values, mask = at_positions(request.lookup.rows(), positions)
-        return values if dtype is None else converted(values, dtype), mask
+        if dtype is not None:
+            name = partial(request.lookup.name_at, values.shape[-1])
+            values = converted(values, dtype, allow_inf=self.cached.allow_inf, name=name)
+        return values, mask
 
 
 @overload

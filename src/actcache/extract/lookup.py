@@ -96,6 +96,12 @@ class Lookup:
         """Whether all that was found has one width."""
         return len({width for piece in self._pieces for width in piece.placement.widths}) <= 1
 
+    def name_at(self, width: int, index: Sequence[int]) -> str:
+        """What to call the value at `index` of the answer, in which all sites side by side have `width` columns."""
+        names = self.question.names
+        site = f", {names[index[-1] * len(names) // width]}" if self.one_width else ""
+        return f"prompt {index[0]}{site}"
+
     def pooled(self) -> npt.NDArray[Any]:
         """One row per prompt and site, `[n, sites, D]`, in a new array. All sites must have the same width."""
         self.require_all()

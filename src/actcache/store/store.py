@@ -19,10 +19,10 @@ import xxhash
 
 from actcache import config
 from actcache.errors import FormatError, NotCachedError, ValueOverflowError, did_you_mean, require_choice
+from actcache.store import reading, tensors
 from actcache.store import segment as segments
-from actcache.store import tensors
 from actcache.store.appending import Appender
-from actcache.store.asking import locate_any, why_absent
+from actcache.store.asking import locate_any
 from actcache.store.casting import Overflow, overflowing
 from actcache.store.catalog import Catalog
 from actcache.store.discovered import CachedPromptInfo, CachedVariant, listed
@@ -272,33 +272,25 @@ class Store(Maintenance):
         positions: Any = None,
         dtype: Any = None,
         out: Any = None,
+        allow_inf: bool = False,
     ) -> Any:
         """What is stored at `site`: a tensor ``[B, D]`` with `pooling`, else a list of tensors ``[T, D]``.
 
         `prompts`: texts, token ids, chats, or None for all that have the site, in stored order. `positions`
         cuts rows: "last", "first", an int (negative from the end), a ``(start, stop)`` pair, or a list of these.
-        `dtype`: what to return floating values in (default: as stored; float32 for int8 and float8_e4m3). `out`: a
-        tensor ``[B, D]`` to write into (pooled). NotCachedError when a prompt is not stored, ValueOverflowError when
-        `dtype` would turn a finite value into inf.
+        `dtype`: the floating dtype to return them in (default: as stored; float32 for int8 and float8_e4m3). `out`: a
+        tensor ``[B, D]`` to write into, with `pooling`, and to return; of a floating dtype, or of integers where such
+        are stored. What is too large for either is refused, or becomes inf with `allow_inf`.
+
+        Raises:
+            OptionError: a dtype that is not floating, an `out` that does not fit; nothing was read.
+            NotCachedError: a prompt is not stored.
+            ValueOverflowError: a finite value would become inf; prompt, site and value are named.
         """
-        space_id, layout = self._space(space), pooling or TOKENS
-        wanted = tensors.torch_dtype(dtype)
-        located, found = locate_any(self._index(space_id), prompts, site, layout, check=True)
-        if (not found.all() or not len(found)) and (why := why_absent(self._index(space_id), site, layout)):
-            raise NotCachedError(why)
-        if not found.all():
-            raise NotCachedError(
-                f"{int((~found).sum())} of {len(found)} prompts have no {site!r} ({layout}) in the store "
-                f"(the first is prompt {int(np.flatnonzero(~found)[0])}): see Store.contains() and Store.discover()"
-            )
-        if not pooling:
-            rows: list[Any] = [None] * len(found)
-            for placement, members in located:
-                local = np.flatnonzero(placement.found)
-                for i, (values,) in zip(members[local].tolist(), placement.all_rows(local), strict=True):
-                    rows[i] = tensors.to_tensor(tensors.cut(values, positions), wanted)
-            return rows
-        return tensors.stack_pooled(located, len(found), out, wanted)
+        return reading.read(
+            self._index(self._space(space)), prompts, site, pooling=pooling, positions=positions, dtype=dtype, out=out,
+            allow_inf=allow_inf,
+        )  # fmt: skip
 
     def contains(
         self, space: str | SpaceInfo, prompts: Any, site: str | None = None, *, pooling: str | None = None

@@ -9,15 +9,12 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from actcache.errors import LayerRangeError, OptionError, PromptError, PromptTypeError, ValueOverflowError
-from actcache.store.dtypes import common_dtype, reaches
+from actcache.errors import LayerRangeError, OptionError, PromptError, PromptTypeError
 from actcache.store.prompts import CHAT, IDS, TEXT, PromptTable, canonical_chat, text_keys
 from actcache.store.records import Records
 
 if TYPE_CHECKING:
     import torch
-
-    from actcache.store.placement import Placement
 
 
 _BY_BITS: dict[str, tuple[str, np.dtype[Any]]] = {
@@ -43,7 +40,7 @@ def to_array(value: Any) -> npt.NDArray[Any]:
     return array
 
 
-def to_tensor(array: npt.NDArray[Any], dtype: torch.dtype | None = None) -> torch.Tensor:
+def to_tensor(array: npt.NDArray[Any]) -> torch.Tensor:
     """A writable tensor that shares memory with `array` where `array` is writable."""
     import torch
 
@@ -51,58 +48,8 @@ def to_tensor(array: npt.NDArray[Any], dtype: torch.dtype | None = None) -> torc
         array = np.array(array)
     for name, (bits, kind) in _BY_BITS.items():
         if array.dtype == kind:
-            tensor = torch.from_numpy(array.view(bits)).view(getattr(torch, name))
-            break
-    else:
-        tensor = torch.from_numpy(array)
-    return tensor if dtype is None else converted(tensor, dtype)
-
-
-def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor` in another dtype.
-
-    Raises:
-        OptionError: floating numbers asked for as integers.
-        ValueOverflowError: a finite value would become inf.
-    """
-    import torch
-
-    if not tensor.is_floating_point() or tensor.dtype == dtype:
-        return tensor.to(dtype)
-    if not dtype.is_floating_point:
-        raise OptionError(f"floating values cannot be read as {dtype}: ask for float32, float16 or bfloat16.")
-    result = tensor.to(dtype)
-    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
-        lost = tensor.isfinite() & ~result.to(tensor.dtype).isfinite()
-        if lost.any():
-            raise ValueOverflowError(
-                f"the value {float(tensor[lost][0]):.6g} becomes inf in {dtype}: read it as bfloat16 or float32."
-            )
-    return result
-
-
-def torch_dtype(dtype: Any) -> torch.dtype | None:
-    """A dtype given as a torch dtype, a name or None."""
-    if dtype is None:
-        return None
-    import torch
-
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
-        raise OptionError(f"unknown dtype {dtype!r}: expected a torch dtype, 'float32', 'float16', 'bfloat16', ...")
-    return found
-
-
-def reading_dtype(dtype: Any) -> torch.dtype | None:
-    """A dtype in which vectors can be read, given as `torch_dtype` takes it.
-
-    Raises:
-        OptionError: no such dtype, or not a floating one.
-    """
-    found = torch_dtype(dtype)
-    if found is not None and not found.is_floating_point:
-        raise OptionError(f"vectors cannot be read as {found}: ask for float32, float16 or bfloat16.")
-    return found
+            return torch.from_numpy(array.view(bits)).view(getattr(torch, name))
+    return torch.from_numpy(array)
 
 
 def prompt_table(prompts: Any, context: str, lengths: Sequence[int]) -> PromptTable:
@@ -197,46 +144,3 @@ def cut(rows: npt.NDArray[Any], positions: Any) -> npt.NDArray[Any]:
         raise LayerRangeError(f"position {chosen} is outside a prompt of {len(rows)} tokens")
     at = chosen % len(rows)
     return rows[at : at + 1]
-
-
-def stack_pooled(located: Sequence[tuple[Placement, npt.NDArray[np.int64]]], n: int, out: Any, dtype: Any) -> Any:
-    """The vectors of all located prompts in one tensor ``[n, D]``, in `dtype`; in `out` where it is given.
-
-    Raises:
-        ValueOverflowError: a finite value would become inf there.
-    """
-    parts = [(p, members[local], local) for p, members in located if len(local := np.flatnonzero(p.found))]
-    stored = common_dtype(p.dtype for p, _, _ in parts)
-    widths = {width for p, _, _ in parts for width in p.widths}
-    if len(widths) > 1:
-        raise ValueError(f"vectors of different widths {sorted(widths)} cannot share one tensor: read them apart")
-    shape = (n, *widths)
-    if out is not None and (not hasattr(out, "detach") or tuple(out.shape) != shape):
-        raise ValueError(f"out is {_described(out)}, expected a tensor of shape {list(shape)}")
-    given = None if out is None else _shared_array(out)
-    if given is not None and reaches(given.dtype, stored):
-        array = given
-    else:
-        array = np.empty(shape, stored)
-    for placement, members, local in parts:
-        if len(local) == n and len(parts) == 1:
-            placement.take(array[:, None])
-        else:
-            placement.take(array[:, None], index=local, at=members)
-    if out is None:
-        return to_tensor(array, dtype)
-    if array is not given:
-        out.copy_(converted(to_tensor(array), out.dtype))
-    return out
-
-
-def _described(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    return type(value).__name__ if shape is None else f"a {type(value).__name__} of shape {list(shape)}"
-
-
-def _shared_array(tensor: torch.Tensor) -> npt.NDArray[Any] | None:
-    """An array over the memory of `tensor`; None where there is none, as on an accelerator."""
-    if tensor.device.type != "cpu" or tensor.requires_grad or not tensor.is_contiguous():
-        return None
-    return to_array(tensor)
