@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import actcache as ac
 from actcache.errors import MissedModuleError
-from actcache.model.taps import Tap, thread_key
+from actcache.model.taps import Tap
+from actcache.model.threads import thread_key
 from actcache.testing.tiny import tiny_model
 from edit_helpers import moved, state
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import actcache as ac
 from actcache.errors import EditError, MissedModuleError
-from actcache.model.taps import thread_key, unseen
+from actcache.model.threads import thread_key, unseen
 from actcache.testing.tiny import tiny_model
 from edit_helpers import state
 

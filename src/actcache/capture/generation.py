@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from actcache.model.taps import thread_key
+from actcache.model.threads import thread_key
 
 _BEAMS = "_update_finished_beams"
 _lock = threading.Lock()

@@ -16,7 +16,7 @@ from typing import Any
 from torch.utils import checkpoint
 
 from actcache.errors import EditError
-from actcache.model.taps import thread_key, works_for
+from actcache.model.threads import thread_key, works_for
 
 State = Callable[[], AbstractContextManager[None]]
 

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
 
 from actcache.errors import SiteUnavailableError
 from actcache.model.columns import Columns
 from actcache.model.draws import Draws, draws_numbers
 from actcache.model.forms import first_input
 from actcache.model.read_points import Inputs
-from actcache.model.taps import Guard, unseen
+from actcache.model.taps import Guard, bare, changes_of
+from actcache.model.threads import unseen
 
 
 class _Call(threading.local):
@@ -121,11 +123,27 @@ def one_head(module: nn.Module, given: Tensor, columns: Columns, head: int, draw
 
 
 def projected(module: nn.Module, given: Tensor, draws: Draws | None = None) -> Tensor:
-    """What the projection itself makes of `given`: without hooks on it, and unseen by readers of it and its parts.
+    """What the projection itself makes of `given`: without hooks on it and its parts, and unseen by readers of them.
     Where it draws random numbers, with the same `draws` as in the model's own call of it."""
-    with unseen(), contextlib.nullcontext() if draws is None else draws.again():
+    with unseen(), bare(_hooked_parts(module)), contextlib.nullcontext() if draws is None else draws.again():
         output: Tensor = module.forward(given)
     return output
+
+
+def moved_by_others(module: nn.Module) -> bool:
+    """Whether hooks of the caller's, or edits of the projection's parts, may have made something else of its output."""
+    if module._forward_hooks or torch_module._global_forward_hooks or _hooked_parts(module):
+        return True
+    return any(changes_of(part) for part in module.modules() if part is not module)
+
+
+def _hooked_parts(module: nn.Module) -> list[nn.Module]:
+    everywhere = bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+    return [
+        part
+        for part in module.modules()
+        if part is not module and (everywhere or part._forward_hooks or part._forward_pre_hooks)
+    ]
 
 
 def _matrix(module: nn.Module) -> Tensor | None:

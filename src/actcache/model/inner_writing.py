@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from actcache.model.columns import Columns
 from actcache.model.forms import Side, first_input, first_tensor
-from actcache.model.head_outputs import HeadOutputs
+from actcache.model.head_outputs import HeadOutputs, moved_by_others
 from actcache.model.read_points import Inputs
 from actcache.model.readings import HeadReading, Reading
 from actcache.model.replacing import with_first_input, with_first_tensor, with_tensor
@@ -86,12 +85,11 @@ class PutHeadOutputs:
                 # Numbers that are the same may still be others for the gradient.
                 beside.append((one - before).reshape(there.shape))
         if changed:
-            hooked = bool(self._module._forward_hooks or torch_module._global_forward_hooks)
-            unhooked = self._outputs.made(self._module) if hooked else None
+            itself = self._outputs.made(self._module) if moved_by_others(self._module) else None
             self._outputs.replace(changed)
             made = self._outputs.made(self._module)
-            # What hooks of others did to the output stays.
-            there = made if unhooked is None or torch.equal(unhooked, there) else there + (made - unhooked)
+            # What others did to the output stays.
+            there = made if itself is None or torch.equal(itself, there) else there + (made - itself)
         for nothing in beside:
             there = there + nothing
         return with_first_tensor(output, there)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from actcache.model.modes import evaluating
 from actcache.model.offload import input_device
 from actcache.model.rope import restore_attention
-from actcache.model.taps import Tap, unseen
+from actcache.model.taps import Tap
+from actcache.model.threads import unseen
 
 if TYPE_CHECKING:
     from actcache.model.anatomy import Anatomy

@@ -5,10 +5,8 @@ what it hands on is the value after every hook of the caller, in whatever order 
 Edits stand there too, between the hooks and the readers. It costs less than a forward hook, since a module without
 hooks keeps its short path. One tap serves every reader and every edit of a module, and goes with the last of them.
 
-What a thread puts on a module is for its own passes: another thread's pass through the same module meets the tap and
-is handed on at once. The one exception works for that thread: where `backward()` runs blocks again (gradient
-checkpointing), autograd does so on a CUDA device in a thread of its own, to which it brings torch's thread-local
-objects of the thread that called `backward()`; our key is among them.
+What a thread puts on a module is for its own passes (`threads`): another thread's pass through the same module meets
+the tap and is handed on at once.
 """
 
 from __future__ import annotations
@@ -21,64 +19,37 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any, Literal, Protocol, TypeVar
 
-import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
 from actcache.model.probabilities import aside
+from actcache.model.threads import here, key_at_work, thread_key
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 OnOutput = Callable[[Any], None]
 R = TypeVar("R")
 
 _SLOT = "_call_impl"
-_KEY = "actcache.thread"
 _lock = threading.Lock()
 _clock = itertools.count(1)
-_is_key_in_tls: Callable[[str], bool] = torch._C._is_key_in_tls
-_get_obj_in_tls: Callable[[str], object] = torch._C._get_obj_in_tls
-
-
-class _Here(threading.local):
-    # A thread's number is given out again after its end; an object is not.
-    key: object | None = None
-    unseen = False
-
-
-_here = _Here()
-
-
-def thread_key() -> object:
-    """What stands for this thread: what is put on modules under it is met by the passes of this thread only."""
-    key = _here.key
-    if key is None:
-        key = _here.key = object()
-        torch._C._stash_obj_in_tls(_KEY, key)
-    return key
 
 
 @contextmanager
-def unseen() -> Iterator[None]:
-    """Passes of this thread meet nothing that any block put on modules; those of other threads meet what they did."""
-    key, before, at_work = _here.key, _here.unseen, _key_at_work()
-    _here.key, _here.unseen = object(), True
-    torch._C._stash_obj_in_tls(_KEY, _here.key)
+def bare(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside `unseen`: passes of this thread through these modules meet no hooks either. Another thread's do."""
+    taps = Taps()
     try:
+        taps.add(guards=[(module, _only(module)) for module in modules])
         yield
     finally:
-        _here.key, _here.unseen = key, before
-        # In a thread that works for another one this is not its own.
-        torch._C._stash_obj_in_tls(_KEY, at_work)
+        taps.remove()
 
 
-def _key_at_work() -> object | None:
-    """The key of the thread for which this one works; its own, or none, where it works for itself."""
-    return _get_obj_in_tls(_KEY) if _is_key_in_tls(_KEY) else None
+def _only(module: nn.Module) -> Guard:
+    def around(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return module.forward(*args, **kwargs)
 
-
-def works_for(key: object | None) -> bool:
-    """Whether the passes of this thread are those of the thread that `key` stands for."""
-    return key is not None and (key is _here.key or key is _key_at_work())
+    return around
 
 
 class Listener(Protocol):
@@ -160,11 +131,11 @@ class Tap:
         self.elsewhere = 0
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        view = self.views.get(_here.key)
+        view = self.views.get(here.key)
         if view is None:
-            view = self.views.get(_key_at_work())
+            view = self.views.get(key_at_work())
             if view is None:
-                if not _here.unseen:
+                if not here.unseen:
                     self.elsewhere = next(_clock)
                 return (self.compiled or self.call)(*args, **kwargs)
         output = self.call(*args, **kwargs) if view.plain else self._full_call(view, args, kwargs)
@@ -175,7 +146,7 @@ class Tap:
     @property
     def changes(self) -> tuple[Change, ...]:
         """The edits that a pass of this thread meets."""
-        view = self.views.get(_here.key)
+        view = self.views.get(here.key)
         return () if view is None else view.changes
 
     def _full_call(self, view: _View, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -312,7 +283,7 @@ def changes_of(module: nn.Module) -> tuple[Change, ...]:
     tap = module.__dict__.get(_SLOT)
     view = None
     if type(tap) is Tap:
-        view = tap.views.get(_here.key) or tap.views.get(_key_at_work())
+        view = tap.views.get(here.key) or tap.views.get(key_at_work())
     return () if view is None else tuple([change for change in (*view.changes, *view.last) if change.stands()])
 
 
