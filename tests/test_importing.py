@@ -89,6 +89,48 @@ def test_discovery_says_what_lmprobe_itself_says(store: Store, folder: str) -> N
 
 
 @needs_fixtures
+def test_logits_of_a_padded_batch_come_in_where_losses_tell_which_are_real(store: Store) -> None:
+    """That cache keeps 23 rows of logits for prompts of 1, 10, 16 and 23 tokens, and no word on which are padding."""
+    path = FIXTURES / "cache_mixed_fp16"
+    report = ac.import_lmprobe(path, store=store)
+    space = report.spaces[NAME]
+    ((skipped, reason),) = report.skipped
+    assert skipped == h16("a")
+    assert "logits has 23 rows" in reason
+    texts = prompts()[1:4]
+    for text, rows, nll in zip(
+        texts, store.read(space, texts, "logits"), store.read(space, texts, "token_nll"), strict=True
+    ):
+        with safe_open(path / h16(NAME) / f"{h16(text)}.logits.safetensors", "pt") as file:
+            assert torch.equal(rows, file.get_tensor("logits")[0, : len(rows)])
+        ids = torch.tensor(store.find_prompt(space, text).tokens(0)).long()  # type: ignore[union-attr]
+        loss = torch.nn.functional.cross_entropy(rows[:-1].float(), ids[1:], reduction="none")
+        torch.testing.assert_close(loss, nll[:-1, 0], rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "unknown"])
+def test_padding_of_logits_on_either_side(tmp_path: Path, store: Store, side: str) -> None:
+    rng = np.random.default_rng(0)
+    rows = torch.from_numpy(rng.standard_normal((1, 9, 50)) * 4).float()
+    ids = torch.from_numpy(rng.integers(0, 50, 6))
+    real = rows[0, 3:] if side == "left" else rows[0, :6]
+    losses = torch.nn.functional.cross_entropy(real[:-1], ids[1:], reduction="none")
+    if side == "unknown":
+        losses = losses.flip(0)
+    folder = tmp_path / "cache" / h16("m")
+    write_entry(folder, "a", {"pooled_mean_layer_0": torch.ones(1, 4)})
+    write_entry(folder, "a", {"logits": rows.half()}, ".logits")
+    write_entry(folder, "a", {"token_ids": ids, "token_perplexity": losses.exp().half()}, ".perplexity")
+    report = ac.import_lmprobe(tmp_path / "cache", model="m", prompts=["a"], store=store)
+    if side == "unknown":
+        assert "logits has 9 rows" in report.skipped[0][1]
+        assert not store.contains(report.spaces["m"], ["a"], "logits").any()
+    else:
+        assert report.skipped == []
+        assert torch.equal(store.read(report.spaces["m"], ["a"], "logits")[0], real.half())
+
+
+@needs_fixtures
 def test_pooled_vectors_come_in_by_ids_where_their_texts_are_lost(store: Store) -> None:
     expected = np.load(FIXTURES / "expected.npz")
     report = ac.import_lmprobe(FIXTURES / "cache_pooled", store=store)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _HASH = re.compile(r"[0-9a-f]{16}")
 _NAME_FILE = "_model_name.txt"
+# Logits in 16 bits give losses that are off by a few hundredths.
+_SAME_LOSS, _OTHER_LOSS = 0.1, 4.0
 
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -46,9 +48,9 @@ def import_lmprobe(
     """Bring in a cache folder of lmprobe, or the folder of one model in it.
 
     Raw and pooled activations of every layer come in as ``resid_post``, router logits, top-k and full logits,
-    perplexities as what they are. Such a cache keeps hashes of its prompts and, of full sequences only, a list of their
-    texts: `prompts` gives texts that it lacks. A prompt that stays unknown comes in by its token ids where they are
-    there, and is skipped where they are not.
+    perplexities as what they are; full logits of all positions where it can be told which of them are padding. Such a
+    cache keeps hashes of its prompts and, of full sequences only, a list of their texts: `prompts` gives texts that it
+    lacks. A prompt that stays unknown comes in by its token ids where they are there, else it is skipped.
 
     Args:
         model: which model of the folder; or the name of the one model in it, under which it is to be found.
@@ -197,18 +199,52 @@ def _entry(name: str, tensors: Tensors, text: str | None, report: ImportReport) 
             continue
         layout, site, rows = place
         if layout == TOKENS:
+            unpadded = None
             if mask is not None and real is not None and len(rows) == mask.size:
-                rows = rows[real]
-            elif len(rows) != length:
+                unpadded = rows[real]
+            elif len(rows) == length:
+                unpadded = rows
+            elif site == "logits" and ids is not None and len(rows) > len(ids):
+                unpadded = _told_by_losses(rows, ids, tensors.get("token_perplexity"))
+            if unpadded is None:
                 report.skipped.append(
                     (name, f"{key} has {len(rows)} rows, and which are of its {length} tokens is unknown")
                 )
                 continue
+            rows = unpadded
         vectors.setdefault(layout, {})[site] = rows
     if not vectors:
         report.skipped.append((name, "it holds nothing that could be imported"))
         return None
     return Entry(IDS if text is None else TEXT, text, ids, length or 4, vectors)
+
+
+def _told_by_losses(
+    rows: npt.NDArray[Any], ids: npt.NDArray[Any], perplexity: npt.NDArray[Any] | None
+) -> npt.NDArray[Any] | None:
+    """Which of the `rows` ``[P, V]`` of logits are those of `ids`; None where that cannot be told.
+
+    Logits of all positions are kept with the padding of their batch, on a side that is not kept. Only on one side are
+    the losses of the tokens those that are kept beside them.
+    """
+    n = len(ids)
+    if perplexity is None or perplexity.size != n - 1 or n < 2 or int(ids.max()) >= rows.shape[1]:
+        return None
+    with np.errstate(all="ignore"):
+        expected = np.log(perplexity.reshape(-1).astype(np.float64))
+        # The perplexity of an unlikely token may have been too large for 16 bits.
+        known = np.flatnonzero(np.isfinite(expected))
+        away = []
+        for side in (rows[:n], rows[len(rows) - n :]):
+            logits = side[:-1].astype(np.float64)
+            largest = logits.max(axis=1)
+            total = np.log(np.exp(logits - largest[:, None]).sum(axis=1)) + largest
+            differing = np.abs(total - logits[np.arange(n - 1), ids[1:]] - expected)
+            away.append(float(differing[known].max(initial=0)))
+    near, far = sorted(away)
+    if not near <= _SAME_LOSS or not far > _OTHER_LOSS * near:
+        return None
+    return rows[:n] if away[0] == near else rows[len(rows) - n :]
 
 
 def _place(key: str, value: npt.NDArray[Any]) -> tuple[str, str, npt.NDArray[Any]] | None:

@@ -166,6 +166,23 @@ class PromptTable:
             keys[some] = text_digests(given, self.kind[some], self.text_context)
         return keys
 
+    @property
+    def texts(self) -> list[str | None]:
+        """The text of each prompt, as `text_of` gives it."""
+        data, ends = self.text.tobytes(), self.text_offset.tolist()
+        given = self.kind != IDS
+        return [
+            data[a:b].decode("utf-8", "surrogatepass") if has else None
+            for has, (a, b) in zip(given.tolist(), pairwise(ends), strict=True)
+        ]
+
+    @property
+    def ids(self) -> list[npt.NDArray[np.int32] | None]:
+        """The token ids of each prompt, int32 ``[T]``; None where they are not known (no tokenizer was at hand)."""
+        ends = self.token_offset.tolist()
+        found = [self.token_ids[a:b] for a, b in pairwise(ends)]
+        return [None if len(ids) and ids[0] < 0 else ids for ids in found]
+
     def tokens(self, i: int) -> npt.NDArray[np.int32]:
         """Token ids of prompt `i`, int32 ``[T]``."""
         i = range(len(self))[i]

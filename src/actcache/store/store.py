@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +57,7 @@ __all__ = [
 
 
 class Store(Maintenance):
-    """A durable cache in a folder. Any number of threads and processes may use the same one.
+    """A durable cache in a folder; a context manager. Any number of threads and processes may use the same one.
 
     `limit_gb`: the size to keep to, in GB (2**30 bytes); 0 stores nothing, None and infinity are no limit: that of the
     process (`set_cache_limit`, ``ACTCACHE_MAX_GB``) is the default store's. `dtype`: what new floating values are
@@ -340,8 +340,17 @@ class Store(Maintenance):
         for index in list(self._indexes.values()):
             index.refresh(force=True)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Let go of the index and of mapped segments; placements in use stay readable."""
+        """Let go of the index and of mapped segments; placements in use stay readable. Also the end of ``with``.
+
+        A store that is used again opens them again.
+        """
         self._let_go()
         self._catalog.close()
 
