@@ -451,6 +451,24 @@ def test_the_same_module_under_two_names() -> None:
     assert len(everything["0"]) == len(second["1"]) == len(by_object["0"]) == 2
 
 
+def test_the_stance_of_the_compiler_is_left_alone_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = pytest.importorskip("torch._dynamo.eval_frame")
+    linear = nn.Linear(2, 2)
+
+    def inside() -> str:
+        with ac.capture(linear):
+            linear(torch.ones(1, 2))
+            return str(frames._stance.stance)
+
+    # What is only kept from being compiled is there too.
+    monkeypatch.setattr(frames, "cached_backends", {1: None, 2: False})
+    assert inside() == "default"
+    monkeypatch.setattr(frames, "cached_backends", {1: None, 2: lambda graph, inputs: graph})
+    assert inside() == "force_eager"
+    monkeypatch.delattr(frames, "cached_backends")
+    assert inside() == "force_eager"
+
+
 @torch.no_grad()
 def test_compiled_models_run_their_original(model: Any) -> None:
     reference = model(IDS, output_hidden_states=True).hidden_states

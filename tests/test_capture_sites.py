@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -228,3 +230,31 @@ def test_tuples_in_place_of_model_outputs(model: Any) -> None:
     with ac.capture(model, sites=["logits", "resid_post"]) as cache:
         model(IDS, labels=IDS, return_dict=False)
     assert torch.equal(cache["logits"], reference["logits"])
+
+
+def test_a_module_that_was_replaced_between_captures_is_read_where_it_is_now() -> None:
+    model = tiny_model("gpt2")
+    ids = torch.tensor([[5, 6, 7]])
+    sites = ["mlp_out", "attn_out", "resid_post"]
+    first = ac.run_with_cache(model, ids, sites=sites)[1]
+    model.transformer.h[1].mlp = tiny_model("gpt2", seed=1).transformer.h[1].mlp
+    seen: list[torch.Tensor] = []
+    with model.transformer.h[1].mlp.register_forward_hook(lambda module, args, output: seen.append(output.detach())):
+        second = ac.run_with_cache(model, ids, sites=sites)[1]
+    assert torch.equal(second["mlp_out.1"], seen[0])
+    assert not torch.equal(second["mlp_out.1"], first["mlp_out.1"])
+    assert torch.equal(second["resid_post.0"], first["resid_post.0"])
+
+
+def test_nothing_that_is_remembered_of_a_model_keeps_it_alive() -> None:
+    model = tiny_model("gpt2")
+    for _ in range(2):
+        ac.run_with_cache(model, torch.tensor([[5, 6, 7]]), sites=["resid_post", "mlp_out", "logits", "final_norm"])
+    gone = [weakref.ref(model), weakref.ref(model.transformer.h[1].mlp)]
+    replaced = weakref.ref(model.transformer.h[0].mlp)
+    model.transformer.h[0].mlp = tiny_model("gpt2", seed=1).transformer.h[0].mlp
+    gc.collect()
+    assert replaced() is None
+    del model
+    gc.collect()
+    assert all(ref() is None for ref in gone)

@@ -6,15 +6,16 @@ This room shares its name with its main function, and stands for it: ``ac.captur
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 
 class _CallableRoom(ModuleType):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from actcache.capture.hooks import capture
-
-        return capture(*args, **kwargs)
+        # Once imported it is here, and an import statement would look for it each time.
+        hooks = self.__dict__.get("hooks") or import_module("actcache.capture.hooks")
+        return hooks.capture(*args, **kwargs)
 
     @property
     def __doc__(self) -> str | None:  # type: ignore[override]

@@ -39,5 +39,9 @@ eager = Eager()
 def _something_is_compiled() -> bool:
     """Whether compiled code may exist. Setting the stance costs more than all else on entering a block."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
-    # Every use of torch.compile leaves its backend there; where torch keeps no such table, assume the worst.
-    return frames is not None and bool(getattr(frames, "cached_backends", True))
+    if frames is None:
+        return False
+    # Every use of torch.compile leaves its backend there, and what is only kept from being compiled leaves None; where
+    # torch keeps no such table, assume the worst.
+    backends = getattr(frames, "cached_backends", None)
+    return backends is None or any(map(callable, list(backends.values())))

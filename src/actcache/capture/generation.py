@@ -75,7 +75,8 @@ class Watch:
     def end(self) -> None:
         with _lock:
             for stand, reader in self._stands:
-                stand.readers = tuple([pair for pair in stand.readers if pair[1] is not reader])
+                readers = stand.readers
+                stand.readers = tuple([one for one in readers if one[1] is not reader]) if len(readers) > 1 else ()
                 if not stand.readers:
                     stand.uninstall()
             self._stands = []

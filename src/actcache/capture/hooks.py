@@ -103,9 +103,11 @@ def capture(
             "with stop_after_last the pass ends before there is a loss, and detached values make none: leave one of "
             "them out, or pass detach=False and make the loss of captured values"
         )
-    check_named(positions, ids=True)
     model = original(model)
-    positions = on_model(positions, model)
+    everywhere = positions is None or (isinstance(positions, str) and positions == "all")
+    if not everywhere:
+        check_named(positions, ids=True)
+        positions = on_model(positions, model)
     called = None
     if names is not None:
         empty = ActivationCache()
@@ -116,7 +118,7 @@ def capture(
     if sites is not None:
         anatomy = describe(model)
         points = anatomy.points(sites, layers)
-    elif stop_after_last or positions not in (None, "all"):
+    elif stop_after_last or not everywhere:
         anatomy = _anatomy_if_any(model)
     if modules is not None:
         named = resolve_modules(model, modules)
@@ -134,7 +136,7 @@ def capture(
         include_inputs=include_inputs,
         include_grads=include_grads,
         keep={"device": read_device(device), "dtype": read_dtype(dtype), "detach": detach, "copy": copy},
-        positions="all" if positions is None else positions,
+        positions="all" if everywhere else positions,
         stop_after_last=stop_after_last,
         names=called,
     )

@@ -78,7 +78,7 @@ class Keyed(MutableMapping[str, Any]):
         self._gradients = source.gradients
         self._model = weakref.ref(model)
         if anatomy is not None:
-            self._depths = {name: anatomy.depth(name) for name in anatomy.stacks}
+            self._depths = anatomy.depths
             self._layouts = known_layouts(anatomy)
 
     def _end(self) -> list[str]:

@@ -111,9 +111,11 @@ class Passes:
         """Note a pass; False when it is part of one already noted, or what it was given shows no tokens."""
         if self._open:
             return False
-        tokens = next((t for name in _ID_NAMES if isinstance(t := given.get(name), Tensor)), None)
-        if tokens is None:
-            tokens = next((t for t in args if isinstance(t, Tensor)), None)
+        tokens = None
+        for value in (*map(given.get, _ID_NAMES), *args):
+            if isinstance(value, Tensor):
+                tokens = value
+                break
         # Ids [B, S], or embeddings [B, S, D]; anything else has no tokens.
         if tokens is None or tokens.ndim != (3 if tokens.is_floating_point() else 2):
             self.shows_nothing()
@@ -126,7 +128,7 @@ class Passes:
             ids, known = self._shown.of(tokens.shape[0], tokens.shape[1], past)
             mask = mask if known is None else known
         one = Pass(
-            ids=None if ids is None else ids.detach().clone(),
+            ids=None if ids is None else ids.clone(),
             mask=_mask_of_tokens(mask, past, tokens.shape[1]),
             batch=tokens.shape[0],
             length=tokens.shape[1],
@@ -232,8 +234,10 @@ class _PassListener:
     def __init__(self, passes: Passes, module: nn.Module) -> None:
         self._passes = passes
         # torch's own recurrent modules and transformers take [S, B, D] if nothing else is said.
-        self._transposed = getattr(module, "batch_first", True) is False
-        self._names = argument_names(type(module).forward)
+        kind = type(module)
+        # Not of the module: asking it for what it lacks costs more than all else here.
+        self._transposed = module.__dict__.get("batch_first", getattr(kind, "batch_first", True)) is False
+        self._names = argument_names(kind.forward)
 
     def begin(self, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
         if self._transposed:

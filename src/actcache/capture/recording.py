@@ -82,7 +82,7 @@ class Recording:
         self._watcher: Watcher | None = None
         self._taps: Taps | None = None
         self._watch: Watch | None = None
-        self._held = ExitStack()
+        self._held: ExitStack | None = None
 
     def track_tokens(self) -> None:
         """Note token ids and masks even when nothing but the caller needs them."""
@@ -128,6 +128,7 @@ class Recording:
         taps = self._taps = Taps()
         try:
             if any(point.probabilities for point in self._points.values()):
+                self._held = ExitStack()
                 self._held.enter_context(holding_probabilities(self._model))
             taps.add(outputs, listeners, guards, last=last)
             self._watch = recorder.tracks.watch(tops) if recorder.tracks is not None else None
@@ -171,7 +172,9 @@ class Recording:
             watch.end()
         if taps is not None:
             taps.remove()
-        self._held.close()
+        if self._held is not None:
+            held, self._held = self._held, None
+            held.close()
 
     def _read_modules(
         self, recorder: _Recorder, keep_all: Keep, stopper: _Stopper | None, outputs: list[Any], listeners: list[Any]
@@ -246,19 +249,22 @@ class _Recorder:
         self.sites: dict[str, tuple[Track, list[tuple[int, Tensor]]]] = {}
         self.tracks: Tracks | None = None
         self._required = required
-        self._published: dict[str, tuple[int, ...]] = {}
+        self._published: dict[str, tuple[Any, ...]] = {}
 
     def publish(self, items: dict[str, Any]) -> None:
         """Put what is new since the last call into `items`."""
         published = self._published
+        states: dict[Track, tuple[int, int]] = {}
         for key, entry in self.entries.items():
             if key not in published and len(entry):
                 published[key] = ()
                 items[key] = entry
         for key, (track, values) in self.sites.items():
+            if not values:
+                continue
             # What a call of generate returned may join what was published while it ran in another way.
-            state = len(values), *track.state
-            if values and published.get(key) != state:
+            state = len(values), states.get(track) or states.setdefault(track, track.state)
+            if published.get(key) != state:
                 published[key] = state
                 items[key] = track.joined(values, position_axes(key))
 

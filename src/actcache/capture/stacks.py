@@ -72,7 +72,8 @@ class Tracks:
     def __init__(
         self, model: nn.Module, anatomy: Anatomy | None, positions: Any, asked: Collection[str | None] | None = None
     ) -> None:
-        self._ends = _end_tokens(model)
+        # Asked for their end tokens when somebody asks for tokens: most blocks never do.
+        self._configs = [model.__dict__.get(name) for name in ("generation_config", "config")]
         self._shown = shown_by(model, anatomy)
         stacks = anatomy.structure.stacks if anatomy is not None else ()
         if len(stacks) == 2:
@@ -118,8 +119,9 @@ class Tracks:
     def tokens(self, sites: Iterable[str]) -> Tables:
         """Token ids and mask of the passes so far, by stack; first the stack which `sites` are of (the encoder's where
         they are of both: its tokens are the prompts)."""
+        ends = _end_tokens(self._configs)
         tables = {
-            name: tokens_of(track.passes.passes, track.sequences(), self._ends) if track.passes.passes else Tokens()
+            name: tokens_of(track.passes.passes, track.sequences(), ends) if track.passes.passes else Tokens()
             for name, track in self._of.items()
         }
         if len(tables) > 1 and tables["decoder"].mask is not None:
@@ -157,8 +159,8 @@ def _holds(path: str, inner: str) -> bool:
     return path == "" or inner.startswith(f"{path}.")
 
 
-def _end_tokens(model: nn.Module) -> frozenset[int]:
-    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+def _end_tokens(configs: Iterable[Any]) -> frozenset[int]:
+    for holder in configs:
         end = getattr(holder, "eos_token_id", None)
         if end is not None:
             return end_tokens(end)

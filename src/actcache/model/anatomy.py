@@ -7,7 +7,8 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from operator import is_
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,6 +20,9 @@ from actcache.model.media import adds_between_blocks, merges_media
 from actcache.model.read_points import ReadPoint, Unflatten, extractor
 from actcache.model.sites import PER_LAYER, SITE_NAMES, Site, SiteInfo, expand_sites, list_sites
 from actcache.model.structure import Stack, Structure, descend, find_structure
+
+if TYPE_CHECKING:
+    from actcache.model.layout import Layouts
 
 __all__ = ["Anatomy", "ReadPoint", "SiteInfo", "check_identities", "describe", "list_sites", "original"]
 
@@ -43,9 +47,13 @@ class Anatomy:
             for stack in structure.stacks
         ]
         self._places: dict[Site, tuple[tuple[str, ...], Place, tuple[str, ...]]] = {}
+        # Of points that are a module and nothing but functions: module names, and all of the point but the module.
+        self._plain_points: dict[Site, tuple[tuple[str, ...], tuple[Any, ...]]] = {}
         self._expanded: dict[Any, list[Site]] = {}
         self._findings: Findings | None = None
         self._inner: Inner | None = None
+        # What `layout.layouts` made of the findings.
+        self.layouts: Layouts | None = None
         # Those that the findings rest on; empty until there are some.
         self._numbers: list[tuple[Mapping[str, Any], str, float]] = []
 
@@ -104,6 +112,11 @@ class Anatomy:
         """Whether what leaves a block may be another value than what enters the next: features of images come in."""
         return adds_between_blocks(self.backbone)
 
+    @cached_property
+    def depths(self) -> dict[str | None, int]:
+        """Number of blocks of each stack."""
+        return {stack.name: stack.n_layers for stack in self.structure.stacks}
+
     @property
     def checked(self) -> bool:
         """Whether the identity check has been made: until then `findings` costs a pass."""
@@ -155,16 +168,18 @@ class Anatomy:
     def current(self) -> bool:
         """Whether the model still has the blocks that were described, and they the numbers that they were checked
         with; never where the check saw a branch that gave nothing."""
-        if (self._findings is not None and self._findings.passing) or any(
-            holder.get(name) != value for holder, name, value in self._numbers
-        ):
+        if self._findings is not None and self._findings.passing:
             return False
+        for holder, name, value in self._numbers:
+            if holder.get(name) != value:
+                return False
+        model = self.model
         for names, refs in self._block_refs:
             try:
-                children = descend(self.model, names)._modules.values()
+                children = descend(model, names)._modules.values()
             except KeyError:
                 return False
-            if len(children) != len(refs) or any(r() is not m for r, m in zip(refs, children, strict=True)):
+            if len(children) != len(refs) or not all(map(is_, [ref() for ref in refs], children)):
                 return False
         return True
 
@@ -201,6 +216,11 @@ class Anatomy:
 
     def read_point(self, site: Site) -> ReadPoint:
         """Where `site` is read. Raises as `require` does."""
+        known = self._plain_points.get(site)
+        if known is not None:
+            # The module that is there now: only blocks are known to be those that were described.
+            names, fields = known
+            return ReadPoint(descend(self.model, names), *fields)
         names, place, block = self.place(site)
         module = descend(self.model, names)
         if site.name in INNER:
@@ -209,6 +229,8 @@ class Anatomy:
         early = site.name == "resid_mid" and place.side == "input"
         point = ReadPoint(module, ".".join(names), place.side, extractor(site, place), scale=place.scale, early=early)
         if not place.flat:
+            rest = point.path, point.side, point.extract, (), (), False, point.scale, point.early
+            self._plain_points[site] = names, rest
             return point
         # Rows without their batch: its shape is that of the block's own input.
         unflatten = Unflatten(site, point.extract)
@@ -226,7 +248,7 @@ class Anatomy:
 
     def points(self, sites: str | Site | Sequence[str | Site], layers: Any = None) -> dict[Site, ReadPoint]:
         """`expand_sites` and `read_point` in one, each site held against its identity. Raises what they raise."""
-        key = (sites if isinstance(sites, (str, Site)) else tuple(sites)), repr(layers)
+        key = (sites if isinstance(sites, (str, Site)) else tuple(sites)), None if layers is None else repr(layers)
         wanted = self._expanded.get(key)
         if wanted is None:
             wanted = self._expanded[key] = expand_sites(self, sites, layers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
 from actcache.model.discovery import named_norm
@@ -30,14 +29,11 @@ class Block(NamedTuple):
 Layouts = dict[str | None, tuple[Block, ...]]
 
 
-_known: weakref.WeakKeyDictionary[Anatomy, Layouts] = weakref.WeakKeyDictionary()
-
-
 def layouts(anatomy: Anatomy) -> Layouts:
     """The blocks of every stack; the identity check runs when it has not."""
-    if anatomy not in _known:
-        _known[anatomy] = _layouts(anatomy)
-    return _known[anatomy]
+    if anatomy.layouts is None:
+        anatomy.layouts = _layouts(anatomy)
+    return anatomy.layouts
 
 
 def known_layouts(anatomy: Anatomy) -> Layouts:

@@ -17,9 +17,10 @@ from actcache.model.taps import Guard
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@dataclass(frozen=True)
+# Made anew for every capture, so that it is never of a module that was replaced: a frozen one takes far longer.
+@dataclass(eq=False)
 class ReadPoint:
-    """Where one site is read.
+    """Where one site is read; never changed.
 
     `extract` turns what the module returned (side "output"), or the pair ``(args, kwargs)`` it was called with (side
     "input"), into the site's tensor. Where that depends on what modules were called with in the same pass and before
