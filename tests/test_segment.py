@@ -21,6 +21,7 @@ from actcache.store import container, segment
 from actcache.store.prompts import PromptTable, canonical_chat, gather_ragged, text_keys, token_keys
 from actcache.store.records import BLOCK, Records
 from actcache.store.statistics import Moments
+from actcache.store.writing import BlockHasher
 from store_helpers import CONTEXT, DTYPES, every_token, make_table, pooled
 
 SPACE = "0" * 32
@@ -443,3 +444,22 @@ def test_the_document_is_enough_to_read_a_segment(tmp_path: Path) -> None:
         at += 11
     sums = [xxhash.xxh3_64_intdigest(m.tobytes()) for m in records.data.values()]
     assert tensor("checksum").tolist() == sums
+
+
+@settings(deadline=None)
+@given(
+    before=st.sampled_from([0, 1, BLOCK - 3, BLOCK, 2 * BLOCK]),
+    pieces=st.lists(st.sampled_from([0, 5, BLOCK - 5, BLOCK, 2 * BLOCK + 1, 3 * BLOCK]), max_size=4),
+)
+def test_two_streams_are_hashed_together(before: int, pieces: list[int]) -> None:
+    """Whether or not blocks of both begin at the same places."""
+    data = np.random.default_rng(before).bytes(before + sum(pieces))
+    one, other = BlockHasher(), BlockHasher()
+    other.update(memoryview(data)[:before])
+    at = before
+    for size in pieces:
+        one.update_both(other, memoryview(data)[at : at + size])
+        at += size
+    for found, start in ((one, before), (other, 0)):
+        expected = [xxhash.xxh3_64_intdigest(data[i : i + BLOCK]) for i in range(start, len(data), BLOCK)]
+        assert found.finish() == expected

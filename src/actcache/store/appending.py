@@ -13,7 +13,7 @@ from actcache.store.growing import GrowingFile
 from actcache.store.index import SpaceIndex
 from actcache.store.records import Records
 
-_SIZES = (16 << 20, 64 << 20, merging.TARGET)
+_SIZES = (16 << 20, 32 << 20, 64 << 20, 128 << 20, merging.TARGET)
 # A file for fewer batches would rarely be filled.
 _LEAST_BATCHES = 4
 _MOST_FILES = 8

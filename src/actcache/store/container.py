@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -31,6 +32,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 CODES: dict[np.dtype[Any], str] = {dtype: code for code, dtype in DTYPES.items()}
 
 
+@cache
 def code_of(dtype: np.dtype[Any]) -> str:
     """The safetensors name of a numpy dtype; FormatError for one that has none."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ _BY_REACH = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "
 _FLOAT_CODES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
+@cache
 def code_for(given: np.dtype[Any], storage: str | None) -> str:
     """The code under which values of dtype `given` are kept when `storage` is asked for (None: as they are).
 

@@ -34,7 +34,7 @@ from actcache.store.statistics import Moments, is_float
 from actcache.store.writing import BlockHasher, index_region, index_tensors, joined_moments, segment_metadata
 
 _PAGE = 4096
-_SENT_BYTES = 8 << 20
+_SENT_BYTES = 1 << 20
 _MOST_WAITING = 8
 _STUB = b'{"__metadata__":{"format":"actcache-open"}}'
 # Prompts to come may have more text and come in smaller batches: holes cost nothing.
@@ -79,8 +79,7 @@ class _Column:
 
     def _written(self, fd: int, at: int, rows: npt.NDArray[Any], hasher: BlockHasher) -> int:
         data = flat_bytes(rows)
-        hasher.update(data)
-        self.checksums.update(data)
+        hasher.update_both(self.checksums, data)
         return write_all(fd, [data], at)
 
     def measure(self, matrix: npt.NDArray[Any]) -> None:
@@ -292,7 +291,9 @@ class GrowingFile:
         path = self.path.with_suffix(".safetensors")
         try:
             with translated(self.path.parent, len(head) + len(region)):
-                write_all(self._fd, [head, region], 0)
+                # The rest of the room is a hole of zeros already, which nobody has to read.
+                used = max(placed[name].stop for name in index) - len(head)
+                write_all(self._fd, [head, memoryview(region)[:used]], 0)
                 os.fsync(self._fd)
                 os.rename(self.path, path)
         finally:

@@ -62,6 +62,16 @@ class BlockHasher:
             if self._filled == BLOCK:
                 self._flush()
 
+    def update_both(self, other: BlockHasher, data: memoryview) -> None:
+        """`update` this one and `other`, hashing only once where blocks of both begin with `data`."""
+        known = len(self.digests) if not (self._filled or other._filled) else None
+        self.update(data)
+        if known is not None:
+            whole = self.digests[known:]
+            other.digests += whole
+            data = data[len(whole) * BLOCK :]
+        other.update(data)
+
     def finish(self) -> list[int]:
         if self._filled:
             self._flush()
