@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import actcache as ac
+from actcache.errors import GradientError
 from actcache.model.anatomy import describe
 from actcache.testing.tiny import FAMILIES, tiny_model
 from reference import relative_error
@@ -84,9 +86,22 @@ def test_attribution_of_heads_is_that_of_removing_them() -> None:
         assert float((losses[0] - losses[1]) / (2 * small)) == pytest.approx(float(attribution[head]), rel=1e-5)
 
 
+def of_the_graph(model: Any, site: str) -> bool:
+    """Some routers of transformers 4 go on with others than the logits that they return."""
+    try:
+        with ac.capture(model, sites=site, include_grads=True):
+            loss_of(model)
+    except GradientError:
+        if not transformers.__version__.startswith("4."):
+            raise
+        return False
+    return True
+
+
 def frozen_and_free(family: str, alone: bool) -> None:
     model = tiny_model(family)
     sites = [str(site) for site in describe(model).sites() if site.layer in (None, 1)]
+    sites = [site for site in sites if not site.startswith("router_logits") or of_the_graph(model, site)]
     groups = [[site] for site in sites] if alone else [sites]
     found: list[dict[str, Tensor]] = []
     for free in (True, False):
