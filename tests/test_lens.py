@@ -253,6 +253,10 @@ def test_a_table_fits_into_a_terminal(tmp_path: Path) -> None:
         assert all(len(line) <= width for line in lines)
         assert lines[0] == "prompt 0, position 3, behind 'Ã'"
         assert lines[1].split() == ["layer", "entropy", "KL", "'a'", "best"]
+        # Numbers end where their heads do.
+        for name, value in (("entropy", lens.entropy), ("KL", lens.kl)):
+            end = lines[1].index(name) + len(name)
+            assert lines[2][:end].endswith(f" {float(value[0, 0, 3]):.3f}")
         place = lens.layers[-1]
         cells = lines[-1].split()
         assert cells[0] == f"resid_post.{place}"

@@ -27,6 +27,8 @@ EVIL = [
     "</script><script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
     "' onmouseover='alert(1)",
+    "</script x",
+    "<!--<script ",
     "<!--",
     "-->",
     "]]>",
@@ -44,6 +46,10 @@ EVIL = [
     "javascript:alert(1)",
     "\ud800",
 ]
+
+
+# A comment, the end of a script, control characters, a change of direction.
+CHOSEN = [5, 0, 12, 13]
 
 
 class Evil:
@@ -110,7 +116,7 @@ class Parsed(HTMLParser):
 
 def evil_lens(top_k: int = 3) -> ac.LogitLens:
     _, cache = ac.run_with_cache(zoo.model_of("gpt2"), IDS, sites="resid_post")
-    return cache.logit_lens(top_k=top_k, tokens=[3, 19], tokenizer=Evil())
+    return cache.logit_lens(top_k=top_k, tokens=CHOSEN, tokenizer=Evil())
 
 
 @pytest.fixture
@@ -171,7 +177,7 @@ def test_the_page_asks_nobody(lens: ac.LogitLens) -> None:
 
 
 def test_tokens_are_text_whatever_they_are() -> None:
-    lens = evil_lens(40)
+    lens = evil_lens(60)
     text = page(lens)
     text.encode("utf-8")
     found = Parsed(text)
@@ -185,8 +191,10 @@ def test_tokens_are_text_whatever_they_are() -> None:
     assert cells - {"class"} == {"tabindex", "style", "aria-label"}
     assert all(re.fullmatch(r"--v:[01]\.\d{3}", value or "") for _, name, value in found.attributes if name == "style")
     assert len(found.scripts) == 2
+    assert not set("<>&") & set(found.scripts[0])
     data = json.loads(found.scripts[0])
-    used = {int(i) for i in lens.tokens[lens.tokens >= 0]} | {3, 19} | {i for ids in IDS for i in ids}
+    assert found.options[-8::2] == [f"rank of {visible(Evil().decode([token]))}" for token in CHOSEN]
+    used = {int(i) for i in lens.tokens[lens.tokens >= 0]} | set(CHOSEN) | {i for ids in IDS for i in ids}
     assert {int(i) for i in data["texts"]} == used
     assert len({i % len(EVIL) for i in used}) == len(EVIL)
     for token, said in data["texts"].items():

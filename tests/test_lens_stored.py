@@ -48,9 +48,12 @@ def test_stored_and_captured_streams_give_the_same(folder: Path, tmp_path: Path)
     assert stored.table(2, 5).splitlines()[0] == "prompt 2, position 5, behind ' '"
 
 
-def test_what_is_missing_is_computed(folder: Path, tmp_path: Path) -> None:
+def test_what_is_missing_is_computed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = cache_of(folder, tmp_path)
-    first = cache.logit_lens(PROMPTS[0], layers=[1])
+    with monkeypatch.context() as patched:
+        # The model that is loaded for it has the head.
+        patched.setattr("actcache.model.head_files.load_head", None)
+        first = cache.logit_lens(PROMPTS[0], layers=[1])
     assert first.layers == [1]
     assert cache.model_loaded
     # Just the layer that was asked for, and the last.
@@ -214,3 +217,30 @@ def test_a_narrow_store_and_one_that_keeps_nothing(folder: Path, tmp_path: Path)
         narrow = cache_of(folder, ac.Store(tmp_path / dtype, dtype=dtype)).logit_lens(PROMPTS)
         difference = (narrow.entropy - whole.entropy)[:, whole.mask].abs().max()
         assert 0 < float(difference) < tolerance
+
+
+def test_imported_streams_where_they_are_trusted(folder: Path, tmp_path: Path) -> None:
+    """Their tokens may not be stored with them, and are the prompts' own then."""
+    cache = cache_of(folder, tmp_path / "own", cache_pooled=True)
+    own = cache.logit_lens(PROMPTS, 3)
+    values, _ = cache.get_activations(PROMPTS)  # type: ignore[misc]
+    arrays = dict(zip(cache.sites, values.chunk(4, dim=1), strict=True))
+    ac.import_arrays(arrays, str(folder), PROMPTS, pooling="last_token", store=tmp_path / "imported")
+    trusting = cache_of(folder, tmp_path / "imported", cache_pooled=True, trust_names=True)
+    lens = trusting.logit_lens(PROMPTS, 3)
+    assert not trusting.model_loaded
+    assert torch.equal(lens.kl, own.kl)
+    assert torch.equal(lens.input_ids, own.input_ids)
+    assert torch.equal(lens.positions, own.positions)
+
+
+def test_prompts_that_were_stored_in_different_dtypes(folder: Path, tmp_path: Path) -> None:
+    for text, dtype in zip(PROMPTS, ("float16", "bfloat16", "float32"), strict=True):
+        cache_of(folder, ac.Store(tmp_path, dtype=dtype)).warmup(text)
+    cold = cache_of(folder, tmp_path)
+    mixed = cold.logit_lens(PROMPTS)
+    assert not cold.model_loaded
+    for i, text in enumerate(PROMPTS):
+        alone = cold.logit_lens(text)
+        real = mixed.mask[i]
+        assert zoo.relative_error(mixed.kl[:, i, real], alone.kl[:, 0, : int(real.sum())]) < 1e-5

@@ -16,9 +16,11 @@ from actcache.extract.inventory import width_of
 from actcache.extract.prompts import PromptList
 from actcache.model.sites import Site, resolve_layers
 from actcache.progress import progress
+from actcache.store.dtypes import common_dtype
 from actcache.store.records import TOKENS
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
     from actcache.capture.lens import LogitLens
@@ -234,7 +236,7 @@ class _Reader:
 
     def batches(self) -> Iterator[tuple[list[torch.Tensor], torch.Tensor, list[list[int]], list[list[int]]]]:
         """For some prompts the rows ``[n, D]`` of each layer and of the last block, for each of these prompts the
-        positions that they are of, and the tokens there (-1 where they are not known)."""
+        positions that they are of, and the tokens there."""
         asked = self._asked
         names = asked.names
         for members in self._members():
@@ -282,14 +284,17 @@ class _Reader:
     ) -> tuple[list[torch.Tensor], list[list[int]], list[list[int]]]:
         from actcache.extract.arrays import to_torch
 
-        everything = list(range(len(members)))
-        lookup = self._look_up(self._prompts.select(members), names, check=False)
+        prompts = self._prompts.select(members)
+        lookup = self._look_up(prompts, names, check=False)
         lookup.require_all()
-        rows, tokens = lookup.with_prompts(everything)
+        rows, stored = lookup.with_prompts(list(range(len(members))))
         columns: list[list[Any]] = [[] for _ in names]
         where: list[list[int]] = []
         said: list[list[int]] = []
-        for i, parts, ids in zip(members, rows, tokens, strict=True):
+        for k, (i, parts) in enumerate(zip(members, rows, strict=True)):
+            given = prompts.ids[k]
+            # An import need not know them; such a prompt was looked up by its own.
+            ids = stored[k] if given is None else given
             if self._asked.layout == TOKENS:
                 at = resolve_positions(self._positions[i], len(parts[0]))
                 taken = [part[at] for part in parts]
@@ -298,11 +303,16 @@ class _Reader:
                 at = [len(ids) - 1]
                 taken = [part.reshape(-1, part.shape[-1])[-1:] for part in parts]
             where.append(at)
-            said.append([int(ids[k]) if k < len(ids) else -1 for k in at])
+            said.append(ids[at].tolist())
             for column, part in zip(columns, taken, strict=True):
                 column.append(part)
-        # A copy: what is mapped is read-only.
-        return [to_torch(np.concatenate(column)) for column in columns], where, said
+        return [to_torch(_joined(column)) for column in columns], where, said
+
+
+def _joined(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """A copy, since what is mapped is read-only; the dtype of the store may have changed between prompts."""
+    dtype = common_dtype(part.dtype for part in parts)
+    return np.concatenate([part.astype(dtype, copy=False) for part in parts])
 
 
 def _padded(rows: list[list[int]], longest: int) -> torch.Tensor:

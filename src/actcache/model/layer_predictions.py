@@ -94,11 +94,11 @@ def predict_layers(
             best = logits.topk(top_k)
             made.tokens[number, part] = best.indices.cpu()
             made.probabilities[number, part] = log.gather(-1, best.indices).exp().float().cpu()
-            made.entropy[number, part] = torch.special.entr(log.exp()).sum(-1).float().cpu()
+            own = weights if same else log.exp()
+            assert own is not None
+            made.entropy[number, part] = _entropy(own, log).float().cpu()
             if made.kl is not None and last_log is not None and weights is not None and not same:
-                # A token that the last layer rules out adds nothing, however sure the layer is of it.
-                terms = torch.where(weights > 0, weights * (last_log - log), 0)
-                made.kl[number, part] = terms.sum(-1).clamp_min(0).float().cpu()
+                made.kl[number, part] = _divergence(weights, last_log, log).clamp_min(0).float().cpu()
             if chosen:
                 made.chosen[number, part] = log[:, ids].exp().float().cpu()
                 for i, token in enumerate(chosen):
@@ -119,3 +119,22 @@ def _logits(head: Head, rows: Tensor, normalised: bool) -> Tensor:
 
 def _log_softmax(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _entropy(p: Tensor, log: Tensor) -> Tensor:
+    found = -(p * log).sum(-1)
+    odd = found.isnan()
+    if bool(odd.any()):
+        # Tokens that are ruled out: 0 times minus infinity. Slower.
+        found[odd] = torch.special.entr(p[odd]).sum(-1)
+    return found
+
+
+def _divergence(p: Tensor, log: Tensor, other: Tensor) -> Tensor:
+    """``KL(p || exp(other))``, of which `log` is the logarithm of `p`."""
+    found = (p * (log - other)).sum(-1)
+    odd = found.isnan()
+    if bool(odd.any()):
+        # What `p` rules out adds nothing, however sure the other is of it. Slower.
+        found[odd] = torch.where(p[odd] > 0, p[odd] * (log[odd] - other[odd]), 0).sum(-1)
+    return found
