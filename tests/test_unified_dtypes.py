@@ -113,6 +113,13 @@ def test_a_prompt_that_overflows_is_named_and_the_others_are_stored(tmp_path: Pa
     assert caught.value.stats.activations_extracted == 2  # type: ignore[attr-defined]
     plan = cache().plan(texts)
     assert (plan.cached, plan.missing) == (2, 1)
+    # Wherever it stands among the prompts.
+    with pytest.raises(PartialWarmupError, match=r"^2 prompts were not stored \(prompt 0: .*; prompt 3: ") as caught:
+        cache().warmup([texts[1], texts[0], "Grass is green.", texts[1]])
+    assert [which for which, _ in caught.value.failed] == [0, 3]
+    assert cache().plan(["Grass is green."]).missing == 0
+    with pytest.raises(PartialWarmupError, match=r"^1 prompt was not stored \(prompt 1"):
+        cache().get_activations(texts[:2])
     cache(allow_inf=True).warmup(texts)
     values, _ = cache().get_activations(texts)  # type: ignore[misc]
     assert values[1].isinf().any()

@@ -244,7 +244,7 @@ class UnifiedCache(Results):
         filled = self.cached.fill(request, self.cached.say(request, said))
         stats = stats_of(request, filled, time.perf_counter() - start)
         if filled.failed:
-            raise partial_failure(filled, stats=stats)
+            raise partial_failure(filled, request.prompts, stats=stats)
         return stats, request
 
     def get_activations(

@@ -137,7 +137,7 @@ class CachedExtractor:
             request = self.request(read, names)
         filled = self.fill(request)
         if filled.failed:
-            raise partial_failure(filled, stats=filled)
+            raise partial_failure(filled, read, stats=filled)
         if cache_only:
             return None
         answer = self.request(read, names).lookup if filled.ran else request.lookup

@@ -62,13 +62,22 @@ class Filled:
     failed: list[tuple[int, str]] = field(default_factory=list)
 
 
-def partial_failure(filled: Filled, *, stats: object) -> PartialWarmupError:
-    """The error that names the prompts a run could not store."""
-    shown = "; ".join(f"prompt {i}: {reason}" for i, reason in filled.failed[:3])
-    more = f"; and {len(filled.failed) - 3} more" if len(filled.failed) > 3 else ""
+def partial_failure(filled: Filled, prompts: PromptList, *, stats: object) -> PartialWarmupError:
+    """The error that names which of `prompts` a run could not store, those that are there twice twice."""
+    places: dict[bytes, list[int]] = {}
+    for i, ids in enumerate(prompts.ids):
+        if ids is not None:
+            places.setdefault(ids.tobytes(), []).append(i)
+    failed = []
+    for first, reason in filled.failed:
+        tokens = prompts.ids[first]
+        failed += [(i, reason) for i in ([first] if tokens is None else places[tokens.tobytes()])]
+    failed.sort()
+    shown = "; ".join(f"prompt {i}: {reason}" for i, reason in failed[:3])
+    more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
+    which = "1 prompt was" if len(failed) == 1 else f"{len(failed)} prompts were"
     return PartialWarmupError(
-        f"{len(filled.failed)} prompts were not stored ({shown}{more}). "
-        "The others are stored; run again to try these again.",
+        f"{which} not stored ({shown}{more}). The others are stored; run again to try these again.",
         stats=stats,
-        failed=filled.failed,
+        failed=failed,
     )
