@@ -138,14 +138,32 @@ def test_calls_with_other_numbers_of_sequences(model: Any, counts: tuple[int, in
             assert torch.equal(cache.select(prompts=[prompt])[DECODED], one[DECODED][n : 2 * n])
 
 
-def test_where_sequences_stand_for_the_cache_each_is_chosen_by_itself(model: Any) -> None:
-    cache, sequences = made(model, 2, sites=[DECODED], do_sample=True)
-    part = cache.select(prompts=[3, 0])
-    assert torch.equal(part[DECODED], cache[DECODED][[3, 0]])
-    assert torch.equal(part.input_ids, sequences[[3, 0], :-1])
-    assert torch.equal(part.vector(DECODED, prompt=0).value(), cache[DECODED][3, -1])
-    # The encoder's table has become one row for each of them.
-    assert torch.equal(part._tables()["encoder"].ids, inputs(PROMPTS)["input_ids"][[1, 0]])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_prompt_takes_its_sequences_with_it_where_nothing_was_encoded_for_the_cache(model: Any, way: str) -> None:
+    cache, sequences = made(model, 2, sites=[DECODED], **WAYS[way])
+    # Labels are given for what there are rows of.
+    cache.columns["sequence"] = ["0a", "0b", "1a", "1b", "2a", "2b"]
+    assert cache.input_ids.shape[0] == 6
+    for prompts, rows in ((1, [2, 3]), ([2, -3], [4, 5, 0, 1]), (slice(1, None), [2, 3, 4, 5]), ([], [])):
+        part = cache.select(prompts=prompts)
+        assert torch.equal(part[DECODED], cache[DECODED][rows])
+        assert torch.equal(part.input_ids, sequences[rows, :-1])
+        assert part.columns["sequence"] == [cache.columns["sequence"][row] for row in rows]
+        assert torch.equal(part._tables()["encoder"].ids, inputs(PROMPTS)["input_ids"][[row // 2 for row in rows[::2]]])
+    turned = cache.select(prompts=[2, 0])
+    for place, prompt in enumerate((2, 0)):
+        for i in range(2):
+            reference = alone(model, PROMPTS[prompt], sequences[prompt * 2 + i])[DECODED]
+            assert relative_error(turned.vector(DECODED, prompt=place, sequence=i).value(), reference[-1]) < 1e-5
+            assert relative_error(turned.select(prompts=place)[DECODED][i], reference) < 1e-5
+    assert torch.equal(turned.select(prompts=1)[DECODED], cache[DECODED][:2])
+    with pytest.raises(LayerRangeError, match="prompt 3 is out of range: the cache holds 3 prompts"):
+        cache.select(prompts=3)
+    with pytest.raises(OptionError, match=r"has 2 rows for prompt 1, one for each .*: choose one with sequence=0"):
+        cache.vector(DECODED, prompt=1)
+    both = ac.ActivationCache.concatenate([cache, made(model, 3, sites=[DECODED], do_sample=True)[0]], missing="pad")
+    assert torch.equal(both.select(prompts=[4])[DECODED], both[DECODED][9:12])
+    assert both.select(prompts=[4]).columns["sequence"] == [None] * 3
 
 
 def test_modules_are_cut_where_they_have_a_row_for_each_prompt_or_sequence() -> None:

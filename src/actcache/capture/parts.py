@@ -241,10 +241,12 @@ class Parts(Keyed):
     def select(self, prompts: int | slice | Sequence[int] | None = None, sites: Any = None, layers: Any = None) -> Self:
         """A cache of some prompts (an int, a slice, or a list of numbers), sites and layers.
 
-        Prompts are the rows of `input_ids`. What an encoder-decoder decoded when it returned several sequences for each
-        prompt is cut to the sequences of these prompts. Of modules, and under keys of your own, tensors are cut that
-        have a row for every prompt (or every such sequence); anything else in them stays whole: what a router gives
-        for each token, the rows of a beam search. Memory is shared where prompts are an int or a slice.
+        Prompts are the rows of `input_ids`. Where an encoder-decoder returned several sequences for each prompt, they
+        are what was encoded, and each takes all of its sequences with it, in order: also where only sites of the
+        decoder were captured, and `input_ids` (and `columns`) have a row for each sequence. Of modules, and under keys
+        of your own, tensors are cut that have a row for every prompt (or every such sequence); anything else in them
+        stays whole: what a router gives for each token, the rows of a beam search. Memory is shared where prompts are
+        an int or a slice.
 
         `sites` and `layers` choose among site keys; naming either leaves modules out.
 
@@ -273,9 +275,9 @@ class Parts(Keyed):
         else:
             part._tokens = chosen.tables()
             part._masks = {key: chosen.mask(key, own) for key, own in masks.items() if key in part._items}
-            part.tokens = None if self.tokens is None else [self.tokens[i] for i in chosen.prompts]
+            part.tokens = None if self.tokens is None else [self.tokens[i] for i in chosen.leading]
             part._columns = {
-                name: _take_items(column, chosen.prompts) for name, column in (self._columns or {}).items()
+                name: _take_items(column, chosen.leading) for name, column in (self._columns or {}).items()
             }
         return part
 

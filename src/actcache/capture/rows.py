@@ -1,7 +1,8 @@
 """Which rows of a cache's values belong to which prompt.
 
 A prompt is a row of the tokens that stand for the cache. An encoder-decoder that returns several sequences for a prompt
-decodes more rows than it encodes: `Tokens.prompts` says whose each of them is.
+decodes more rows than it encodes: `Tokens.prompts` says whose each of them is. A prompt is then what was encoded, and
+has all of its sequences, whether or not anything of the encoder was captured.
 """
 
 from __future__ import annotations
@@ -30,28 +31,28 @@ def require_prompt(prompt: int, count: int) -> int:
 
 
 class PromptRows:
-    """The rows that each of `count` prompts has in the values of each stack."""
+    """The rows that each prompt has in the values of each stack. `count` is how many rows the first stack has; how many
+    prompts there are may be fewer."""
 
     def __init__(self, tables: Tables, count: int) -> None:
         self.tables = tables
-        self.count = count
-        self._lead = next(iter(tables), None)
+        self.lead = next(iter(tables), None)
+        owners = tables[self.lead].prompts if tables else None
+        encoded = tables.get("encoder", Tokens()).mask
+        self.count = count if owners is None or encoded is None else encoded.shape[0]
         #: By stack: for each prompt its rows; None where that cannot be told.
         self.of_stack = {stack: self._rows(stack) for stack in tables or (None,)}
 
     def _rows(self, stack: str | None) -> list[list[int]] | None:
         same = [[row] for row in range(self.count)]
-        if stack == self._lead:
-            return same
-        lead, table = self.tables[self._lead], self.tables[stack]
+        table = self.tables.get(stack, Tokens())
         if table.prompts is not None:
             rows: list[list[int]] = [[] for _ in range(self.count)]
             for row, prompt in enumerate(table.prompts.tolist()):
                 rows[prompt].append(row)
             return rows
-        if lead.prompts is not None:
-            # Where sequences stand for the cache, each has what was encoded for it.
-            return [[row] for row in lead.prompts.tolist()]
+        if stack == self.lead:
+            return same
         return same if table.mask is not None and table.mask.shape[0] == self.count else None
 
     def height(self, stack: str | None) -> int | None:
@@ -65,7 +66,7 @@ class PromptRows:
         """For each prompt its rows in the value of `key`, which has `height` of them. Raises `OptionError` naming both
         counts where they cannot be told."""
         # Logits have no stack, and are the decoder's.
-        stack = (Site.parse(key).stack or "decoder") if len(self.tables) > 1 else self._lead
+        stack = (Site.parse(key).stack or "decoder") if len(self.tables) > 1 else self.lead
         rows = self.of_stack.get(stack)
         if rows is None or height != self.height(stack):
             raise OptionError(
@@ -150,9 +151,15 @@ class Chosen:
                 continue
             cut: Tokens = map_tensors(table._replace(prompts=None), partial(self._take, rows=rows))
             owners = [number for number, prompt in enumerate(self.prompts) for _ in rows[prompt]]
-            several = stack != next(iter(self._rows.tables)) and owners != list(range(len(self.prompts)))
+            several = owners != list(range(len(self.prompts)))
             result[stack] = cut._replace(prompts=torch.tensor(owners) if several else None)
         return result
+
+    @property
+    def leading(self) -> list[int]:
+        """Their rows of the tokens that stand for the cache, which columns have an item for."""
+        rows = self._rows.of_stack[self._rows.lead]
+        return self.prompts if rows is None else self._numbers(rows)
 
     def _numbers(self, rows: list[list[int]]) -> list[int]:
         return [row for prompt in self.prompts for row in rows[prompt]]
