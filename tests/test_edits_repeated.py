@@ -235,6 +235,39 @@ def test_checkpoints_inside_each_other(kinds: tuple[bool, bool]) -> None:
         loss.backward()
 
 
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="this torch does not tell them apart"
+)
+def test_a_checkpoint_made_of_hooks_on_a_module() -> None:
+    composable = pytest.importorskip("torch.distributed._composable").checkpoint
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Nested(False, True), nn.Linear(3, 1)), torch.randn(2, 3, requires_grad=True)
+    edit = {"0.a": lambda y: y + 1, "0": lambda y: y + 1}
+
+    def loss() -> Tensor:
+        made: Tensor = net(x).square().sum()
+        return made
+
+    def inside() -> None:
+        with ac.edit(net, edit):
+            loss().backward()
+
+    def across() -> None:
+        before = loss()
+        with ac.edit(net, edit):
+            loss()
+            before.backward()
+
+    expected = gradients(net, inside), gradients(net, lambda: loss().backward())
+    composable(net[0])
+    hold(gradients(net, inside), expected[0])
+    hold(gradients(net, across), expected[1])
+    with ac.edit(net, edit):
+        late = loss()
+    with pytest.raises(EditError, match="checkpointing"):
+        late.backward()
+
+
 @both
 def test_a_row_of_modules_in_segments(reentrant: bool) -> None:
     torch.manual_seed(0)

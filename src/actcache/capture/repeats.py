@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import FrameType
 from typing import Any
 
+import torch
 from torch.utils import checkpoint
 
 from actcache.errors import EditError
@@ -21,6 +22,8 @@ from actcache.model.threads import thread_key, works_for
 State = Callable[[], AbstractContextManager[None]]
 
 _FILE = checkpoint.__file__
+# Not in the first versions of torch that we run with.
+_top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 # What torch calls the code that runs a function for the second time.
 _AGAIN = ("backward", "unpack_hook")
 
@@ -101,7 +104,9 @@ _REPEATED = Repeated.__call__.__code__
 def _around(frame: FrameType | None) -> tuple[list[tuple[Any, str]], bool, Repeated | None]:
     """The checkpoints that run for the first time around `frame`: what keeps the function, and under which name;
     whether all of it repeats an earlier run; and what stands in for that."""
-    kept: list[tuple[Any, str]] = []
+    saving = _frame_saving()
+    # A checkpoint may also be hooks on a module, and then has no call around what it runs.
+    kept = [] if saving is None else [(saving, "recompute_fn")]
     reentrant = False
     while frame is not None:
         code = frame.f_code
@@ -115,11 +120,21 @@ def _around(frame: FrameType | None) -> tuple[list[tuple[Any, str]], bool, Repea
                 reentrant = True
             elif code.co_name == "checkpoint":
                 # The call that the `forward` before belongs to, or one of a checkpoint of the other kind.
-                if not reentrant:
-                    kept.append((_frame_of(frame), "recompute_fn"))
+                if not reentrant and (found := _frame_of(frame)) is not saving:
+                    kept.append((found, "recompute_fn"))
                 reentrant = False
         frame = frame.f_back
     return kept, False, None
+
+
+def _frame_saving() -> Any:
+    """What torch keeps for the checkpoint that the tensors go to which are saved now; None where they stay."""
+    hooks = _top_hooks(True) if _top_hooks is not None else None
+    code = getattr(hooks[0], "__code__", None) if hooks is not None else None
+    if hooks is None or code is None or code.co_filename != _FILE or "frame" not in code.co_freevars:
+        return None
+    found = hooks[0].__closure__[code.co_freevars.index("frame")].cell_contents
+    return found if hasattr(found, "recompute_fn") else None
 
 
 def _frame_of(call: FrameType) -> Any:
