@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from actcache.store.index import Mask
+from actcache.store.keys import Ints, Mask
 from actcache.store.mapping import Segment
 from actcache.store.records import SegmentInfo
-from actcache.store.removal import count_distinct
-from actcache.store.tombs import Keys, is_member
+from actcache.store.tombs import Keys, count_distinct, is_member
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,56 @@ def remnants(sites: Sequence[str], intact: npt.NDArray[np.bool_], wanted: Mask) 
             keep[broken[prompts]] = True
             found.append(Remnant(tuple(site for site, has in zip(sites, which, strict=True) if has), keep))
     return found
+
+
+class KnownDamage:
+    """What a process has found damaged in the segments of a space, which are known by number.
+
+    What is left of damaged prompts has numbers, too: those of remnants.
+    """
+
+    def __init__(self) -> None:
+        self._damaged: dict[int, npt.NDArray[np.bool_]] = {}
+        """Bool ``[sites, prompts]``."""
+        self._remnants: dict[int, tuple[int, Mask]] = {}
+        """Of which segment a remnant is, and of which of its prompts."""
+
+    def mark(
+        self, number: int, info: SegmentInfo, sites: Sequence[str], rows: Ints, intact: npt.NDArray[np.bool_]
+    ) -> list[Remnant]:
+        """Note what of these prompts is not `intact`, bool ``[sites, rows]``; the remnants that take the place of those
+        there were."""
+        damaged = self._damaged.setdefault(number, np.zeros((len(info.sites), info.prompts), bool))
+        for site, good in zip(sites, intact, strict=True):
+            damaged[info.sites.index(site), rows[~good]] = True
+        for remnant in self.remnants_of(number):
+            del self._remnants[remnant]
+        return remnants(info.sites, ~damaged, np.ones(info.prompts, bool))
+
+    def add(self, remnant: int, number: int, keep: Mask) -> None:
+        """Know the remnant of the prompts `keep` of a segment under the number `remnant`."""
+        self._remnants[remnant] = number, keep
+
+    def live(self, number: int) -> Mask | None:
+        """Which prompts of a segment are undamaged at all sites, or are in a remnant; None for all."""
+        if number in self._remnants:
+            return self._remnants[number][1]
+        damaged = self._damaged.get(number)
+        return None if damaged is None else np.logical_not(damaged.any(axis=0))
+
+    def whole(self, number: int) -> int:
+        """The number of the segment that a remnant is of; of a segment its own."""
+        return self._remnants[number][0] if number in self._remnants else number
+
+    def remnants_of(self, number: int) -> list[int]:
+        """The numbers of the remnants of a segment."""
+        return [remnant for remnant, (whole, _) in self._remnants.items() if whole == number]
+
+    def forget(self, number: int) -> None:
+        """Nothing is known of a segment that has gone."""
+        self._damaged.pop(number, None)
+        for remnant in self.remnants_of(number):
+            del self._remnants[remnant]
 
 
 @dataclass

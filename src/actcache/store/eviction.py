@@ -25,13 +25,12 @@ from actcache.store.files import (
     sync_folder,
     translated,
 )
-from actcache.store.index import Mask, SpaceIndex
-from actcache.store.keys import Ints
+from actcache.store.index import SpaceIndex
+from actcache.store.keys import Ints, Mask
 from actcache.store.merging import LOCK_WAIT_S, Overtaken, exclusive, open_source, replace_segments, tidy
 from actcache.store.records import LABEL, METADATA, SegmentInfo, is_result
-from actcache.store.removal import count_distinct
 from actcache.store.spaces import FILE, drop_if_empty
-from actcache.store.tombs import Keys, is_member, write_tomb
+from actcache.store.tombs import Keys, count_distinct, is_member, write_tomb
 
 _ROUNDS = 64
 # Segments of which at least this part was invalidated are written anew before anything that is live goes.
@@ -295,7 +294,8 @@ class _Eviction:
         index.refresh(force=True)
         with index.lock:
             groups = index.all_groups()
-            derived = [number for g in groups if _is_derived(g.sites) for number in g.members]
+            # What of a segment is left of damaged prompts goes, or stays, with it.
+            derived = [number for number, info in index.segments() if _is_derived(frozenset(info.sites))]
             if not derived:
                 return
             for group in groups:

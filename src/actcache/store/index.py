@@ -13,20 +13,20 @@ import numpy.typing as npt
 
 from actcache.errors import FormatError
 from actcache.store.catalog import Catalog
+from actcache.store.damage import KnownDamage
 from actcache.store.files import OPEN_NAME, SEGMENT_NAME, TOMB_NAME, TRANSIENT, log, named
-from actcache.store.keys import Group, Ints, KeyTable
+from actcache.store.graves import Graves, dead
+from actcache.store.keys import Group, Ints, KeyTable, Mask
 from actcache.store.listing import Listing
 from actcache.store.mapped import ask_for
 from actcache.store.mapping import Segment
 from actcache.store.opened import OpenFiles
 from actcache.store.recency import LastReads
 from actcache.store.records import SegmentInfo
-from actcache.store.tombs import Keys, is_member, read_tomb
+from actcache.store.tombs import Keys
 
 _KEEP_OPEN = 4096
 _ATTEMPTS = 16
-
-Mask = npt.NDArray[np.bool_]
 
 
 class SpaceIndex:
@@ -42,9 +42,9 @@ class SpaceIndex:
         self._groups: dict[tuple[str, tuple[str, ...]], Group] = {}
         self._holders: dict[tuple[str, tuple[str, ...]], list[Group] | None] = {}
         self._contexts: list[str] | None = None
-        self._tombs: dict[str, dict[str, Keys | None]] = {}
+        self._graves = Graves(folder)
         self._dead: dict[int, Mask] = {}
-        self._damaged: dict[int, Mask] = {}
+        self._damage = KnownDamage()
         self._refused: dict[str, Exception] = {}
         self.reads = LastReads(catalog, folder.name)
         self._open: OrderedDict[str, Segment] = OrderedDict()
@@ -85,14 +85,15 @@ class SpaceIndex:
         gone = [name for name in self._numbers if name not in present]
         listed = segments - self._numbers.keys() - self._refused.keys()
         new = [info for name in sorted(listed) if (info := self._read(name))]
-        buried = {t for held in self._tombs.values() for t in held}
+        buried = self._graves.names
         # All that can fail has been read before anything changes.
-        fresh_tombs = self._read_tombs(tombs - buried)
+        fresh_tombs = self._graves.read(tombs - buried)
         self._refused = {name: error for name, error in self._refused.items() if name in segments}
         for name in gone:
             self._remove(name)
         self._catalog.record(self.folder.name, new, gone)
-        touched = self._update_tombs(fresh_tombs, buried - tombs)
+        touched = self._graves.update(fresh_tombs, buried - tombs)
+        touched |= {i.name for i in self._infos if i is not None and touched & i.replaces.keys()}
         self._take_in(new)
         self._bury(touched)
         return self._numbers.keys() | self._refused.keys() >= listed
@@ -126,7 +127,12 @@ class SpaceIndex:
     def _insert(self, info: SegmentInfo) -> None:
         if info.name in self._numbers:
             return
-        number = self._numbers[info.name] = len(self._infos)
+        self._numbers[info.name] = len(self._infos)
+        self._enlist(info)
+
+    def _enlist(self, info: SegmentInfo) -> None:
+        """Find from now on what is live of a segment, or of a remnant, under the next number."""
+        number = len(self._infos)
         self._infos.append(info)
         self._rank = None
         self._contexts = None
@@ -141,13 +147,17 @@ class SpaceIndex:
 
     def _remove(self, name: str) -> None:
         number = self._numbers.pop(name)
+        self._open.pop(name, None)
+        for listed in (*self._damage.remnants_of(number), number):
+            self._delist(listed)
+        self._damage.forget(number)
+        self._dead.pop(number, None)
+        self.reads.forget(name)
+
+    def _delist(self, number: int) -> None:
         info, self._infos[number] = self._infos[number], None
         assert info is not None
         self._contexts = None
-        self._open.pop(name, None)
-        self._dead.pop(number, None)
-        self._damaged.pop(number, None)
-        self.reads.forget(name)
         group = self._groups[info.layout, tuple(sorted(info.sites))]
         del group.members[number]
         for table in group.tables.values():
@@ -177,49 +187,36 @@ class SpaceIndex:
     # -- rows that are gone ----------------------------------------------------------------------------
 
     def live(self, number: int) -> Mask | None:
-        """Which prompts of a segment are neither tombed nor found damaged; None for all."""
-        dead, damaged = self._dead.get(number), self._damaged.get(number)
-        if dead is None:
-            return None if damaged is None else ~damaged
-        return ~dead if damaged is None else ~(dead | damaged)
+        """Which prompts of a segment are neither tombed nor found damaged at any site; None for all.
+
+        Of a remnant: which are in it, and not tombed.
+        """
+        intact, buried = self._damage.live(number), self._dead.get(self._damage.whole(number))
+        if intact is None:
+            return None if buried is None else ~buried
+        return intact if buried is None else intact & ~buried
 
     def untombed(self, number: int) -> Mask:
         """Which prompts of a segment no tomb names, damaged or not."""
-        info, dead = self._infos[number], self._dead.get(number)
-        return np.ones(0 if info is None else info.prompts, bool) if dead is None else ~dead
+        info, buried = self._infos[number], self._dead.get(number)
+        return np.ones(0 if info is None else info.prompts, bool) if buried is None else ~buried
 
-    def mark_damaged(self, number: int, rows: Ints) -> None:
-        """Leave these prompts of a segment out from now on, in this process."""
+    def mark_damaged(self, number: int, sites: Sequence[str], rows: Ints, intact: npt.NDArray[np.bool_]) -> None:
+        """Leave out of these prompts of a segment what is not `intact`, bool ``[sites, rows]``, in this process.
+
+        What is intact of them is found as a remnant: with a number of its own, and those sites alone.
+        """
         with self.lock:
+            number = self._damage.whole(number)
             info = self._infos[number]
             if info is not None:
-                self._damaged.setdefault(number, np.zeros(info.prompts, bool))[rows] = True
+                for remnant in self._damage.remnants_of(number):
+                    self._delist(remnant)
+                left = self._damage.mark(number, info, sites, rows, intact)
                 self._rekey(number)
-
-    def _read_tombs(self, names: set[str]) -> dict[str, Keys | None]:
-        found: dict[str, Keys | None] = {}
-        for tomb in names:
-            try:
-                found[tomb] = read_tomb(self.folder / tomb)
-            except FileNotFoundError:
-                continue
-            except (FormatError, OSError) as error:
-                if isinstance(error, OSError) and error.errno in TRANSIENT:
-                    raise
-                log.warning(
-                    "a tomb cannot be read, so all of its segment counts as gone: %s", named(self.folder / tomb, error)
-                )
-                found[tomb] = None
-        return found
-
-    def _update_tombs(self, new: dict[str, Keys | None], gone: set[str]) -> set[str]:
-        """Take in `new` tombs, forget those `gone`; the segments for which that matters."""
-        for tomb in gone:
-            self._tombs[tomb[:32]].pop(tomb, None)
-        for tomb, keys in new.items():
-            self._tombs.setdefault(tomb[:32], {})[tomb] = keys
-        touched = {t[:32] for t in new.keys() | gone}
-        return touched | {i.name for i in self._infos if i is not None and touched & i.replaces.keys()}
+                for part in left:
+                    self._damage.add(len(self._infos), number, part.keep)
+                    self._enlist(replace(info, columns=tuple(c for c in info.columns if c[0] in part.sites)))
 
     def _bury(self, names: set[str]) -> None:
         for name in names:
@@ -231,30 +228,19 @@ class SpaceIndex:
             tombs = self.tombs_of(info)
             if not tombs and number not in self._dead:
                 continue
-            dead = np.zeros(info.prompts, bool)
-            for keys in tombs.values():
-                dead |= True if keys is None else is_member(info.prompt_key, keys)
-            before = self._dead.get(number)
-            if not np.array_equal(dead, before if before is not None else np.zeros(info.prompts, bool)):
-                self._dead[number] = dead
-                self._rekey(number)
+            buried, before = dead(info, tombs), self._dead.get(number)
+            if not np.array_equal(buried, before if before is not None else np.zeros(info.prompts, bool)):
+                self._dead[number] = buried
+                for stale in (number, *self._damage.remnants_of(number)):
+                    self._rekey(stale)
 
     def tombs_of(self, info: SegmentInfo) -> dict[str, Keys | None]:
-        """Tombs that count for a segment: its own, and later ones of the segments merged into it.
-
-        The keys of one that cannot be read are None.
-        """
-        found = dict(self._tombs.get(info.name, {}))
-        for source, applied in info.replaces.items():
-            found.update({t: k for t, k in self._tombs.get(source, {}).items() if t not in applied})
-        return found
+        """Tombs that count for a segment, inherited ones included; the keys of one that cannot be read are None."""
+        return self._graves.of(info)
 
     def own_dead(self, info: SegmentInfo) -> Mask:
         """Which prompts of a segment are named by tombs of its own, inherited ones left aside."""
-        dead = np.zeros(info.prompts, bool)
-        for keys in self._tombs.get(info.name, {}).values():
-            dead |= True if keys is None else is_member(info.prompt_key, keys)
-        return dead
+        return dead(info, self._graves.own(info))
 
     @property
     def refused(self) -> dict[str, Exception]:
@@ -312,7 +298,15 @@ class SpaceIndex:
 
     def segments(self) -> Iterator[tuple[int, SegmentInfo]]:
         """Number and description of every segment."""
+        return ((n, i) for n, i in self.parts() if not self.is_remnant(n))
+
+    def parts(self) -> Iterator[tuple[int, SegmentInfo]]:
+        """`segments`, and remnants: each live activation is in one of them, and in none twice."""
         return ((n, i) for n, i in enumerate(list(self._infos)) if i is not None)
+
+    def is_remnant(self, number: int) -> bool:
+        """Whether it is one of `parts` only, and no segment."""
+        return self._damage.whole(number) != number
 
     def sealed(self) -> Iterator[tuple[int, SegmentInfo]]:
         """`segments` without the batches of files that grow."""
@@ -322,13 +316,13 @@ class SpaceIndex:
         return self._infos[number]
 
     def open_all(self, wanted: Callable[[int, SegmentInfo], bool]) -> list[tuple[int, SegmentInfo, Segment]]:
-        """Every segment that is `wanted`, mapped, so that nothing is missed while others merge.
+        """Every one of `parts` that is `wanted`, mapped, so that nothing is missed while others merge.
 
         When one has vanished all are looked for again: what it held may lie in another now.
         """
         with self.lock:
             for _ in range(_ATTEMPTS):
-                held = [(number, info) for number, info in self.segments() if wanted(number, info)]
+                held = [(number, info) for number, info in self.parts() if wanted(number, info)]
                 self.ask_for([number for number, _ in held])
                 opened = [(number, info, self.open(number)) for number, info in held]
                 if all(segment is not None for _, _, segment in opened):
@@ -355,7 +349,7 @@ class SpaceIndex:
 
     def open(self, number: int) -> Segment | None:
         """The segment of that number, mapped; None when it is gone or refused (and is then forgotten)."""
-        info = self._infos[number]
+        info = self._infos[self._damage.whole(number)]
         if info is None:
             return None
         segment = self.opened.batch(info.name) or self._open.get(info.name)

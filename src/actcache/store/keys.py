@@ -16,6 +16,7 @@ from actcache.store.mapped import return_free_memory
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
+Mask = npt.NDArray[np.bool_]
 
 
 _MANY = 200_000

@@ -260,5 +260,5 @@ def _intact(index: SpaceIndex, number: int, segment: Segment, sites: list[str], 
                 log.warning(
                     "%s: %s of %d prompts is damaged (checksum); they count as not stored", segment.path, site, bad
                 )
-        index.mark_damaged(number, prompts[~good])
+        index.mark_damaged(number, sites, prompts[~good], intact[:, ~good])
     return good

@@ -16,7 +16,8 @@ import numpy as np
 from actcache.store.copying import copied
 from actcache.store.damage import Remnant, intact_of, remnants
 from actcache.store.files import TOMB_NAME, is_ours, log, remove, sweep, sync_folder
-from actcache.store.index import Mask, SpaceIndex
+from actcache.store.index import SpaceIndex
+from actcache.store.keys import Mask
 from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable
 from actcache.store.records import SegmentInfo
@@ -267,7 +268,7 @@ def overtaken_by_others(index: SpaceIndex, sources: Sequence[Source]) -> set[int
     )
     latest = max(s.info.created_ns for s in sources)
     # Not by rank in the index, which a source may have left since it was opened. The last one is for what is not found.
-    known = dict(index.segments())
+    known = dict(index.parts())
     created = np.full(max(known, default=0) + 2, -1, np.int64)
     created[list(known)] = [info.created_ns for info in known.values()]
     sites = set(sources[0].info.sites)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from actcache.store.files import OPEN_NAME, SEGMENT_NAME, TEMP_NAME, TOMB_NAME, is_ours, log, remove, translated
 from actcache.store.index import SpaceIndex
 from actcache.store.spaces import FILE, drop_if_empty
-from actcache.store.tombs import is_member, write_tomb
+from actcache.store.tombs import count_distinct, is_member, write_tomb
 
 Keys = npt.NDArray[np.uint8]
 
@@ -37,8 +37,7 @@ def invalidate(index: SpaceIndex, keys: Keys | None) -> int:
                     hit &= is_member(info.prompt_key, keys)
                 if hit.any():
                     targets.append((info.name, info.prompt_key[hit]))
-                    live = index.live(number)
-                    gone.append(info.prompt_key[hit if live is None else hit & live])
+                    gone.append(info.prompt_key[hit & index.untombed(number)])
         if not targets:
             break
         for name, found in targets:
@@ -48,22 +47,6 @@ def invalidate(index: SpaceIndex, keys: Keys | None) -> int:
         if keys is None:
             keys = np.concatenate([found for _, found in targets])
     return count_distinct(gone)
-
-
-def count_distinct(keys: list[Keys]) -> int:
-    """How many different keys there are."""
-    if not keys:
-        return 0
-    words = np.ascontiguousarray(np.concatenate(keys)).view(np.uint64)
-    if not len(words):
-        return 0
-    words = words[np.argsort(words[:, 0])]
-    same = words[1:] == words[:-1]
-    if (same[:, 0] & ~same[:, 1]).any():
-        # First words that agree by chance: only a full sort brings equal keys together.
-        words = words[np.lexsort((words[:, 1], words[:, 0]))]
-        same = words[1:] == words[:-1]
-    return len(words) - int(same.all(axis=1).sum())
 
 
 def clear_space(folder: Path) -> None:

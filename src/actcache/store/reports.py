@@ -11,16 +11,16 @@ import numpy as np
 
 from actcache.errors import NotCachedError
 from actcache.store.dtypes import name_of
-from actcache.store.index import Mask, SpaceIndex
+from actcache.store.index import SpaceIndex
+from actcache.store.keys import Mask
 from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable, text_keys
 from actcache.store.records import COMPLETION, DERIVED, TOKENS, SegmentInfo, is_result
-from actcache.store.removal import count_distinct
 from actcache.store.site_names import layers_of, logits_of
 from actcache.store.spaces import SpaceInfo
 from actcache.store.statistics import Moments
 from actcache.store.tensors import kind_of
-from actcache.store.tombs import Keys, is_member
+from actcache.store.tombs import Keys, count_distinct, is_member
 from actcache.store.variants import edit_text
 
 GB = 2**30
@@ -99,7 +99,7 @@ def count_prompts(index: SpaceIndex) -> int:
     """Distinct live prompts of a space. One that the model continued counts once, with what it became."""
     keys: dict[bool, list[Keys]] = {}
     with index.lock:
-        for number, info in index.segments():
+        for number, info in index.parts():
             live = index.live(number)
             held = keys.setdefault(info.layout == COMPLETION, [])
             held.append(info.prompt_key if live is None else info.prompt_key[live])
@@ -124,7 +124,7 @@ def find_token_keys(index: SpaceIndex, prompts: Sequence[Any]) -> Keys:
     with index.lock:
         for context in index.contexts() if texts else ():
             keys = text_keys(texts, np.array(kinds, np.uint8), context)
-            for number, info in index.segments():
+            for number, info in index.parts():
                 if info.text_context == context:
                     hit = is_member(info.text_key, keys)
                     live = index.live(number)

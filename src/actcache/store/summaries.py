@@ -65,7 +65,7 @@ def summarise(index: SpaceIndex) -> list[SiteSummary]:
     errors: dict[tuple[str, str], dict[str, CastError]] = {}
     sizes: dict[tuple[str, str], int] = {}
     widths: dict[tuple[str, str], int] = {}
-    for _, info, segment in index.open_all(lambda number, info: True):
+    for _, info, segment in index.open_all(lambda number, info: not index.is_remnant(number)):
         for site, code, width in info.columns:
             key = info.layout, site
             errors.setdefault(key, {}).setdefault(name_of(code), CastError()).add(segment.error(site))

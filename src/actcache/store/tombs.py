@@ -76,3 +76,19 @@ def is_member(keys: Keys, among: Keys) -> npt.NDArray[np.bool_]:
     table = KeyTable()
     table.add(0, among)
     return table.find(keys, np.zeros(1, np.int64))[0] >= 0
+
+
+def count_distinct(keys: list[Keys]) -> int:
+    """How many different keys there are."""
+    if not keys:
+        return 0
+    words = np.ascontiguousarray(np.concatenate(keys)).view(np.uint64)
+    if not len(words):
+        return 0
+    words = words[np.argsort(words[:, 0])]
+    same = words[1:] == words[:-1]
+    if (same[:, 0] & ~same[:, 1]).any():
+        # First words that agree by chance: only a full sort brings equal keys together.
+        words = words[np.lexsort((words[:, 1], words[:, 0]))]
+        same = words[1:] == words[:-1]
+    return len(words) - int(same.all(axis=1).sum())

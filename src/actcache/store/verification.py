@@ -28,7 +28,8 @@ from actcache.store.files import (
     sweep,
     translated,
 )
-from actcache.store.index import Mask, SpaceIndex
+from actcache.store.index import SpaceIndex
+from actcache.store.keys import Mask
 from actcache.store.mapping import Segment
 from actcache.store.merging import LOCK_WAIT_S, Overtaken, exclusive, open_source, replace_segments
 from actcache.store.records import SegmentInfo
