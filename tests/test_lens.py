@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import actcache as ac
@@ -265,7 +267,36 @@ def test_a_table_fits_into_a_terminal(tmp_path: Path) -> None:
         assert cells[4] == f"#{int(lens.chosen_ranks[-1, 0, 3, 0])}"
     assert len(lens.table(0, 3, width=120).splitlines()[-1]) > len(lens.table(0, 3, width=60).splitlines()[-1])
     assert lens.table() in repr(lens)
+    console = Console(width=64, record=True, file=io.StringIO())
+    console.print(lens)
+    assert lens.table(width=64).splitlines() == [line.rstrip() for line in console.export_text().splitlines()[1:]]
     with pytest.raises(errors.LayerRangeError, match="position 2 is out of range: prompt 1 has 2 here"):
         lens.table(1, 2)
     with pytest.raises(errors.LayerRangeError, match="prompt 2 is out of range"):
         lens.table(2)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    # A norm that is computed in float32 inside, and one that is not.
+    [("llama", torch.bfloat16), ("llama", torch.float16), ("llama", torch.float64), ("gpt2", torch.float64)],
+)
+def test_models_of_other_dtypes(family: str, dtype: torch.dtype) -> None:
+    """Softmax and what follows are computed in float32 at least, from the logits as the model makes them."""
+    model = copy.deepcopy(zoo.model_of(family)).to(dtype)
+    norm = model.get_submodule(str(zoo.FAMILIES[family].stacks[""].final_norm))
+    _, cache = ac.run_with_cache(model, [PROMPTS[0]], sites="resid_post")
+    lens = cache.logit_lens(top_k=K, tokens=CHOSEN)
+    with torch.no_grad():
+        final = model(torch.tensor([PROMPTS[0]])).logits[0].double()
+    for layer in lens.layers:
+        with torch.no_grad():
+            logits = model.lm_head(norm(cache[f"resid_post.{layer}"]))[0].double()
+        log = logits.log_softmax(-1)
+        divergence = (final.softmax(-1) * (final.log_softmax(-1) - log)).sum(-1)
+        assert float((lens.kl[layer, 0] - divergence).abs().max()) < 1e-5
+        assert float((lens.entropy[layer, 0] + (log.exp() * log).sum(-1)).abs().max()) < 1e-5
+        assert float((lens.probabilities[layer, 0] - log.exp().topk(K).values).abs().max()) < 1e-5
+        ranks = torch.stack([(logits > logits[:, token, None]).sum(-1) for token in CHOSEN], -1)
+        assert torch.equal(lens.chosen_ranks[layer, 0], ranks)
+    assert lens.probabilities.dtype == lens.kl.dtype == lens.entropy.dtype == torch.float32

@@ -96,7 +96,8 @@ def measure_norm(module: nn.Module, width: int, like: Tensor) -> Norm | None:
     weight = steep / flat * (square + eps) ** 0.5
     centred = bool((shifted - up).abs().max() < (shifted - bias - steep * _uncentred(flat)).abs().max())
     norm = Norm(centred, eps, weight, bias)
-    if not _agrees(norm, run, width, torch.finfo(like.dtype).eps):
+    # Many compute in float32 inside, also what they are given in float64.
+    if not _agrees(norm, run, width, max(torch.finfo(like.dtype).eps, torch.finfo(torch.float32).eps)):
         return None
     kept = torch.promote_types(like.dtype, torch.float32)
     return Norm(centred, eps, weight.to(kept), bias.to(kept))
