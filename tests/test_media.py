@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,6 +146,33 @@ def test_the_stream_is_the_sum_of_its_parts_with_such_features_too() -> None:
     assert torch.equal(ac.encode(cache, Encoder()), cache["resid_pre.1"].relu() * cache.attention_mask[..., None])
     text = ac.run_with_cache(model, inputs_of("qwen3_vl", [(0, 4)]), sites=sites)[1]
     assert text.decompose_resid().shape[0] == 1 + 2 * LAYERS
+
+
+def test_a_vector_beside_such_features_is_not_taken_for_its_neighbour(tmp_path: Path) -> None:
+    model, inputs = model_of("qwen3_vl"), inputs_of("qwen3_vl", [(1, 4)])
+    sites = ["embed", "resid_pre", "resid_post"]
+    cache = ac.run_with_cache(model, inputs, sites=sites)[1]
+    column = int((inputs["input_ids"][0] == IMAGE).nonzero()[0])
+    after, before = (cache.vector(site, 0, column) for site in ("resid_post.0", "resid_pre.1"))
+    assert after.info()["between_blocks"] is True
+    assert not torch.equal(after.value(), before.value())
+    assert torch.equal(ac.encode(before, Encoder()), before.value().relu())
+    saved = ac.ActivationCache.load(ac.ActivationCache({"mine": after}).save(tmp_path / "one.safetensors"))
+    message = (
+        r"trained on resid_pre\.1, and the vector is of resid_post\.0, which is another value on this model.*Capture"
+    )
+    for vector, known in ((after, None), (saved["mine"], None), (after.value(), model)):
+        with pytest.raises(WrongSiteError, match=message):
+            ac.encode(vector, Encoder(), site=None if known is None else "resid_post.0", model=known)
+    # In front of the first block nothing comes in.
+    first = Encoder()
+    first.site = "resid_pre.0"
+    assert torch.equal(ac.encode(cache.vector("embed", 0, column), first), cache["resid_pre.0"][0, column].relu())
+    assert torch.equal(ac.encode(cache.select(sites=["embed"]), first)[0, column], cache["embed"][0, column].relu())
+    # Of a model that is gone, a cache knows it by the one that is given.
+    loaded = ac.ActivationCache.load(cache.select(sites=["resid_post"]).save(tmp_path / "all.safetensors"))
+    with pytest.raises(WrongSiteError, match=r"trained on resid_pre\.1"):
+        ac.encode(loaded, Encoder(), model=model)
 
 
 class Encoder:

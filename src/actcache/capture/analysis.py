@@ -15,6 +15,7 @@ from actcache.capture.parts import Parts
 from actcache.capture.streams import ATTENTION, Streams, read_index, take
 from actcache.capture.tokens import Tokens
 from actcache.errors import OptionError, require_choice
+from actcache.model.anatomy import describe
 from actcache.model.embedding import token_embedding
 from actcache.model.sites import Site
 
@@ -272,7 +273,8 @@ class Analysis(Parts):
         """The value of `site` at one token of a prompt, ``[D]`` (``[H, hd]`` where there are heads), which knows where
         it is from: ``vector.info()`` has `site`, `prompt` and `position`, and `ac.encode` checks the site. Where an
         encoder-decoder returned several sequences for each prompt, `sequence` says which of the prompt's (and is in
-        the info).
+        the info). On a model where features of images join the stream between blocks (qwen3_vl), the info has
+        ``between_blocks=True``: what leaves a block and what enters the next are then two values.
 
         Positions count the real tokens that the cache holds. Raises `UnknownKeyError`, `LayerRangeError` for a prompt,
         sequence or position that it does not hold, or `OptionError` where a prompt has several sequences and none is
@@ -288,7 +290,12 @@ class Analysis(Parts):
         row = take(rows[number], int(position), 0, "position")
         count = len(rows) if len(prompts.tables) < 2 else prompts.count
         info = {"site": str(Site.parse(found)), "prompt": prompt % count, "position": position % tokens}
-        return ValueWithInfo(row, info if sequence is None else {**info, "sequence": sequence})
+        if sequence is not None:
+            info["sequence"] = sequence
+        model = self._model() if self._model is not None else None
+        if model is not None and self._depths and describe(model).adds_between_blocks:
+            info["between_blocks"] = True
+        return ValueWithInfo(row, info)
 
     def _embeddings(self, streams: Streams) -> tuple[list[Tensor], list[str]]:
         (whole,) = streams.get(streams.at_boundary(0))

@@ -83,7 +83,7 @@ def trained_on(sae: Any, site: str | Site | None = None) -> Trained:
     found, normalised = _read(name, said)
     if site is not None:
         given = Site.parse(site) if isinstance(site, str) else site
-        if given not in _same(found):
+        if given not in _same(found, between_blocks=False):
             raise WrongSiteError(f"the SAE was trained on {name} ({found}), and site= says {given}")
     if found.layer is None and found.per_layer and layer is not None:
         found = Site(found.name, int(layer), stack=found.stack)
@@ -156,9 +156,12 @@ def _read(name: str, said: _Said) -> tuple[Site, bool]:
         raise OptionError(f"the SAE was trained on {name!r}, which is no site: {error}") from None
 
 
-def _same(site: Site) -> list[Site]:
-    """Sites whose values are those of `site` on every architecture, itself first."""
+def _same(site: Site, *, between_blocks: bool) -> list[Site]:
+    """Sites whose values are those of `site`, itself first: on every architecture, unless something may join the stream
+    `between_blocks`."""
     found = [site]
+    if between_blocks and site.layer is not None and (site.name, site.layer) != ("resid_pre", 0):
+        return found
     if site.name == "resid_pre" and site.layer is not None:
         before = Site("resid_post", site.layer - 1, stack=site.stack) if site.layer else Site("embed", stack=site.stack)
         found.append(before)
@@ -186,7 +189,10 @@ def encode(
     `values`: a cache, of which the right site is taken; a vector of `ActivationCache.vector`, whose site is checked; or
     a tensor ``[..., D]`` of the site that `site` names. `sae`: an SAELens object, or any object with `encode` and a
     `site` or `hook_name`; `site` says it for one that has neither. ``resid_post.5`` and ``resid_pre.6`` are one value,
-    and so are ``embed`` and ``resid_pre.0``: either will do.
+    and so are ``embed`` and ``resid_pre.0``: either will do. The first two are not on a model that lets features of
+    images join the stream between blocks (qwen3_vl), and there only the very site is taken. A cache knows of that as
+    long as its model is there, and a vector that was taken until then. A tensor, or a cache from a file, cannot be
+    known to be of such a model: give `model`, without which it is taken by either name.
 
     Each prompt is encoded as it is, without its padding, where the result is 0; in the autoencoder's dtype and on its
     device, the result on that of the values. With `top_k` only the strongest features come back, sorted, as a pair
@@ -203,8 +209,9 @@ def encode(
     trained = trained_on(sae, site)
     if isinstance(values, Parts):
         source = values._model() if values._model is not None else None
-        apart = source is not None and values._depths and describe(source).adds_between_blocks
-        names = [trained.site] if apart else _same(trained.site)
+        known = source if model is None else model
+        told = known if model is not None or values._depths else None
+        names = _same(trained.site, between_blocks=_adds_between(told))
         found = next((one for one in names if str(one) in values), None)
         if found is None:
             raise _refusal(trained, values)
@@ -212,12 +219,16 @@ def encode(
         if value is None:
             raise OptionError(f"{found} is held in several parts, joined without padding: encode them one by one")
         real = values._mask_of(str(found), value)
-        known = source if model is None else model
         encoder = _Encoder(sae, trained, top_k, known)
         return encoder.run(encoder.prepare(value, heads_from=4), real)
     held = _site_of(values, site)
-    if held not in _same(trained.site):
+    if held not in _same(trained.site, between_blocks=False):
         raise WrongSiteError(f"the SAE was trained on {trained}, and the vector is of {held}")
+    if held not in _same(trained.site, between_blocks=_adds_between(model) or _noted_between(values)):
+        raise WrongSiteError(
+            f"the SAE was trained on {trained}, and the vector is of {held}, which is another value on this model: "
+            f"features of images join the stream between blocks. Capture {trained.site}, and take the vector of that"
+        )
     encoder = _Encoder(sae, trained, top_k, model)
     given = encoder.prepare(values.value() if isinstance(values, ValueWithInfo) else values, heads_from=2)
     shape, last = given.shape[: -encoder.dims], given.shape[-encoder.dims :]
@@ -236,6 +247,15 @@ def _site_of(values: Any, site: str | Site | None) -> Site:
     if site is None:
         raise OptionError("these values do not know their site: take them with cache.vector(...), or give site=")
     return Site.parse(site) if isinstance(site, str) else site
+
+
+def _adds_between(model: nn.Module | None) -> bool:
+    return model is not None and describe(original(model)).adds_between_blocks
+
+
+def _noted_between(values: Any) -> bool:
+    info = values.info() if isinstance(values, ValueWithInfo) else None
+    return isinstance(info, Mapping) and bool(info.get("between_blocks"))
 
 
 def _refusal(trained: Trained, cache: Parts) -> ActCacheError:
