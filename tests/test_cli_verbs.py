@@ -79,6 +79,13 @@ def test_a_warmup_stores_labels(cli: Cli, tmp_path: Path) -> None:
     assert cli("warmup", MODEL, str(file), "--label-column", "truth")[0] == 0
     X, y = ac.activations(MODEL, ["Snow is black.", "Snow is white."], return_labels=True)
     assert len(X) == 2 and y.tolist() == [0, 1]
+    ac.UnifiedCache(MODEL).warmup(["Snow is black."], metadata=[{"colour": "schwärzer"}])
+    shown = the_json(cli("show", MODEL, "Snow is black.", "--json"))
+    assert isinstance(shown, dict)
+    assert (shown["label"], shown["metadata"]) == (0, {"colour": "schwärzer"})
+    assert {entry["layout"] for entry in shown["sites"]} == {"last_token"}
+    assert 'label 0\nmetadata {"colour": "schwärzer"}' in cli("show", MODEL, "Snow is black.")[1]
+    assert "metadata" not in cli("show", MODEL, "Snow is white.")[1]
 
 
 def test_plan_tells_what_warmup_then_does(cli: Cli, tmp_path: Path) -> None:

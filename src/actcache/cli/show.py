@@ -36,7 +36,8 @@ class StoredSite:
 @json_option
 @debug_option
 def command(model: str, prompt: str, space: str | None, store: str | None, as_json: bool) -> None:
-    """Show what is stored for PROMPT of MODEL: text, tokens, sites, layers, dtypes and the length of the vectors.
+    """Show what is stored for PROMPT of MODEL: text, tokens, sites, layers, dtypes and the length of the vectors,
+    and what was said of it: its label and metadata.
 
     PROMPT is text, or JSON: a list of token ids, or of chat messages. Of several variants the model's own is shown;
     one that was computed with edits only when it is chosen with --space.
@@ -45,6 +46,7 @@ def command(model: str, prompt: str, space: str | None, store: str | None, as_js
     from actcache.cli.output import console, one_line, print_json, table
     from actcache.errors import AmbiguousVariantError, NotCachedError
     from actcache.store.default import store_at
+    from actcache.store.given import KINDS, read
     from actcache.store.site_names import site_order
     from actcache.store.variants import by_preference
 
@@ -63,6 +65,7 @@ def command(model: str, prompt: str, space: str | None, store: str | None, as_js
         )
     stored = sorted(_stored(opened, variant.space, stored_prompt), key=lambda s: (s.layout, site_order(s.site)))
     perplexity = _perplexity(opened, variant.space, stored_prompt)
+    label, metadata = (read(opened, variant.space, kind, stored_prompt)[0] for kind in KINDS)
     (as_given,) = readable(stored_prompt)
     tokens = stored_prompt.tokens(0)
     known = as_given["num_tokens"] is not None
@@ -80,6 +83,8 @@ def command(model: str, prompt: str, space: str | None, store: str | None, as_js
                 "tokens": pieces,
                 "sites": stored,
                 "perplexity": perplexity,
+                "label": label,
+                "metadata": metadata,
                 "variants": others,
             }
         )
@@ -96,10 +101,13 @@ def command(model: str, prompt: str, space: str | None, store: str | None, as_js
     out.print(rows)
     if perplexity is not None:
         out.print("perplexity {:.4g}, of single tokens {:.4g} to {:.4g}".format(*perplexity))
+    for what, said_of_it in (("label", label), ("metadata", metadata)):
+        if said_of_it is not None:
+            out.print(f"{what} {json.dumps(said_of_it, ensure_ascii=False)}", markup=False, soft_wrap=True)
     if len(holding) > 1:
         out.print(f"of the variant {said}, space {variant.space}", markup=False)
-    for other, said_of_it, _ in holding[1:]:
-        out.print(f"also stored: {said_of_it}, space {other.space}", markup=False)
+    for other, other_said, _ in holding[1:]:
+        out.print(f"also stored: {other_said}, space {other.space}", markup=False)
 
 
 def _find(store: Store, space: str, prompt: str) -> PromptTable | None:
