@@ -192,3 +192,47 @@ def test_rows_that_lie_in_several_arrays_are_planned_as_one() -> None:
     assert {3, 4, 70, 72, 300, 301} <= set(whole.tolist())
     calm = [Rows([ordinary(500, 8, seed=j)], quantize.INT8) for j in range(2)]
     assert plan([calm[0], Rows([rows], quantize.INT8), calm[1]], np.arange(501)).tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("dtype", SMALL)
+def test_every_flipped_byte_of_a_segment_of_many_blocks_is_detected(tmp_path: Path, dtype: str) -> None:
+    rows = ordinary(23, 5)
+    rows[[0, 18]] *= 1e4
+    table = table_of([18, 5])
+    records = Records(table, "tokens", table.token_offset, {"x": rows}, storage=dtype)
+    path = tmp_path / f"{segment.write(tmp_path, records, space=SPACE).name}.safetensors"
+    original = path.read_bytes()
+    assert len(segment.open(path).block_offset) == (5 if dtype == "int8" else 3)
+    victim = tmp_path / ("f" * 32 + ".safetensors")
+    unseen = []
+    for at in range(len(original)):
+        broken = bytearray(original)
+        broken[at] ^= 0x41
+        victim.write_bytes(broken)
+        if not segment.validate(victim):
+            unseen.append(at)
+    assert unseen == []
+
+
+@pytest.mark.parametrize("dtype", SMALL)
+def test_dropping_and_merging_prompts_with_outliers_changes_no_value(tmp_path: Path, dtype: str) -> None:
+    store, space = new_store(tmp_path, dtype)
+    lengths = [20, 3, 70, 1, 33, 16]
+    read: dict[int, np.ndarray] = {}
+    for k in range(3):
+        table = table_of(lengths, first=100 * k)
+        rows = ordinary(sum(lengths), 16, seed=k)
+        rows[table.token_offset[:-1]] *= 500
+        store.append(space, Records.tokens(table, {"x": rows}))
+        read |= {100 * k + i: v.numpy() for i, v in enumerate(store.read(space, table, "x"))}
+        gone = [k, 5 - k]
+        store.invalidate(space, table.select(gone))
+        read = {number: v for number, v in read.items() if number - 100 * k not in gone}
+        store.merge(space)
+    store.compact()
+    left = store.prompts(space)
+    assert len(left) == len(read) == 12
+    for ids, values in zip(left.ids, store.read(space, left, "x"), strict=True):
+        assert ids is not None
+        np.testing.assert_array_equal(values.numpy(), read[int(ids[0])])
+    assert store.verify().ok
