@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -351,3 +352,57 @@ def test_only_the_damaged_site_is_computed_again(tmp_path: Path) -> None:
     assert cache.get_activations(prompts)[0].equal(expected)
     made = [segments.read_info(p).sites for p in segment_files(store, space.space) if p != path]
     assert made == [("resid_post.3",)]
+
+
+def readable(store: Store, space: str, numbers: Sequence[int]) -> set[tuple[int, str]]:
+    """Every prompt and site that can be read, its values compared."""
+    found = set()
+    for site in WIDE:
+        place = store.locate(space, table=make_table(numbers), sites=[site], layout="last_token")
+        members = np.flatnonzero(place.found)
+        for values, k in zip(place.take(index=members)[:, 0], members.tolist(), strict=True):
+            np.testing.assert_array_equal(values, row(numbers[k], site))
+            found.add((numbers[k], site))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_nothing_that_can_be_read_is_lost_whatever_is_damaged_and_done(tmp_path: Path, seed: int) -> None:
+    """What a host that knows nothing reads before is what everybody reads after; the values are compared, too."""
+    rng = np.random.default_rng(seed)
+    store, space = make_store(tmp_path)
+    numbers = range(24)
+    written = set()
+    for _ in range(rng.integers(1, 5)):
+        some = rng.permutation(24)[: rng.integers(4, 21)].tolist()
+        sites = rng.permutation(WIDE)[: rng.integers(1, 4)].tolist()
+        whole = wide(some)
+        store.append(space, replace(whole, data={site: whole.data[site] for site in sites}))
+        written |= {(i, site) for i in some for site in sites}
+    for turn in range(3):
+        files = segment_files(store, space)
+        if not files:
+            break
+        # Their names are drawn by chance.
+        files.sort(key=lambda path: (segments.read_info(path).created_ns, segments.read_info(path).columns))
+        path = files[rng.integers(len(files))]
+        opened = segments.open(path)
+        for _ in range(rng.integers(1, 4)):
+            site = str(rng.choice(opened.info.sites))
+            break_at(path, opened.start_of(site) + int(rng.integers(opened.matrix(site).nbytes)))
+        before = readable(Store(store.location, index_dir=tmp_path / f"before {turn}"), space, numbers)
+        # A process that knows of the damage, or comes across it as it reads, or only as it works.
+        aware = Store(store.location, index_dir=tmp_path / "aware")
+        knows = rng.integers(3)
+        if knows == 2:
+            aware.locate(space, table=make_table(numbers), sites=WIDE, layout="last_token")
+        if knows:
+            assert readable(aware, space, numbers) == before
+        report = Store(store.location, index_dir=tmp_path / "verify").verify()
+        assert report.lost == len(written - before)
+        assert report.lost_prompts == len({i for i, _ in written - before})
+        for work in (merge, lambda s, space: s.compact(space), repair)[rng.integers(3) :]:
+            work(aware, space)
+            assert readable(aware, space, numbers) == before
+            assert readable(Store(store.location, index_dir=tmp_path / f"after {turn}"), space, numbers) == before
+        written = before
