@@ -418,3 +418,14 @@ def test_a_site_or_pooling_that_is_not_there_is_named_with_the_nearest(tmp_path:
             ask("mlp_out.0", "mean")
     with pytest.raises(NotCachedError, match=r"1 of 2 prompts have no 'resid_post.1'"):
         store.read(space, [text(0), text(7)], "resid_post.1", pooling="last_token")
+
+
+def test_where_all_prompts_are_gone_nothing_is_read(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    store.append(space, pooled(range(3)))
+    with pytest.raises(NotCachedError, match="none was named"):
+        store.read(space, [], SITES[0], pooling="last_token")
+    store.invalidate(space)
+    for pooling in ("last_token", None):
+        with pytest.raises(NotCachedError):
+            store.read(space, None, SITES[0], pooling=pooling)

@@ -152,7 +152,11 @@ def _ask_together(index: SpaceIndex, site: str, layout: str) -> None:
     left = _AHEAD_BYTES
     for number in numbers:
         segment = index.open(number)
-        if left > 0 and segment is not None and not segment.checks.all_good([site]):
+        if segment is None:
+            # It is forgotten now, so that nobody would notice that what it held may lie in another one.
+            index.refresh()
+            break
+        if left > 0 and not segment.checks.all_good([site]):
             left -= segment.checks.ask([site], segment.row_offset[:-1], segment.row_offset[1:], left)
 
 
