@@ -8,6 +8,7 @@ fast as shorter ones, such as a segment's part of a layer: the floor of one laye
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import mmap
@@ -22,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from _measure import Row, compare
+from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable
 from actcache.store.records import Records
 from actcache.store.store import Store
@@ -31,6 +33,8 @@ SITES = [f"resid_post.{layer}" for layer in range(LAYERS)]
 ONE = SITES[11]
 CONTEXT, LAYOUT = "benchmark", "last_token"
 WHOLE = "copy of a mapped .npy"
+TAKEN_APART = "np.take of rows, layer behind layer"
+READ_APART = "read of each segment's part"
 _rng = np.random.default_rng(0)
 _PATTERNS = _rng.standard_normal((4099, WIDTH), np.float32).astype(np.float16)
 
@@ -132,7 +136,12 @@ def pooled(folder: Path, n: int, rounds: int) -> list[Table]:
     every = np.empty((400, LAYERS, WIDTH), np.float16)
     taken = every.reshape(400, -1)
     place = store.locate(space, table=asked, sites=SITES, layout=LAYOUT)
+    # Layer behind layer, as segments have them: a prompt's rows lie in as many places as there are layers.
+    apart = saved(folder / "apart.npy", (LAYERS * n, WIDTH), lambda a: _fill_layers(a, n))
+    index = (chosen[:, None] + np.arange(LAYERS) * n).reshape(-1)
+    each = every.reshape(-1, WIDTH)
     ways = {
+        TAKEN_APART: lambda: np.take(apart, index, axis=0, out=each, mode="clip"),
         "located, taken": lambda: place.take(every),
         "located by text, taken": lambda: store.locate(
             space, texts=some, text_context=CONTEXT, sites=SITES, layout=LAYOUT
@@ -143,13 +152,19 @@ def pooled(folder: Path, n: int, rounds: int) -> list[Table]:
         every[:] = 0
         way()
         assert (taken == flat[chosen]).all()
+    floors = {name: 0.4 for name in ways if name != TAKEN_APART}
     all_layers = compare(
         lambda: np.take(flat, chosen, axis=0, out=taken, mode="clip"), ways, rounds, reference_name="np.take of rows"
     )
     title = f"all {LAYERS} layers of 400 random prompts, warm"
-    tables.append((title, all_layers, {"nbytes": every.nbytes, "bounds": dict.fromkeys(ways, 0.4)}))
+    tables.append((title, all_layers, {"nbytes": every.nbytes, "bounds": floors}))
     store.close()
     return tables
+
+
+def _fill_layers(array: npt.NDArray[np.float16], n: int) -> None:
+    for layer in range(LAYERS):
+        array[layer * n : (layer + 1) * n] = vectors(np.arange(n), layer)
 
 
 def sequences(folder: Path, n: int, rounds: int) -> list[Table]:
@@ -245,10 +260,30 @@ def cold(folder: Path, n: int, rounds: int) -> list[Table]:
             while done < len(target):
                 done += file.readinto(target[done : done + (8 << 20)]) or 0
 
+    parts: list[tuple[Path, int, int]] = []
+    for path in sorted(space_folder.glob("*.safetensors")):
+        segment = Segment(path)
+        parts.append((path, segment.start_of(ONE), segment.info.rows * WIDTH * 2))
+        del segment
+
+    def apart() -> None:
+        """The same bytes from where they are, without looking for them or at their checksums."""
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(path, "rb", buffering=0)).fileno() for path, _, _ in parts]
+            for fd, (_, start, size) in zip(files, parts, strict=True):
+                os.posix_fadvise(fd, start, size, os.POSIX_FADV_WILLNEED)
+            done = 0
+            for fd, (_, start, size) in zip(files, parts, strict=True):
+                end = start + size
+                while start < end:
+                    got = os.preadv(fd, [target[done : done + end - start]], start)
+                    start, done = start + got, done + got
+
     def read() -> None:
         held[0].read(space_folder.name, None, ONE, pooling=LAYOUT, out=torch.from_numpy(out))
 
-    found = compare(sequential, {"read(None)": read}, rounds, reference_name="sequential read", before=forget)
+    ways = {READ_APART: apart, "read(None)": read}
+    found = compare(sequential, ways, rounds, reference_name="sequential read", before=forget)
     # In the order in which they are stored, which is not that in which they were given.
     given = np.fromfile(blob, np.float16).reshape(n, WIDTH)
     assert (np.sort(out[:, 0]) == np.sort(given[:, 0])).all()

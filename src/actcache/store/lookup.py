@@ -165,8 +165,10 @@ def _check_together(wanted: Sequence[tuple[Segment, Sequence[str], Ints]]) -> No
     left = _AHEAD_BYTES
     jobs = []
     for segment, sites, prompts in wanted:
-        if left > 0 and not segment.checks.all_good(sites):
-            starts, stops = segment.row_offset[prompts], segment.row_offset[prompts + 1]
+        if left <= 0 or segment.checks.all_good(sites):
+            continue
+        starts, stops = segment.row_offset[prompts], segment.row_offset[prompts + 1]
+        if not segment.checks.good(sites, starts, stops):
             left -= segment.checks.ask(sites, starts, stops, left)
             jobs.append((segment.checks, sites, starts, stops))
     threads = min(allowed_threads(), (_AHEAD_BYTES - left) // THREAD_BYTES, len(jobs))

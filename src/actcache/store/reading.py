@@ -176,7 +176,11 @@ def _stacked(
     direct = given is not None and (reaches(given.dtype, stored) or given.dtype.kind in "iu")
     array = given if given is not None and direct else np.empty(shape, stored)
     for placement, members, local in parts:
-        placement.take(array[:, None], index=local, at=members)
+        if len(local) == n and len(parts) == 1:
+            # All that was asked for, in its order, of which the placement knows where runs of neighbours lie.
+            placement.take(array[:, None])
+        else:
+            placement.take(array[:, None], index=local, at=members)
     if out is None:
         tensor = tensors.to_tensor(array)
         return tensor if dtype is None else converted(tensor, dtype, allow_inf=allow_inf, name=name)
