@@ -105,9 +105,7 @@ def read(
     if (not found.all() or not len(found)) and (why := why_absent(index, site, layout)):
         raise NotCachedError(why)
     if not len(found):
-        raise NotCachedError(
-            f"of no prompt {site!r} ({layout}) is to be read: none was named, or all of them are gone."
-        )
+        raise NotCachedError(f"all prompts that had {site!r} ({layout}) in space {index.folder.name} are gone.")
     if not found.all():
         raise NotCachedError(
             f"{int((~found).sum())} of {len(found)} prompts have no {site!r} ({layout}) in the store "
