@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from actcache.capture.eager import eager
 from actcache.capture.edit_functions import Called, Function
 from actcache.capture.edit_values import headed, is_pattern, resolve_heads
 from actcache.capture.generation import Watch
@@ -30,6 +29,7 @@ from actcache.errors import (
     nearest,
 )
 from actcache.model.anatomy import Anatomy, describe, original
+from actcache.model.eager import eager
 from actcache.model.forms import first_tensor
 from actcache.model.implementation import holding_probabilities
 from actcache.model.inner_writing import head_count

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from actcache.capture.cache import ActivationCache
-from actcache.capture.eager import eager
 from actcache.capture.entry import Entry
 from actcache.capture.generation import Watch
 from actcache.capture.names import Names
@@ -33,6 +32,7 @@ from actcache.capture.values import make_converter, make_keeper
 from actcache.capture.watching import OwnTensors, SiteGradients, Watcher
 from actcache.errors import GradientError, MissedModuleError
 from actcache.model.anatomy import Anatomy, ReadPoint
+from actcache.model.eager import eager
 from actcache.model.implementation import holding_probabilities
 from actcache.model.offload import is_dispatched
 from actcache.model.sites import Site

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from actcache.model.eager import eager
 from actcache.model.modes import evaluating
 from actcache.model.offload import input_device
 from actcache.model.rope import restore_attention
@@ -75,9 +76,10 @@ _alone = threading.RLock()
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the model by itself in this thread: evaluation mode, no hooks but those added inside; modes, hooks and random
-    state come back after. One thread at a time; what other threads run meanwhile meets its hooks as ever."""
-    with _alone, unseen(), _undisturbed(model):
+    """Run the model by itself in this thread: evaluation mode, uncompiled, no hooks but those added inside; modes,
+    hooks and random state come back after. One thread at a time; what other threads run meanwhile meets its hooks as
+    ever."""
+    with _alone, unseen(), eager.held(), _undisturbed(model):
         yield
 
 

@@ -1,16 +1,19 @@
-"""Compiled models while a capture block is open."""
+"""Compiled models while a block is open, or a model runs by itself."""
 
 from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 
 class Eager:
-    """While any block is open, compiled models run their original code: taps added after compilation do not fire."""
+    """While any block is open, compiled models run their original code: taps and hooks added after compilation do not
+    fire, and compiling anew for the passes of a probe would use up how often torch compiles a module."""
 
     def __init__(self) -> None:
         self._open = 0
@@ -31,6 +34,15 @@ class Eager:
             if self._open == 0 and self._stance is not None:
                 stance, self._stance = self._stance, None
                 stance.__exit__(None, None, None)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A block of its own."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
 
 
 eager = Eager()
