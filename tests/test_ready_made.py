@@ -514,3 +514,36 @@ def test_a_mean_over_a_reference_set(model: Any) -> None:
         torch.testing.assert_close(cache["attn_out.2"][:, -1], real.mean(0).expand(2, 32))
     with pytest.raises(ac.errors.UnknownKeyError, match=r"holds no 'attn_out\.1'"):
         ac.ablate("attn_out.1", mean=captured(model, None, sites=["attn_out.2"]))
+
+
+def test_a_mean_that_was_made_batch_by_batch(model: Any) -> None:
+    """`extract_batches` with reduce="mean" holds one vector a site, which is taken as it is."""
+    batches = [[[9, 100, 7], [8, 3, 4, 50, 6]], [[5, 9]]]
+    alone = [
+        captured(model, None, torch.tensor([ids]), sites=["attn_out.2", "head_out.2"]) for two in batches for ids in two
+    ]
+    means = ac.extract_batches(model, batches, sites=["attn_out", "head_out"], positions="last", reduce="mean")
+    last = torch.stack([cache["attn_out.2"][0, -1] for cache in alone]).mean(0)
+    heads = torch.stack([cache["head_out.2"][0, -1] for cache in alone]).mean(0)
+    put = captured(model, ac.ablate("attn_out.2", mean=means, positions="last"), sites=["attn_out"])
+    torch.testing.assert_close(put["attn_out.2"][:, -1], last.expand(2, 32))
+    for edit, chosen in [
+        (ac.ablate("head_out.2", mean=means), slice(None)),
+        (ac.ablate("head_out.2", mean=means, heads=[1, 3]), [1, 3]),
+        (ac.ablate("head_out.2.1", mean=means), 1),
+    ]:
+        put = captured(model, edit, sites=["head_out.2"])
+        found = put["head_out.2"][:, :, chosen]
+        torch.testing.assert_close(found, heads[chosen].expand_as(found))
+    named = ac.extract_batches(model, batches, sites="attn_out", positions={"last": -1, "first": 0}, reduce="mean")
+    with pytest.raises(
+        ac.errors.OptionError, match=r"at each of the positions 'last', 'first': choose one, mean=source"
+    ):
+        ac.ablate("attn_out.2", mean=named)
+    several = ac.extract_batches(model, batches, sites="attn_out", positions=(0, 2), reduce="mean")
+    with pytest.raises(
+        ac.errors.OptionError, match=r"\[2, 32\], neither rows of prompts nor one mean.* pass the tensor"
+    ):
+        ac.ablate("attn_out.2", mean=several)
+    put = captured(model, ac.ablate("attn_out.2", mean=several["attn_out.2"], positions=(0, 2)), sites=["attn_out"])
+    torch.testing.assert_close(put["attn_out.2"][:, :2], several["attn_out.2"].expand(2, 2, 32))

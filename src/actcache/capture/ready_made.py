@@ -131,14 +131,16 @@ def ablate(target: str, *, mean: Any = None, positions: Any = "all", heads: Any 
     """Replace a value by zeros, or by `mean`.
 
     `target`: a complete site name ("attn_out.3", "head_out.3.7"), or the path of a module. `mean`: an
-    `ActivationCache` that holds `target`, whose mean over every real token of its prompts is taken; or a vector
-    ``[D]``, or ``[n, D]``, one row for each of the `positions`. `positions`: as in `capture`; they count real tokens of
+    `ActivationCache` that holds `target`: of one of prompts the mean over all their real tokens is taken, whatever the
+    `positions`, and one of means (`extract_batches` with ``reduce="mean"``) gives its own; or a vector ``[D]``, or
+    ``[n, D]``, one row for each of the `positions`. `positions`: as in `capture`; they count real tokens of
     the sequence that the model (or `generate`) is called with. `heads`: which ones of a value that has a vector for
     each head (`q`, `k`, `v`, `z`, `head_out`, `pattern`), an int or a list; there `mean` is ``[hd]``, the same for each
     of them, ``[heads, hd]`` or ``[n, heads, hd]``.
 
         ac.ablate("z.3", heads=[0, 7], mean=reference)          # reference: a cache of other prompts
-        ac.ablate("attn_out.3", mean=reference["attn_out.3"][:, -1].mean(0), positions="last")
+        ac.ablate("attn_out.3", mean=ac.extract_batches(model, batches, sites="attn_out", reduce="mean"))
+        ac.ablate("attn_out.3", mean=reference.get_position(3, -1, site="attn_out").mean(0), positions="last")
     """
     _check_target(target)
     chosen = read_heads(heads)
@@ -250,19 +252,28 @@ class _Steer(OfValue):
         return new
 
 
-def _rows_of(source: ActivationCache, target: str, heads: tuple[int, ...] | None) -> list[Tensor]:
-    """The value of `target` prompt by prompt, one row for each token."""
+def _held_as(source: ActivationCache, target: str) -> tuple[str, int | None]:
+    """The key that has the value of `target`, and which of its heads that is; None for all that there is."""
     whole, one = target, None
     if target not in source and Site.looks_like(target) and (site := Site.parse(target)).head is not None:
         whole, one = str(replace(site, head=None)), site.head
     if whole not in source:
         raise UnknownKeyError(f"the source holds no {target!r}: capture it there, or pass a tensor")
+    return whole, one
+
+
+def _rows_of(source: ActivationCache, target: str, heads: tuple[int, ...] | None) -> list[Tensor]:
+    """The value of `target` prompt by prompt, one row for each token."""
+    whole, one = _held_as(source, target)
     rows = source.rows(whole)
     if is_pattern(whole) and headed(whole):
         rows = [row.transpose(0, 1) if row.ndim == 3 else row for row in rows]
     dimensions = 3 if headed(whole) else 2
     if not all(row.ndim == dimensions and len(row) for row in rows):
-        raise LayerRangeError(f"{target!r} of the source has no rows [T, ...] for each prompt")
+        raise LayerRangeError(
+            f"{target!r} of the source has no rows [T, ...] for each prompt: pass the tensor that is meant, made of "
+            f"source[{whole!r}]"
+        )
     if one is not None:
         return [row[:, resolve_heads([one], row.shape[1], whole)[0]] for row in rows]
     if heads is None:
@@ -273,8 +284,33 @@ def _rows_of(source: ActivationCache, target: str, heads: tuple[int, ...] | None
 def _mean_of(source: ActivationCache, target: str, heads: tuple[int, ...] | None) -> Tensor:
     if is_pattern(target):
         raise OptionError(f"the mean of {target!r} over tokens means nothing, since each has keys of its own")
+    ready = _ready_mean(source, target, heads)
+    if ready is not None:
+        return ready
     rows = torch.cat(_rows_of(source, target, heads))
     return rows.mean(0, dtype=torch.promote_types(rows.dtype, torch.float32))
+
+
+def _ready_mean(source: ActivationCache, target: str, heads: tuple[int, ...] | None) -> Tensor | None:
+    """What a cache of means has for `target`, ``[D]`` or ``[heads, hd]``; None where the cache is one of prompts."""
+    whole, one = _held_as(source, target)
+    value, dimensions = source[whole], 2 if headed(whole) else 1
+    if isinstance(value, dict) and all(isinstance(part, Tensor) for part in value.values()):
+        names = list(value)
+        raise OptionError(
+            f"the source has a mean of {whole!r} at each of the positions {', '.join(map(repr, names))}: choose one, "
+            f"mean=source[{whole!r}][{names[0]!r}]"
+        )
+    if not isinstance(value, Tensor) or value.ndim > dimensions + 1:
+        return None
+    if value.ndim != dimensions:
+        raise OptionError(
+            f"{whole!r} of the source is {list(value.shape)}, neither rows of prompts nor one mean. Of a mean position "
+            f"by position pass the tensor, mean=source[{whole!r}], with the same positions"
+        )
+    if one is not None:
+        return value[resolve_heads([one], len(value), whole)[0]]
+    return value if heads is None else value[resolve_heads(heads, len(value), target)]
 
 
 def _own(tensor: Tensor) -> Tensor:
