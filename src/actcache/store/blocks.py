@@ -92,37 +92,46 @@ def sharing(rows: npt.NDArray[Any], dtype: np.dtype[Any]) -> int:
         return n
     with np.errstate(over="ignore"):
         size: npt.NDArray[Any] = np.abs(rows).astype(np.float32, copy=False)
-    top = float(size.max())
-    if not np.isfinite(top):
+    largest = size.max(axis=0)
+    if not np.isfinite(largest).all():
         size[~np.isfinite(size)] = 0
-        top = float(size.max())
+        largest = size.max(axis=0)
     squares = np.einsum("ij,ij->i", size, size)
-    if not (top < _MOST and squares.min() > _LEAST):
-        size = size.astype(np.float64)
+    if not (largest.max() < _MOST and squares.min() > _LEAST):
+        size, largest = size.astype(np.float64), largest.astype(np.float64)
         squares = np.einsum("ij,ij->i", size, size)
     # A row without length has nothing to lose.
     allowed = MOST_LOST**2 * np.where(squares > 0, squares, np.inf)
     # What rounding to a step takes, on average.
     lost_each = 1 / (12 * _STEPS[dtype] ** 2)
-    largest = size.max(axis=0)
     if lost_each * (largest @ largest) <= allowed.min():
         return n
 
-    def too_many(count: int) -> bool:
+    def too_many(count: int, largest: npt.NDArray[Any]) -> bool:
         # A value smaller than a step loses itself, and not more.
-        lost = np.minimum(size[:count], lost_each**0.5 * reach[count - 1])
+        lost = np.minimum(size[:count], lost_each**0.5 * largest)
         return bool((np.einsum("ij,ij->i", lost, lost) > allowed[:count]).any())
 
-    # Mostly it is the first row that is unlike the others, so that there is little to look at.
+    # Mostly it is the first row that is unlike the others, or no row at all, so that there is little to look at.
     for looked_at in (min(_FEW, n), n):
-        reach = np.maximum.accumulate(size[:looked_at], axis=0)
-        few = lost_each * np.einsum("ij,ij->i", reach, reach) > np.minimum.accumulate(allowed[:looked_at])
-        if few.any() and too_many(int(few.argmax()) + 1):
-            return int(few.argmax())
-    if not too_many(n):
-        return n
-    low, high = int(few.argmax()) + 1, n
+        if looked_at == n and not too_many(n, largest):
+            return n
+        reach = _largest_so_far(size[:looked_at])
+        doubtful = lost_each * np.einsum("ij,ij->i", reach, reach) > np.minimum.accumulate(allowed[:looked_at])
+        enough = int(doubtful.argmax()) if doubtful.any() else looked_at
+        if enough < looked_at and too_many(enough + 1, reach[enough]):
+            return enough
+    low, high = enough + 1, n
     while high - low > 1:
         count = (low + high) // 2
-        low, high = (low, count) if too_many(count) else (count, high)
+        low, high = (low, count) if too_many(count, reach[count - 1]) else (count, high)
     return low
+
+
+def _largest_so_far(size: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """`np.maximum.accumulate` down the rows, several times as fast."""
+    reach = np.empty_like(size)
+    reach[0] = size[0]
+    for i in range(1, len(size)):
+        np.maximum(reach[i - 1], size[i], out=reach[i])
+    return reach
