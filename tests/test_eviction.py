@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -456,7 +457,10 @@ def test_a_warm_up_says_what_its_limit_had_no_room_for(
         text = warning.getMessage()
         assert f"of {left} of 13 prompts" in text
         assert f"{limit / 2**20:,.2f} MB" in text if some else "100 bytes" in text
-        assert f"{needed / 2**20:,.2f} MB" in text and "ac.set_cache_limit" in text
+        assert "ac.set_cache_limit" in text
+        # In how many files it was written, each with its header, chance decides.
+        (said,) = re.findall(r"would need ([\d.]+) MB", text)
+        assert float(said) == pytest.approx(needed / 2**20, rel=0.2)
 
 
 def test_results_that_a_limit_takes_are_not_counted_as_activations(tmp_path: Path) -> None:
