@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from actcache.capture.attempts import StopForward
 from actcache.capture.cache import ActivationCache
 from actcache.capture.inputs import Inputs, Prepared, Prompts, prepare
 from actcache.capture.media import on_model
@@ -16,7 +17,7 @@ from actcache.capture.names import check_names
 from actcache.capture.nodes import Node
 from actcache.capture.positions import check_named, each_prompt, resolve_positions
 from actcache.capture.readers import OnInput, OnReturn
-from actcache.capture.recording import Recording, StopForward
+from actcache.capture.recording import Recording
 from actcache.capture.requests import Modules, every_module, resolve_modules
 from actcache.capture.spans import needs_prompts, told_by_prompts
 from actcache.capture.values import read_device, read_dtype
@@ -83,6 +84,8 @@ def capture(
 
     Over `model.generate` the steps of a site are joined along positions, and rows follow the sequences it returns, with
     beams too; where that cannot be told, reading the site is a `SiteUnavailableError` (modules hold one visit a step).
+    A pass that an exception ended counts for nothing at sites once another ran, so that it may be tried again in the
+    same block; where passes do not all reach a site, its rows are those of the passes that did.
     Passes of a model with offloaded weights always run to their end, which is where the weights leave memory again.
 
     Raises, before any pass, `UnknownModuleError`, `UnknownSiteError`, `SiteUnavailableError`, `AdditivityError`,

@@ -7,7 +7,7 @@ positions, or its token ids extend them) is a step of the same sequences; any ot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,20 +66,29 @@ class Sequences:
     """Where passes of beams ran positions again, which of them computed each one last."""
 
 
-def group(passes: Sequence[Pass], generations: Sequence[Generation], *, steps: bool) -> list[Sequences]:
-    """Which passes belong to the same sequences, in order. Without `steps` (an encoder) each pass is for itself."""
+def group(
+    passes: Sequence[Pass], generations: Sequence[Generation], *, steps: bool, dropped: Container[int] = ()
+) -> list[Sequences]:
+    """Which passes belong to the same sequences, in order, those that are `dropped` left out. Without `steps` (an
+    encoder) each pass is for itself."""
+    kept = [index for index in range(len(passes)) if index not in dropped]
     if not steps:
-        return [Sequences([Piece(index, 0, one.length)], None) for index, one in enumerate(passes)]
-    return [_sequences(passes, indices, made) for indices, made in _steps(passes, generations)]
+        return [Sequences([Piece(index, 0, passes[index].length)], None) for index in kept]
+    return [_sequences(passes, indices, made) for indices, made in _steps(passes, generations, kept)]
 
 
-def _steps(passes: Sequence[Pass], generations: Sequence[Generation]) -> list[tuple[list[int], Generation | None]]:
+def _steps(
+    passes: Sequence[Pass], generations: Sequence[Generation], kept: Sequence[int]
+) -> list[tuple[list[int], Generation | None]]:
     steps: list[list[int]] = []
     made_by: list[Generation | None] = []
     of_pass = {index: made for made in generations for index in range(made.start, made.stop)}
-    for index, one in enumerate(passes):
-        made, before = of_pass.get(index), passes[index - 1] if index else None
-        if made is not None and index > made.start:
+    begun: Generation | None = None
+    for number, index in enumerate(kept):
+        one = passes[index]
+        made, before = of_pass.get(index), passes[kept[number - 1]] if number else None
+        begins, begun = made is not begun, made
+        if made is not None and not begins:
             steps[-1].append(index)
         elif (
             before is not None
@@ -209,9 +218,30 @@ def tokens_of(passes: Sequence[Pass], groups: Sequence[Sequences], ends: frozens
     """
     if any(sequences.refusal is not None for sequences in groups):
         return Tokens()
+    ids = known_ids(passes, groups)
+    everything = real_positions(passes, groups, ids, ends)
+    names = _names_of(passes, groups)
+    if all(passes[piece.index].keep is None for sequences in groups for piece in sequences.pieces):
+        earlier = any(passes[sequences.pieces[0].index].past for sequences in groups)
+        return Tokens(ids, everything, names, with_earlier(passes, groups, everything) if earlier else None)
+    if ids is not None:
+        kept = {i: _only_kept(one, one.ids) for i, one in enumerate(passes) if one.ids is not None}
+        ids = join(groups, passes, kept).cpu()
+    return Tokens(ids, _kept_mask(passes, groups, everything), names, with_earlier(passes, groups, everything))
+
+
+def known_ids(passes: Sequence[Pass], groups: Sequence[Sequences]) -> Tensor | None:
+    """The token ids of all positions of the joined values, ``[B, S]``; None where a pass did not show them."""
+    used = {piece.index for sequences in groups for piece in sequences.pieces}
+    known = {i: ids for i in used if (ids := passes[i].ids) is not None}
+    return join(groups, passes, known, kept=False).cpu() if len(known) == len(used) else None
+
+
+def real_positions(
+    passes: Sequence[Pass], groups: Sequence[Sequences], ids: Tensor | None, ends: frozenset[int]
+) -> Tensor:
+    """The mask of all positions of the joined values, whatever was kept of them: bool ``[B, S]``."""
     everything = join(groups, passes, {i: one.real() for i, one in enumerate(passes)}, kept=False).cpu()
-    known = {i: one.ids for i, one in enumerate(passes) if one.ids is not None}
-    ids = join(groups, passes, known, kept=False).cpu() if len(known) == len(passes) else None
     row = 0
     for sequences in groups:
         rows = slice(row, row + n_rows(passes, sequences))
@@ -221,13 +251,7 @@ def tokens_of(passes: Sequence[Pass], groups: Sequence[Sequences], ends: frozens
         with_beams = made is not None and made.beams is not None
         if ids is not None and len(sequences.pieces) > 1 and own and not with_beams:
             everything[rows] &= ~_after_end(ids[rows], _prompt_length(passes, sequences), own)
-    names = _names_of(passes, groups)
-    if all(one.keep is None for one in passes):
-        earlier = any(passes[sequences.pieces[0].index].past for sequences in groups)
-        return Tokens(ids, everything, names, _with_earlier(passes, groups, everything) if earlier else None)
-    if ids is not None:
-        ids = join(groups, passes, {i: _only_kept(passes[i], value) for i, value in known.items()}).cpu()
-    return Tokens(ids, _kept_mask(passes, groups, everything), names, _with_earlier(passes, groups, everything))
+    return everything
 
 
 def _kept_mask(passes: Sequence[Pass], groups: Sequence[Sequences], everything: Tensor) -> Tensor:
@@ -248,7 +272,7 @@ def _kept_mask(passes: Sequence[Pass], groups: Sequence[Sequences], everything: 
     return join_tensors(joined)
 
 
-def _with_earlier(passes: Sequence[Pass], groups: Sequence[Sequences], everything: Tensor) -> Tensor:
+def with_earlier(passes: Sequence[Pass], groups: Sequence[Sequences], everything: Tensor) -> Tensor:
     """The mask of all positions, those before the first pass too: what attention looks back at."""
     joined, row = [], 0
     for sequences in groups:
@@ -267,7 +291,8 @@ def n_rows(passes: Sequence[Pass], sequences: Sequences) -> int:
 
 def _names_of(passes: Sequence[Pass], groups: Sequence[Sequences]) -> dict[str, Tensor]:
     """Where each named position is in the joined values: the columns of every pass that gave something to them."""
-    if not passes[0].names:
+    first = passes[groups[0].pieces[0].index]
+    if not first.names:
         return {}
     starts = {}
     for sequences in groups:
@@ -278,7 +303,7 @@ def _names_of(passes: Sequence[Pass], groups: Sequence[Sequences]) -> dict[str, 
             start += keep.shape[1] if keep is not None else 0
     steps = any(len(sequences.pieces) > 1 for sequences in groups)
     names = {}
-    for name, single in passes[0].names.items():
+    for name, single in first.names.items():
         # One more than the column, so that the zeros of rows and columns that are absent mean none.
         columns = {
             index: torch.where(found >= 0, found + start + 1, 0)

@@ -18,7 +18,7 @@ from actcache.capture.names import Names
 from actcache.capture.nodes import Node
 from actcache.capture.rows import PromptRows
 from actcache.capture.strategies import Strategies
-from actcache.capture.tokens import Mask, Tables, Tokens, TokenState, tensor_of
+from actcache.capture.tokens import Mask, Tables, Tokens, TokenState, position_axes, tensor_of
 from actcache.capture.values import same_content
 from actcache.capture.watching import SiteGradients
 from actcache.errors import ActCacheError, OptionError, UnknownKeyError, UnknownSiteError, did_you_mean
@@ -36,14 +36,14 @@ class Source(Protocol):
 
     def publish(self, items: dict[str, Any]) -> None: ...
 
-    def tokens(self) -> Tables: ...
+    def tokens(self) -> TokenState: ...
 
     def missed(self) -> list[str]: ...
 
     @property
     def gradients(self) -> SiteGradients | None: ...
 
-    def close(self) -> Callable[[], Tables]:
+    def close(self) -> Callable[[], TokenState]:
         """Let go of the values; what is left answers for the tokens."""
 
 
@@ -69,7 +69,7 @@ class Keyed(MutableMapping[str, Any]):
         self._depths: dict[str | None, int] = {}
         self._layouts: Layouts = {}
         self._tokens: Tables | None = None
-        self._read_tokens: Callable[[], Tables] | None = None
+        self._read_tokens: Callable[[], TokenState] | None = None
         self.missed: list[str] = []
         self.tokens: list[list[str]] | None = None
 
@@ -316,13 +316,26 @@ class Keyed(MutableMapping[str, Any]):
 
     def _tables(self) -> Tables:
         if self._source is not None:
-            return self._source.tokens()
+            return self._learned(self._source.tokens())
         if self._join is not None and not self._deferred:
             self._settle()
         if self._tokens is None:
-            self._tokens = self._read_tokens() if self._read_tokens is not None else {}
+            self._tokens = self._learned(self._read_tokens()) if self._read_tokens is not None else {}
             self._read_tokens = None
         return self._tokens
+
+    def _learned(self, state: TokenState) -> Tables:
+        """The tables of what a block says, whose masks are taken over for the values that they are of: others may
+        stand in their place by now."""
+        data = self._data
+        self._masks = {
+            key: mask
+            for key, mask in state.masks.items()
+            if (value := tensor_of(data.get(key))) is not None
+            and value.ndim > (axis := position_axes(key)[0])
+            and (value.shape[0], value.shape[axis]) == mask.positions.shape
+        } or None
+        return state.tables
 
     def _state(self) -> TokenState:
         return TokenState(self._tables(), self._masks or {})
@@ -340,7 +353,9 @@ class Keyed(MutableMapping[str, Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        state = {**self.__dict__, "_items": self._data, "_tokens": self._tables()}
+        # First, since masks are learned with them.
+        tables = self._tables()
+        state = {**self.__dict__, "_items": self._data, "_tokens": tables}
         # A copy is a cache of its own: it knows neither the model nor the block that fills the original.
         state |= {"_source": None, "_read_tokens": None, "_model": None, "_deferred": 0}
         if self._gradients is not None:

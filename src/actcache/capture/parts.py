@@ -16,7 +16,7 @@ from actcache.capture.residual import FullActivationCache
 from actcache.capture.rows import Chosen
 from actcache.capture.tokens import columns_of, cut_tables, position_axes, real_rows, take_columns, tensor_of
 from actcache.capture.values import map_tensors
-from actcache.errors import LayerRangeError, UnknownKeyError, did_you_mean
+from actcache.errors import LayerRangeError, OptionError, UnknownKeyError, did_you_mean
 from actcache.model.sites import Site, resolve_layers
 
 
@@ -105,7 +105,14 @@ class Parts(Keyed):
         numbers = self.layer_numbers(site)
         if not numbers:
             raise LayerRangeError(f"the cache holds no layer of {site}")
-        return torch.stack([self.get_layer(number, site) for number in numbers])
+        values = [self.get_layer(number, site) for number in numbers]
+        if len({value.shape[0] for value in values}) > 1:
+            counts = ", ".join(f"{value.shape[0]} of layer {n}" for n, value in zip(numbers, values, strict=True))
+            raise OptionError(
+                f"the layers of {site} have other rows, {counts}: not every pass of the block reached all of them. "
+                "Capture such passes in blocks of their own."
+            )
+        return torch.stack(values)
 
     def residual_stream(
         self, prompt: int = 0, site: str = "resid_post", *, sequence: int | None = None
@@ -134,6 +141,11 @@ class Parts(Keyed):
         heads, and ``[H, T, T]`` for patterns. A row is a prompt; where an encoder-decoder returned several sequences,
         those of the first prompt come first, then those of the second."""
         found, value = self._held(key)
+        if isinstance(value, Entry) and len(value) > 1:
+            raise OptionError(
+                f"{key!r} ran {len(value)} times inside the block, and what it gave is there run by run, as in "
+                f"cache[{key!r}][0].hidden. By the name of a site, sites=, runs are joined into rows."
+            )
         if isinstance(value, list) and value and all(isinstance(part, Tensor) for part in value):
             return self._rows_of_parts(found, value)
         tensor = tensor_of(value)
@@ -210,8 +222,12 @@ class Parts(Keyed):
 
     def _named(self, key: str, value: Any) -> dict[str, Any] | None:
         """The value at each named position; None for one that has no positions."""
-        table, axis, tensor = self._state().table_of(key), position_axes(key)[0], tensor_of(value)
+        state = self._state()
+        table, axis, tensor, own = state.table_of(key), position_axes(key)[0], tensor_of(value), state.own_mask(key)
         if table.mask is None or tensor is None:
+            return None
+        if own is not None and not torch.equal(own.positions, table.mask):
+            # The names are of other columns than its own.
             return None
         shape = table.mask.shape
 

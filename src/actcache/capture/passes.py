@@ -38,6 +38,8 @@ class Pass:
     """Kept positions ``[B, n]`` of this pass, -1 where a prompt keeps fewer than others; None keeps all."""
     names: dict[str, Tensor] = field(default_factory=dict)
     """Columns of `keep` that belong to each named position, as in `tokens.Tokens`."""
+    computed: Tensor | None = None
+    """The positions that logits are computed for, ``[n]``, where the model was given them one by one."""
     reordered: bool | None = None
     """Whether the rows of the cache were exchanged since the pass before; None when that cannot be told."""
 
@@ -53,6 +55,19 @@ class Pass:
             return tensor
         whole = (tensor.shape[0], tensor.shape[axis]) == (self.batch, self.length)
         return take_columns(tensor, self.keep, axis) if whole else tensor
+
+    def columns(self, width: int, *, logits: bool = False) -> Tensor | None:
+        """Which positions of this pass a value has that is `width` long, ``[B, width]``, -1 where a prompt has fewer;
+        None where that cannot be told. Of `logits` the last may be computed only, or those that were asked for."""
+        if self.keep is not None and width == self.keep.shape[1]:
+            return self.keep.cpu()
+        if width == self.length:
+            return torch.arange(width).expand(self.batch, -1)
+        if not logits or width > self.length:
+            return None
+        if self.computed is not None and self.computed.numel() == width:
+            return (self.computed.flatten() % self.length).expand(self.batch, -1)
+        return torch.arange(self.length - width, self.length).expand(self.batch, -1)
 
     def real(self) -> Tensor:
         """Which of this pass's positions are real: bool ``[B, S]``."""
@@ -89,12 +104,16 @@ class Passes:
         self._latest = -1
         # Passes that were given nothing which shows their tokens.
         self._unknown = 0
+        self._failed: set[int] = set()
+        #: Positions of which the call that is running computes logits, ``[n]``; None where it was not told them.
+        self.computed: Tensor | None = None
         self._state: weakref.ref[Tensor] | None = None
 
     def copy(self) -> Passes:
         """The same passes, noted for itself from here on."""
         made = copy.copy(self)
         made.passes, made.generations = list(self.passes), list(self.generations)
+        made._failed = set(self._failed)
         return made
 
     def listeners(self, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, _PassListener]]:
@@ -133,6 +152,7 @@ class Passes:
             batch=tokens.shape[0],
             length=tokens.shape[1],
             past=past,
+            computed=None if self.computed is None else self.computed.detach().to("cpu", copy=True),
             reordered=self._exchanged(state, past, tokens.shape[0]),
         )
         if self._positions is not None:
@@ -154,6 +174,22 @@ class Passes:
         cache = getattr(output, "past_key_values", None)
         state = _first_state(getattr(output, "cache_params", None) if cache is None else cache)
         self._state = weakref.ref(state) if state is not None else None
+
+    @property
+    def so_far(self) -> tuple[int, int]:
+        """How many passes there were that show their tokens, and that do not."""
+        return len(self.passes), self._unknown
+
+    def failed_since(self, so_far: tuple[int, int]) -> None:
+        """Note that the passes behind `so_far` were ended by an exception."""
+        self._failed.update(range(so_far[0], len(self.passes)))
+        self._failed.update(range(-1 - self._unknown, -1 - so_far[1]))
+
+    @property
+    def dropped(self) -> set[int]:
+        """Indices of passes that failed, and count for nothing where any other did not; in a block in which none ended
+        well there is nothing that they would be taken for."""
+        return self._failed if len(self._failed) < len(self.passes) + self._unknown else set()
 
     def begins(self, prompt: int | None) -> None:
         return None

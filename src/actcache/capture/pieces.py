@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -95,6 +95,11 @@ class Latest:
         """None where every pass adds to those before it."""
         steps = [passes[piece.index] for piece in pieces]
         return cls(passes, pieces) if any(one.past < before.end for before, one in pairwise(steps)) else None
+
+    def made_by(self, indices: Container[int]) -> Tensor:
+        """Which positions of which sequences these passes computed last: bool ``[N, n]``."""
+        numbers = [number for number, piece in enumerate(self._pieces) if piece.index in indices]
+        return torch.isin(self._number, torch.tensor(numbers, dtype=torch.long))
 
     def of(self, values: Mapping[int, Tensor], axes: tuple[int, ...]) -> Tensor:
         """One value out of that of each pass; shorter ones are padded along the axes behind the first."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from actcache.capture.attempts import StopForward
 from actcache.capture.cache import ActivationCache
 from actcache.capture.entry import Entry
 from actcache.capture.generation import Watch
@@ -27,7 +28,7 @@ from actcache.capture.readers import (
     site_reader,
 )
 from actcache.capture.stacks import Track, Tracks, way_to_backbone
-from actcache.capture.tokens import Tables, position_axes
+from actcache.capture.tokens import TokenState, position_axes
 from actcache.capture.values import make_converter, make_keeper
 from actcache.capture.watching import OwnTensors, SiteGradients, Watcher
 from actcache.errors import GradientError, MissedModuleError
@@ -37,14 +38,6 @@ from actcache.model.implementation import holding_probabilities
 from actcache.model.offload import is_dispatched
 from actcache.model.sites import Site
 from actcache.model.taps import Taps
-
-
-class StopForward(Exception):
-    """Raised inside a forward pass to end it: everything that was asked for has been read."""
-
-    def __init__(self, owner: object = None) -> None:
-        super().__init__("the forward pass was ended: everything asked for has been read")
-        self.owner = owner
 
 
 class Recording:
@@ -104,6 +97,8 @@ class Recording:
         if self._points or cuts or self._track:
             asked = None if self._modules else {site.stack for site in self._points}
             recorder.tracks = Tracks(self._model, self._anatomy, self._positions, asked)
+            # First, so that it is told first that a call begins.
+            listeners.append((tops[0], recorder.tracks.attempts()))
             listeners += recorder.tracks.listeners(tops, whole=cuts and bool(self._modules))
         # Weights that accelerate brought in for a pass leave at its end, which an exception would skip.
         stops = self._stop and not is_dispatched(self._model)
@@ -250,11 +245,13 @@ class _Recorder:
         self.tracks: Tracks | None = None
         self._required = required
         self._published: dict[str, tuple[Any, ...]] = {}
+        # Known when the values are gone.
+        self._widths: dict[str, list[tuple[int, int]]] | None = None
 
     def publish(self, items: dict[str, Any]) -> None:
         """Put what is new since the last call into `items`."""
         published = self._published
-        states: dict[Track, tuple[int, int]] = {}
+        states: dict[Track, tuple[int, ...]] = {}
         for key, entry in self.entries.items():
             if key not in published and len(entry):
                 published[key] = ()
@@ -266,7 +263,11 @@ class _Recorder:
             state = len(values), states.get(track) or states.setdefault(track, track.state)
             if published.get(key) != state:
                 published[key] = state
-                items[key] = track.joined(values, position_axes(key))
+                joined = track.joined(values, position_axes(key))
+                if joined is not None:
+                    items[key] = joined
+                else:
+                    items.pop(key, None)
 
     def missed(self) -> list[str]:
         if not self._required and not any(map(len, self.entries.values())):
@@ -275,17 +276,34 @@ class _Recorder:
         return [key for key in self._required if not (len(self.entries.get(key, ())) or self._ran(key))]
 
     def _ran(self, key: str) -> bool:
-        return key in self.sites and bool(self.sites[key][1])
+        if key not in self.sites:
+            return False
+        track, values = self.sites[key]
+        dropped = track.passes.dropped
+        return any(index not in dropped for index, _ in values) if dropped else bool(values)
 
-    def close(self) -> Callable[[], Tables]:
+    def close(self) -> Callable[[], TokenState]:
         """Let go of the values, which the cache now holds; what is left answers for the tokens."""
+        self._widths = self._irregular()
         self.entries = {}
         self.sites = {key: (track, []) for key, (track, _) in self.sites.items()}
         return self.tokens
 
-    def tokens(self) -> Tables:
-        """Token ids and mask of the passes so far, by stack."""
-        return self.tracks.tokens(self.sites) if self.tracks is not None else {}
+    def tokens(self) -> TokenState:
+        """Token ids and mask of the passes so far, by stack, and the masks of sites that these do not describe."""
+        if self.tracks is None:
+            return TokenState()
+        widths = self._irregular() if self._widths is None else self._widths
+        return TokenState(self.tracks.tokens(self.sites), self.tracks.masks(widths) if widths else {})
+
+    def _irregular(self) -> dict[str, list[tuple[int, int]]]:
+        """Of each site whose value may have other rows or positions than the tokens: which passes gave how many."""
+        found = {}
+        for key, (track, values) in self.sites.items():
+            if len(track.passes.passes) > 1 or (track.passes.passes and track.passes.passes[0].computed is not None):
+                axis = position_axes(key)[0]
+                found[key] = [(i, value.shape[axis] if value.ndim > axis else -1) for i, value in values]
+        return found
 
 
 class _Stopper:

@@ -71,7 +71,8 @@ class PromptRows:
         if rows is None or height != self.height(stack):
             raise OptionError(
                 f"{key!r} has {height} rows and the cache {self.count} prompts, and which row is of which prompt "
-                f"cannot be told: choose rows of the value itself, cache[{key!r}][rows]"
+                f"cannot be told: choose rows of the value itself, cache[{key!r}][rows]. (Where passes of one block "
+                "did not all reach a site, capture each in a block of its own.)"
             )
         return rows
 
@@ -79,6 +80,10 @@ class PromptRows:
         """The row of a prompt in the value of `key`, which has `height` of them; of a prompt with several sequences
         that of one of them."""
         if len(self.tables) < 2:
+            described = bool(self.tables) and self.tables[self.lead].mask is not None
+            if described and height != self.count and Site.looks_like(key):
+                # A block whose passes did not all reach the site: its rows are others than the prompts.
+                self.of(key, height)
             rows = [require_prompt(prompt, height)]
         else:
             rows = self.of(key, height)[require_prompt(prompt, self.count)]

@@ -6,18 +6,20 @@ its own passes. Any other model has one stack, None.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from actcache.capture.attempts import Attempts
 from actcache.capture.generation import Watch, end_tokens
 from actcache.capture.joining import Refused, Sequences, at_their_keys, group, join, n_rows, tokens_of
+from actcache.capture.own_masks import Widths, own_masks
 from actcache.capture.padding import join_tensors
 from actcache.capture.passes import Passes
 from actcache.capture.shown import Shown, shown_by
-from actcache.capture.tokens import Tables, Tokens, unless_alike
+from actcache.capture.tokens import Mask, Tables, Tokens, unless_alike
 from actcache.model.anatomy import Anatomy
 from actcache.model.sites import Site
 from actcache.model.structure import descend
@@ -30,25 +32,32 @@ class Track:
         self.passes = Passes(positions, shown)
         self.path = path
         self._generates = generates
-        self._groups: tuple[tuple[int, int], list[Sequences]] = (0, 0), []
+        self._groups: tuple[tuple[int, ...], list[Sequences]] = (), []
 
     @property
-    def state(self) -> tuple[int, int]:
+    def state(self) -> tuple[int, ...]:
         """Changes whenever values might join in another way."""
-        return len(self.passes.passes), len(self.passes.generations)
+        passes = self.passes
+        return len(passes.passes), len(passes.generations), len(passes.dropped)
 
     def sequences(self) -> list[Sequences]:
         if self._groups[0] != self.state:
-            passes, generations = self.passes.passes, self.passes.generations
-            self._groups = self.state, group(passes, generations, steps=self._generates)
+            passes = self.passes
+            made = group(passes.passes, passes.generations, steps=self._generates, dropped=passes.dropped)
+            self._groups = self.state, made
         return self._groups[1]
 
-    def joined(self, values: Iterable[tuple[int, Tensor]], axes: tuple[int, ...]) -> Tensor | Refused:
-        """One value out of pairs of a pass's index and its value; `axes` are its positions."""
+    def joined(self, values: Iterable[tuple[int, Tensor]], axes: tuple[int, ...]) -> Tensor | Refused | None:
+        """One value out of pairs of a pass's index and its value; `axes` are its positions. None where all of them come
+        from passes that failed."""
+        dropped = self.passes.dropped
         # A block that runs again in the same pass (recomputed for the gradient) gave the same value already.
         first: dict[int, Tensor] = {}
         for index, value in values:
-            first.setdefault(index, value)
+            if index not in dropped:
+                first.setdefault(index, value)
+        if not first:
+            return None
         if self.passes.passes and min(first) < 0:
             return Refused("some passes show their tokens, and others do not. Capture them in blocks of their own.")
         if len(axes) > 1 and self.passes.passes:
@@ -121,7 +130,7 @@ class Tracks:
         they are of both: its tokens are the prompts)."""
         ends = _end_tokens(self._configs)
         tables = {
-            name: tokens_of(track.passes.passes, track.sequences(), ends) if track.passes.passes else Tokens()
+            name: tokens_of(track.passes.passes, groups, ends) if (groups := track.sequences()) else Tokens()
             for name, track in self._of.items()
         }
         if len(tables) > 1 and tables["decoder"].mask is not None:
@@ -130,6 +139,20 @@ class Tracks:
         if asked and "encoder" not in asked:
             return dict(reversed(tables.items()))
         return tables
+
+    def masks(self, widths: Mapping[str, Widths]) -> dict[str, Mask]:
+        """The masks of the sites, by key, that these tokens do not describe."""
+        by_track: dict[Track, dict[str, Widths]] = {}
+        for key, given in widths.items():
+            by_track.setdefault(self.of(Site.parse(key)), {})[key] = given
+        ends, found = _end_tokens(self._configs), dict[str, Mask]()
+        for track, mine in by_track.items():
+            found |= own_masks(track.passes.passes, track.sequences(), ends, mine)
+        return found
+
+    def attempts(self) -> Attempts:
+        """What to put on the model itself, which tells whose passes failed."""
+        return Attempts([track.passes for track in self._of.values()])
 
     def _prompts(self) -> Tensor | None:
         """Which row of the encoder's each row of the decoder's goes on from: sequences of one prompt lie together."""

@@ -118,6 +118,8 @@ class SiteGradients:
             for index, gradient, form in arrived
         ]
         joined = track.joined(values, position_axes(key))
+        if joined is None:
+            return None
         if isinstance(joined, Refused):
             raise joined.error(key)
         return joined
