@@ -150,7 +150,7 @@ def test_the_tokenizer_is_found_by_the_models_name(tmp_path: Path) -> None:
         ([[5, 259]], PromptError, "token id 259"),
         ([-1], PromptError, "token id -1"),
         ([["a"]], PromptTypeError, "lists of token ids"),
-        (["a", 3], PromptTypeError, "prompt 0"),
+        (["a", 3], PromptTypeError, "prompt 1"),
         (3, PromptError, "no prompt"),
         (torch.zeros(1, 2, 3, dtype=torch.long), PromptTypeError, "integer tensor"),
         (torch.zeros(1, 2), PromptTypeError, "integer tensor"),

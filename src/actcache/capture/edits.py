@@ -35,7 +35,7 @@ from actcache.model.implementation import holding_probabilities
 from actcache.model.inner_writing import head_count
 from actcache.model.replacing import with_first_tensor
 from actcache.model.sites import PER_HEAD, SITE_NAMES, Site
-from actcache.model.structure import descend
+from actcache.model.structure import descend, require_module
 from actcache.model.taps import Taps
 from actcache.model.writing import WritePoint, write_point
 
@@ -91,8 +91,7 @@ class Editing:
     """
 
     def __init__(self, model: nn.Module, edits: Edits, *, declared: bool = False) -> None:
-        if not isinstance(model, nn.Module):
-            raise OptionError(f"edit needs a torch.nn.Module, not {type(model).__name__}")
+        require_module(model, "edit")
         self._model = original(model)
         self._declared = declared
         self._anatomy: Anatomy | None = None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, overload
 
 from torch import Tensor
 
 from actcache.capture.gradients import Changed, Gradients
 from actcache.capture.values import same_content
+from actcache.errors import LayerRangeError
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -139,7 +140,21 @@ class Entry:
     def __len__(self) -> int:
         return len(self._outputs if self._outputs is not None else self._inputs or ())
 
-    def __getitem__(self, index: int) -> Visit:
+    @overload
+    def __getitem__(self, index: int) -> Visit: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Visit]: ...
+
+    def __getitem__(self, index: int | slice) -> Visit | list[Visit]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        runs = len(self)
+        if not -runs <= index < runs:
+            some = f"{runs} visits (0 to {runs - 1})" if runs > 1 else "1 visit (0)" if runs else "no visit"
+            raise LayerRangeError(
+                f"visit {index} is out of range: the entry has {some}, one for each run of the module"
+            )
         output = MISSING if self._outputs is None else self._outputs[index]
         inputs = None if self._inputs is None else self._inputs[index]
         return Visit(output, inputs, None if self._gradients is None else self._gradients[index])

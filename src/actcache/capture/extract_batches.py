@@ -35,6 +35,7 @@ from actcache.errors import (
 from actcache.model.anatomy import describe, original
 from actcache.model.modes import evaluating
 from actcache.model.sites import Site, expand_sites
+from actcache.model.structure import require_module
 from actcache.progress import progress
 
 __all__ = ["extract_batches"]
@@ -163,8 +164,7 @@ class _Job:
         edits: Edits | None,
         tokenizer: Any,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise OptionError(f"extract_batches needs a torch.nn.Module, not {type(model).__name__}")
+        require_module(model, "extract_batches")
         if options["sites"] is None and options["modules"] is None:
             raise OptionError("name sites=, modules= or both: every module of every batch is more than memory holds")
         if reduce is not None:

@@ -18,13 +18,14 @@ from actcache.capture.nodes import Node
 from actcache.capture.positions import check_named, each_prompt, resolve_positions
 from actcache.capture.readers import OnInput, OnReturn
 from actcache.capture.recording import Recording
-from actcache.capture.requests import Modules, every_module, resolve_modules
+from actcache.capture.requests import Modules, every_module, resolve_modules, resolve_sites
 from actcache.capture.spans import needs_prompts, told_by_prompts
 from actcache.capture.values import read_device, read_dtype
 from actcache.errors import GradientError, OptionError, SiteUnavailableError
 from actcache.model.anatomy import Anatomy, ReadPoint, describe, original
 from actcache.model.modes import evaluating
 from actcache.model.sites import Site
+from actcache.model.structure import require_module
 from actcache.model.taps import Taps
 
 __all__ = ["Observation", "StopForward", "capture", "observe", "run_with_cache"]
@@ -93,8 +94,7 @@ def capture(
     ran (also listed in ``cache.missed``). With `include_grads`, `GradientError` where the model runs without a graph,
     or nothing that was captured can have a gradient.
     """
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"capture needs a torch.nn.Module, not {type(model).__name__}")
+    require_module(model, "capture")
     if not include_output and not include_inputs and (sites is None or modules is not None):
         raise OptionError("include_output and include_inputs are both off: there would be nothing to record")
     if layers is not None and sites is None:
@@ -120,7 +120,7 @@ def capture(
     anatomy: Anatomy | None = None
     if sites is not None:
         anatomy = describe(model)
-        points = anatomy.points(sites, layers)
+        points = resolve_sites(model, anatomy, sites, layers)
     elif stop_after_last or not everywhere:
         anatomy = _anatomy_if_any(model)
     if modules is not None:
@@ -177,6 +177,7 @@ def run_with_cache(
     """
     if include_grads and not torch.is_grad_enabled():
         raise GradientError("include_grads needs gradients enabled, and torch.no_grad or inference mode turns them off")
+    require_module(model, "run_with_cache")
     check_named(positions, chats=True, ids=True)
     positions = on_model(positions, original(model))
     prepared: Prepared | None = None

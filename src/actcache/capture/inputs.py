@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from os import PathLike
 from typing import Any, TypeGuard
 
 import torch
@@ -33,6 +34,9 @@ Inputs = (
     | Mapping[str, Any]
 )
 
+# Arguments of a model that have a number for each token.
+_TENSORS = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds", "decoder_input_ids"}
+
 
 @dataclass
 class Prompts:
@@ -59,6 +63,9 @@ class Preparer:
     """Makes arguments of passes of one model."""
 
     def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
+        if isinstance(tokenizer, (str, PathLike)):
+            name = repr(str(tokenizer))
+            raise OptionError(f"tokenizer is {name}: expected a tokenizer, AutoTokenizer.from_pretrained({name})")
         self._model = model
         self._tokenizer = tokenizer
         self.device = input_device(model)
@@ -92,6 +99,12 @@ class Preparer:
         """A mapping as it is, on the model's device, with position ids that follow its mask where it has none, and has
         padding in front of tokens: everything else the model counts by itself. A model that makes others than
         ``0, 1, 2, ...`` is given those."""
+        for key in _TENSORS & inputs.keys():
+            if isinstance(inputs[key], (list, tuple)):
+                raise PromptTypeError(
+                    f"inputs[{key!r}] is a {type(inputs[key]).__name__}: a dict goes to the model as it is, and has to "
+                    "hold tensors (return_tensors='pt' of a tokenizer); lists of token ids are passed without a dict"
+                )
         kwargs = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         mask = kwargs.get("attention_mask")
         ids = kwargs.get("input_ids")
@@ -167,13 +180,14 @@ class Preparer:
                 )
             rows = (inputs[None] if inputs.ndim == 1 else inputs).tolist()
             return Prompts(rows, [None] * len(rows))
+        where = ""
         try:
             items = list(inputs)
         except TypeError:
-            items = []
+            items, where = [], f" in {inputs!r:.80}"
         if not items:
             raise PromptError(
-                "there is no prompt: pass a text, a list of texts, chats, token ids, or a dict of tensors"
+                f"there is no prompt{where}: pass a text, a list of texts, chats, token ids, or a dict of tensors"
             )
         if all(isinstance(item, str) for item in items):
             for i, text in enumerate(items):
@@ -187,13 +201,16 @@ class Preparer:
             items = [items]
         if any(map(is_chat, items)):
             return self._chats(items)
-        rows = []
-        for i, item in enumerate(items):
-            ids = None if isinstance(item, (str, bytes, Mapping)) or not hasattr(item, "__iter__") else list(item)
-            if ids is None or not all(_is_id(token) for token in ids):
-                raise PromptTypeError(_other_kind(i, item))
-            rows.append([int(token) for token in ids])
-        return Prompts(rows, [None] * len(rows))
+        rows = [_ids_of(item) for item in items]
+        known = [isinstance(item, str) or row is not None for item, row in zip(items, rows, strict=True)]
+        # What is no prompt at all before what is only another kind than the first.
+        if not all(known):
+            odd = known.index(False)
+            raise PromptTypeError(_other_kind(odd, items[odd]))
+        other = next((i for i, row in enumerate(rows) if (row is None) != (rows[0] is None)), None)
+        if other is not None:
+            raise PromptTypeError(_other_kind(other, items[other]))
+        return Prompts([row for row in rows if row is not None], [None] * len(rows))
 
     def _chats(self, items: list[Any]) -> Prompts:
         for i, item in enumerate(items):
@@ -274,6 +291,12 @@ def _pads_in_front(mask: Any) -> TypeGuard[Tensor]:
 
 def _is_id(value: object) -> bool:
     return hasattr(value, "__index__") and getattr(value, "shape", ()) == ()
+
+
+def _ids_of(item: Any) -> list[int] | None:
+    """A list of token ids; None for what is none."""
+    ids = None if isinstance(item, (str, bytes, Mapping)) or not hasattr(item, "__iter__") else list(item)
+    return None if ids is None or not all(map(_is_id, ids)) else [int(token) for token in ids]
 
 
 def _other_kind(i: int, item: Any) -> str:

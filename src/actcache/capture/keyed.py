@@ -281,6 +281,10 @@ class Keyed(MutableMapping[str, Any]):
             return ""
         if (depth := self._depths.get(site.stack)) is not None and (site.layer or 0) >= depth:
             return f" The model has {depth} layers (0 to {depth - 1})."
+        whole = None if site.head is None else data.get(self._find(str(replace(site, head=None)), data) or "")
+        if isinstance(whole, Tensor) and whole.ndim > HEAD_AXIS[site.name]:
+            heads = whole.shape[HEAD_AXIS[site.name]]
+            return f" {str(replace(site, head=None))!r} has {heads} heads (0 to {heads - 1})."
         wanted = site.stack, site.name, site.head
         alike = [held for held in self._sites() if (held.stack, held.name, held.head) == wanted]
         if alike:

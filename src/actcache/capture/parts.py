@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -269,6 +269,8 @@ class Parts(Keyed):
         Raises `LayerRangeError` for a prompt that the cache does not hold, `UnknownKeyError` where nothing is chosen,
         `OptionError` for a site of which the rows of a prompt cannot be told.
         """
+        if prompts is not None:
+            self._check_prompts(prompts)
         part = type(self)()
         part._model, part._depths, part._layouts = self._model, self._depths, self._layouts
         part._called = self._called
@@ -296,6 +298,20 @@ class Parts(Keyed):
                 name: _take_items(column, chosen.leading) for name, column in (self._columns or {}).items()
             }
         return part
+
+    def _check_prompts(self, prompts: Any) -> None:
+        """Raise `OptionError` for what chooses no prompts, and for columns whose items are not theirs."""
+        if not isinstance(prompts, slice):
+            single = hasattr(prompts, "__index__") and getattr(prompts, "shape", ()) == ()
+            listed = [prompts] if single or not isinstance(prompts, Iterable) else prompts
+            if isinstance(prompts, str) or any(isinstance(one, (str, float)) or one is None for one in listed):
+                raise OptionError(f"prompts is {prompts!r:.80}: expected an int, a slice, or a list of ints")
+        rows = self._n_rows()
+        for name, column in (self._columns or {}).items():
+            if len(column) != rows:
+                raise OptionError(
+                    f"column {name!r} has {len(column)} items and the cache {rows} prompts: give it one for each"
+                )
 
     def _numbers(self, layers: Any) -> set[int]:
         held = [s.layer for s in self._sites() if s.layer is not None]

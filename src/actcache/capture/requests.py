@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
-from actcache.errors import OptionError, UnknownModuleError, did_you_mean, nearest
+from actcache.errors import OptionError, UnknownModuleError, UnknownSiteError, did_you_mean
+from actcache.model.anatomy import Anatomy, ReadPoint
+from actcache.model.sites import Site
 from actcache.model.structure import descend, has_forward, is_script
 
 Modules = str | nn.Module | Sequence[str | nn.Module]
@@ -55,6 +58,8 @@ def resolve_modules(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
     """
     wanted: dict[str, nn.Module] = {}
     table: dict[str, nn.Module] | None = None
+    if not isinstance(modules, (str, nn.Module, Iterable)):
+        raise OptionError(f"modules is {modules!r}: expected paths or torch.nn.Module objects, one or a list of them")
     for item in [modules] if isinstance(modules, (str, nn.Module)) else modules:
         if isinstance(item, str) and not _is_pattern(item):
             found = _exact(model, item)
@@ -79,6 +84,30 @@ def resolve_modules(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
     if not wanted:
         raise OptionError("modules is empty: name at least one module, or pass None for every module that runs")
     return wanted
+
+
+def resolve_sites(
+    model: nn.Module, anatomy: Anatomy, sites: str | Site | Sequence[str | Site], layers: Any
+) -> dict[Site, ReadPoint]:
+    """`Anatomy.points`, whose `UnknownSiteError` for the path of a module says where that goes."""
+    if not isinstance(sites, (str, Site, Iterable)):
+        raise OptionError(f"sites is {sites!r}: expected a name such as 'resid_post', or a list of them")
+    try:
+        return anatomy.points(sites, layers)
+    except UnknownSiteError:
+        for item in [sites] if isinstance(sites, (str, Site)) else sites:
+            if isinstance(item, str) and not Site.looks_like(item) and _names_module(model, item):
+                raise UnknownSiteError(
+                    f"{item!r} is no site but a module of this {type(model).__name__}: name it in modules={item!r}"
+                ) from None
+        raise
+
+
+def _names_module(model: nn.Module, item: str) -> bool:
+    try:
+        return bool(resolve_modules(model, item))
+    except UnknownModuleError:
+        return False
 
 
 def _exact(model: nn.Module, path: str) -> tuple[str, nn.Module] | None:
@@ -125,8 +154,18 @@ def _matching(item: str, table: dict[str, nn.Module], model: nn.Module) -> dict[
         what = f"pattern {item!r} matches no module"
     else:
         what = f"no module {item!r}"
-    near = nearest(item, table)
-    hint = did_you_mean(item, table) if near else f" Its modules: {', '.join(list(table)[1:6])}, ..."
+    if Site.looks_like(item):
+        hint = f" It is the name of a site: sites={item!r}."
+    elif _is_pattern(item):
+        deeper = f"**.{item}"
+        expression = _expression(deeper)
+        reaches = any(expression.fullmatch(path) for path in table)
+        hint = f" Did you mean {deeper!r}?" if reaches else did_you_mean(item, table)
+    else:
+        # Short for a path, an end of one is like none of them as text.
+        ends = [path for path in table if path.endswith("." + item)][:3]
+        hint = f" Did you mean {' or '.join(map(repr, ends))}?" if ends else did_you_mean(item, table)
+    hint = hint or f" Its modules: {', '.join(list(table)[1:6])}, ..."
     raise UnknownModuleError(f"{what} in this {type(model).__name__}.{hint}")
 
 

@@ -19,7 +19,7 @@ from actcache.model.inner import INNER, Inner, find_inner
 from actcache.model.media import adds_between_blocks, merges_media
 from actcache.model.read_points import ReadPoint, Unflatten, extractor
 from actcache.model.sites import PER_LAYER, SITE_NAMES, Site, SiteInfo, expand_sites, list_sites
-from actcache.model.structure import Stack, Structure, descend, find_structure
+from actcache.model.structure import Stack, Structure, descend, find_structure, require_module
 
 if TYPE_CHECKING:
     from actcache.model.layout import Layouts
@@ -372,7 +372,8 @@ def check_identities(model: nn.Module, *, sites: Iterable[Site | str] | None = N
 
 
 def original(model: nn.Module) -> nn.Module:
-    """The module behind a `torch.compile` wrapper; `model` itself otherwise."""
+    """The module behind a `torch.compile` wrapper; `model` itself otherwise. Raises `OptionError` for no module."""
+    require_module(model, "this")
     held = model.__dict__.get("_modules", {})
     # Not `get`: those of torch.jit have none.
     inner = held["_orig_mod"] if "_orig_mod" in held else None  # noqa: SIM401

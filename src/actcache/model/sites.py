@@ -303,7 +303,9 @@ def resolve_layers(spec: Any, n_layers: int) -> list[int]:
 def list_sites(model: nn.Module) -> list[SiteInfo]:
     """Every site this model has, with the module and side it is read at. Runs the identity check once per model."""
     from actcache.model.anatomy import describe
+    from actcache.model.structure import require_module
 
+    require_module(model, "sites")
     anatomy = describe(model)
     points = {site: anatomy.read_point(site) for site in anatomy.sites()}
     return [SiteInfo(site, point.path, point.side, site.shape) for site, point in points.items()]
@@ -355,6 +357,12 @@ def _unknown(text: str) -> UnknownSiteError:
     if why is not None:
         near = why.replace("{}", found["layer"].replace("*", "0") if found else "0")
         return UnknownSiteError(f"{text!r} is no site: in TransformerLens it is {near}.")
+    negative = re.fullmatch(r"(?P<all>.+\.-?\d+)\.-\d+", text)
+    if negative and (site := _known(negative["all"])) is not None and site.name in PER_HEAD:
+        return UnknownSiteError(
+            f"{text!r} names no head: in names of sites heads are counted from 0, as in '{site}.0' (heads= of edits, "
+            f"and the tensor of {str(site)!r}, take negative ones)"
+        )
     base = re.sub(r"[._]?-?L?\d.*$", "", text)
     hint = did_you_mean(base, SITE_NAMES) or did_you_mean(text, SITE_NAMES)
     return UnknownSiteError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
 
-from actcache.errors import SiteUnavailableError
+from actcache.errors import OptionError, SiteUnavailableError
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,17 @@ def find_structure(model: nn.Module) -> Structure:
         vocab_size=int(getattr(config, "vocab_size", 0) or getattr(embed, "num_embeddings", 0)),
         context_length=_context_length(config),
     )
+
+
+def require_module(model: object, who: str) -> None:
+    """Raise `OptionError` for what is no model, saying of a name what to do with it."""
+    if not isinstance(model, nn.Module):
+        named = isinstance(model, (str, PathLike))
+        load = f": load it, AutoModelForCausalLM.from_pretrained({str(model)!r})" if named else ""
+        raise OptionError(
+            f"{who} needs a torch.nn.Module, not {type(model).__name__}{load}"
+            + (" (ac.activations and ac.UnifiedCache take names)" if named else "")
+        )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
