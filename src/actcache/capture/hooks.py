@@ -85,6 +85,8 @@ def capture(
 
     Over `model.generate` the steps of a site are joined along positions, and rows follow the sequences it returns, with
     beams too; where that cannot be told, reading the site is a `SiteUnavailableError` (modules hold one visit a step).
+    By hand, a pass goes on from the one that left the KV cache it is given; with a copy of a cache, or one from outside
+    the block, its tokens are rows of their own. A cache that is cut back takes its values back too.
     A pass that an exception ended counts for nothing at sites once another ran, so that it may be tried again in the
     same block; where passes do not all reach a site, its rows are those of the passes that did.
     Passes of a model with offloaded weights always run to their end, which is where the weights leave memory again.

@@ -1,7 +1,8 @@
 """From the values of many passes to one value per token: which rows and positions of which pass are taken.
 
-Generation runs the model once per token. A pass that continues the one before it (its KV cache holds earlier
-positions, or its token ids extend them) is a step of the same sequences; any other pass brings new sequences. Where
+Generation runs the model once per token. A pass that continues an earlier one (it is given the KV cache which that one
+left, or its token ids extend those of the pass before) is a step of the same sequences; any other pass brings new
+sequences. Where
 `generate` made the passes, what it returned decides, and everything is held against it (`generation.Generation`).
 """
 
@@ -84,24 +85,37 @@ def _steps(
     made_by: list[Generation | None] = []
     of_pass = {index: made for made in generations for index in range(made.start, made.stop)}
     begun: Generation | None = None
-    for number, index in enumerate(kept):
-        one = passes[index]
-        made, before = of_pass.get(index), passes[kept[number - 1]] if number else None
+    # Of each pass, the number of the sequences that it is a step of.
+    number_of: dict[int, int] = {}
+    for place, index in enumerate(kept):
+        one, made, last = passes[index], of_pass.get(index), kept[place - 1] if place else None
         begins, begun = made is not begun, made
-        if made is not None and not begins:
-            steps[-1].append(index)
-        elif (
-            before is not None
-            and before.batch == one.batch
-            and (one.past > 0 or _extends(before, one))
-            and _goes_on(made_by[-1], made, before, one)
-        ):
-            steps[-1].append(index)
-            made_by[-1] = made if made is not None else made_by[-1]
-        else:
+        before = last
+        if made is None or begins:
+            before = _continued(passes, last, one)
+            number = number_of.get(before, -1) if before is not None else -1
+            if before is None or number < 0 or steps[number][-1] != before:
+                # Others went on from there already.
+                before = None
+            elif not _goes_on(made_by[number], made, passes[before], one):
+                before = None
+        if before is None:
+            number_of[index] = len(steps)
             steps.append([index])
             made_by.append(made)
+        else:
+            number = number_of[index] = number_of[before]
+            steps[number].append(index)
+            made_by[number] = made if made is not None else made_by[number]
     return list(zip(steps, made_by, strict=True))
+
+
+def _continued(passes: Sequence[Pass], last: int | None, one: Pass) -> int | None:
+    """Which pass this one goes on from: the one that left its cache, or the `last`, which it repeats; None for new
+    sequences, and where its cache is none that a pass here left (a copy may be of any of them)."""
+    if one.past:
+        return one.continues
+    return last if last is not None and passes[last].batch == one.batch and _extends(passes[last], one) else None
 
 
 def _goes_on(earlier: Generation | None, made: Generation | None, before: Pass, one: Pass) -> bool:
@@ -125,7 +139,7 @@ def _sequences(passes: Sequence[Pass], indices: list[int], made: Generation | No
     steps = [(index, passes[index]) for index in indices]
     if made is None or made.stop <= indices[-1]:
         # Steps of the caller's own, with nothing to hold them against.
-        moved = any(one.reordered for _, one in steps)
+        moved = any(one.reordered for _, one in steps[1:])
         return Sequences(in_order(steps), None, _REORDERED if moved else None)
     same = all(one.batch == steps[0][1].batch for _, one in steps)
     if made.sequences is None or not same:
@@ -137,7 +151,7 @@ def _sequences(passes: Sequence[Pass], indices: list[int], made: Generation | No
                 refusal = _LEFT_BEHIND if left_behind(passes, pieces) else None
                 return Sequences(pieces, made, refusal, Latest.among(passes, pieces))
         return Sequences([], made, _CONTRADICTED)
-    if any(one.reordered for _, one in steps):
+    if any(one.reordered for _, one in steps[1:]):
         return Sequences([], made, _REORDERED)
     # All tokens but the last went through the model, and with drafts some that were given up again.
     width = made.sequences.shape[1] - 1

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from actcache.capture.caches import CachesSeen, Left, cache_of, first_state
 from actcache.capture.generation import Generation
 from actcache.capture.media import needs_ids, told_by_ids
 from actcache.capture.positions import each_prompt, is_single, resolve_positions
@@ -40,6 +41,8 @@ class Pass:
     """Columns of `keep` that belong to each named position, as in `tokens.Tokens`."""
     computed: Tensor | None = None
     """The positions that logits are computed for, ``[n]``, where the model was given them one by one."""
+    continues: int | None = None
+    """Index of the pass that left the cache which this one was given; None where there is none, or it is not known."""
     reordered: bool | None = None
     """Whether the rows of the cache were exchanged since the pass before; None when that cannot be told."""
 
@@ -108,12 +111,14 @@ class Passes:
         #: Positions of which the call that is running computes logits, ``[n]``; None where it was not told them.
         self.computed: Tensor | None = None
         self._state: weakref.ref[Tensor] | None = None
+        self._caches = CachesSeen()
+        self._given: Any = None
 
     def copy(self) -> Passes:
         """The same passes, noted for itself from here on."""
         made = copy.copy(self)
         made.passes, made.generations = list(self.passes), list(self.generations)
-        made._failed = set(self._failed)
+        made._failed, made._caches = set(self._failed), self._caches.copy()
         return made
 
     def listeners(self, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, _PassListener]]:
@@ -140,8 +145,10 @@ class Passes:
             self.shows_nothing()
             return False
         cache = given.get("past_key_values")
-        past = _cached(cache, given) if cache is not None else self._carried(given, tokens.shape[0])
-        state = _first_state(given.get("cache_params") if cache is None else cache) if past else None
+        source = given.get("cache_params") if cache is None else cache
+        left = None if source is None else self._caches.of(source)
+        past = _cached(cache, given) if cache is not None else self._carried(given, tokens.shape[0], left)
+        state = first_state(source) if past else None
         ids, mask = None if tokens.is_floating_point() else tokens, given.get("attention_mask")
         if ids is None and self._shown is not None:
             ids, known = self._shown.of(tokens.shape[0], tokens.shape[1], past)
@@ -153,11 +160,14 @@ class Passes:
             length=tokens.shape[1],
             past=past,
             computed=None if self.computed is None else self.computed.detach().to("cpu", copy=True),
-            reordered=self._exchanged(state, past, tokens.shape[0]),
+            reordered=self._exchanged(state, past, tokens.shape[0], left),
         )
         if self._positions is not None:
             kept, one.names = _kept(one, self._positions)
             one.keep = kept.to(tokens.device)
+        if left is not None and left.batch == one.batch and 0 < past <= left.end:
+            one.continues = left.index
+        self._given = source
         self.passes.append(one)
         self._latest = len(self.passes) - 1
         self._open = True
@@ -170,10 +180,16 @@ class Passes:
             self._latest = -1 - self._unknown
 
     def finish(self, output: Any = None) -> None:
+        """The pass is over; `output` is None where it failed."""
         self._open = False
-        cache = getattr(output, "past_key_values", None)
-        state = _first_state(getattr(output, "cache_params", None) if cache is None else cache)
+        given, self._given = self._given, None
+        cache = cache_of(output)
+        state = first_state(cache)
         self._state = weakref.ref(state) if state is not None else None
+        if output is not None and self._latest >= 0:
+            one = self.passes[-1]
+            for left in (given, cache) if cache is not given else (given,):
+                self._caches.note(left, self._latest, one.end, one.batch)
 
     @property
     def so_far(self) -> tuple[int, int]:
@@ -209,24 +225,27 @@ class Passes:
         ):
             self.generations[len(self.generations) - len(inner) :] = [generation]
 
-    def _exchanged(self, state: Tensor | None, past: int, batch: int) -> bool | None:
-        """Whether the cache holds another tensor of the same length than after the last pass."""
-        before = self.passes[-1] if self.passes else None
-        if state is None or self._state is None or before is None or (before.end, before.batch) != (past, batch):
+    def _exchanged(self, state: Tensor | None, past: int, batch: int, left: Left | None) -> bool | None:
+        """Whether the cache holds another tensor of the same length than the pass that left it did, or, where that is
+        not known, the last one."""
+        known: Left | Pass | None = left if left is not None else self.passes[-1] if self.passes else None
+        before = self._state if left is None else left.state
+        if state is None or before is None or known is None or (known.end, known.batch) != (past, batch):
             return None
-        return batch > 1 and self._state() is not state
+        return batch > 1 and before() is not state
 
-    def _carried(self, given: dict[str, Any], batch: int) -> int:
+    def _carried(self, given: dict[str, Any], batch: int, left: Left | None) -> int:
         """Positions behind a recurrent state, which does not count them: those of the passes that made it."""
         state = given.get("cache_params")
-        if state is None or not self.passes or self.passes[-1].batch != batch:
+        before: Left | Pass | None = left if left is not None else self.passes[-1] if self.passes else None
+        if state is None or before is None or before.batch != batch:
             return 0
         started = getattr(state, "has_previous_state", None)
         if callable(started):
-            return self.passes[-1].end if started() else 0
+            return before.end if started() else 0
         # transformers 4: a state that has been used is told where the one new token stands.
         at = given.get("cache_position")
-        return self.passes[-1].end if isinstance(at, Tensor) and at.numel() == 1 else 0
+        return before.end if isinstance(at, Tensor) and at.numel() == 1 else 0
 
     @property
     def latest(self) -> Pass | None:
@@ -345,19 +364,3 @@ def _mask_of_tokens(mask: Any, past: int, length: int) -> Tensor | None:
         return None
     own = mask.detach()[:, 0, :, past : past + length].diagonal(dim1=1, dim2=2)
     return own.clone() if own.dtype == torch.bool else own == 0
-
-
-def _first_state(cache: Any) -> Tensor | None:
-    """The first tensor that a KV cache or a recurrent state holds; None where there is none, or where layers move
-    between devices. Exchanging rows puts another tensor there, which running the model does not do in between."""
-    cache = getattr(cache, "self_attention_cache", cache)
-    if cache is None or getattr(cache, "offloading", False):
-        return None
-    layers = getattr(cache, "layers", None)
-    holder = layers[0] if layers else cache
-    found = getattr(holder, "keys", None) if layers else None
-    if not isinstance(found, Tensor):
-        found = getattr(holder, "conv_states", cache if isinstance(cache, (tuple, list)) else None)
-    while isinstance(found, (tuple, list, dict)) and found:
-        found = next(iter(found.values())) if isinstance(found, dict) else found[0]
-    return found if isinstance(found, Tensor) else None
