@@ -69,7 +69,8 @@ _LEGEND = """\
 - **batching**: which prompts share a batch. *any*: those of any length, padded. *equal*: those of one length.
   *alone*: none.
 - **attn_in** to **head_out**: of self-attention. **mlp_act** is absent where there are experts, each of which has
-  hidden activations of its own.
+  hidden activations of its own. **head_out** is what comes out of the output projection, before a dropout behind it:
+  in training mode, where the model drops some of it, its sum is not what the attention module returns.
 - **hidden_states**: what transformers gives for `output_hidden_states=True`. *in*: the input of every block under its
   number; *out*: the output of every block. The last entry is the output of the final *norm*, the last block's output
   (*out*), or *other*: no site. So the last block's output is often not among them; `resid_post` always is.

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 import actcache as ac
 from actcache.cli.app import VERBS, app
@@ -149,7 +150,8 @@ def test_list_gives_prompts_as_they_were_given(cli: Cli, tmp_path: Path) -> None
     assert variant["prompts"][1]["num_tokens"] == 3
     status, out, _ = cli("list", MODEL)
     assert status == 0
-    assert [line.split(maxsplit=1)[1] for line in out.splitlines()] == ["two\\nlines", "[1, 2, 3]"]
+    said = AutoTokenizer.from_pretrained(MODEL).decode([1, 2, 3])
+    assert [line.split(maxsplit=1)[1] for line in out.splitlines()] == ["two\\nlines", f"{said!r} [1, 2, 3]"]
 
 
 def test_list_keeps_variants_apart(cli: Cli) -> None:

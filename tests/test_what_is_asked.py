@@ -9,6 +9,7 @@ import torch
 
 import actcache as ac
 from actcache.errors import (
+    JoinError,
     LayerRangeError,
     OptionError,
     PromptError,
@@ -119,3 +120,32 @@ def test_visits_of_an_entry(model: Any) -> None:
     assert [visit.hidden.shape[1] for visit in entry[:]] == [3, 4]
     assert [visit.hidden.shape[1] for visit in entry[1:]] == [4]
     assert entry[-1].hidden.shape[1] == 4
+
+
+def test_every_token_and_chosen_ones_do_not_join(model: Any, cache: ac.ActivationCache) -> None:
+    last = ac.run_with_cache(model, IDS, sites=["resid_post", "pattern"], positions="last")[1]
+    named = ac.run_with_cache(model, IDS, sites=["resid_post", "pattern"], positions={"last": -1})[1]
+    whole = cache.select()
+    for one, other in [(whole, last), (last.select(), whole), (whole, named.at("last"))]:
+        before = one["resid_post.0"].clone()
+        with pytest.raises(JoinError, match=r"chosen positions \(positions=\), .* every token"):
+            one.cat(other)
+        with pytest.raises(JoinError, match="chosen positions"):
+            ac.ActivationCache.concatenate([one, other])
+        assert torch.equal(one["resid_post.0"], before)
+    # One token each, wherever it stands in its prompt, is what single captures are joined for.
+    first = ac.run_with_cache(model, IDS, sites=["resid_post", "pattern"], positions=0)[1]
+    both = ac.ActivationCache.concatenate([last, first])
+    assert both["resid_post.0"].shape[:2] == (4, 1)
+    assert ac.ActivationCache.concatenate([whole, cache])["resid_post.0"].shape[0] == 4
+
+
+def test_sites_are_printed_as_a_table(model: Any) -> None:
+    found = ac.sites(model)
+    lines = str(found).splitlines()
+    assert lines[0].split() == ["site", "blocks", "shape", "read", "at"]
+    assert len(lines) == 1 + len({info.site.name for info in found}) < len(found)
+    line = next(line for line in lines if line.startswith("resid_post."))
+    assert line.split() == ["resid_post.0", "0-3", "[B,", "S,", "D]", "output", "of", "transformer.h.0"]
+    assert isinstance(found, list)
+    assert found[0] in found

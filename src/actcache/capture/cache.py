@@ -48,7 +48,8 @@ class ActivationCache(Analysis):
         become a list, one item per batch); dicts join per key, modules per visit, labels in `columns` per prompt; lists
         are strung together, and all other values are collected into a list, one item per batch. What was registered
         with `register_aggregation` comes first. Keys that only one side has: an error, or with ``missing="pad"`` zeros
-        (None) and a mask that leaves them out, or with ``missing="drop"`` they go.
+        (None) and a mask that leaves them out, or with ``missing="drop"`` they go. Captures of every token do not join
+        those of chosen `positions`, which count other tokens.
 
         Values are joined when one is next read, so that any number of calls in a row costs one join; to read values in
         between at no cost, see `deferred_mode`. Raises `JoinError` or `AggregationError`; either changes nothing.
@@ -64,6 +65,13 @@ class ActivationCache(Analysis):
         batch = other._batch()
         if not batch.items and not batch.columns:
             return self
+        if None not in (self._cut, other._cut) and self._cut != other._cut:
+            chosen, all_of = ("what is added", "what there is") if other._cut else ("what there is", "what is added")
+            raise JoinError(
+                f"{chosen} holds chosen positions (positions=), {all_of} every token: a position would mean another "
+                "token in one than in the other. Capture both with the same positions, or take all tokens in both and "
+                "choose later"
+            )
         join = self._join
         if join is None or join.pad != pad:
             self._settle()
@@ -71,6 +79,7 @@ class ActivationCache(Analysis):
         join.add(batch, missing=missing, copy=copying)
         self._join = join
         self._depths, self._model = self._depths or other._depths, self._model or other._model
+        self._cut = other._cut if self._cut is None else self._cut
         self._layouts, self._called = self._layouts or other._layouts, self._called or other._called
         self.missed += [key for key in other.missed if key not in self.missed]
         return self

@@ -58,6 +58,8 @@ class Keyed(MutableMapping[str, Any]):
     _gradients: SiteGradients | None = None
     _join: Join | None = None
     _called: Names | None = None
+    # Whether positions were chosen when it was captured; None where nobody knows.
+    _cut: bool | None = None
     _deferred = 0
     _batches = 1
 

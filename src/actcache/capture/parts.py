@@ -191,7 +191,7 @@ class Parts(Keyed):
         self._require_name(name, sorted({known for table in state.tables.values() for known in table.names}))
         part = type(self)()
         part._model, part._depths, part._layouts, part.tokens = self._model, self._depths, self._layouts, None
-        part._called = self._called
+        part._called, part._cut = self._called, True
         part._tokens = cut_tables(state.tables, name)
         part._columns, part._metadata = dict(self._columns or {}), dict(self._metadata or {})
         for key, value in self._data.items():
@@ -273,7 +273,7 @@ class Parts(Keyed):
             self._check_prompts(prompts)
         part = type(self)()
         part._model, part._depths, part._layouts = self._model, self._depths, self._layouts
-        part._called = self._called
+        part._called, part._cut = self._called, self._cut
         part.missed = list(self.missed)
         names = None if sites is None else {Site.parse(s) for s in ([sites] if isinstance(sites, str) else sites)}
         numbers = None if layers is None else self._numbers(layers)

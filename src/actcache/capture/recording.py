@@ -118,6 +118,7 @@ class Recording:
             last += [(p.module, OwnTensors("pattern", every=True)) for p in self._points.values() if p.probabilities]
         cache = ActivationCache()
         cache._begin(recorder, self._model, self._anatomy)
+        cache._cut = cuts
         if self._names is not None:
             cache._called = self._names
         taps = self._taps = Taps()

@@ -19,9 +19,12 @@ from actcache.cli.options import debug_option, json_option, space_option, store_
 def command(model: str, space: str | None, store: str | None, as_json: bool) -> None:
     """List the prompts that are stored for MODEL, each with its number of tokens.
 
+    Before token ids (those of generated sequences for one) stands what they say, where the model's tokenizer is on this
+    machine.
+
     A model that is stored in several variants (revision, dtype, edits, ...) has a list for each.
     """
-    from actcache.cli.lookup import readable, variants_of
+    from actcache.cli.lookup import in_words, readable, variants_of
     from actcache.cli.output import count, one_line, print_json, size
     from actcache.store.default import store_at
 
@@ -50,6 +53,6 @@ def command(model: str, space: str | None, store: str | None, as_json: bool) -> 
             held = f"{count(variant.num_prompts, 'prompt')}, {size(variant.size_bytes)}"
             click.echo(f"# {name}{revision}, space {variant.space}: {held}")
         for prompt in readable(opened.prompts(variant.space)):
-            text = prompt["prompt"] if isinstance(prompt["prompt"], str) else str(prompt["prompt"])
+            text = in_words(prompt["prompt"], variant.model_name)
             tokens = "?" if prompt["num_tokens"] is None else prompt["num_tokens"]
             click.echo(f"{tokens:>5}  {one_line(text, width)}")

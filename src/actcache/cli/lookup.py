@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +65,23 @@ def readable(table: PromptTable) -> list[dict[str, Any]]:
     return prompts
 
 
+def in_words(prompt: Any, model_name: str) -> str:
+    """A prompt as one text: token ids behind what they say, where the model's tokenizer is on this machine."""
+    if isinstance(prompt, str):
+        return prompt
+    ids = isinstance(prompt, list) and all(type(item) is int and item >= 0 for item in prompt)
+    tokenizer = _tokenizer(model_name) if ids else None
+    return str(prompt) if tokenizer is None else f"{tokenizer.decode(prompt, skip_special_tokens=False)!r} {prompt}"
+
+
 def token_pieces(model_name: str, ids: list[int]) -> list[str] | None:
     """The text of each token, by the model's own tokenizer file; None when it is not on this machine."""
+    tokenizer = _tokenizer(model_name)
+    return None if tokenizer is None else [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(model_name: str) -> Any:
     path = Path(model_name, "tokenizer.json")
     if not path.is_file():
         from huggingface_hub import try_to_load_from_cache
@@ -80,5 +96,4 @@ def token_pieces(model_name: str, ids: list[int]) -> list[str] | None:
         path = Path(found)
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(path))
-    return [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+    return Tokenizer.from_file(str(path))

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from actcache.cli.options import debug_option, json_option
-
-if TYPE_CHECKING:
-    from actcache.model.sites import SiteInfo
 
 
 @click.command("sites")
@@ -35,27 +30,7 @@ def command(model: str, revision: str | None, trust_remote_code: bool, as_json: 
     if as_json:
         print_json([{"site": str(i.site), "shape": i.shape, "path": i.path, "side": i.side} for i in found])
         return
-    families: dict[tuple[str | None, str], list[SiteInfo]] = {}
-    for info in found:
-        families.setdefault((info.site.stack, info.site.name), []).append(info)
     rows = table("site", "blocks", "shape", "read at")
-    for members in families.values():
-        first = members[0]
-        blocks = (
-            "" if first.site.layer is None else _ranges([i.site.layer for i in members if i.site.layer is not None])
-        )
-        rows.add_row(
-            str(first.site), blocks, first.shape.replace("[", r"\["), f"{first.side} of {first.path or 'the model'}"
-        )
+    for site, blocks, shape, where in found.rows():
+        rows.add_row(site, blocks, shape.replace("[", r"\["), where)
     console().print(rows)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """``0-3, 5`` for [0, 1, 2, 3, 5]."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

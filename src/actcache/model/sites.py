@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache, total_ordering
 from typing import TYPE_CHECKING, Any, Protocol
 
 from actcache.errors import LayerRangeError, OptionError, UnknownSiteError, did_you_mean
+from actcache.model.site_list import SiteList
 
 if TYPE_CHECKING:
     from torch import nn
@@ -300,15 +301,16 @@ def resolve_layers(spec: Any, n_layers: int) -> list[int]:
     return list(resolved)
 
 
-def list_sites(model: nn.Module) -> list[SiteInfo]:
-    """Every site this model has, with the module and side it is read at. Runs the identity check once per model."""
+def list_sites(model: nn.Module) -> SiteList:
+    """Every site this model has, with the module and side it is read at; printed, a table with a line for each kind of
+    site. Runs the identity check once per model."""
     from actcache.model.anatomy import describe
     from actcache.model.structure import require_module
 
     require_module(model, "sites")
     anatomy = describe(model)
     points = {site: anatomy.read_point(site) for site in anatomy.sites()}
-    return [SiteInfo(site, point.path, point.side, site.shape) for site, point in points.items()]
+    return SiteList(SiteInfo(site, point.path, point.side, site.shape) for site, point in points.items())
 
 
 def _read(text: str) -> Site | None:
