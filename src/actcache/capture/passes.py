@@ -20,7 +20,7 @@ from actcache.capture.positions import each_prompt, is_single, resolve_positions
 from actcache.capture.shown import Shown
 from actcache.capture.tokens import take_columns
 from actcache.capture.values import kv_length
-from actcache.errors import OptionError
+from actcache.errors import LayerRangeError, OptionError
 
 _ID_NAMES = ("input_ids", "decoder_input_ids", "inputs_embeds")
 
@@ -51,11 +51,14 @@ class Pass:
         """Positions there are after this pass."""
         return self.past + self.length
 
-    def cut(self, tensor: Tensor, axis: int = 1) -> Tensor:
+    def cut(self, tensor: Tensor, axis: int = 1, *, logits: bool = False) -> Tensor:
         """The kept positions of a tensor that has them along `axis`; one that does not have a row for each prompt and a
-        place for each position is left as it is."""
+        place for each position is left as it is. Of `logits` fewer may be computed: raises `OptionError` where a kept
+        one is not among them."""
         if self.keep is None or tensor.ndim <= axis:
             return tensor
+        if logits and tensor.shape[0] == self.batch and tensor.shape[axis] < self.length:
+            return take_columns(tensor, self._among_computed(tensor.shape[axis]), axis)
         whole = (tensor.shape[0], tensor.shape[axis]) == (self.batch, self.length)
         return take_columns(tensor, self.keep, axis) if whole else tensor
 
@@ -68,9 +71,28 @@ class Pass:
             return torch.arange(width).expand(self.batch, -1)
         if not logits or width > self.length:
             return None
+        return self._computed(width).expand(self.batch, -1)
+
+    def _computed(self, width: int) -> Tensor:
+        """The positions of logits, of which fewer are computed than there are positions."""
         if self.computed is not None and self.computed.numel() == width:
-            return (self.computed.flatten() % self.length).expand(self.batch, -1)
-        return torch.arange(self.length - width, self.length).expand(self.batch, -1)
+            return self.computed.flatten() % self.length
+        return torch.arange(self.length - width, self.length)
+
+    def _among_computed(self, width: int) -> Tensor:
+        """Where the kept positions are among those of logits, as `keep`."""
+        assert self.keep is not None
+        keep = self.keep.cpu()
+        place = torch.full((self.length,), -1)
+        place[self._computed(width)] = torch.arange(width)
+        found = place[keep.clamp_min(0)].where(keep >= 0, -1)
+        if bool(((found < 0) & (keep >= 0)).any()):
+            raise OptionError(
+                "positions choose logits that were not computed: with logits_to_keep, which generate sets to 1 for its "
+                f"prompt, the model computed them for {width} of {self.length} tokens. Call the model without "
+                "logits_to_keep, choose positions='last', or leave logits out of sites."
+            )
+        return found
 
     def real(self) -> Tensor:
         """Which of this pass's positions are real: bool ``[B, S]``."""
@@ -163,7 +185,7 @@ class Passes:
             reordered=self._exchanged(state, past, tokens.shape[0], left),
         )
         if self._positions is not None:
-            kept, one.names = _kept(one, self._positions)
+            kept, one.names = _kept_of_step(one, self._positions) if past else _kept(one, self._positions)
             one.keep = kept.to(tokens.device)
         if left is not None and left.batch == one.batch and 0 < past <= left.end:
             one.continues = left.index
@@ -261,7 +283,7 @@ class Passes:
     def cuts(self) -> bool:
         return self._positions is not None
 
-    def cut(self, tensor: Tensor, axis: int = 1) -> Tensor:
+    def cut(self, tensor: Tensor, axis: int = 1, *, logits: bool = False) -> Tensor:
         """`Pass.cut` of the running pass, for the value of a site. Raises `OptionError` for one that has more positions
         than the pass has tokens."""
         one = self.require()
@@ -270,7 +292,7 @@ class Passes:
                 f"positions cannot be told: for {one.length} tokens this model has {tensor.shape[axis]} positions, as "
                 "where it puts those of an image in front of the text. Leave positions out, and cut what was captured."
             )
-        return one.cut(tensor, axis)
+        return one.cut(tensor, axis, logits=logits)
 
     def require(self) -> Pass:
         """The running pass. Raises `OptionError` where nothing shows its tokens."""
@@ -313,6 +335,18 @@ class _PassListener:
 @cache
 def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _kept_of_step(one: Pass, positions: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """`_kept` of a pass that goes on from a cache."""
+    try:
+        return _kept(one, positions)
+    except LayerRangeError as error:
+        raise LayerRangeError(
+            f"{error}. In a capture positions count the tokens of each pass, and this one goes on behind {one.past} "
+            "in the KV cache, as the steps of generate do. Capture all positions (leave positions out) and cut then: "
+            "cache.rows(key)[0][2:4], or run the prompt alone with run_with_cache."
+        ) from error
 
 
 def _kept(one: Pass, positions: Any) -> tuple[Tensor, dict[str, Tensor]]:

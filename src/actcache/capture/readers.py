@@ -53,8 +53,8 @@ class WatchedSite:
         self._axis = position_axes(key)[0]
 
     def __call__(self, raw: Any, value: Tensor, kept: Tensor) -> None:
-        one, axis = self._passes.latest, self._axis
-        cut = None if one is None or not self._passes.cuts else lambda gradient: one.cut(gradient, axis)
+        one, axis, logits = self._passes.latest, self._axis, self._key == "logits"
+        cut = None if one is None or not self._passes.cuts else lambda gradient: one.cut(gradient, axis, logits=logits)
         gradients = self._watcher.site(self._key, self._point, raw, value, cut)
         self.found.append((self._passes.current, gradients, kept.new_empty(kept.shape, device="meta")))
 
@@ -174,18 +174,19 @@ def site_reader(
     extract: Callable[[Any], Tensor],
     keep: Keep,
     passes: Passes,
-    axis: int,
+    key: str,
     count: Count | None,
     watch: WatchedSite | None,
 ) -> Callable[[Any], None]:
     """A reader of one site, out of what its module returned or was called with."""
+    axis, logits = position_axes(key)[0], key == "logits"
 
     def read(raw: Any) -> None:
         tensor = extract(raw)
         # Not before: a run that repeats another has to save for the graph what that saved.
         if watch is not None and recomputing():
             return
-        kept = keep(passes.cut(tensor, axis) if passes.cuts else tensor)
+        kept = keep(passes.cut(tensor, axis, logits=logits) if passes.cuts else tensor)
         values.append((passes.current, kept))
         if watch is not None:
             watch(raw, tensor, kept)

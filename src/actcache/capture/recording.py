@@ -214,7 +214,7 @@ class Recording:
             extract = point.extract
             if self._keep["detach"] and (watch is None or site.name == "head_out"):
                 extract = graphless(extract)
-            read = site_reader(values, extract, keep, track.passes, position_axes(key)[0], count, watch)
+            read = site_reader(values, extract, keep, track.passes, key, count, watch)
             listeners += [(module, OnInput(note)) for module, note in point.around]
             if point.guards:
                 guards += point.guards
