@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,11 +123,12 @@ def test_visits_of_an_entry(model: Any) -> None:
     assert entry[-1].hidden.shape[1] == 4
 
 
-def test_every_token_and_chosen_ones_do_not_join(model: Any, cache: ac.ActivationCache) -> None:
+def test_every_token_and_chosen_ones_do_not_join(model: Any, cache: ac.ActivationCache, tmp_path: Path) -> None:
     last = ac.run_with_cache(model, IDS, sites=["resid_post", "pattern"], positions="last")[1]
     named = ac.run_with_cache(model, IDS, sites=["resid_post", "pattern"], positions={"last": -1})[1]
     whole = cache.select()
-    for one, other in [(whole, last), (last.select(), whole), (whole, named.at("last"))]:
+    kept = ac.ActivationCache.load(last.save(tmp_path / "last.safetensors"))
+    for one, other in [(whole, last), (last.select(), whole), (whole, named.at("last")), (whole, kept)]:
         before = one["resid_post.0"].clone()
         with pytest.raises(JoinError, match=r"chosen positions \(positions=\), .* every token"):
             one.cat(other)

@@ -63,6 +63,7 @@ def save(cache: Keyed, path: str | os.PathLike[str]) -> Path:
         "depths": list(cache._depths.items()),
         "layouts": [[stack, [list(block) for block in blocks]] for stack, blocks in cache._layouts.items()],
         "names": cache._called.given if cache._called is not None else {},
+        "cut": cache._cut,
         "missed": cache.missed,
         "tokens": cache.tokens,
         "batches": cache._batches,
@@ -124,7 +125,7 @@ def load(kind: type[K], path: str | os.PathLike[str]) -> K:
         for stack, blocks in found.get("layouts", [])
     }
     cache._called = Names(found["names"]) if found.get("names") else None
-    cache._batches = found["batches"]
+    cache._batches, cache._cut = found["batches"], found.get("cut")
     cache.missed, cache.tokens = found["missed"], found["tokens"]
     return cache
 
