@@ -33,6 +33,7 @@ from actcache.store.spaces import FILE, drop_if_empty
 from actcache.store.tombs import Keys, count_distinct, is_member, write_tomb
 
 _ROUNDS = 64
+_SAID = (LABEL, METADATA)
 # Segments of which at least this part was invalidated are written anew before anything that is live goes.
 _GARBAGE = 0.25
 # What a segment holds beside its rows, roughly: altogether, for each column, and for each number in a row.
@@ -216,7 +217,7 @@ class _Eviction:
                 medians = index.reads.medians()
                 held = list(index.sealed())
             for number, info in held:
-                if info.layout in (LABEL, METADATA):
+                if info.layout in _SAID:
                     # Nobody can compute them again: they go when all else of their prompts has gone.
                     continue
                 yield _Victim(index, number, info, medians.get(info.name, info.created_ns))
@@ -265,8 +266,11 @@ class _Eviction:
     def _clear_out_open(self, need: int) -> None:
         """Where all else does not do, also what is being written; its writer notices and goes on in another file."""
         files = [(index, file) for index in self.indexes for file in index.opened]
-        for index, file in sorted(files, key=lambda f: max((b.info.created_ns for b in f[1].batches), default=0)):
-            if need > 0 and is_ours(file.path, OPEN_NAME):
+        # What people said goes only with the vectors of its prompts: here where all of them go, else in `_finish`.
+        said = {file: file.metadata.get("layout") in _SAID for _, file in files}
+        ages = {file: max((b.info.created_ns for b in file.batches), default=0) for _, file in files}
+        for index, file in sorted(files, key=lambda f: (said[f[1]], ages[f[1]])):
+            if need > 0 and is_ours(file.path, OPEN_NAME) and not (said[file] and self.limit):
                 with index.lock:
                     keys = [b.info.prompt_key for b in file.batches]
                 need -= _allocated(file.path.stat())
@@ -281,6 +285,13 @@ class _Eviction:
         for index in self.gone:
             with contextlib.suppress(DiskFullError):
                 self._drop_derived(index, np.concatenate(self.gone[index]))
+        if self._on_disk() > self.limit:
+            # What was said of prompts whose vectors went in another way: by damage, or an eviction killed just here.
+            for index in self.indexes:
+                said = [info.prompt_key for _, info in index.segments() if info.layout in _SAID]
+                if said:
+                    with contextlib.suppress(DiskFullError):
+                        self._drop_derived(index, np.concatenate(said))
         for index in self.indexes:
             index.refresh(force=True)
             tidy(index)
