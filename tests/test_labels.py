@@ -18,6 +18,7 @@ import torch
 
 import actcache as ac
 from actcache.errors import NotCachedError, OptionError, PartialWarmupError
+from actcache.store.appending import Appender
 from actcache.store.records import LABEL, METADATA
 from actcache.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -97,6 +98,40 @@ def test_merging_keeps_the_last(folder: Path, tmp_path: Path) -> None:
     assert len(list(place.rglob("*.safetensors"))) < 12
     ac.Store(place).compact()
     assert same(fresh(folder, place).get_labels(TEXTS), [19, 1, "19", 0.5])
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_the_last_counts_however_clocks_differ(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grown: bool
+) -> None:
+    """Machines that share a store, or one whose clock was set back."""
+    place = tmp_path / "store"
+    if grown:
+        # From the first batch on into files that grow, as in long runs from the second on.
+        init = Appender.__init__
+
+        def growing(self: Appender, *given: Any) -> None:
+            init(self, *given)
+            self._known = type("All", (set,), {"__contains__": lambda *_: True})()
+
+        monkeypatch.setattr(Appender, "__init__", growing)
+    clock = time.time_ns
+    long = "x" * 300
+    # Of several widths, which lie in segments of their own.
+    for turn, labels in enumerate([[1, 2, 3, 4], [5, long, 6, 7], [8, "b", long, 7], [0, 0, 0, long]]):
+        with monkeypatch.context() as patched:
+            patched.setattr(time, "time_ns", lambda turn=turn: clock() - turn * 600 * 10**9)
+            cache = ac.UnifiedCache(
+                folder, store=ac.Store(place, index_dir=tmp_path / str(turn)), compute_perplexity=False
+            )
+            cache.warmup(TEXTS, labels=labels, metadata={"turn": [turn] * 4})
+        assert same(fresh(folder, place).get_labels(TEXTS), labels)
+        assert fresh(folder, place).get_metadata(TEXTS) == [{"turn": turn}] * 4
+    files = sorted(place.rglob("*.safetensors"))
+    fresh(folder, place).warmup(TEXTS, labels=labels)
+    assert sorted(place.rglob("*.safetensors")) == files
+    ac.Store(place).compact()
+    assert same(fresh(folder, place).get_labels(TEXTS), labels)
 
 
 def test_however_a_prompt_is_given_it_is_the_same_prompt(folder: Path, tmp_path: Path) -> None:

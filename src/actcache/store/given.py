@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from actcache.store.prompts import PromptTable
 from actcache.store.records import LABEL, METADATA, Records
 
 if TYPE_CHECKING:
+    from actcache.store.index import SpaceIndex
     from actcache.store.store import Store
 
 KINDS = (LABEL, METADATA)
@@ -41,6 +43,21 @@ def records(kind: str, prompts: PromptTable, values: Sequence[bytes]) -> list[Re
         one.screened = True
         made.append(one)
     return made
+
+
+def in_turn(index: SpaceIndex, records: list[Records]) -> list[Records]:
+    """`records` of one signature, labels and metadata so that they count as newer than all that `index` knows of.
+
+    Copies of vectors are equal, so that their age decides nothing; here a clock behind that of an earlier writer would
+    hide what is said now.
+    """
+    layout = records[0].layout
+    if layout not in KINDS:
+        return records
+    with index.lock:
+        index.refresh()
+        newest = max((info.created_ns for _, info in index.segments() if info.layout == layout), default=-1)
+    return [replace(part, not_before=newest + 1) for part in records]
 
 
 def stored(store: Store, space: str, kind: str, prompts: PromptTable) -> list[bytes | None]:

@@ -235,7 +235,7 @@ class GrowingFile:
                     unsent = 0
                 checksums += hasher.finish()
                 errors.append(error or CastError())
-            name, self.created_ns = uuid.uuid4().hex, time.time_ns()
+            name, self.created_ns = uuid.uuid4().hex, max(time.time_ns(), *(part.not_before for part in group))
             metadata = {
                 "format": BATCH, "batch": name, "created_ns": str(self.created_ns), "row": str(self._first_row),
             }  # fmt: skip

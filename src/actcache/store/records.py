@@ -50,7 +50,8 @@ class Records:
 
     `layout` is "tokens" (``row_offset == prompts.token_offset``) or the name of a pooling (one row per
     prompt). `data`: site name -> ``[rows, D]`` of any dtype that safetensors knows. `storage`: the dtype floating
-    values are stored in, None as they are; `screened`: it has been seen to that they fit.
+    values are stored in, None as they are; `screened`: it has been seen to that they fit. `not_before`: the least
+    `created_ns` it is stored with, whatever the clock says.
     """
 
     prompts: PromptTable
@@ -59,6 +60,7 @@ class Records:
     data: dict[str, npt.NDArray[Any]]
     storage: str | None = None
     screened: bool = False
+    not_before: int = 0
 
     @classmethod
     def pooled(cls, prompts: PromptTable, layout: str, data: dict[str, npt.NDArray[Any]]) -> Records:

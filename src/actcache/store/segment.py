@@ -60,7 +60,7 @@ def write(
     ]  # fmt: skip
     return write_columns(
         folder, PromptTable.concatenate([p.prompts for p in parts]), first.layout, columns, space=space,
-        created_ns=created_ns, block_offset=offsets,
+        created_ns=created_ns, block_offset=offsets, not_before=max(p.not_before for p in parts),
     )  # fmt: skip
 
 

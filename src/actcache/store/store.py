@@ -19,7 +19,7 @@ import xxhash
 
 from actcache import config
 from actcache.errors import FormatError, NotCachedError, ValueOverflowError, did_you_mean, require_choice
-from actcache.store import reading, tensors
+from actcache.store import given, reading, tensors
 from actcache.store import segment as segments
 from actcache.store.appending import Appender
 from actcache.store.asking import locate_any
@@ -161,11 +161,11 @@ class Store(Maintenance):
         log.info("stored %d prompts, %d bytes, in %s", info.prompts, info.size, index.path(info.name))
         return info
 
-    def _prepared(self, space: str, given: Sequence[Records]) -> list[Records]:
-        """`given` as this store's dtype can hold them; sees to it that the space is described."""
-        records = [part if part.screened else self._fitting(part) for part in given]
+    def _prepared(self, space: str, parts: Sequence[Records]) -> list[Records]:
+        """`parts` as this store's dtype can hold them; sees to it that the space is described."""
+        records = [part if part.screened else self._fitting(part) for part in parts]
         self._ensure(space)
-        return records
+        return given.in_turn(self._index(space), records)
 
     def screen(self, records: Records, *, allow_inf: bool = False) -> tuple[Records | None, list[Overflow]]:
         """`records` as this store's dtype can hold them, and the prompts left out because it cannot.

@@ -93,10 +93,11 @@ def write_columns(
     created_ns: int | None,
     block_offset: npt.NDArray[np.int64],
     replaces: Mapping[str, Sequence[str]] | None = None,
+    not_before: int = 0,
 ) -> SegmentInfo:
     """Write one segment whose data arrives in pieces; memory stays that of prompts, a site's scales and a few blocks.
 
-    `created_ns`: None for now.
+    `created_ns`: None for now, or `not_before` where that is later.
     `block_offset`: which rows share a scale, int64 ``[blocks + 1]``; only 0 where no column has scales.
     """
     n = len(prompts)
@@ -128,7 +129,7 @@ def write_columns(
     with atomic_file(folder, name, needed=total) as fd:
         if created_ns is None:
             # Not before its temporary file tells whoever merges that something is being written.
-            now = time.time_ns()
+            now = max(time.time_ns(), not_before)
             head, placed = container.encode({**metadata, "created_ns": str(now)}, tensors)
         write_all(fd, [head], 0)
         digests: list[int] = []
