@@ -286,3 +286,27 @@ class TestByPath:
         with pytest.raises(errors.TokenizerError, match="trust_remote_code"):
             _ = ac.UnifiedCache(folders / "adapter", trust_remote_code=True).tokenizer
         assert not marker.exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrap", [False, True])
+def test_end_tokens_of_an_adapted_model(wrap: bool) -> None:
+    """Behind its end token a sequence has padding: a wrapper that only forwards attributes knows the token, too."""
+    base = tiny_model("gpt2", seed=3)
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 90, 40]])
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": True, "max_new_tokens": 6}
+    base.generation_config.eos_token_id = base.config.eos_token_id = None
+    torch.manual_seed(1)
+    free = base.generate(**given, pad_token_id=0)
+    base.generation_config.eos_token_id = int(free[0, 4])
+    base.generation_config.pad_token_id = 0
+    # Fresh adapters change nothing.
+    model = peft.get_peft_model(base, lora("gpt2")).eval() if wrap else base
+    torch.manual_seed(1)
+    with ac.capture(model, sites="resid_post", layers=0) as cache:
+        said = model.generate(**given)
+    ends = (said[:, 3:] == base.generation_config.eos_token_id).int()
+    # What comes last is never run.
+    real = torch.cat([torch.ones(3, 3, dtype=torch.int), 1 - (ends.cumsum(1) - ends).clamp_max(1)], 1)[:, :-1]
+    assert torch.equal(cache.attention_mask, real.bool())
+    assert not real.all()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import actcache as ac
 from actcache.errors import PromptError
+from actcache.model import front_padding
 from actcache.model.invariance import own_positions
 from actcache.testing.tiny import tiny_model
 
@@ -183,3 +184,49 @@ def test_how_models_make_positions() -> None:
         [1, 2, 1, 3, 1],
     ]
     assert own_positions(tiny_model("bert")) is None
+
+
+@pytest.mark.parametrize("size", [0.0, 300.0, 3000.0])
+def test_a_massive_dimension_hides_nothing(size: float) -> None:
+    model = model_of("bart", SEQ2SEQ)
+    with torch.no_grad():
+        model.encoder.layers[-1].final_layer_norm.bias[0] += size
+    inputs = {name: value[:2] for name, value in in_front(7).items()}
+    inputs["decoder_input_ids"] = torch.tensor([[2, 5], [2, 5]])
+    with pytest.raises(PromptError, match="padding stands in front"):
+        ac.run_with_cache(model, inputs, sites="encoder.resid_post")
+
+
+def test_what_fails_for_the_moment_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("bart", SEQ2SEQ)
+    inputs = {name: value[:2] for name, value in in_front(7).items()}
+    inputs["decoder_input_ids"] = torch.tensor([[2, 5], [2, 5]])
+
+    def no_memory(*given: Any) -> float:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(front_padding, "_effect", no_memory)
+        ac.run_with_cache(model, inputs, sites="encoder.resid_post")
+    with pytest.raises(PromptError, match="padding stands in front"):
+        ac.run_with_cache(model, inputs, sites="encoder.resid_post")
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_a_prompt_by_itself_and_beside_another(prompts: int) -> None:
+    """Mamba 2 of transformers 4 looks at the mask only where there are several prompts."""
+    model = tiny_model("mamba2")
+    inputs = {name: value[:prompts] for name, value in in_front(7).items()}
+    inputs = {
+        name: torch.cat([torch.tensor([[7 if name == "input_ids" else 0]]).expand(prompts, 1), value], 1)
+        for name, value in inputs.items()
+    }
+    try:
+        cache = ac.run_with_cache(model, inputs, sites="resid_post")[1]
+    except PromptError:
+        assert prompts == 1
+        assert transformers.__version__.startswith("4.")
+        return
+    for row, prompt in zip(cache.rows("resid_post.1"), PROMPTS, strict=False):
+        alone = ac.run_with_cache(model, {"input_ids": torch.tensor([prompt])}, sites="resid_post")[1]
+        assert holds([row], [alone["resid_post.1"][0]])

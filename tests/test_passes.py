@@ -67,6 +67,7 @@ def same(one: ac.ActivationCache, other: ac.ActivationCache) -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.* of the passes in this block were ended")
 @torch.no_grad()
 @pytest.mark.parametrize("where", ["block", "head"])
 def test_a_pass_that_failed_counts_for_nothing(model: Any, where: str) -> None:
@@ -87,6 +88,7 @@ def test_a_pass_that_failed_counts_for_nothing(model: Any, where: str) -> None:
     assert torch.equal(cache.stack(), alone.stack())
 
 
+@pytest.mark.filterwarnings("ignore:.* of the passes in this block were ended")
 @torch.no_grad()
 def test_a_retry_between_good_passes(model: Any) -> None:
     with ac.capture(model, sites="resid_post") as alone:
@@ -218,3 +220,18 @@ def test_runs_of_a_module_are_not_joined_into_rows(model: Any) -> None:
         model.generate(IDS, max_new_tokens=3, **GREEDY)
     with pytest.raises(OptionError, match="ran 3 times"):
         cache.rows(path)
+
+
+@torch.no_grad()
+def test_passes_that_are_left_out_are_told_of(model: Any) -> None:
+    block = ac.capture(model, sites="resid_post", layers=0)
+    block.__enter__()
+    attempt(model, blocks(model)[1], IDS)
+    model(OTHER)
+    with pytest.warns(UserWarning, match="1 of the passes.*ended by an exception.*block of its own"):
+        block.__exit__(None, None, None)
+    # Where all ended so, nothing is left out.
+    with ac.capture(model, sites="resid_post", layers=0) as cache:
+        attempt(model, blocks(model)[1], IDS)
+        attempt(model, blocks(model)[1], IDS)
+    assert cache["resid_post.0"].shape[0] == 4

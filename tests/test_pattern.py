@@ -312,6 +312,9 @@ class Change:
         self.side = side
         self.seen: list[Tensor] = []
 
+    def stands(self) -> bool:
+        return True
+
     def __call__(self, value: Tensor) -> Tensor:
         self.seen.append(value.clone())
         new = value.clone()

@@ -344,6 +344,11 @@ def test_positions_that_count_padding_are_found(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(capture_inputs, "accepts", lambda module, name: False)
     report = ac.selftest(tiny_model("gpt2"))
     assert wrong_checks(report) == {"left padding"}
+    assert "padding stands in front of tokens" in report.verdict
+    # And by its values where it is not refused.
+    monkeypatch.setattr(capture_inputs, "effect_of_front_padding", lambda *given: 0.0)
+    report = ac.selftest(tiny_model("gpt2"))
+    assert wrong_checks(report) == {"left padding"}
     assert "embed" in wrong_cells(report)
 
 

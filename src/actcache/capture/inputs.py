@@ -130,7 +130,7 @@ class Preparer:
         below = ids[~mask.bool()].tolist() if isinstance(ids, Tensor) and ids.shape == mask.shape else []
         # Where positions are counted from the ids, all but the padding id are alike.
         fill = next((token for token in below if token != padding), padding)
-        effect = effect_of_front_padding(self._model, fill, self._own_positions)
+        effect = effect_of_front_padding(self._model, fill, self._own_positions, len(mask))
         if effect:
             raise PromptError(
                 "padding stands in front of tokens, and this model takes it into account: there it changes the values "

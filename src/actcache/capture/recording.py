@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -73,6 +74,7 @@ class Recording:
         self._track = False
         self._stopper: _Stopper | None = None
         self._watcher: Watcher | None = None
+        self._tracks: Tracks | None = None
         self._taps: Taps | None = None
         self._watch: Watch | None = None
         self._held: ExitStack | None = None
@@ -96,7 +98,7 @@ class Recording:
         cuts = not (isinstance(self._positions, str) and self._positions == "all")
         if self._points or cuts or self._track:
             asked = None if self._modules else {site.stack for site in self._points}
-            recorder.tracks = Tracks(self._model, self._anatomy, self._positions, asked)
+            self._tracks = recorder.tracks = Tracks(self._model, self._anatomy, self._positions, asked)
             # First, so that it is told first that a call begins.
             listeners.append((tops[0], recorder.tracks.attempts()))
             listeners += recorder.tracks.listeners(tops, whole=cuts and bool(self._modules))
@@ -138,7 +140,8 @@ class Recording:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        taps, watcher = self._taps, self._watcher
+        taps, watcher, tracks = self._taps, self._watcher, self._tracks
+        self._tracks = None
         self._release()
         eager.leave()
         missed = self._cache._end()
@@ -158,6 +161,13 @@ class Recording:
             raise GradientError(
                 "nothing that was captured can have a gradient (include_grads): it holds no floating-point tensor. The "
                 "values were captured and can be read."
+            )
+        if kind is None and tracks is not None and (lost := tracks.left_out()):
+            warnings.warn(
+                f"{lost} of the passes in this block were ended by an exception: what was read in them is left out, "
+                "since other passes ran to their end. To keep what a pass computes until you end it yourself, give it "
+                "a capture block of its own.",
+                stacklevel=2,
             )
         return stopped
 

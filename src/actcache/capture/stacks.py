@@ -82,7 +82,7 @@ class Tracks:
         self, model: nn.Module, anatomy: Anatomy | None, positions: Any, asked: Collection[str | None] | None = None
     ) -> None:
         # Asked for their end tokens when somebody asks for tokens: most blocks never do.
-        self._configs = [model.__dict__.get(name) for name in ("generation_config", "config")]
+        self._configs = [getattr(model, name, None) for name in ("generation_config", "config")]
         self._shown = shown_by(model, anatomy)
         stacks = anatomy.structure.stacks if anatomy is not None else ()
         if len(stacks) == 2:
@@ -153,6 +153,10 @@ class Tracks:
     def attempts(self) -> Attempts:
         """What to put on the model itself, which tells whose passes failed."""
         return Attempts([track.passes for track in self._of.values()])
+
+    def left_out(self) -> int:
+        """How many passes count for nothing, since an exception ended them while others ran to their end."""
+        return max(len(track.passes.dropped) for track in self._of.values())
 
     def _prompts(self) -> Tensor | None:
         """Which row of the encoder's each row of the decoder's goes on from: sequences of one prompt lie together."""
