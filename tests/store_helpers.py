@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from actcache.store.appending import Appender
 from actcache.store.prompts import PromptTable
+from actcache.store.quantize import BLOCK_ROWS
 from actcache.store.records import Records
 from actcache.store.store import Store
 
@@ -50,6 +51,11 @@ def vector(i: int, site: str, dim: int = 8) -> npt.NDArray[np.float32]:
 def pooled(numbers: Sequence[int], sites: Sequence[str] = SITES, dim: int = 8, dtype: Any = np.float32) -> Records:
     data = {s: np.stack([vector(i, s, dim) for i in numbers]).astype(dtype) for s in sites}
     return Records.pooled(make_table(numbers), "last_token", data)
+
+
+def block_offsets(rows: int) -> npt.NDArray[np.int64]:
+    """Where blocks of 64 of `rows` rows begin and end: int64 ``[blocks + 1]``; 0 alone where there are no rows."""
+    return np.append(np.arange(0, rows, BLOCK_ROWS, dtype=np.int64), rows).astype(np.int64)
 
 
 def every_token(numbers: Sequence[int], sites: Sequence[str] = SITES, dim: int = 8) -> Records:

@@ -16,6 +16,7 @@ from actcache.store.blocks import Rows, plan, sharing
 from actcache.store.prompts import PromptTable
 from actcache.store.records import Records
 from actcache.store.store import Store
+from store_helpers import block_offsets
 
 SMALL = ["int8", "float8_e4m3"]
 DTYPES = {"int8": quantize.INT8, "float8_e4m3": quantize.FLOAT8}
@@ -74,7 +75,7 @@ def test_the_row_of_a_first_token_costs_the_others_nothing(tmp_path: Path, dtype
     assert lost(found, tall)[first].max() < limit
     assert segment.validate(file.path) == []
     # This test can tell: with scales for 64 rows whatever they are, little is left of int8 rows.
-    fixed = quantize.block_offsets(len(tall))
+    fixed = block_offsets(len(tall))
     codes, scales = quantize.encode(tall, DTYPES[dtype], fixed)
     naive = lost(quantize.decode_run(codes, scales, fixed, 0, len(tall)), tall)[others]
     if dtype == "int8" and size >= 100:

@@ -18,10 +18,10 @@ from actcache.store.blocks import Rows
 from actcache.store.casting import CastError, Piece, cast, overflowing, quantised
 from actcache.store.dtypes import code_for, is_scaled, matrix_dtype
 from actcache.store.prompts import PromptTable
-from actcache.store.quantize import block_offsets, decode_run
+from actcache.store.quantize import decode_run
 from actcache.store.records import Records
 from actcache.store.statistics import Moments, as_float
-from store_helpers import make_table
+from store_helpers import block_offsets, make_table
 
 NUMPY: dict[str, Any] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 SPACE = "0" * 32

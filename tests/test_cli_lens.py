@@ -115,6 +115,7 @@ def test_mistakes(cli: Cli, tmp_path: Path) -> None:
         ((PROMPT, "--top-k", "99999"), 2, "expected 1 to 1024"),
         ((PROMPT, "--translators", str(tmp_path)), 1, "holds no config.json"),
         ((PROMPT, "--html", str(tmp_path / "none" / "a.html")), 2, "there is no folder"),
+        ((PROMPT, "--html", str(tmp_path)), 2, "is a folder: name a file"),
         (("",), 1, "prompt 0 is empty"),
         ((), 2, "Missing argument 'PROMPT'"),
     ):

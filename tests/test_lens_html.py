@@ -164,6 +164,12 @@ def test_every_cell_is_in_the_page(lens: ac.LogitLens, tmp_path: Path) -> None:
     ]
 
 
+def test_a_title_is_text_whatever_it_is(lens: ac.LogitLens, tmp_path: Path) -> None:
+    # As of a folder whose name is no UTF-8.
+    place = lens.to_html(tmp_path / "lens.html", title="Logit lens of \udcff <b>")
+    assert "<title>Logit lens of \\udcff &lt;b&gt;</title>" in place.read_text(encoding="utf-8")
+
+
 def test_the_page_asks_nobody(lens: ac.LogitLens) -> None:
     text = page(lens)
     assert not re.search(r"https?:|//[a-z]|url\(|@import|\bsrc=|\bhref=|<link|fetch\(|XMLHttp|import\(", text)

@@ -143,6 +143,17 @@ def test_a_batch_of_another_dtype_is_refused_and_changes_nothing(slab: None) -> 
     assert joined == ac.ActivationCache.concatenate(caches)
 
 
+@pytest.mark.parametrize("dense", [1, 2, 5])
+def test_a_batch_of_another_layout_is_refused_and_changes_nothing(slab: None, dense: int) -> None:
+    eye = torch.eye(3)
+    for some, other in ((eye, eye.to_sparse()), (eye.to_sparse(), eye)):
+        joined = catted([ac.ActivationCache({"x": some})] * dense)
+        with pytest.raises(JoinError, match=r"'x' cannot be joined: it is .*sparse_coo"):
+            joined.cat(ac.ActivationCache({"x": other}))
+        assert joined["x"].layout is some.layout
+        assert torch.equal(joined["x"].to_dense(), eye.repeat(dense, 1))
+
+
 def test_numbers_without_rows_become_rows(slab: None) -> None:
     caches = [ac.ActivationCache({"x": torch.tensor(float(i)), "y": torch.ones(1, 2) * i}) for i in range(4)]
     joined = catted(caches)

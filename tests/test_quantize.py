@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from actcache.store import quantize
+from store_helpers import block_offsets
 
 DTYPES = [quantize.INT8, quantize.FLOAT8]
 both = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
@@ -25,8 +26,8 @@ def outliers(rows: int, dim: int = 256, seed: int = 0) -> np.ndarray:
 
 
 def decoded(rows: np.ndarray, dtype: Any) -> np.ndarray:
-    codes, scales = quantize.encode(rows, dtype, quantize.block_offsets(len(rows)))
-    return quantize.decode_run(codes, scales, quantize.block_offsets(len(rows)), 0, len(rows))
+    codes, scales = quantize.encode(rows, dtype, block_offsets(len(rows)))
+    return quantize.decode_run(codes, scales, block_offsets(len(rows)), 0, len(rows))
 
 
 def by_hand(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -48,8 +49,8 @@ def by_hand(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     )
 )
 def test_every_finite_value_comes_back_within_half_a_step(rows: np.ndarray, dtype: Any) -> None:
-    codes, scales = quantize.encode(rows, dtype, quantize.block_offsets(len(rows)))
-    found = quantize.decode_run(codes, scales, quantize.block_offsets(len(rows)), 0, len(rows))
+    codes, scales = quantize.encode(rows, dtype, block_offsets(len(rows)))
+    found = quantize.decode_run(codes, scales, block_offsets(len(rows)), 0, len(rows))
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, by_hand(codes, scales).astype(np.float32))
     exact = rows.astype(np.float64)
@@ -69,7 +70,7 @@ def test_codes_are_those_of_ml_dtypes(dtype: Any) -> None:
     rows = (rng.uniform(-1, 1, (640, 50)) * 10.0 ** rng.integers(-6, 1, (640, 50))).astype(np.float32)
     rows[::64] = 1
     rows *= np.float32(quantize.LARGEST[dtype])
-    codes, scales = quantize.encode(rows, dtype, quantize.block_offsets(len(rows)))
+    codes, scales = quantize.encode(rows, dtype, block_offsets(len(rows)))
     assert (scales == 1).all()
     expected = rows.astype(dtype) if dtype == quantize.FLOAT8 else np.rint(rows.astype(np.float64)).astype(np.int8)
     np.testing.assert_array_equal(codes.view(np.uint8), expected.view(np.uint8))
@@ -81,7 +82,7 @@ def test_ties_go_to_the_even_code_and_every_float8_is_kept() -> None:
     middle = (np.sort(every)[:-1] + np.sort(every)[1:]) / 2
     row = np.concatenate([every, middle]).astype(np.float32)
     # The second row makes every scale 1.
-    codes, scales = quantize.encode(np.stack([row, np.full_like(row, 448)]), quantize.FLOAT8, quantize.block_offsets(2))
+    codes, scales = quantize.encode(np.stack([row, np.full_like(row, 448)]), quantize.FLOAT8, block_offsets(2))
     assert (scales == 1).all()
     np.testing.assert_array_equal(codes[0].view(np.uint8), row.astype(quantize.FLOAT8).view(np.uint8))
     assert len(set(codes[0].view(np.uint8).tolist())) == len(every)

@@ -151,6 +151,29 @@ def test_an_error_while_closing_is_raised_as_it_is() -> None:
         writer.close()
 
 
+def test_where_no_thread_can_be_started_nothing_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored: list[int] = []
+    writer = SegmentWriter(
+        lambda g: stored.extend(r.prompts.tokens(0)[0] for r in g), lambda m: None, max_bytes=1 << 20, linger=0
+    )
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="can't start"):
+            writer.put(pooled([1]))
+    flushed = threading.Thread(target=writer.flush, daemon=True)
+    flushed.start()
+    flushed.join(10)
+    assert not flushed.is_alive()
+    assert writer.put(pooled([2])).wait()
+    writer.close()
+    # The first was refused, and whoever put it was told so.
+    assert stored == [2]
+
+
 def test_everyone_who_waits_is_let_go_when_the_thread_fails() -> None:
     gate = threading.Event()
 

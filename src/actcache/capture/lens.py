@@ -179,7 +179,7 @@ class LogitLens:
         from actcache.capture.lens_html import page
 
         place = Path(path).expanduser()
-        place.write_text(page(self, title=title), encoding="utf-8", newline="\n")
+        place.write_bytes(page(self, title=title).encode())
         return place
 
     def _repr_html_(self) -> str:

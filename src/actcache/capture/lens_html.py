@@ -25,7 +25,7 @@ def page(lens: LogitLens, prompts: Sequence[int] | None = None, *, title: str | 
     """The whole document, of some `prompts` or (None) of all. Whatever tokens are made of, they are text in it."""
     numbers = range(len(lens.mask)) if prompts is None else prompts
     numbers = [i for i in numbers if lens.layers and bool(lens.mask[i].any())]
-    heading = html.escape(title or f"Logit lens of {lens.site}")
+    heading = html.escape(visible(title) if title else f"Logit lens of {lens.site}")
     script = _file("lens.js") if numbers else ""
     # Nothing but this script runs, and nothing is fetched.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

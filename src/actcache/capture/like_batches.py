@@ -47,6 +47,7 @@ class Form:
             and [value.shape for value in values] == self._shapes
             and [value.dtype for value in values] == self._dtypes
             and [value.device for value in values] == self._devices
+            and all(value.layout is torch.strided for value in values)
         )
 
 

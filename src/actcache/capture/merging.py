@@ -9,6 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from actcache.capture.entry import MISSING, Entry
@@ -28,7 +29,7 @@ def signature(value: Any, axes: Axes) -> Hashable:
         shape = value.shape
         fixed = shape[2:] if axes == (1,) else _fixed(shape, axes)
         # A number per batch joins like a row of numbers.
-        return "tensor", value.dtype, value.device, len(shape) or 1, fixed
+        return "tensor", value.dtype, value.device, value.layout, len(shape) or 1, fixed
     if isinstance(value, list):
         return "list"
     if isinstance(value, ValueWithInfo):
@@ -137,6 +138,8 @@ def describe(found: Hashable) -> str:
     if found[0] in ("tensor", "array"):
         *_, ndim, fixed = found
         place = f" on {found[2]}" if found[0] == "tensor" else ""
+        if found[0] == "tensor" and found[3] is not torch.strided:
+            place += f", {str(found[3]).removeprefix('torch.')},"
         sizes = f" of sizes {list(fixed)}" if fixed else ""
         return f"a {str(found[1]).removeprefix('torch.')} {found[0]}{place} with {ndim} dimensions{sizes}"
     if found[0] == "value with info":

@@ -66,6 +66,8 @@ def command(
 
     if html is not None and not Path(html).expanduser().parent.is_dir():
         raise OptionError(f"--html {html!r}: there is no folder {str(Path(html).parent)!r} to write it into.")
+    if html is not None and Path(html).expanduser().is_dir():
+        raise OptionError(f"--html {html!r} is a folder: name a file to write.")
     asked = Site.parse(site)
     sites = tuple(dict.fromkeys([site, str(Site("resid_post", stack=asked.stack))]))
     given = read_prompt(prompt)

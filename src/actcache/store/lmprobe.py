@@ -72,11 +72,6 @@ def import_lmprobe(
     return report
 
 
-def is_lmprobe(path: Path) -> bool:
-    """Whether a folder looks like a cache of lmprobe, or one model's folder in it."""
-    return path.is_dir() and (_is_model(path) or any(_is_model(folder) for folder in path.iterdir()))
-
-
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 

@@ -32,11 +32,6 @@ _CHUNK_BYTES = 512 << 10
 _LONG_RUN = 8
 
 
-def block_offsets(rows: int) -> Ints:
-    """Where blocks of 64 of `rows` rows begin and end: int64 ``[blocks + 1]``; 0 alone where there are no rows."""
-    return np.append(np.arange(0, rows, BLOCK_ROWS, dtype=np.int64), rows).astype(np.int64)
-
-
 def blocks_at_once(dim: int) -> int:
     """How many blocks of `dim` columns are best encoded together: so many that they stay in the processor's cache."""
     return max(1, _CHUNK_BYTES // (4 * BLOCK_ROWS * max(dim, 1)))

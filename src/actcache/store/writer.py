@@ -114,13 +114,15 @@ class SegmentWriter:
             self._raise()
             if self._closing:
                 raise ValueError("the writer is closed")
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="actcache-writer", daemon=True)
+                # Before anything is in the queue: where no thread can be started, nobody would ever take it out.
+                thread.start()
+                self._thread = thread
             if not self._queue:
                 self._first = time.monotonic()
             self._queue.append(waiting)
             self._queued += size
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="actcache-writer", daemon=True)
-                self._thread.start()
             self._changed.notify_all()
         return waiting.ticket
 
