@@ -7,6 +7,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -526,3 +528,24 @@ def closing_over(n):
         return rows[n]
 
     return pool
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_threads_share_a_cache_from_its_first_call(folder, tmp_path, live):
+    """Each loads, probes or runs the model while others do."""
+    model = tiny_model("gpt2", seed=1, n_layer=3) if live else folder
+    cache = ac.UnifiedCache(model, tokenizer=tiny_tokenizer(bos=False), store=tmp_path / "store", cache_pooled=True)
+    together = threading.Barrier(4)
+    texts = [[f"{TEXTS[i % 5]} {word}" for i in range(6)] for word in ("cat", "dog", "mat", "on")]
+
+    def read(mine):
+        together.wait(30)
+        return [cache.get_activations(mine[: i + 2])[0] for i in range(5)][-1]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(read, texts))
+    for mine, vectors in zip(texts, found, strict=True):
+        with ac.capture(cache.model, sites="resid_post") as one, torch.no_grad():
+            cache.model(torch.tensor([tiny_tokenizer(bos=False)(mine[3])["input_ids"]]))
+        expected = torch.cat([one[f"resid_post.{layer}"][0, -1] for layer in range(3)])
+        assert relative_error(vectors[3], expected) < FLOAT32

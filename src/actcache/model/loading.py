@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,7 @@ class PathSource(ModelSource):
         self._state: tuple[object, ModelIdentity] | None = None
         self._loaded_as: Mapping[str, Any] | None = None
         self._as_loaded: object = None
+        self._loading = threading.RLock()
         self._head: tuple[Mapping[str, Any], Head] | None = None
         self._extra = check_model_kwargs(options.model_kwargs)
         self._quantization = canonical(options.quantization_config)
@@ -184,15 +186,15 @@ class PathSource(ModelSource):
         return self._tokenizer
 
     def model(self) -> torch.nn.Module:
-        values = self.identity().values
-        if self._model is None:
-            self._model = self._load(values)
-            self._loaded_as = values
-            self._as_loaded = _state_of(self._model)
-            if self.identity().values != values:
-                self._model = None
-                raise ModelLoadError(f"the files of {self.name!r} changed while they were loaded; try again.")
-        return self._model
+        with self._loading:
+            values = self.identity().values
+            if self._model is None:
+                model = self._load(values)
+                self._loaded_as, self._as_loaded, self._model = values, _state_of(model), model
+                if self.identity().values != values:
+                    self._model = None
+                    raise ModelLoadError(f"the files of {self.name!r} changed while they were loaded; try again.")
+            return self._model
 
     def model_to_run(self) -> torch.nn.Module:
         model = self.model()

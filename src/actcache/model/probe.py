@@ -56,10 +56,18 @@ def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     """`hook` for the passes of this thread: in those of another it does nothing."""
     mine = threading.get_ident()
 
-    def guarded(*args: Any) -> Any:
+    def of_the_probe(*args: Any) -> Any:
         return hook(*args) if threading.get_ident() == mine else None
 
-    return guarded
+    return of_the_probe
+
+
+def is_of_the_probe(hook: Any) -> bool:
+    """Whether `hook` is what `of_this_thread` made, perhaps in another thread."""
+    return getattr(hook, "__code__", None) is _CODE
+
+
+_CODE = of_this_thread(id).__code__
 
 
 def _not_of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:

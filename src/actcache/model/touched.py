@@ -24,6 +24,8 @@ def refuse_foreign_hooks(model: torch.nn.Module, allowed: Collection[str]) -> No
     """
     from torch.nn.modules import module as torch_module
 
+    from actcache.model.probe import is_of_the_probe
+
     found: list[tuple[str, Any]] = [
         ("every module", hook)
         for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
@@ -41,7 +43,7 @@ def refuse_foreign_hooks(model: torch.nn.Module, allowed: Collection[str]) -> No
             found.append((path, forward))
     for path, hook in found:
         name = getattr(hook, "__qualname__", type(hook).__qualname__)
-        if str(getattr(hook, "__module__", "")).split(".")[0] in _HARMLESS or name in allowed:
+        if str(getattr(hook, "__module__", "")).split(".")[0] in _HARMLESS or name in allowed or is_of_the_probe(hook):
             continue
         raise ForeignHooksError(
             f"the model has a hook or forward of its own, {name!r} on {path or 'its root'!r}, which may change what is "

@@ -57,14 +57,14 @@ class LocalBackend:
 
     @contextmanager
     def session(self, sites: Sequence[str], reduction: Reduction, asked: Asked = NOTHING) -> Iterator[LocalSession]:
-        model = self._source.model_to_run()
         parsed = {name: Site.parse(name) for name in sites}
-        predictor = Predictor.of(model, asked, self._edits) if asked else None
-        if predictor is not None:
-            parsed.setdefault(predictor.site, Site.parse(predictor.site))
         with ExitStack() as stack:
-            # What one thread's pass reads must not be read by another's.
-            stack.enter_context(lock_of(model))
+            # What one thread's pass reads must not be read by another's, nor taken for somebody else's hook.
+            stack.enter_context(lock_of(self._source.model()))
+            model = self._source.model_to_run()
+            predictor = Predictor.of(model, asked, self._edits) if asked else None
+            if predictor is not None:
+                parsed.setdefault(predictor.site, Site.parse(predictor.site))
             refuse_edits(model)
             stack.enter_context(evaluating(model))
             stack.enter_context(exact_float32())
