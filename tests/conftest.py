@@ -11,6 +11,7 @@ import pytest
 
 from actcache import config
 from actcache.model import host_memo
+from actcache.store import default
 from cli_helpers import Cli, command
 
 # Before anything imports huggingface_hub, which reads them once.
@@ -33,6 +34,7 @@ def _own_cache_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     # Tables are as wide as in a pipe, wherever the tests run.
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setattr(config, "_chosen", {})
+    monkeypatch.setattr(default, "_chosen", None)
     # What another test has learnt about models is in memory only, and no other process of this test would know it.
     monkeypatch.setattr(host_memo, "_default", host_memo.HostMemo())
     return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,6 @@ import pytest
 import actcache as ac
 from actcache.errors import AmbiguousVariantError, NotCachedError, OptionError
 from actcache.store.default import default_store, store_at
-
-
-@pytest.fixture(autouse=True)
-def _forget_the_choice() -> Iterator[None]:
-    yield
-    ac.set_cache_backend(None)
 
 
 def fill(store: ac.Store, model: str, prompts: list[str], **identity: str) -> None:
