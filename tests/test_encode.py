@@ -77,6 +77,8 @@ def test_a_vector_knows_where_it_is_from() -> None:
     assert torch.equal(ac.encode(vector, sae), sae.encode(vector.value()))
     assert torch.equal(ac.encode(copy.deepcopy(vector), sae), sae.encode(vector.value()))
     assert cache.vector("resid_mid.-1", -2, 0).info() == {"site": "resid_mid.3", "prompt": 0, "position": 0}
+    with_last = ac.run_with_cache(zoo.model_of("gpt2"), IDS, sites="resid_mid", positions="last")[1]
+    assert with_last.vector("resid_mid.1", 1).info() == {"site": "resid_mid.1", "prompt": 1, "kept_position": 0}
     for prompt, position, message in (
         (2, 0, "prompt 2 is out of range: the cache holds 2 prompts"),
         (1, 3, r"position 3 is out of range: there are 3 \(0 to 2\)"),

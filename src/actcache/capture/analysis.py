@@ -271,7 +271,8 @@ class Analysis(Parts):
 
     def vector(self, site: str, prompt: int = 0, position: int = -1, *, sequence: int | None = None) -> ValueWithInfo:
         """The value of `site` at one token of a prompt, ``[D]`` (``[H, hd]`` where there are heads), which knows where
-        it is from: ``vector.info()`` has `site`, `prompt` and `position`, and `ac.encode` checks the site. Where an
+        it is from: ``vector.info()`` has `site`, `prompt` and `position` (`kept_position` in a cache of chosen
+        positions, which counts those), and `ac.encode` checks the site. Where an
         encoder-decoder returned several sequences for each prompt, `sequence` says which of the prompt's (and is in
         the info). On a model where features of images join the stream between blocks (qwen3_vl), the info has
         ``between_blocks=True``: what leaves a block and what enters the next are then two values.
@@ -289,7 +290,9 @@ class Analysis(Parts):
         tokens = rows[number].shape[0]
         row = take(rows[number], int(position), 0, "position")
         count = len(rows) if len(prompts.tables) < 2 else prompts.count
-        info = {"site": str(Site.parse(found)), "prompt": prompt % count, "position": position % tokens}
+        # Of chosen positions the prompt's own are not known any more.
+        counted = "kept_position" if self._cut else "position"
+        info = {"site": str(Site.parse(found)), "prompt": prompt % count, counted: position % tokens}
         if sequence is not None:
             info["sequence"] = sequence
         model = self._model() if self._model is not None else None
