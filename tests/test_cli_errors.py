@@ -104,6 +104,6 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     actcache = f"{sys.executable} -m actcache"
     command = f"{actcache} warmup {MODEL} {prompts} --layers 0 && {actcache} list {MODEL} | head -n 1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines()[-1].split() == ["2", "[1,", "1]"]
+    assert done.stdout.splitlines()[-1].split() == ["2", "'<|eos|><|eos|>'", "[1,", "1]"]
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr

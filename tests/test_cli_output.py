@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from actcache.cli.output import duration, one_line, print_json, size
-from actcache.cli.sites import _ranges
+from actcache.model.site_list import ranges
 
 
 @dataclass
@@ -76,4 +76,4 @@ def test_a_prompt_stays_on_one_line() -> None:
 
 
 def test_runs_of_blocks_are_ranges() -> None:
-    assert _ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
