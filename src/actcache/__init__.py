@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from actcache.probing.report import ProbeReport
     from actcache.selftest.report import SelftestReport
     from actcache.selftest.run import selftest
+    from actcache.store.backend import CacheBackend, LocalBackend, MemoryBackend
     from actcache.store.default import (
         cache_info,
         clear_cache,
@@ -108,6 +109,9 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "SelftestReport": ("selftest.report", "SelftestReport"),
     # What is kept
     "Store": ("store.store", "Store"),
+    "CacheBackend": ("store.backend", "CacheBackend"),
+    "LocalBackend": ("store.backend", "LocalBackend"),
+    "MemoryBackend": ("store.backend", "MemoryBackend"),
     "cache_info": ("store.default", "cache_info"),
     "clear_cache": ("store.default", "clear_cache"),
     "evict": ("store.default", "evict"),
@@ -130,13 +134,16 @@ __all__ = [
     "ActivationCache",
     "ActivationExtractor",
     "AttentionBlocks",
+    "CacheBackend",
     "CachedExtractor",
     "CachedLogits",
     "Completion",
     "Entry",
     "FullActivationCache",
     "ImportReport",
+    "LocalBackend",
     "LogitLens",
+    "MemoryBackend",
     "Plan",
     "ProbeReport",
     "ReadyMade",

@@ -106,6 +106,10 @@ class StoreAccessError(ActCacheError, PermissionError):
     """A store's folder cannot be created, read or written."""
 
 
+class BackendError(ActCacheError, OSError):
+    """The place where a store's objects lie cannot be reached, or goes on failing."""
+
+
 class DiskFullError(ActCacheError, OSError):
     """The disk that holds the store has no room for what was to be written."""
 
