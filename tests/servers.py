@@ -1,0 +1,104 @@
+"""Servers that tests of object stores talk to, each in a process of its own on 127.0.0.1."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Ends with the process that holds the other end of its standard input, however that one ends.
+_MOTO = """
+import logging, sys
+from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(*server.get_host_and_port(), flush=True)
+sys.stdin.read()
+"""
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A server that speaks S3: its address, and credentials that may do everything there."""
+
+    endpoint: str
+    key: str = "testing"
+    secret: str = field(default="testing-secret", repr=False)
+
+    def environment(self, nowhere: Path) -> dict[str, str]:
+        """Variables with which a client finds this server and these credentials; `nowhere`: no file is there."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.key,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
+            "AWS_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": str(nowhere / "no-config"),
+            "AWS_SHARED_CREDENTIALS_FILE": str(nowhere / "no-credentials"),
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def client(self) -> Any:
+        """botocore's client, for what actcache never does, such as making buckets, and to look behind its back."""
+        import botocore.session
+
+        return botocore.session.Session().create_client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.key,
+            aws_secret_access_key=self.secret,
+            region_name="us-east-1",
+        )
+
+    def make_bucket(self) -> str:
+        """A new empty bucket; its name."""
+        name = f"actcache-{uuid.uuid4().hex[:16]}"
+        self.client().create_bucket(Bucket=name)
+        return name
+
+
+def only_aws(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    """Let `variables` be all that the environment says of AWS."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[S3Server]:
+    """moto's server: takes any credentials, and requests without any."""
+    pytest.importorskip("moto.moto_server.threaded_moto_server")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "COV_"))}
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", _MOTO],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stdin is not None
+        host, _, port = process.stdout.readline().partition(" ")
+        assert port, f"moto's server ended with {process.wait()}"
+        yield S3Server(f"http://{host}:{int(port)}")
+        process.stdin.close()
+        deadline = time.monotonic() + 5
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.kill()
+
+
+@pytest.fixture
+def bucket(moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a new bucket of moto's server; the environment says how to reach it."""
+    only_aws(monkeypatch, moto.environment(tmp_path))
+    return f"s3://{moto.make_bucket()}"
