@@ -7,10 +7,13 @@ TORCH ?= torch==2.13.0
 TF4 ?= transformers==4.57.6
 # The libraries that some slow tests compare with.
 PEERS ?= transformer-lens==3.9.0 sae-lens==6.54.12 nnsight==0.8.1
+# A server of objects that checks signatures, for slow tests.
+SWIFT ?= swift==2.38.3
 
 VENV := .venv
 VENV_TF4 := .venv-tf4
 VENV_PEERS := .venv-peers
+VENV_SWIFT := .venv-swift
 PY := $(VENV)/bin/python
 PY_TF4 := $(VENV_TF4)/bin/python
 
@@ -26,7 +29,7 @@ offline := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTEST = -m pytest -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-tf4 venv-peers demo test test-all lint types bench format clean
+.PHONY: help venv venv-tf4 venv-peers venv-swift demo test test-all lint types bench format clean
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3] [TORCH=torch==2.13.0]"
@@ -42,6 +45,9 @@ venv-tf4:
 venv-peers: ## make .venv-peers, in which slow tests compare with other libraries
 	@scripts/make_venv.sh $(VENV_PEERS) "$(TORCH)" $(PEERS) -e .
 
+venv-swift: ## make .venv-swift, whose object store (OpenStack Swift) slow tests talk to
+	@scripts/make_venv.sh $(VENV_SWIFT) "--only-binary=:all: $(SWIFT)"
+
 demo: venv ## run the main job on the shipped model: extract, keep, read back, probe
 	@echo "==> actcache demo"
 	@$(offline) $(VENV)/bin/actcache demo
@@ -50,7 +56,7 @@ test: venv ## the fast tests (under 10 minutes)
 	@echo "==> fast tests"
 	@$(offline) $(PY) $(PYTEST) -q -m "not slow"
 
-test-all: venv venv-tf4 venv-peers ## all tests, and once more those that depend on transformers with 4.57 (under 60 minutes)
+test-all: venv venv-tf4 venv-peers venv-swift ## all tests, and once more those that depend on transformers with 4.57 (under 60 minutes)
 	@status=0; \
 	echo "==> tests that depend on transformers, with $(TF4)"; \
 	$(offline) $(PY_TF4) $(PYTEST) -q -m "not slow" $(TF4_TESTS) || status=1; \
@@ -73,4 +79,4 @@ bench: venv ## run the benchmarks: tables of ratios against a reference in the s
 	@status=0; for file in $(BENCHMARKS); do echo "==> $$file"; $(offline) $(PY) $$file || status=1; done; exit $$status
 
 clean: ## remove the virtual environments and what tools left behind
-	rm -rf $(VENV) $(VENV_TF4) $(VENV_PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_PEERS) $(VENV_SWIFT) .pytest_cache .mypy_cache .ruff_cache .hypothesis

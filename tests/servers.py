@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -73,28 +74,56 @@ def only_aws(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None
         monkeypatch.setenv(name, value)
 
 
+@contextlib.contextmanager
+def _served(*command: str | Path, log: Path | None = None) -> Iterator[str]:
+    """The first line that a server prints; it runs as long as the block."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "COV_"))}
+    with contextlib.ExitStack() as stack:
+        errors = subprocess.DEVNULL if log is None else stack.enter_context(log.open("wb"))
+        process = stack.enter_context(
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True
+            )
+        )
+        assert process.stdout is not None and process.stdin is not None
+        line = process.stdout.readline().strip()
+        told = log.read_text()[-2000:] if log else ""
+        assert line, f"the server ended with {process.wait()}\n{told}"
+        try:
+            yield line
+        finally:
+            process.stdin.close()
+            deadline = time.monotonic() + 5
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            process.kill()
+
+
 @pytest.fixture(scope="session")
 def moto() -> Iterator[S3Server]:
     """moto's server: takes any credentials, and requests without any."""
     pytest.importorskip("moto.moto_server.threaded_moto_server")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "COV_"))}
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", _MOTO],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        text=True,
-    ) as process:
-        assert process.stdout is not None and process.stdin is not None
-        host, _, port = process.stdout.readline().partition(" ")
-        assert port, f"moto's server ended with {process.wait()}"
+    with _served(sys.executable, "-W", "ignore", "-c", _MOTO) as line:
+        host, _, port = line.partition(" ")
         yield S3Server(f"http://{host}:{int(port)}")
-        process.stdin.close()
-        deadline = time.monotonic() + 5
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.kill()
+
+
+@pytest.fixture(scope="session")
+def swift(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """OpenStack Swift in the environment that `make venv-swift` makes, or that of the interpreter which
+    ACTCACHE_SWIFT_PYTHON names: checks signatures, and wants one. Tests that use it are slow ones."""
+    here = Path(__file__).parent
+    named = os.environ.get("ACTCACHE_SWIFT_PYTHON")
+    python = Path(named) if named else here.parent / ".venv-swift" / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"no environment with OpenStack Swift at {python}: `make venv-swift` makes it")
+    folder = tmp_path_factory.mktemp("swift")
+    try:
+        os.setxattr(folder, "user.actcache", b"")
+    except OSError as error:
+        pytest.skip(f"Swift keeps its notes in extended attributes, and {folder} has none: {error.strerror}")
+    with _served(python, here / "peers" / "swift_server.py", folder, log=folder / "log") as endpoint:
+        yield S3Server(endpoint, "test:tester", "testing")
 
 
 @pytest.fixture
