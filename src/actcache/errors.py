@@ -126,6 +126,18 @@ class NewerFormatError(FormatError):
     """A file of ours in a format that only a later actcache can read."""
 
 
+class DatasetFormatError(FormatError):
+    """A dataset whose index and files do not belong together, or say what they may not."""
+
+
+class DatasetNotFoundError(ActCacheError, FileNotFoundError):
+    """A dataset, or one of its files, that is not where it was looked for, or not for these credentials."""
+
+
+class DatasetAccessError(ActCacheError, OSError):
+    """The place of a dataset cannot be reached, or goes on failing."""
+
+
 class NotCachedError(ActCacheError, LookupError):
     """Something was to be read from a cache that does not hold it."""
 

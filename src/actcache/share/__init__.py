@@ -1,0 +1,1 @@
+"""Datasets of activations, on the Hugging Face Hub or in a folder."""
