@@ -7,6 +7,7 @@ backend is held against what is said here by `actcache.testing.CacheBackendTests
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from abc import ABC, abstractmethod
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from actcache.errors import OptionError
+from actcache.errors import ActCacheError, BackendError, FormatError, OptionError, StoreAccessError
 from actcache.store.files import TEMP_NAME, atomic_file, make_folder, open_plain, sweep, translated, write_all
 
 _PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -36,7 +37,8 @@ class CacheBackend(ABC):
     """A place that keeps immutable objects by name, for a `Store`; any number of threads and machines may use it.
 
     A name is parts joined by "/", each of ASCII letters, digits, ".", "_" and "-", not beginning with "." (see
-    `check_name`). Whoever puts never puts other bytes under a name that is taken.
+    `check_name`). Whoever puts never puts other bytes under a name that is taken, and never uses a name both of an
+    object and before a "/".
 
     Raises, beside what a method says:
         StoreAccessError: the place refuses these credentials, or this user.
@@ -51,18 +53,28 @@ class CacheBackend(ABC):
     def url(self) -> str:
         """What people call this place, such as ``s3://bucket/prefix``: the same for the same objects, and no secret."""
 
+    @property
+    def identity(self) -> str:
+        """What no other place has: its `url`, and more where that means different objects at different servers.
+
+        What a host keeps of the place lies in a folder named after it.
+        """
+        return self.url
+
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Every object whose name begins with `prefix` (whole parts, with "/" at the end, or ""), in no order.
 
-        An object that was put or deleted just now may be missing, or still there.
+        An object that was put or deleted just now may be missing, or still there. What lies there under a name that is
+        none (see `check_name`) is left out.
         """
 
     @abstractmethod
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
         """Bytes `start` to `stop` of an object (None: to its end), never those of another one.
 
-        ``stop - start`` of them, or as many as there are where the object ends before.
+        ``stop - start`` of them, or as many as there are where the object ends before: none where it ends before
+        `start`, or where `stop` is not above it. Neither is negative.
 
         Raises FileNotFoundError: there is no such object.
         """
@@ -80,14 +92,27 @@ class CacheBackend(ABC):
         """Remove an object; where there is none nothing happens."""
 
 
+def is_name(name: str) -> bool:
+    """Whether `name` is one that a backend takes; a temporary file of `LocalBackend` has none."""
+    parts = name.split("/")
+    return all(_PART.fullmatch(part) for part in parts) and not TEMP_NAME.fullmatch(parts[-1])
+
+
 def check_name(name: str) -> str:
     """`name` where it is one that a backend takes; OptionError otherwise, so that no name leads out of its place."""
-    if not name or not all(_PART.fullmatch(part) for part in name.split("/")):
+    if not is_name(name):
         raise OptionError(
             f"{name!r} is no name of an object: expected parts of letters, digits, '.', '_' and '-' that do not begin "
             "with '.', joined by '/'."
         )
     return name
+
+
+def check_prefix(prefix: str) -> str:
+    """`prefix` where it is one that `CacheBackend.list` takes; OptionError otherwise."""
+    if prefix and not (prefix.endswith("/") and is_name(prefix[:-1])):
+        raise OptionError(f"{prefix!r} is no beginning of names: expected whole parts with '/' behind each, or ''.")
+    return prefix
 
 
 class LocalBackend(CacheBackend):
@@ -98,6 +123,7 @@ class LocalBackend(CacheBackend):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser().absolute()
+        self._swept: set[Path] = set()
 
     def __repr__(self) -> str:
         return f"LocalBackend({str(self.folder)!r})"
@@ -107,14 +133,17 @@ class LocalBackend(CacheBackend):
         return str(self.folder)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        top = self.folder / check_name(prefix.removesuffix("/")) if prefix else self.folder
-        yield from self._below(top, prefix)
+        with self._translated("list", prefix or "objects"):
+            yield from self._below(self.folder / check_prefix(prefix), prefix)
 
     def _below(self, folder: Path, prefix: str) -> Iterator[ObjectInfo]:
-        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda e: e.name):
-                if not _PART.fullmatch(entry.name) or TEMP_NAME.fullmatch(entry.name):
-                    continue
+        try:
+            with os.scandir(folder) as opened:
+                entries = sorted(opened, key=lambda entry: entry.name)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for entry in entries:
+            if is_name(entry.name):
                 with contextlib.suppress(FileNotFoundError):
                     if entry.is_dir(follow_symlinks=False):
                         yield from self._below(folder / entry.name, f"{prefix}{entry.name}/")
@@ -123,23 +152,31 @@ class LocalBackend(CacheBackend):
                         yield ObjectInfo(prefix + entry.name, status.st_size, status.st_mtime_ns)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
-        fd = open_plain(self.folder / check_name(name))
-        try:
-            size = os.fstat(fd).st_size
-            left, at, parts = max(0, min(size if stop is None else stop, size) - start), start, []
-            while left and (part := os.pread(fd, min(left, _PIECE), at)):
-                parts.append(part)
-                at, left = at + len(part), left - len(part)
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-        finally:
-            os.close(fd)
+        path = self.folder / check_name(name)
+        with self._translated("read", name):
+            try:
+                fd = open_plain(path)
+            except (NotADirectoryError, FormatError):
+                # A link may lead out of this place, and a folder is part of a name.
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+            try:
+                size = os.fstat(fd).st_size
+                left, at, parts = max(0, min(size if stop is None else stop, size) - start), start, []
+                while left and (part := os.pread(fd, min(left, _PIECE), at)):
+                    parts.append(part)
+                    at, left = at + len(part), left - len(part)
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+            finally:
+                os.close(fd)
 
     def put(self, name: str, source: Bytes | Path) -> None:
         path = self.folder / check_name(name)
-        with translated(self.folder):
+        size = source.stat().st_size if isinstance(source, Path) else memoryview(source).nbytes
+        with self._translated("put", name):
             make_folder(path.parent)
-            sweep(path.parent)
-            size = source.stat().st_size if isinstance(source, Path) else len(source)
+            if path.parent not in self._swept:
+                sweep(path.parent)
+                self._swept.add(path.parent)
             with atomic_file(path.parent, path.name, needed=size) as fd:
                 if isinstance(source, Path):
                     _copy(source, fd)
@@ -147,8 +184,22 @@ class LocalBackend(CacheBackend):
                     write_all(fd, [memoryview(source).cast("B")], 0)
 
     def delete(self, name: str) -> None:
-        with translated(self.folder), contextlib.suppress(FileNotFoundError):
-            (self.folder / check_name(name)).unlink()
+        path = self.folder / check_name(name)
+        with self._translated("delete", name), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if not path.is_dir():
+                path.unlink()
+
+    @contextlib.contextmanager
+    def _translated(self, verb: str, name: str) -> Iterator[None]:
+        """Turn errors of the operating system into those that a backend raises."""
+        try:
+            with contextlib.nullcontext() if verb in ("list", "read") else translated(self.folder):
+                yield
+        except (ActCacheError, FileNotFoundError):
+            raise
+        except OSError as error:
+            kind = StoreAccessError if isinstance(error, PermissionError) else BackendError
+            raise kind(f"cannot {verb} {name} in {self.folder}: {error}") from error
 
 
 def _copy(source: Path, fd: int) -> None:
@@ -173,7 +224,9 @@ class MemoryBackend(CacheBackend):
         return f"memory://{self._name}"
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        for name, data in list(self._objects.items()):
+        check_prefix(prefix)
+        # A copy of a dictionary is made in one step; a walk through it would notice other threads.
+        for name, data in self._objects.copy().items():
             if name.startswith(prefix):
                 yield ObjectInfo(name, len(data))
 
