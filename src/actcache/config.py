@@ -68,6 +68,15 @@ def overruled_location() -> str:
     )
 
 
+def as_url(value: str | Path) -> str | None:
+    """`value` where it is a URL, as one; None for what names a folder."""
+    text = str(value)
+    if not _URL.match(text):
+        return None
+    scheme, _, rest = text.partition(":")
+    return f"{scheme}://{rest.lstrip('/').rstrip('/')}"
+
+
 def local_folder(value: str | Path, source: str) -> Path:
     """`value` as an absolute path; `source` (a variable, an option) is named when it cannot be a folder here."""
     text = str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from actcache.errors import did_you_mean, nearest
 from actcache.store import tensors
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import Ints
-from actcache.store.lookup import Query, locate, locate_all
+from actcache.store.lookup import Query, locate, locate_all, pulled
 from actcache.store.placement import Placement
 from actcache.store.prompts import IDS, TEXT, PromptTable
 from actcache.store.records import TOKENS
@@ -28,15 +29,27 @@ def locate_any(
 ) -> tuple[list[tuple[Placement, Ints]], npt.NDArray[np.bool_]]:
     """Placements and whose they are, and which of `prompts` (None: all that have the site) were found, bool ``[B]``.
 
-    Texts are looked for under every text context the space knows.
+    Texts are looked for under every text context the space knows. Where something is missing, what lies elsewhere is
+    listed once.
     """
+    began = time.monotonic()
+    located, found = locate_here(index, prompts, site, layout, check=check)
+    if not (len(found) and found.all()) and pulled(index, began):
+        return locate_here(index, prompts, site, layout, check=check)
+    return located, found
+
+
+def locate_here(
+    index: SpaceIndex, prompts: Any, site: str, layout: str, *, check: bool
+) -> tuple[list[tuple[Placement, Ints]], npt.NDArray[np.bool_]]:
+    """`locate_any` among what this host knows of."""
     if prompts is None:
         everything = locate_all(index, site, layout)
         if everything is not None:
             return [(everything, np.arange(len(everything)))], everything.found
         prompts = stored_prompts(index, site, layout)
     if isinstance(prompts, PromptTable):
-        placement = locate(index, Query.by_tokens(prompts), [site], layout, check)
+        placement = locate(index, Query.by_tokens(prompts), [site], layout, check, pull=False)
         return [(placement, np.arange(len(prompts)))], placement.found
     given = tensors.as_list(prompts)
     index.refresh()
@@ -51,7 +64,7 @@ def locate_any(
     members = np.empty(0, np.int64) if plain else np.flatnonzero(kind == IDS)
     if len(members):
         table = PromptTable.build([given[i] for i in members])
-        placement = locate(index, Query.by_tokens(table), [site], layout, check)
+        placement = locate(index, Query.by_tokens(table), [site], layout, check, pull=False)
         located.append((placement, members))
         found[members] = placement.found
     for context in index.contexts():
@@ -59,10 +72,29 @@ def locate_any(
         if len(members):
             some = texts if len(members) == len(given) else [texts[i] for i in members.tolist()]
             query = Query.by_text(some, TEXT if plain else kind[members], context)
-            placement = locate(index, query, [site], layout, check)
+            placement = locate(index, query, [site], layout, check, pull=False)
             located.append((placement, members))
             found[members] = placement.found
     return located, found
+
+
+def contains_any(index: SpaceIndex, given: Any) -> npt.NDArray[np.bool_]:
+    """Which prompts have anything stored, bool ``[B]``."""
+    began = time.monotonic()
+    found = _contains(index, given)
+    if not found.all() and pulled(index, began):
+        found = _contains(index, given)
+    return found
+
+
+def _contains(index: SpaceIndex, given: Any) -> npt.NDArray[np.bool_]:
+    index.refresh()
+    with index.lock:
+        held = {(g.layout, next(iter(g.sites))) for g in index.all_groups()}
+    found = np.zeros(len(given), bool)
+    for layout, any_site in sorted(held):
+        found |= locate_here(index, given, any_site, layout, check=False)[1]
+    return found
 
 
 def _kinds_and_texts(given: Sequence[Any]) -> tuple[npt.NDArray[np.uint8], Sequence[Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -196,6 +196,17 @@ def overflowing(records: Records, storage: str | None) -> list[Overflow]:
             prompt = int(np.searchsorted(records.row_offset, row, "right")) - 1
             found.setdefault(prompt, Overflow(prompt, site, value, name_of(code)))
     return [found[prompt] for prompt in sorted(found)]
+
+
+def screened(records: Records, storage: str | None, *, allow_inf: bool) -> tuple[Records | None, list[Overflow]]:
+    """`records` as `storage` can hold them, and the prompts left out because it cannot; with `allow_inf` none is."""
+    refused = [] if allow_inf else overflowing(records, storage)
+    kept: Records | None = records
+    if refused:
+        keep = np.ones(len(records.prompts), bool)
+        keep[[r.prompt for r in refused]] = False
+        kept = records.select(keep) if keep.any() else None
+    return None if kept is None else replace(kept, storage=storage, screened=True), refused
 
 
 def _first_lost(rows: npt.NDArray[Any], code: str) -> Iterator[tuple[int, float]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from actcache.store.container import Tensor
+from actcache.store.fetching import Fetcher, Wanted, fetch
 from actcache.store.mapped import MappedFile
 from actcache.store.records import BLOCK
 
@@ -25,7 +27,8 @@ class BlockChecks:
     """The checksums of a mapped segment, and what is known of its blocks.
 
     `parts`: for each site the tensors that hold it, its matrix and its scales, in the order of the file; `checksum`
-    uint64, one for each of their blocks; `block_offset` says which rows share scales.
+    uint64, one for each of their blocks; `block_offset` says which rows share scales. `source`: where the blocks of a
+    mirror come from that are not in it yet; None for a file that is whole.
     """
 
     def __init__(
@@ -34,8 +37,10 @@ class BlockChecks:
         parts: Mapping[str, Sequence[Tensor]],
         checksum: npt.NDArray[np.uint64],
         block_offset: Ints,
+        source: Fetcher | None = None,
     ) -> None:
         self._file = file
+        self.source = source
         self._parts = parts
         self._checksum = checksum
         self._block_offset = block_offset
@@ -48,6 +53,11 @@ class BlockChecks:
             first += sum(map(blocks_of, tensors))
         self._state: npt.NDArray[np.uint8] = np.zeros(first, np.uint8)
         self._clean: set[str] = set()
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return len(self._state)
 
     def all_good(self, sites: Iterable[str]) -> bool:
         """Whether every block of all `sites` has been checked and is good."""
@@ -66,6 +76,8 @@ class BlockChecks:
         """Whether the rows ``starts[i]:stops[i]`` of each of `sites` are intact, bool ``[sites, len(starts)]``."""
         intact = np.ones((len(sites), len(starts)), bool)
         row = {site: i for i, site in enumerate(sites)}
+        if self.source is not None:
+            self._see_to(sites, starts, stops)
         for shape, alike in self._by_shape(s for s in sites if s not in self._clean).items():
             ranges = self._touched(shape, starts, stops)
             blocks = _marked(ranges, sum(count for _, count in shape))
@@ -83,6 +95,9 @@ class BlockChecks:
     def ask(self, sites: Sequence[str], starts: Ints, stops: Ints, most: int) -> int:
         """Ask the disk for what `verify` would hash, for up to `most` bytes and a few; how many it was asked for."""
         asked = 0
+        if self.source is not None:
+            # Much of it is not on the disk: `fetch_together` asks for that.
+            return 0
         for shape, alike in self._by_shape(s for s in sites if s not in self._clean).items():
             blocks = _marked(self._touched(shape, starts, stops), sum(count for _, count in shape))
             for site in alike:
@@ -97,8 +112,93 @@ class BlockChecks:
 
     def damaged(self, site: str) -> Ints:
         """Numbers of the blocks of `site` that fail their checksum, its scales behind its rows; reads all of it."""
+        if self.source is not None:
+            self._fetch_unknown(self._first[site] + np.arange(sum(count for _, count in self._shape[site])))
         state = self._check(site, np.arange(sum(count for _, count in self._shape[site])))
         return np.flatnonzero(state == _DAMAGED)
+
+    # -- blocks that may not be here yet ---------------------------------------------------------------------
+
+    def absent(self, sites: Sequence[str], starts: Ints, stops: Ints) -> Wanted | None:
+        """What of these rows of a mirror has neither been checked nor is said to be there; None where all is here."""
+        if self.source is None or self.all_good(sites):
+            return None
+        return self._absent(self._numbers(sites, starts, stops))
+
+    def check_source(self) -> None:
+        """Read every block of the object itself, and take what is found there for what is known of it.
+
+        Only for whoever asks how the object is: what is in the mirror may be something else.
+        """
+        every = np.arange(len(self._state))
+        if self.source is not None and len(every):
+            self._state[:] = _UNKNOWN
+            fetch([self._wanted(every)], keep=False)
+
+    @cached_property
+    def _spans(self) -> tuple[Ints, Ints]:
+        """Where in the file each block begins and ends."""
+        starts, stops = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for tensors in self._parts.values():
+            for tensor in tensors:
+                first = tensor.start + np.arange(blocks_of(tensor), dtype=np.int64) * BLOCK
+                starts.append(first)
+                stops.append(np.minimum(first + BLOCK, tensor.stop))
+        return np.concatenate(starts), np.concatenate(stops)
+
+    def _numbers(self, sites: Sequence[str], starts: Ints, stops: Ints) -> Ints:
+        """The blocks of all `sites` that hold these rows, among those of the whole segment."""
+        found = [np.empty(0, np.int64)]
+        for shape, alike in self._by_shape(sites).items():
+            blocks = _marked(self._touched(shape, starts, stops), sum(count for _, count in shape))
+            found += [self._first[site] + blocks for site in alike]
+        return np.concatenate(found)
+
+    def _absent(self, numbers: Ints) -> Wanted | None:
+        assert self.source is not None
+        unknown = numbers[self._state[numbers] == _UNKNOWN]
+        if not len(unknown):
+            return None
+        missing = unknown[~self.source.present(len(self._state))[unknown]]
+        return self._wanted(missing) if len(missing) else None
+
+    def _wanted(self, numbers: Ints) -> Wanted:
+        assert self.source is not None
+        starts, stops = self._spans
+        return Wanted(self.source, numbers, starts[numbers], stops[numbers], self._checksum[numbers], self._done)
+
+    def _done(self, numbers: Ints, good: bool) -> None:
+        self._state[numbers] = _GOOD if good else _DAMAGED
+
+    def _see_to(self, sites: Sequence[str], starts: Ints, stops: Ints) -> None:
+        wanted = [site for site in sites if site not in self._clean]
+        if wanted:
+            self._fetch_unknown(self._numbers(wanted, starts, stops))
+
+    def _fetch_unknown(self, numbers: Ints) -> None:
+        """See to it that all is known of these blocks of a mirror.
+
+        What is said to be there is hashed; what of that is wrong (after a loss of power, say) is read anew.
+        """
+        assert self.source is not None
+        absent = self._absent(numbers)
+        if absent is not None:
+            fetch([absent])
+        unknown = np.sort(numbers[self._state[numbers] == _UNKNOWN])
+        if not len(unknown):
+            return
+        data, digest = self._file.raw, xxhash.xxh3_64_intdigest
+        starts, stops = self._spans
+        for piece in _pieces(unknown):
+            # Neighbours in number lie one behind the other in the file, but for gaps.
+            self._file.populate(int(starts[piece[0]]), int(stops[piece[-1]]))
+            for number in piece.tolist():
+                if digest(data[int(starts[number]) : int(stops[number])]) == int(self._checksum[number]):
+                    self._state[number] = _GOOD
+        wrong = unknown[self._state[unknown] == _UNKNOWN]
+        if len(wrong):
+            self.source.mark(wrong, there=False)
+            fetch([self._wanted(wrong)])
 
     def _by_shape(self, sites: Iterable[str]) -> dict[Shape, list[str]]:
         """Sites whose blocks hold the same rows, which they do in most segments: what they touch is found once."""
@@ -181,3 +281,12 @@ def _pieces(blocks: Ints) -> list[Ints]:
 def _span(tensor: Tensor, blocks: Ints) -> tuple[int, int]:
     """Where in the file neighbouring blocks of `tensor` begin and end."""
     return tensor.start + int(blocks[0]) * BLOCK, min(tensor.start + (int(blocks[-1]) + 1) * BLOCK, tensor.stop)
+
+
+def fetch_together(wanted: Iterable[tuple[BlockChecks, Sequence[str], Ints, Ints]]) -> None:
+    """Fetch what of these rows of several segments is not here yet, all at the same time.
+
+    Each is given by its checks, sites, and the rows ``starts[i]:stops[i]``. Raises as `fetch`.
+    """
+    absent = [checks.absent(sites, starts, stops) for checks, sites, starts, stops in wanted]
+    fetch([one for one in absent if one is not None])

@@ -94,6 +94,8 @@ def _gather(piece: Piece, sites: Sequence[str], out: npt.NDArray[Any]) -> None:
         raise NotCachedError(
             f"row {low if low < 0 else high} of a segment of {length} rows: the file is shorter than its index says"
         )
+    if segment.source is not None:
+        segment.require(sites, rows, rows + 1)
     grid = segment.grid(sites)
     if grid is not None and grid[0].dtype == out.dtype:
         if piece.straight and len(sites) == 1:

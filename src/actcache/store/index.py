@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from actcache.errors import FormatError
+from actcache.errors import BackendError, FormatError, StoreAccessError
 from actcache.store.catalog import Catalog
 from actcache.store.damage import KnownDamage
 from actcache.store.files import OPEN_NAME, SEGMENT_NAME, TOMB_NAME, TRANSIENT, log, named
@@ -21,19 +21,22 @@ from actcache.store.listing import Listing
 from actcache.store.mapped import ask_for
 from actcache.store.mapping import Segment
 from actcache.store.opened import OpenFiles
+from actcache.store.opening import open_known, read_info
 from actcache.store.recency import LastReads
 from actcache.store.records import SegmentInfo
 from actcache.store.tombs import Keys
+from actcache.store.working_copy import WorkingCopy
 
 _KEEP_OPEN = 4096
 _ATTEMPTS = 16
 
 
 class SpaceIndex:
-    """The index of one space folder. Thread-safe; other processes' changes show after `refresh`."""
+    """The index of one space folder (of a working copy: `copy`). Thread-safe; others' changes show after `refresh`."""
 
-    def __init__(self, folder: Path, catalog: Catalog) -> None:
+    def __init__(self, folder: Path, catalog: Catalog, copy: WorkingCopy | None = None) -> None:
         self.folder = folder
+        self.copy = copy
         self.lock = threading.RLock()
         self._catalog = catalog
         self._numbers: dict[str, int] = {}
@@ -60,6 +63,8 @@ class SpaceIndex:
     def refresh(self, *, force: bool = False) -> None:
         """Take notice of segments, batches and tombs that came or went; one `stat` when nothing did."""
         with self.lock:
+            if self.copy is not None:
+                self.copy.begin(self.folder.name)
             for _ in range(_ATTEMPTS):
                 names = self.listing.look(force=force)
                 # What has gone between listing and reading may lie in a segment that was not there to be listed.
@@ -107,19 +112,15 @@ class SpaceIndex:
 
     def _read(self, name: str) -> SegmentInfo | None:
         try:
-            info = Segment(self.path(name)).info
-            if info.space != self.folder.name:
-                raise FormatError(f"{self.path(name)} belongs to space {info.space!r}")
+            return read_info(self.path(name), self.copy)
         except FileNotFoundError:
             return None
         except (FormatError, OSError) as error:
             self._refuse(name, error)
             return None
-        # Copies, so that the index does not keep every file mapped.
-        return replace(info, prompt_key=info.prompt_key.copy(), text_key=info.text_key.copy())
 
     def _refuse(self, name: str, error: Exception) -> None:
-        if isinstance(error, OSError) and error.errno in TRANSIENT:
+        if isinstance(error, BackendError | StoreAccessError) or getattr(error, "errno", None) in TRANSIENT:
             raise error
         log.warning("ignoring a segment, what it held counts as absent: %s", named(self.path(name), error))
         self._refused[name] = error
@@ -355,7 +356,7 @@ class SpaceIndex:
         segment = self.opened.batch(info.name) or self._open.get(info.name)
         if segment is None:
             try:
-                segment = self._open[info.name] = self._opened(info)
+                segment = self._open[info.name] = open_known(self.path(info.name), info, self.copy)
             except FileNotFoundError:
                 self._forget(info.name)
                 return None
@@ -369,13 +370,6 @@ class SpaceIndex:
             self._open.move_to_end(info.name)
         return segment
 
-    def _opened(self, info: SegmentInfo) -> Segment:
-        segment = Segment(self.path(info.name))
-        same = segment.info.columns == info.columns and segment.info.prompts == info.prompts
-        if not same or not np.array_equal(segment.info.prompt_key, info.prompt_key):
-            raise FormatError(f"{segment.path} is not the file it was when it was indexed")
-        return segment
-
     def _forget(self, name: str) -> None:
         self._remove(name)
         self.listing.forget()
@@ -386,6 +380,11 @@ class SpaceIndex:
         with self.lock:
             if name in self._numbers:
                 self._forget(name)
+
+    def unmap(self, name: str) -> None:
+        """Open a segment anew at its next use: its file has gone, or is another one by now."""
+        self._open.pop(name, None)
+        self.listing.forget()
 
     def note_read(self, number: int, prompts: Ints | int) -> None:
         """Remember that these prompts of a segment are read now."""

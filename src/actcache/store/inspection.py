@@ -22,12 +22,15 @@ from actcache.store.spaces import SpaceInfo, list_spaces
 from actcache.store.statistics import Moments
 from actcache.store.summaries import SiteSummary, summarise
 from actcache.store.variants import by_preference, variant_names
+from actcache.store.working_copy import WorkingCopy
 
 
 class Inspection(ABC):
     """The part of `Store` that describes; nothing here changes anything."""
 
-    location: Path
+    location: str | Path
+    folder: Path
+    _copy: WorkingCopy | None
     root: Path
 
     @property
@@ -43,7 +46,13 @@ class Inspection(ABC):
 
     def spaces(self) -> list[SpaceInfo]:
         """Every space, oldest first, with its number of prompts and its size on disk."""
+        self._look()
         return [self._measured(space) for space in list_spaces(self.root)]
+
+    def _look(self) -> None:
+        """Take notice of what others have put or deleted, where the objects lie elsewhere."""
+        if self._copy is not None:
+            self._copy.pull()
 
     def _measured(self, space: SpaceInfo) -> SpaceInfo:
         index = self._index(space.space)
@@ -56,6 +65,8 @@ class Inspection(ABC):
 
     def imports_of(self, model_name: str) -> list[tuple[str, list[str]]]:
         """The spaces imported under a model's name, newest first, each with the text contexts it has."""
+        if self._copy is not None:
+            self._copy.begin(None)
         found = [s for s in list_spaces(self.root) if s.imported and s.model_name == model_name]
         indexes = [(space.space, self._index(space.space)) for space in by_preference(found)]
         for _, index in indexes:
@@ -106,6 +117,7 @@ class Inspection(ABC):
         Raises:
             NotCachedError: something is stored of the model, but no variant of it agrees.
         """
+        self._look()
         named = [s for s in list_spaces(self.root) if s.model_name == model_name]
         names = variant_names(named)
         agree = agreeing(named, model_name, revision=revision, dtype=dtype, space=space)

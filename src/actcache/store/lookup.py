@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -10,6 +11,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from actcache.store.checks import fetch_together
+from actcache.store.fetching import Vanished
 from actcache.store.files import log
 from actcache.store.gather import THREAD_BYTES, allowed_threads
 from actcache.store.index import SpaceIndex
@@ -97,11 +100,16 @@ class Query:
         )
 
 
-def locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, check: bool) -> Placement:
+def locate(
+    index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, check: bool, *, pull: bool = True
+) -> Placement:
     """Where each prompt of `query` is. Segments that vanish meanwhile are forgotten and it looks again.
 
-    Where something vanishes each time it looks, what it held counts as absent in the end, the rest is found.
+    Where something vanishes each time it looks, what it held counts as absent in the end, the rest is found. With
+    `pull` it looks once more, where some are missing, after taking notice of what lies elsewhere.
     """
+    if index.copy is not None:
+        return _locate_elsewhere(index, query, sites, layout, check, pull)
     with index.lock:
         index.refresh()
         if len(query) == 1 and (placement := locate_one(index, query, sites, layout, check)) is not None:
@@ -115,9 +123,64 @@ def locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, c
         return found
 
 
+def _locate_elsewhere(
+    index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, check: bool, pull: bool
+) -> Placement:
+    """`locate`, where the objects do not lie in the folder of the index."""
+    began = time.monotonic()
+    with index.lock:
+        index.refresh()
+        one = locate_one(index, query, sites, layout, check) if len(query) == 1 else None
+        if one is not None and (one.found.all() or not (pull and pulled(index, began))):
+            return one
+        found, changed = Placement(0, sites, layout, [], []), True
+        for attempt in range(_ATTEMPTS):
+            try:
+                found, changed = _locate(index, query, sites, layout, check)
+            except Vanished as vanished:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                _look_again(index, vanished, began)
+                changed = True
+            if not changed and (found.found.all() or not (pull and pulled(index, began))):
+                break
+            index.refresh()
+        return found
+
+
+def _look_again(index: SpaceIndex, vanished: Vanished, began: float) -> None:
+    """Take notice that objects are gone, or that their mirrors are other files by now."""
+    assert index.copy is not None
+    with index.lock:
+        for path in vanished.gone:
+            index.copy.drop(path)
+        for path in (*vanished.gone, *vanished.replaced):
+            index.unmap(path.name[:32])
+        pulled(index, began)
+
+
+def pulled(index: SpaceIndex, began: float) -> bool:
+    """See to it that the objects have been listed since the moment `began`; whether that has changed anything."""
+    if index.copy is None or index.copy.pulled_since(index.folder.name, began):
+        return False
+    changed = index.copy.pull(index.folder.name)
+    index.refresh()
+    return changed
+
+
 def locate_all(index: SpaceIndex, site: str, layout: str) -> Placement | None:
     """Where every live prompt that has `site` is, oldest first; None where the keys of two agree, as those of two
     copies of one do: then look closer. Damaged ones count as not found."""
+    began = time.monotonic()
+    for _ in range(_ATTEMPTS):
+        try:
+            return _locate_all(index, site, layout)
+        except Vanished as vanished:
+            _look_again(index, vanished, began)
+    return None
+
+
+def _locate_all(index: SpaceIndex, site: str, layout: str) -> Placement | None:
     with index.lock:
         index.refresh()
         _ask_together(index, site, layout)
@@ -135,6 +198,8 @@ def locate_all(index: SpaceIndex, site: str, layout: str) -> Placement | None:
             np.arange(i.prompts) if m is None else np.flatnonzero(m) for (_, i, _), m in zip(held, live, strict=True)
         ]
         segments = [segment for _, _, segment in held]
+        if index.copy is not None:
+            _fetch_together(list(zip(segments, [[site]] * len(held), rows, strict=True)))
         _check_together(list(zip(segments, [[site]] * len(held), rows, strict=True)))
         slots = [np.empty(0, np.int32)]
         for slot, ((number, _, segment), prompts) in enumerate(zip(held, rows, strict=True)):
@@ -158,6 +223,15 @@ def _ask_together(index: SpaceIndex, site: str, layout: str) -> None:
             break
         if left > 0 and not segment.checks.all_good([site]):
             left -= segment.checks.ask([site], segment.row_offset[:-1], segment.row_offset[1:], left)
+
+
+def _fetch_together(wanted: Sequence[tuple[Segment, Sequence[str], Ints]]) -> None:
+    """Fetch prompts of several segments that are not here, all at the same time."""
+    fetch_together(
+        (segment.checks, sites, segment.row_offset[prompts], segment.row_offset[prompts + 1])
+        for segment, sites, prompts in wanted
+        if segment.source is not None
+    )
 
 
 def _check_together(wanted: Sequence[tuple[Segment, Sequence[str], Ints]]) -> None:
@@ -221,6 +295,7 @@ def _locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, 
     segments: list[Segment] = []
     parts = []
     changed = False
+    chosen = []
     for holders, columns in together.items():
         number = np.full(len(query), -1, np.int32)
         prompt = np.full(len(query), -1, np.int64)
@@ -228,12 +303,17 @@ def _locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, 
             new, row = answers[g]
             better = (new >= 0) & ((number < 0) | (index.rank[new] > index.rank[number]))
             number[better], prompt[better] = new[better], row[better]
-        slot = np.full(len(query), -1, np.int32)
-        named = [sites[j] for j in columns]
         found = by_segment(number, np.flatnonzero(number >= 0))
         index.ask_for([n for n, _ in found])
         opened = [(n, segment, members) for n, members in found if (segment := index.open(n)) is not None]
         changed = changed or len(opened) < len(found)
+        chosen.append((columns, [sites[j] for j in columns], prompt, opened))
+    if check and index.copy is not None:
+        _fetch_together(
+            [(s, named, prompt[members]) for _, named, prompt, opened in chosen for _, s, members in opened]
+        )
+    for columns, named, prompt, opened in chosen:
+        slot = np.full(len(query), -1, np.int32)
         if check and len(opened) > 1:
             _check_together([(segment, named, prompt[members]) for _, segment, members in opened])
         for n, segment, members in opened:

@@ -37,6 +37,7 @@ class Maintenance(Inspection):
 
         Durable when it returns. The bytes go when segments are merged.
         """
+        self._look()
         index = self._index(self._space(space))
         if prompts is None:
             return removal.invalidate(index, None)
@@ -73,10 +74,11 @@ class Maintenance(Inspection):
             StoreAccessError: files that may not be removed.
         """
         limit = self.limit.value or None if limit_gb is None else config.limit_bytes(limit_gb, "limit_gb")
+        self._look()
         indexes = [self._index(name) for name in eviction.space_folders(self.root)]
         if limit is None:
             return EvictionReport(0, 0, sum(map(eviction.bytes_on_disk, indexes)), 0, 0, None, {})
-        with translated(self.location):
+        with translated(self.folder):
             return eviction.evict(indexes, self.index_dir, limit)
 
     def keep_limit(self) -> EvictionReport | None:
@@ -84,6 +86,7 @@ class Maintenance(Inspection):
         limit = self.limit.value
         if not limit:
             return None
+        self._look()
         indexes = [self._index(name) for name in eviction.space_folders(self.root)]
         return self.evict() if sum(map(eviction.bytes_on_disk, indexes)) > limit else None
 
@@ -91,17 +94,18 @@ class Maintenance(Inspection):
         """Merge the small segments of a space now; the number of segments that were replaced."""
         index = self._index(self._space(space))
         index.refresh()
-        with translated(self.location):
+        with translated(self.folder):
             return adoption.adopt(index, self.index_dir) + merging.merge_space(index, self.index_dir, few=2)
 
     def compact(self, space: str | SpaceInfo | None = None) -> int:
         """Merge small segments and drop invalidated rows, of one space or of all; the number of segments replaced."""
+        self._look()
         names = eviction.space_folders(self.root) if space is None else [self._space(space)]
         replaced = 0
         for name in names:
             index = self._index(name)
             index.refresh()
-            with translated(self.location):
+            with translated(self.folder):
                 replaced += adoption.adopt(index, self.index_dir)
                 replaced += merging.merge_space(index, self.index_dir, few=2)
                 replaced += merging.drop_dead(index, self.index_dir)
@@ -113,7 +117,8 @@ class Maintenance(Inspection):
         With `repair`, what is damaged is dropped (it is computed again when asked for), what is left of its segment is
         written anew, and the index is built again. Files of a later format, and files we did not write, are left alone.
         """
-        report = verification.verify(self.location, self.root, self._catalog, self._known, repair=repair)
+        self._look()
+        report = verification.verify(self.folder, self.root, self._catalog, self._known, repair=repair, copy=self._copy)
         if repair and report.damaged:
             self._let_go()
         for damage in report.damaged:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from actcache.store import container
 from actcache.store.casting import CastError
 from actcache.store.checks import BlockChecks, blocks_of
 from actcache.store.dtypes import SCALED, is_quantised, value_dtype
+from actcache.store.fetching import Fetcher
 from actcache.store.files import open_plain
 from actcache.store.mapped import MappedFile
 from actcache.store.prompts import CHAT, PromptTable
@@ -36,6 +37,9 @@ from actcache.store.records import (
 )
 from actcache.store.statistics import Moments, is_float
 
+if TYPE_CHECKING:
+    from actcache.store.working_copy import WorkingCopy
+
 Ints = npt.NDArray[np.int64]
 
 _FEW, _SPREAD = 16, 64
@@ -46,9 +50,14 @@ class Segment:
 
     `info`, `prompts` (a `PromptTable` of views), `row_offset` int64 ``[n + 1]``; `matrix(site)` is a read-only
     view ``[rows, D]`` of data that `checks` has verified or not, and `values(site, start, stop)` what it stands for.
+    `copy`: the working copy in which the file may be a mirror. Of a mirror (`source`) nothing is read but through
+    `values` and `reader`, or after `require`: what else is mapped of it may be holes.
     """
 
-    def __init__(self, path: Path) -> None:
+    source: Fetcher | None = None
+    """Where the rows of a mirror come from; None for a file that is whole."""
+
+    def __init__(self, path: Path, copy: WorkingCopy | None = None) -> None:
         self.path = path
         fd = open_plain(path)
         try:
@@ -57,6 +66,8 @@ class Segment:
             self.metadata, self._tensors = container.parse(head, size)
             self._check_metadata()
             self._file = MappedFile(fd, size)
+            if copy is not None:
+                self.source = copy.fetcher(path, fd)
         except FormatError as error:
             raise type(error)(f"{path}: {error}") from None
         except OverflowError as error:
@@ -160,7 +171,7 @@ class Segment:
         if self._errors.shape != (len(self._data), len(CastError().numbers)):
             raise FormatError("errors do not match the data")
         parts = {site: self.parts(site) for site in self._data}
-        self.checks = BlockChecks(self._file, parts, checksum, self.block_offset)
+        self.checks = BlockChecks(self._file, parts, checksum, self.block_offset, self.source)
         self.row_offset: Ints = offsets["row_offset"]
         self.prompts = PromptTable(
             token_ids, offsets["token_offset"], kind, text, offsets["text_offset"],
@@ -248,9 +259,26 @@ class Segment:
         def read(start: int, stop: int) -> npt.NDArray[Any]:
             if not 0 <= start <= stop <= length:
                 raise NotCachedError(f"{self.path} is shorter than its index says")
+            if self.source is not None:
+                self.require([site], np.array([start]), np.array([stop]))
             return matrix[start:stop] if scales is None else decode_run(matrix, scales, self.block_offset, start, stop)
 
         return read
+
+    def require(self, sites: Sequence[str], starts: Ints, stops: Ints) -> None:
+        """See to it that the rows ``starts[i]:stops[i]`` of a mirror are here, and right.
+
+        Raises NotCachedError where they are gone or damaged; as the backend does where it cannot be reached.
+        """
+        if self.checks.all_good(sites) or self.checks.good(sites, starts, stops):
+            return
+        try:
+            intact = self.checks.verify(sites, starts, stops)
+        except FileNotFoundError:
+            raise NotCachedError(f"{self.path} has gone since it was looked for: ask again") from None
+        if not intact.all():
+            site = sites[int(np.flatnonzero(~intact.all(axis=1))[0])]
+            raise NotCachedError(f"{self.path}: {site} is damaged (checksum), and not read")
 
     def column(self, site: str) -> tuple[np.dtype[Any], int]:
         """Dtype of the values and width of `site`."""

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import NotCachedError
+from actcache.store.checks import fetch_together
 from actcache.store.dtypes import common_dtype, name_of
 from actcache.store.gather import Piece, gather_pieces
 from actcache.store.keys import Ints
@@ -93,6 +94,7 @@ class Placement:
         if self.layout == TOKENS:
             raise ValueError("take() reads pooled layouts; use rows() or take_padded() for every token")
         chosen = self._require(index)
+        self._bring(chosen)
         shape = (len(chosen), len(self.sites), self._dim())
         if out is None:
             out = np.empty(shape, self.dtype)
@@ -134,6 +136,7 @@ class Placement:
     def all_rows(self, index: npt.ArrayLike | None = None) -> list[list[npt.NDArray[Any]]]:
         """`rows` of the prompts `index` (default all), in that order."""
         chosen = self._require(index)
+        self._bring(chosen)
         found: list[list[npt.NDArray[Any]]] = [[np.empty(0)] * len(self.sites) for _ in range(len(chosen))]
         for part, segment, members in self._by_segment(chosen):
             prompts = part.prompt[chosen[members]]
@@ -150,6 +153,21 @@ class Placement:
         for part in self._parts:
             for number, members in by_segment(part.segment[chosen], everything):
                 yield part, self._segments[number], members
+
+    def _bring(self, chosen: Ints) -> None:
+        """Fetch what is not here of the prompts `chosen`, where it was located without being checked."""
+        if not any(segment.source is not None for segment in self._segments):
+            return
+        wanted = []
+        for part, segment, members in self._by_segment(chosen):
+            if segment.source is not None:
+                prompts = part.prompt[chosen[members]]
+                rows = segment.row_offset[prompts], segment.row_offset[prompts + 1]
+                wanted.append((segment.checks, self._names(part), *rows))
+        try:
+            fetch_together(wanted)
+        except FileNotFoundError as error:
+            raise NotCachedError(f"some of what was found has gone since: look for it again ({error})") from error
 
     def prompt(self, i: int) -> PromptTable:
         """What is stored for prompt `i`: its ids and text, a table of one."""
@@ -173,6 +191,7 @@ class Placement:
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """All rows, right-padded with zeros: ``[n, S, sites * D]`` and the mask bool ``[n, S]``; S the longest."""
         chosen = self._require(index)
+        self._bring(chosen)
         dim, width = self._dim(), len(self.sites)
         counts = self._lengths()[chosen]
         longest = int(counts.max(initial=0))

@@ -65,9 +65,12 @@ class ModelCacheInfo:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What a store holds. Times are seconds since the epoch, None when it is empty."""
+    """What a store holds. Times are seconds since the epoch, None when it is empty.
 
-    cache_dir: Path
+    `cache_dir`: its folder, or the URL of what lies elsewhere.
+    """
+
+    cache_dir: str | Path
     total_size_bytes: int
     models: list[ModelCacheInfo]
     oldest_mtime: float | None = None

@@ -8,27 +8,27 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from actcache import config
 from actcache.errors import FormatError, NotCachedError, ValueOverflowError, did_you_mean, require_choice
 from actcache.store import given, reading, tensors
 from actcache.store import segment as segments
 from actcache.store.appending import Appender
-from actcache.store.asking import locate_any
-from actcache.store.casting import Overflow, overflowing
+from actcache.store.asking import contains_any, locate_any
+from actcache.store.backend import CacheBackend, LocalBackend
+from actcache.store.casting import Overflow, screened
 from actcache.store.catalog import Catalog
 from actcache.store.discovered import CachedPromptInfo, CachedVariant, listed
 from actcache.store.eviction import EvictionReport
 from actcache.store.files import SPACE_NAME, access_error, log, make_folder, sweep, translated
 from actcache.store.index import SpaceIndex
+from actcache.store.locations import backend_at, default_index, place_of
 from actcache.store.lookup import Query, locate
 from actcache.store.maintenance import Maintenance
 from actcache.store.placement import Placement
@@ -38,6 +38,7 @@ from actcache.store.reports import CacheInfo, ModelCacheInfo
 from actcache.store.spaces import ROOT, SpaceInfo, read_space, space_id, write_space
 from actcache.store.statistics import Moments
 from actcache.store.verification import VerifyReport
+from actcache.store.working_copy import WorkingCopy
 from actcache.store.writer import SegmentWriter
 
 __all__ = [
@@ -72,7 +73,7 @@ class Store(Maintenance):
 
     def __init__(
         self,
-        location: str | Path,
+        location: str | Path | CacheBackend,
         *,
         limit_gb: float | None = None,
         dtype: str | None = None,
@@ -85,12 +86,16 @@ class Store(Maintenance):
         self._limit = None if limit_gb is None else config.Setting(config.limit_bytes(limit_gb, "limit_gb"), "Store()")
         self.is_default = False
         """Whether the process's limit is meant for this store, unless it has one of its own."""
-        self.location = config.local_folder(location, "location of Store()")
-        self.root = self.location / ROOT
-        if index_dir is None:
-            real = os.path.realpath(self.location)
-            index_dir = config.host_state_path() / "index" / xxhash.xxh3_64_hexdigest(os.fsencode(real))
-        self._catalog = Catalog(Path(index_dir))
+        self.backend = backend_at(location, "location of Store()")
+        """Where the objects lie."""
+        self.location: str | Path = place_of(self.backend)
+        """The folder, or the URL."""
+        index_dir = default_index(self.backend) if index_dir is None else Path(index_dir)
+        self._copy = None if isinstance(self.backend, LocalBackend) else WorkingCopy(self.backend, index_dir)
+        self.folder = Path(self.location) if self._copy is None else self._copy.folder
+        """Where its files are on this host: the store itself, or a working copy of it."""
+        self.root = self.folder / ROOT
+        self._catalog = Catalog(index_dir)
         self._indexes: dict[str, SpaceIndex] = {}
         self._known: dict[str, SpaceInfo] = {}
         self._lock = threading.Lock()
@@ -134,14 +139,14 @@ class Store(Maintenance):
 
     def check_writable(self) -> None:
         """StoreAccessError with the remedy when this store cannot be written; creates its folder."""
-        with translated(self.location):
+        with translated(self.folder):
             try:
                 make_folder(self.root)
             except FileNotFoundError as error:
                 # Folders that cannot be made, such as those of /proc, are reported as missing.
-                raise access_error(self.location, error) from error
+                raise access_error(self.folder, error) from error
         if not os.access(self.root, os.W_OK | os.X_OK):
-            raise access_error(self.location, PermissionError(13, "Permission denied"))
+            raise access_error(self.folder, PermissionError(13, "Permission denied"))
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -153,11 +158,13 @@ class Store(Maintenance):
         """
         records = self._prepared(space, [records] if isinstance(records, Records) else records)
         index = self._index(space)
-        with translated(self.location):
+        with translated(self.folder):
             info = segments.write(self.root / space, records, space=space)
         # Without its description, which someone may have cleared just now, nobody would find or delete it.
         self._ensure(space)
         index.add(info)
+        if self._copy is not None:
+            self._copy.push(space)
         log.info("stored %d prompts, %d bytes, in %s", info.prompts, info.size, index.path(info.name))
         return info
 
@@ -173,14 +180,7 @@ class Store(Maintenance):
         Left out are prompts of which a finite value would become inf; for int8 and float8_e4m3, which have no inf, also
         those with inf or nan. With `allow_inf` nothing is: such values become inf or nan. None when nothing is left.
         """
-        storage = self.dtype.value
-        refused = [] if allow_inf else overflowing(records, storage)
-        kept: Records | None = records
-        if refused:
-            keep = np.ones(len(records.prompts), bool)
-            keep[[r.prompt for r in refused]] = False
-            kept = records.select(keep) if keep.any() else None
-        return None if kept is None else replace(kept, storage=storage, screened=True), refused
+        return screened(records, self.dtype.value, allow_inf=allow_inf)
 
     def _fitting(self, records: Records) -> Records:
         records.check()
@@ -200,13 +200,15 @@ class Store(Maintenance):
             return
         if space not in self._known:
             raise NotCachedError(f"store {self.location} has no space {space!r}: make it with open_space()")
-        with translated(self.location):
+        with translated(self.folder):
             write_space(self.root, self._known[space])
+        if self._copy is not None:
+            self._copy.publish(folder / "space.json")
 
     def _index(self, space: str) -> SpaceIndex:
         with self._lock:
             if space not in self._indexes:
-                self._indexes[space] = SpaceIndex(self.root / space, self._catalog)
+                self._indexes[space] = SpaceIndex(self.root / space, self._catalog, self._copy)
                 sweep(self.root / space)
             return self._indexes[space]
 
@@ -300,22 +302,22 @@ class Store(Maintenance):
         given = prompts if isinstance(prompts, PromptTable) else tensors.as_list(prompts)
         if site is not None:
             return locate_any(self._index(space_id), given, site, pooling or TOKENS, check=False)[1]
-        index = self._index(space_id)
-        index.refresh()
-        with index.lock:
-            held = {(g.layout, next(iter(g.sites))) for g in index.all_groups()}
-        found = np.zeros(len(given), bool)
-        for layout, any_site in sorted(held):
-            found |= locate_any(index, given, any_site, layout, check=False)[1]
-        return found
+        return contains_any(self._index(space_id), given)
 
     def _space(self, space: str | SpaceInfo) -> str:
         if isinstance(space, str):
-            if space not in self._known and not (SPACE_NAME.fullmatch(space) and (self.root / space).is_dir()):
+            if space not in self._known and not self._is_there(space):
                 raise NotCachedError(f"store {self.location} has no space {space!r}.{self._nearest_space(space)}")
             return space
         self._known.setdefault(space.space, space)
         return space.space
+
+    def _is_there(self, space: str) -> bool:
+        if not SPACE_NAME.fullmatch(space):
+            return False
+        if self._copy is not None and not (self.root / space).is_dir():
+            self._copy.pull(space)
+        return (self.root / space).is_dir()
 
     def _nearest_space(self, wanted: str) -> str:
         spaces = self.spaces()
@@ -336,7 +338,9 @@ class Store(Maintenance):
         return SegmentWriter(appender.append, appender.finish, max_bytes=max_bytes, linger=linger)
 
     def refresh(self) -> None:
-        """Take notice at once of what other processes have written or removed."""
+        """Take notice at once of what other processes, and other machines, have written or removed."""
+        if self._copy is not None:
+            self._copy.pull()
         for index in list(self._indexes.values()):
             index.refresh(force=True)
 
@@ -358,11 +362,15 @@ class Store(Maintenance):
         _write_reads(self._indexes)
         with self._lock:
             self._indexes.clear()
+        if self._copy is not None:
+            self._copy.forget()
 
     def _after_fork(self) -> None:
         # Another thread of the parent may have held these locks; nobody will release them here.
         self._lock = threading.Lock()
         self._catalog.after_fork()
+        if self._copy is not None:
+            self._copy.after_fork()
         # What a thread was changing at that moment may be half done: it is built anew.
         for space, index in list(self._indexes.items()):
             if index.lock.acquire(blocking=False):

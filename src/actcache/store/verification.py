@@ -36,6 +36,7 @@ from actcache.store.records import SegmentInfo
 from actcache.store.segment import blocks_of, problems_of_keys, rows_of_blocks
 from actcache.store.spaces import FILE, SpaceInfo, holds_segments, read_space, recovered_space, write_space
 from actcache.store.tombs import read_tomb, write_tomb
+from actcache.store.working_copy import WorkingCopy
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class _Space:
 
     def _segment(self, path: Path) -> None:
         try:
-            segment = Segment(path)
+            segment = Segment(path, self.index.copy)
         except NewerFormatError:
             self.report.newer.append(self._named(path))
             return
@@ -309,13 +310,19 @@ class _Space:
 
 
 def verify(
-    location: Path, root: Path, catalog: Catalog, known: Mapping[str, SpaceInfo], *, repair: bool
+    location: Path,
+    root: Path,
+    catalog: Catalog,
+    known: Mapping[str, SpaceInfo],
+    *,
+    repair: bool,
+    copy: WorkingCopy | None = None,
 ) -> VerifyReport:
     """Read and check every block, key, tomb, description and row of the index of the store at `location`."""
     report = VerifyReport()
     for name in space_folders(root):
         # An index of its own: what this process has verified before may have been damaged since.
-        space = _Space(location, SpaceIndex(root / name, catalog), report)
+        space = _Space(location, SpaceIndex(root / name, catalog, copy), report)
         space.check()
         report.damaged += _index(root / name, catalog, repair)
         space.repair(repair, catalog.path.parent)

@@ -1,0 +1,188 @@
+"""Blocks of objects into their mirrors: coalesced, at the same time, and only what its checksum agrees with."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from actcache.store import mirror
+from actcache.store.backend import CacheBackend
+from actcache.store.files import write_all
+from actcache.store.keys import Ints
+from actcache.store.mirror import Marks
+
+# Neighbours with so little between them come in one read, and no read is longer.
+_GAP, _READ = 64 << 10, 8 << 20
+
+
+class Vanished(FileNotFoundError):
+    """Objects that are gone, or mirrors that are not the files any more that were mapped: look for all again.
+
+    `gone`: the mirrors of objects that are gone. `replaced`: mirrors that are there, as another file.
+    """
+
+    def __init__(self, gone: Sequence[Path], replaced: Sequence[Path]) -> None:
+        super().__init__(f"gone since it was listed: {', '.join(map(str, [*gone, *replaced]))}")
+        self.gone, self.replaced = list(gone), list(replaced)
+
+
+class Fetcher:
+    """The object behind one mirror that is mapped; `path` is the mirror, `name` the object."""
+
+    def __init__(self, backend: CacheBackend, name: str, path: Path, status: os.stat_result) -> None:
+        self.backend, self.name, self.path = backend, name, path
+        self._file = status.st_dev, status.st_ino
+
+    def present(self, blocks: int) -> Marks:
+        """Which of its `blocks` are said to be there."""
+        return mirror.read_marks(self.path, blocks)
+
+    def mark(self, blocks: Ints, *, there: bool) -> None:
+        mirror.mark(self.path, blocks, there=there)
+
+    def open(self) -> int:
+        """A descriptor to write to the very file that is mapped. FileNotFoundError where it is another by now."""
+        fd = os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) != self._file or not stat.S_ISREG(status.st_mode):
+            os.close(fd)
+            raise FileNotFoundError(str(self.path))
+        return fd
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Bytes `start` to `stop` of the object, or as many of them as it has."""
+        data = memoryview(self.backend.read(self.name, start, stop)).cast("B")[: stop - start]
+        if len(data) == stop - start or not len(data):
+            return data
+        parts = [data]
+        while len(data) and (at := start + sum(map(len, parts))) < stop:
+            data = memoryview(self.backend.read(self.name, at, stop)).cast("B")[: stop - at]
+            parts.append(data)
+        return memoryview(b"".join(parts))
+
+
+@dataclass
+class Wanted:
+    """Blocks of one object: their numbers, where they lie in it, and what they hash to.
+
+    `done(numbers, good)` is told what was found: blocks that are good are in the mirror when it is called.
+    """
+
+    fetcher: Fetcher
+    numbers: Ints
+    starts: Ints
+    stops: Ints
+    checksums: npt.NDArray[np.uint64]
+    done: Callable[[Ints, bool], None]
+
+    def select(self, chosen: Ints | slice) -> Wanted:
+        return Wanted(
+            self.fetcher, self.numbers[chosen], self.starts[chosen], self.stops[chosen], self.checksums[chosen],
+            self.done,
+        )  # fmt: skip
+
+    def runs(self) -> Iterator[Wanted]:
+        """In parts that are one read each."""
+        mine = self.select(np.argsort(self.starts, kind="stable"))
+        first = 0
+        for i in range(1, len(mine.numbers) + 1):
+            if (
+                i == len(mine.numbers)
+                or mine.starts[i] - mine.stops[i - 1] > _GAP
+                or mine.stops[i] - mine.starts[first] > _READ
+            ):
+                yield mine.select(slice(first, i))
+                first = i
+
+
+def fetch(wanted: Sequence[Wanted], *, keep: bool = True) -> None:
+    """Read what is `wanted`, several reads at a time, and write what is right to the mirrors; without `keep` nowhere.
+
+    What is wrong is read once more before it is said to be so.
+
+    Raises:
+        Vanished: objects are gone, or their mirrors; all else has been read.
+        BackendError, StoreAccessError: as the backend says; what was read by then is kept.
+    """
+    wanted = [one for one in wanted if len(one.numbers)]
+    if not wanted:
+        return
+    concurrency = max(1, int(wanted[0].fetcher.backend.concurrency))
+    files: dict[int, int] = {}
+    gone: dict[Path, None] = {}
+    replaced: dict[Path, None] = {}
+    try:
+        for one in wanted if keep else ():
+            if id(one.fetcher) not in files:
+                try:
+                    files[id(one.fetcher)] = one.fetcher.open()
+                except FileNotFoundError:
+                    replaced[one.fetcher.path] = None
+        for last in (False, True):
+            runs = [run for one in wanted if one.fetcher.path not in replaced for run in one.runs()]
+            wanted = _all(runs, files if keep else None, last, gone, concurrency)
+    finally:
+        for fd in files.values():
+            os.close(fd)
+    if gone or replaced:
+        raise Vanished(list(gone), list(replaced))
+
+
+def _all(
+    runs: Sequence[Wanted], files: dict[int, int] | None, last: bool, gone: dict[Path, None], concurrency: int
+) -> list[Wanted]:
+    """Read all `runs`; what of them was wrong."""
+
+    def one(run: Wanted) -> Wanted | None:
+        if run.fetcher.path in gone:
+            return None
+        try:
+            return _one(run, None if files is None else files[id(run.fetcher)], last)
+        except FileNotFoundError:
+            gone[run.fetcher.path] = None
+            return None
+
+    if len(runs) < 2 or concurrency < 2:
+        return [wrong for run in runs if (wrong := one(run)) is not None]
+    with ThreadPoolExecutor(min(concurrency, len(runs)), thread_name_prefix="actcache-fetch") as pool:
+        futures = [pool.submit(one, run) for run in runs]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            for future in futures:
+                future.cancel()
+        return [wrong for future in futures if not future.cancelled() and (wrong := future.result()) is not None]
+
+
+def _one(run: Wanted, fd: int | None, last: bool) -> Wanted | None:
+    begin = int(run.starts[0])
+    data = run.fetcher.read(begin, int(run.stops[-1]))
+    good = np.zeros(len(run.numbers), bool)
+    for i, (start, stop, checksum) in enumerate(
+        zip(run.starts.tolist(), run.stops.tolist(), run.checksums.tolist(), strict=True)
+    ):
+        part = data[start - begin : stop - begin]
+        good[i] = len(part) == stop - start and xxhash.xxh3_64_intdigest(part) == checksum
+    if good.any():
+        right = np.flatnonzero(good)
+        if fd is not None:
+            # Nothing else is ever written there, so that what others have mapped and checked stays what it is.
+            for some in np.split(right, np.flatnonzero(run.starts[right[1:]] != run.stops[right[:-1]]) + 1):
+                start, stop = int(run.starts[some[0]]), int(run.stops[some[-1]])
+                write_all(fd, [data[start - begin : stop - begin]], start)
+            run.fetcher.mark(np.sort(run.numbers[right]), there=True)
+        run.done(run.numbers[right], True)
+    wrong = np.flatnonzero(~good)
+    if not len(wrong):
+        return None
+    if last:
+        run.done(run.numbers[wrong], False)
+    return run.select(wrong)

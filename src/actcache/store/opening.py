@@ -1,0 +1,46 @@
+"""Opening a segment by its name: as one of its space, as the one that is known, its head healed where it can be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from actcache.errors import FormatError, NewerFormatError
+from actcache.store.mapping import Segment
+from actcache.store.records import SegmentInfo
+from actcache.store.working_copy import WorkingCopy
+
+
+def open_segment(path: Path, copy: WorkingCopy | None) -> Segment:
+    """The segment at `path`, mapped. The head of a mirror that is none is read once more before it is refused.
+
+    Raises as `Segment`; BackendError where a head cannot be read.
+    """
+    try:
+        return Segment(path, copy)
+    except NewerFormatError:
+        raise
+    except FormatError:
+        if copy is None or not copy.renew(path):
+            raise
+        return Segment(path, copy)
+
+
+def read_info(path: Path, copy: WorkingCopy | None) -> SegmentInfo:
+    """What the segment at `path` holds; FormatError where it is not one of the space whose folder it is in."""
+    info = open_segment(path, copy).info
+    if info.space != path.parent.name:
+        raise FormatError(f"{path} belongs to space {info.space!r}")
+    # Copies, so that the index does not keep every file mapped.
+    return replace(info, prompt_key=info.prompt_key.copy(), text_key=info.text_key.copy())
+
+
+def open_known(path: Path, info: SegmentInfo, copy: WorkingCopy | None) -> Segment:
+    """The segment at `path`, mapped; FormatError where it does not hold what `info` says."""
+    segment = open_segment(path, copy)
+    same = segment.info.columns == info.columns and segment.info.prompts == info.prompts
+    if not same or not np.array_equal(segment.info.prompt_key, info.prompt_key):
+        raise FormatError(f"{segment.path} is not the file it was when it was indexed")
+    return segment

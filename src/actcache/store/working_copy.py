@@ -1,0 +1,141 @@
+"""This host's working copy of a store whose objects lie elsewhere: a folder laid out as a store on files.
+
+In the folder of a space lie mirrors of segments (see `actcache.store.mirror`), whole copies of tombs and of the
+space's description, and what was written here and is not put yet: segments without a sidecar, and files that grow.
+Only the latter must not be lost. All processes of the host share the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from actcache.store import mirror
+from actcache.store.backend import CacheBackend
+from actcache.store.fetching import Fetcher
+from actcache.store.files import SEGMENT_NAME, remove
+from actcache.store.mapping import Segment
+from actcache.store.pulling import Pull, begin_mirror
+from actcache.store.spaces import ROOT
+
+
+class WorkingCopy:
+    """The objects of `backend` as files below `folder`; thread-safe, and shared by the processes of this host.
+
+    `local_bytes`: how much mirrors may hold of rows that were read; None is no limit.
+    """
+
+    def __init__(self, backend: CacheBackend, folder: Path, local_bytes: int | None = None) -> None:
+        self.backend, self.folder, self.local_bytes = backend, folder, local_bytes
+        self.root = folder / ROOT
+        self._pulling = threading.Lock()
+        self._pulled: dict[str | None, float] = {}
+
+    def name_of(self, path: Path) -> str:
+        """The name of the object that the file at `path` stands for, or will be put as."""
+        return path.relative_to(self.folder).as_posix()
+
+    # -- reading ---------------------------------------------------------------------------------------
+
+    def pull(self, space: str | None = None) -> bool:
+        """Take notice of what others have put or deleted, in one space or in all; whether anything has changed here.
+
+        One listing, and one read for each segment and tomb that is new. Raises BackendError or StoreAccessError.
+        """
+        with self._pulling:
+            began = time.monotonic()
+            changed = Pull(self, space).run()
+            self._pulled[space] = began
+            return changed
+
+    def pulled_since(self, space: str | None, moment: float) -> bool:
+        """Whether a pull of `space` has begun after `moment` (of `time.monotonic`), and is done."""
+        return max(self._pulled.get(space, 0.0), self._pulled.get(None, 0.0)) > moment
+
+    def begin(self, space: str | None) -> None:
+        """`pull` unless this was done since the store was opened."""
+        if not self.pulled_since(space, 0.0):
+            self.pull(space)
+
+    def forget(self) -> None:
+        """What was pulled is to be looked at again at its next use."""
+        self._pulled.clear()
+
+    def fetcher(self, path: Path, fd: int) -> Fetcher | None:
+        """What fetches the rows of the file at `path`, opened as `fd`; None for one that is whole.
+
+        FileNotFoundError when it has gone in the meantime.
+        """
+        if mirror.is_mirror(path):
+            return Fetcher(self.backend, self.name_of(path), path, os.fstat(fd))
+        # A mirror that is removed goes before its sidecar: this may be one, full of holes.
+        if not os.path.samestat(os.fstat(fd), os.stat(path)):
+            raise FileNotFoundError(str(path))
+        return None
+
+    def drop(self, path: Path) -> None:
+        """Forget the mirror at `path`, whose object is gone; what was mapped of it stays readable."""
+        with self.locked(path.parent.name):
+            if mirror.is_mirror(path):
+                remove(path)
+                remove(mirror.sidecar_of(path))
+
+    def renew(self, path: Path) -> bool:
+        """Read the head of the mirror at `path` anew, and drop all else of it; whether there was one."""
+        if not mirror.is_mirror(path):
+            return False
+        said = mirror.read_sidecar(path)
+        size = said.size if said is not None else path.stat().st_size
+        head = begin_mirror(self, path, size, 0 if said is None else said.put_ns)
+        with self.locked(path.parent.name):
+            head.link(path)
+        return True
+
+    # -- writing ---------------------------------------------------------------------------------------
+
+    def push(self, space: str) -> None:
+        """Put every segment of `space` that lies here alone."""
+        folder = self.root / space
+        for name in sorted(os.listdir(folder)):
+            if SEGMENT_NAME.fullmatch(name) and not mirror.is_mirror(folder / name):
+                self.publish(folder / name)
+
+    def publish(self, path: Path) -> None:
+        """Put the file at `path`; everybody can read it when this returns."""
+        self.backend.put(self.name_of(path), path)
+        if SEGMENT_NAME.fullmatch(path.name):
+            self.uploaded(path)
+
+    def uploaded(self, path: Path) -> None:
+        """The segment at `path`, all of which is here, was put: from now on it is a mirror."""
+        segment = Segment(path)
+        with self.locked(path.parent.name):
+            said = mirror.Sidecar(segment.info.size, segment.checks.blocks, time.time_ns())
+            mirror.write_sidecar(path, said, whole=True)
+
+    # -- beside others ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def locked(self, space: str) -> Iterator[None]:
+        """Nobody else on this host makes, replaces or drops mirrors of `space` while the block runs: keep it short."""
+        try:
+            fd = os.open(self.folder / f"mirrors-{space}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self.folder / f"mirrors-{space}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            # Where the file system has no locks, what can happen is a block that is read twice.
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def after_fork(self) -> None:
+        """In a child process: what a thread of the parent held is free."""
+        self._pulling = threading.Lock()
