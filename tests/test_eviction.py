@@ -119,6 +119,30 @@ def test_one_segment_is_cut_to_what_fits(tmp_path: Path) -> None:
     assert bytes_on_disk(store) <= size / 2
 
 
+def test_of_few_segments_no_more_goes_than_must(tmp_path: Path) -> None:
+    """The larger one, read a moment before the other, does not go whole."""
+    store, space = make_store(tmp_path)
+    fill(store, space, [range(90), range(90, 100)])
+    read(store, space, range(100))
+    limit = 0.7 * bytes_on_disk(store)
+    store.evict(limit / GB)
+    left = there(store, space, range(100))
+    assert 55 <= len(left) <= 70
+    assert set(range(90, 100)) <= set(left)
+    assert 0.8 * limit <= bytes_on_disk(store) <= limit
+
+
+def test_what_was_read_last_stays_though_its_segment_is_cold(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    fill(store, space, [range(144), range(144, 176), range(176, 216), range(216, 300)])
+    for numbers in (range(144), range(144, 176), range(176, 216)):
+        read(store, space, numbers)
+    last = [*range(130, 144), *range(216, 300)]
+    read(store, space, last)
+    store.evict(0.45 * bytes_on_disk(store) / GB)
+    assert set(last) <= set(there(store, space, range(300)))
+
+
 def test_merging_keeps_the_times(tmp_path: Path) -> None:
     store, space = make_store(tmp_path)
     fill(store, space, [[i] for i in range(40)])

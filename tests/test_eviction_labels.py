@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,11 @@ def state(store: Store, space: str, numbers: Sequence[int]) -> tuple[list[int], 
         return [], {LABEL: [], METADATA: []}
     held = fresh.contains(space, [[i, i + 1] for i in numbers], SITE, pooling="last_token")
     has = {
-        kind: [i for i, text in zip(numbers, given.read(fresh, space, kind, table(numbers)), strict=True) if text]
+        kind: [
+            i
+            for i, text in zip(numbers, given.read(fresh, space, kind, table(numbers)), strict=True)
+            if text is not None
+        ]
         for kind in (LABEL, METADATA)
     }
     return [i for i, one in zip(numbers, held.tolist(), strict=True) if one], has
@@ -141,3 +147,40 @@ def test_labels_of_continued_prompts_are_those_of_vectors(tmp_path: Path, monkey
         patched.setattr(eviction._Eviction, "_candidates", lambda self: iter(()))
         Store(tmp_path / "store").evict(1000 / GB)
     assert ac.UnifiedCache(folder, **options).get_labels(texts) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("vector_files", "label_files"),
+    [
+        ([0, 140, 300], [0, 300]),
+        ([0, 280, 300], [0, 150, 300]),
+        ([0, 296, 300], [0, 24, 300]),
+        ([0, 300], [0, 100, 300]),
+    ],
+)
+def test_however_a_run_was_divided_into_files(
+    tmp_path: Path, vector_files: Sequence[int], label_files: Sequence[int]
+) -> None:
+    """Which batches share a file depends on how fast they came; what is kept must not."""
+    store, space = make_store(tmp_path)
+    numbers = list(range(300))
+    for start, stop in itertools.pairwise(vector_files):
+        store.append(space, vectors(numbers[start:stop], 512))
+    for start, stop in itertools.pairwise(label_files):
+        short = [given.encoded(i) for i in numbers[start:stop]]
+        for records in given.records(LABEL, table(numbers[start:stop]), short):
+            store.append(space, records)
+    store.read(space, table(numbers), SITE, pooling="last_token")
+    time.sleep(0.01)
+    store.read(space, table(numbers[200:]), SITE, pooling="last_token")
+    limit = int(on_disk(store) * 0.7)
+    report = store.evict(limit / GB)
+    held, has = state(store, space, numbers)
+    # 210, less what files take beside their rows, and up to a tenth of the limit that is not filled up.
+    assert 150 <= len(held) <= 210
+    assert set(held) > set(range(200, 300))
+    assert has == {LABEL: held, METADATA: []}
+    assert report.bytes_kept == on_disk(store) <= limit
+    # Nor do files stay of which nothing can be read: their prompts went in two evictions.
+    store.evict(1e-9)
+    assert not list(store.location.rglob("*.safetensors"))

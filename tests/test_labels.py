@@ -188,11 +188,11 @@ def test_eviction_takes_them_with_their_vectors_and_no_sooner(folder: Path, tmp_
     cache.get_activations(many[200:])
     cache.store.evict(cache.store.info().total_size_bytes * 0.55 / 2**30)
     held = cache.store.contains(cache.store.spaces()[0], many, "resid_post.0")
-    assert 0 < held.sum() < 300
+    assert 50 < held.sum() < 300
     labels = np.array(cache.get_labels(many), object)
     assert labels[held].tolist() == np.flatnonzero(held).tolist()
     assert all(label is None for label in labels[~held])
-    cache.store.evict(0)
+    cache.store.evict(1e-9)
     assert not list(place.rglob("*.safetensors"))
 
 

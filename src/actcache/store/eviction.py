@@ -6,11 +6,9 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from actcache.errors import DiskFullError, NewerFormatError
 from actcache.store.adoption import adopt_now
@@ -26,18 +24,19 @@ from actcache.store.files import (
     translated,
 )
 from actcache.store.index import SpaceIndex
-from actcache.store.keys import Ints, Mask
+from actcache.store.keys import Mask
 from actcache.store.merging import LOCK_WAIT_S, Overtaken, exclusive, open_source, replace_segments, tidy
-from actcache.store.records import LABEL, METADATA, SegmentInfo, is_result
+from actcache.store.records import LABEL, METADATA, is_result
 from actcache.store.spaces import FILE, drop_if_empty
 from actcache.store.tombs import Keys, count_distinct, is_member, write_tomb
+from actcache.store.victims import Newer, Victim
 
-_ROUNDS = 64
+_PASSES, _ROUNDS = 4, 64
 _SAID = (LABEL, METADATA)
 # Segments of which at least this part was invalidated are written anew before anything that is live goes.
 _GARBAGE = 0.25
-# What a segment holds beside its rows, roughly: altogether, for each column, and for each number in a row.
-_HEADER, _PER_COLUMN, _PER_NUMBER = 4 << 10, 512, 16
+# No eviction goes below this part of the limit for want of copying: of a store with few segments each is much.
+_FILLED = 0.9
 
 
 @dataclass(frozen=True)
@@ -62,47 +61,6 @@ class EvictionReport:
     models: dict[str, int]
 
 
-class _Victim:
-    """A segment that may go. `heat`: when half of its prompts had been read for the last time, in nanoseconds."""
-
-    def __init__(self, index: SpaceIndex, number: int, info: SegmentInfo, heat: int) -> None:
-        self.index, self.number, self.info, self.heat = index, number, info, heat
-
-    @cached_property
-    def live(self) -> Mask:
-        with self.index.lock:
-            return self.index.untombed(self.number)
-
-    @cached_property
-    def times(self) -> Ints:
-        with self.index.lock:
-            return self.index.reads.times(self.info)
-
-    @cached_property
-    def nbytes(self) -> Ints:
-        """Roughly what each prompt takes on disk."""
-        with self.index.lock:
-            segment = self.index.open(self.number)
-        if segment is None:
-            return np.zeros(self.info.prompts, np.int64)
-        rows = np.diff(segment.row_offset)
-        return np.asarray(rows * (self.info.size / max(1, int(rows.sum())))).astype(np.int64)
-
-    @property
-    def fixed(self) -> int:
-        """Roughly what a copy takes on disk however few prompts it has."""
-        return _HEADER + sum(_PER_COLUMN + _PER_NUMBER * dim for _, _, dim in self.info.columns)
-
-    def copied(self, threshold: float) -> int:
-        """Roughly what a copy of `hot` takes on disk."""
-        hot = self.hot(threshold)
-        return int(self.nbytes[hot].sum()) + self.fixed if hot.any() else 0
-
-    def hot(self, threshold: float) -> Mask:
-        """Live prompts that were read after `threshold`."""
-        return np.asarray(self.live & (self.times > threshold))
-
-
 class _Eviction:
     """One run over the spaces of a store."""
 
@@ -122,11 +80,17 @@ class _Eviction:
             for work in (self._clear_out_damaged, self._clear_out_garbage):
                 after = self._on_disk()
                 work(after - self.limit)
-            for _ in range(_ROUNDS):
-                after = self._on_disk()
-                if after <= self.limit or not self._round(after):
+            for _ in range(_PASSES):
+                for _ in range(_ROUNDS):
+                    after = self._on_disk()
+                    if after <= self.limit or not self._round(after):
+                        break
+                self._clear_out_open(self._on_disk() - self.limit)
+                self._drop_what_is_left()
+                if (after := self._on_disk()) <= self.limit:
                     break
-            self._clear_out_open(self._on_disk() - self.limit)
+                # What was derived, or said, of prompts that went may weigh more, with its tombs, than before.
+                self._clear_out_garbage(after - self.limit, least=0)
             after = self._finish()
         models = {index.folder.name: count_distinct(keys) for index, keys in self.gone.items()}
         report = EvictionReport(
@@ -151,15 +115,15 @@ class _Eviction:
                     need -= remove(index.path(name))
                     self.segments += 1
 
-    def _clear_out_garbage(self, need: int) -> None:
+    def _clear_out_garbage(self, need: int, least: float = _GARBAGE) -> None:
         shares = []
         for index in self.indexes:
             with index.lock:
                 for number, info in index.sealed():
                     live = index.live(number)
                     dead = 0.0 if live is None else 1 - float(live.mean())
-                    if dead >= _GARBAGE and all(keys is not None for keys in index.tombs_of(info).values()):
-                        shares.append((dead, _Victim(index, number, info, 0)))
+                    if dead > 0 and dead >= least and all(keys is not None for keys in index.tombs_of(info).values()):
+                        shares.append((dead, Victim(index, number, info, 0)))
         for _, victim in sorted(shares, key=lambda s: -s[0]):
             if need > 0:
                 with contextlib.suppress(DiskFullError):
@@ -171,15 +135,17 @@ class _Eviction:
         """Take out what should be enough; whether anything went."""
         victims, threshold = self._choose(total - self.limit)
         if threshold == -np.inf:
-            kept = self._that_fit(victims, total)
+            kept = self._that_fit(victims, total, self.limit)
         else:
-            kept = [victim.hot(threshold) for victim in victims]
+            some = self._that_fit(victims, total, int(self.limit * _FILLED))
+            kept = [victim.hot(threshold) | more for victim, more in zip(victims, some, strict=True)]
         need = total - self.limit
         freed = 0
         postponed = []
         for victim, mask in zip(victims, kept, strict=True):
-            if freed >= need:
-                break
+            # All of them: what is kept of one was weighed against what goes of the others.
+            if victim.stays_whole(mask):
+                continue
             try:
                 freed += self._take(victim, mask)
             except DiskFullError:
@@ -195,7 +161,7 @@ class _Eviction:
                 freed += self._take(victim, np.zeros(victim.info.prompts, bool))
         return freed > 0
 
-    def _choose(self, need: int) -> tuple[list[_Victim], float]:
+    def _choose(self, need: int) -> tuple[list[Victim], float]:
         """The coldest segments, as many as it takes, and the time after which what was read in them is kept.
 
         Minus infinity where all of them must go.
@@ -211,7 +177,7 @@ class _Eviction:
                     return chosen, threshold
         return candidates, -np.inf
 
-    def _candidates(self) -> Iterator[_Victim]:
+    def _candidates(self) -> Iterator[Victim]:
         for index in self.indexes:
             with index.lock:
                 medians = index.reads.medians()
@@ -220,14 +186,14 @@ class _Eviction:
                 if info.layout in _SAID:
                     # Nobody can compute them again: they go when all else of their prompts has gone.
                     continue
-                yield _Victim(index, number, info, medians.get(info.name, info.created_ns))
+                yield Victim(index, number, info, medians.get(info.name, info.created_ns))
             for name, error in index.refused.items():
                 if isinstance(error, NewerFormatError):
-                    yield _Newer(index, name)
+                    yield Newer(index, name)
 
-    def _that_fit(self, victims: Sequence[_Victim], total: int) -> list[Mask]:
-        """Of all that is stored, what was read last and fits below the limit."""
-        room = self.limit - (total - sum(v.info.size for v in victims))
+    def _that_fit(self, victims: Sequence[Victim], total: int, limit: int) -> list[Mask]:
+        """What was read last of `victims`, as much as fits below `limit` beside all else."""
+        room = limit - (total - sum(v.info.size for v in victims))
         kept = [np.zeros(v.info.prompts, bool) for v in victims]
         if room <= 0 or not victims:
             return kept
@@ -243,7 +209,7 @@ class _Eviction:
             mask[row[order[owner[order] == k]]] = True
         return kept
 
-    def _take(self, victim: _Victim, keep: Mask) -> int:
+    def _take(self, victim: Victim, keep: Mask) -> int:
         """Remove a segment, `keep` of it copied to a new one before; the bytes that makes free."""
         index, info = victim.index, victim.info
         lost = victim.live & ~keep
@@ -281,7 +247,7 @@ class _Eviction:
 
     # -- afterwards --------------------------------------------------------------------------------------
 
-    def _finish(self) -> int:
+    def _drop_what_is_left(self) -> None:
         for index in self.gone:
             with contextlib.suppress(DiskFullError):
                 self._drop_derived(index, np.concatenate(self.gone[index]))
@@ -292,6 +258,8 @@ class _Eviction:
                 if said:
                     with contextlib.suppress(DiskFullError):
                         self._drop_derived(index, np.concatenate(said))
+
+    def _finish(self) -> int:
         for index in self.indexes:
             index.refresh(force=True)
             tidy(index)
@@ -319,28 +287,13 @@ class _Eviction:
                     hit = is_member(info.prompt_key, keys)
                     hits.append((number, info, hit if live is None else hit & live))
         for number, info, hit in hits:
-            if hit.all() and info.name not in index.opened:
-                self._take(_Victim(index, number, info, 0), ~hit)
+            victim = Victim(index, number, info, 0)
+            if hit.any() and hit[victim.live].all() and info.name not in index.opened:
+                # Earlier evictions may have taken the others.
+                self._take(victim, np.zeros(info.prompts, bool))
             elif hit.any():
                 with translated(index.folder):
                     write_tomb(index.folder, info.name, info.prompt_key[hit])
-
-
-class _Newer(_Victim):
-    """A segment that a later version has written: nothing is known of it but its size and age."""
-
-    def __init__(self, index: SpaceIndex, name: str) -> None:
-        size = age = 0
-        with contextlib.suppress(OSError):
-            status = index.path(name).stat()
-            size, age = status.st_size, status.st_mtime_ns
-        nothing: npt.NDArray[np.uint8] = np.empty((0, 16), np.uint8)
-        info = SegmentInfo(name, index.folder.name, "", (), 0, 0, size, age, "", {}, nothing, nothing)
-        super().__init__(index, -1, info, age)
-
-    live = cached_property(lambda self: np.empty(0, bool))
-    times = cached_property(lambda self: np.empty(0, np.int64))
-    nbytes = cached_property(lambda self: np.empty(0, np.int64))
 
 
 def _is_derived(sites: frozenset[str]) -> bool:
