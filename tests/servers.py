@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +50,22 @@ class S3Server:
 
     def client(self) -> Any:
         """botocore's client, for what actcache never does, such as making buckets, and to look behind its back."""
-        import botocore.session
-
-        return botocore.session.Session().create_client(
-            "s3",
-            endpoint_url=self.endpoint,
-            aws_access_key_id=self.key,
-            aws_secret_access_key=self.secret,
-            region_name="us-east-1",
-        )
+        return _client(self.endpoint, self.key, self.secret)
 
     def make_bucket(self) -> str:
         """A new empty bucket; its name."""
         name = f"actcache-{uuid.uuid4().hex[:16]}"
         self.client().create_bucket(Bucket=name)
         return name
+
+
+@cache
+def _client(endpoint: str, key: str, secret: str) -> Any:
+    import botocore.session
+
+    return botocore.session.Session().create_client(
+        "s3", endpoint_url=endpoint, aws_access_key_id=key, aws_secret_access_key=secret, region_name="us-east-1"
+    )
 
 
 def only_aws(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:

@@ -58,9 +58,11 @@ if TYPE_CHECKING:
     )
     from actcache.store.importing import ImportReport, import_arrays
     from actcache.store.lmprobe import import_lmprobe
+    from actcache.store.object_backend import ObjectBackend
     from actcache.store.spaces import new_space
     from actcache.store.store import Store
     from actcache.store.transformer_lens import import_transformer_lens
+    from actcache.store.wrapped_backends import LoggingBackend
     from actcache.unified import UnifiedCache, activations
 
 # Public name -> (module, name there; "" for the module itself).
@@ -112,6 +114,8 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "CacheBackend": ("store.backend", "CacheBackend"),
     "LocalBackend": ("store.backend", "LocalBackend"),
     "MemoryBackend": ("store.backend", "MemoryBackend"),
+    "ObjectBackend": ("store.object_backend", "ObjectBackend"),
+    "LoggingBackend": ("store.wrapped_backends", "LoggingBackend"),
     "cache_info": ("store.default", "cache_info"),
     "clear_cache": ("store.default", "clear_cache"),
     "evict": ("store.default", "evict"),
@@ -142,8 +146,10 @@ __all__ = [
     "FullActivationCache",
     "ImportReport",
     "LocalBackend",
+    "LoggingBackend",
     "LogitLens",
     "MemoryBackend",
+    "ObjectBackend",
     "Plan",
     "ProbeReport",
     "ReadyMade",

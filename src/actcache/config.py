@@ -19,6 +19,7 @@ from actcache.errors import OptionError, require_choice
 
 STORAGE_DTYPES = ("float16", "bfloat16", "float32", "int8", "float8_e4m3")
 GB = 2**30
+DEADLINE_S = 120.0
 
 # One slash is enough: a Path made from a URL has lost the other. One letter would be a drive.
 _URL = re.compile(r"[A-Za-z][\w+.-]+:/")
@@ -103,6 +104,20 @@ def limit_bytes(gb: Any, source: str) -> int | None:
             f"{source} is {gb!r}: expected a number of GB that is not negative (0: store nothing), such as 50 or 0.5."
         )
     return None if math.isinf(number) else int(number * GB)
+
+
+def object_deadline_s() -> float:
+    """For how many seconds an operation on an object store goes on failing before that is an error."""
+    value = os.environ.get("ACTCACHE_DEADLINE_S")
+    if not value:
+        return DEADLINE_S
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise OptionError(f"ACTCACHE_DEADLINE_S is {value!r}: expected a number of seconds above 0, such as 120.")
+    return seconds
 
 
 def cache_limit() -> Setting:

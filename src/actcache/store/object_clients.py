@@ -1,0 +1,114 @@
+"""obstore's clients for one bucket, as one process holds them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from actcache.errors import OptionError
+from actcache.store.aws import ENDPOINT_VARIABLES, Aws
+from actcache.store.object_library import library, never_free
+
+SLOWEST = 2 << 20
+"""Bytes a second: what a transfer is given time for, before it is taken for one that hangs."""
+
+PART = 64 << 20
+"""The size of the pieces in which an object is put that is too large for one request."""
+
+_CONNECT_S = 5.0
+_PART_TRIES = 8
+
+
+class Clients:
+    """The clients of one process for one bucket: those for short answers, and for uploads, which take their time.
+
+    `pid` is the process they were made in. Threads share them. A forked child `abandon`s those it inherits.
+    """
+
+    def __init__(
+        self, scheme: str, bucket: str, aws: Aws | None, anonymous: bool | None, timeout_s: float, longest_s: float
+    ) -> None:
+        self.pid = os.getpid()
+        self.aws = aws
+        self._scheme = scheme
+        self._bucket = bucket
+        self._anonymous = anonymous
+        self._timeout_s = timeout_s
+        self._longest_s = longest_s
+        self._lock = threading.Lock()
+        self._made: dict[tuple[str, int], Any] = {}
+        self._library = library()
+
+    @property
+    def library(self) -> Any:
+        """obstore's functions, which take a client first."""
+        return self._library
+
+    def reading(self) -> Any:
+        """For answers that begin soon and keep coming."""
+        stalls = {"read_timeout": timedelta(seconds=self._timeout_s), "timeout": timedelta(seconds=self._longest_s)}
+        return self._client("read", 0, stalls, {"max_retries": 0})
+
+    def writing(self, size: int, slower: int) -> Any:
+        """For one request with a body of `size` bytes, `slower` times doubled the time that it may take."""
+        # A server answers when it has all of the body: until then nothing comes, and only the whole can be timed.
+        seconds = (self._timeout_s + size / SLOWEST) * 2**slower
+        doubled = max(0, int(seconds / self._timeout_s - 1e-9)).bit_length()
+        limit = {"timeout": timedelta(seconds=self._timeout_s * 2**doubled)}
+        return self._client("write", doubled, limit, {"max_retries": 0})
+
+    def writing_parts(self, deadline_s: float) -> Any:
+        """For an upload in parts, of which each has to be tried again by itself."""
+        limit = {"timeout": timedelta(seconds=self._timeout_s + 2 * PART / SLOWEST)}
+        retries = {"max_retries": _PART_TRIES, "retry_timeout": timedelta(seconds=deadline_s)}
+        return self._client("parts", int(deadline_s), limit, retries)
+
+    def renew(self) -> None:
+        """Make new ones from now on: what is known of the place has changed."""
+        with self._lock:
+            self._made = {}
+
+    def abandon(self) -> None:
+        """In a child, never to free what would end connections of its parent."""
+        never_free(self._made)
+
+    def _client(self, use: str, tier: int, limits: Mapping[str, Any], retries: Mapping[str, Any]) -> Any:
+        found = self._made.get((use, tier))
+        if found is None:
+            with self._lock:
+                found = self._made.get((use, tier)) or self._make(dict(limits), dict(retries))
+                self._made[use, tier] = found
+        return found
+
+    def _make(self, options: dict[str, Any], retries: dict[str, Any]) -> Any:
+        options["connect_timeout"] = timedelta(seconds=min(_CONNECT_S, self._timeout_s))
+        config: dict[str, Any] = {}
+        if self._anonymous is not None:
+            config["skip_signature"] = self._anonymous
+        stores = self._library._store
+        made = {"s3": stores.S3Store, "gs": stores.GCSStore, "az": stores.AzureStore}[self._scheme]
+        extra: dict[str, Any] = {}
+        if self.aws is not None:
+            extra = self._for_s3(self.aws, config, options)
+        try:
+            return made(self._bucket, config=config, client_options=options, retry_config=retries, **extra)
+        except Exception as error:
+            said = str(error).partition("\n\nDebug source:")[0]
+            raise OptionError(f"cannot make a client for {self._scheme}://{self._bucket}: {said}") from None
+
+    @staticmethod
+    def _for_s3(aws: Aws, config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        # obstore reads some of AWS's variables itself: what it should not find there, it is told.
+        config |= {"region": aws.region, "disable_bulk_delete": True}
+        endpoint = aws.endpoint
+        if endpoint or any(variable in os.environ for variable in ENDPOINT_VARIABLES):
+            where = endpoint or f"https://s3.{aws.region}.amazonaws.com"
+            config |= {"endpoint": where, "aws_endpoint_url_s3": where}
+            options["allow_http"] = where.startswith("http://")
+        if authorities := aws.authorities:
+            options["root_certificate"] = authorities
+        config["skip_signature"] = aws.refresh() is None
+        return {} if config["skip_signature"] else {"credential_provider": aws.provide}
