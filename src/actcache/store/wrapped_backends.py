@@ -71,9 +71,11 @@ class LoggingBackend(WrappedBackend):
         return sum(self.counts.values())
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        return iter(
-            self._timed("list", prefix, lambda: [*self.inner.list(prefix)], lambda found: len(found), "objects")
-        )
+        def collect() -> tuple[ObjectInfo, ...]:
+            return (*self.inner.list(prefix),)
+
+        found = self._timed("list", prefix, collect, len, "objects")
+        return iter(found)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
         what = f"{name} from {start} to {'the end' if stop is None else stop}"
