@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -312,6 +313,21 @@ def test_what_is_intact_stays_readable_where_damage_is_found(tmp_path: Path) -> 
     assert not path.exists()
     assert kept(store, space, range(40), tmp_path)[WIDE[0]] == without(range(40), 9, 10)
     assert store.contains(space, make_table(range(40)), WIDE[0], pooling="last_token").sum() == 38
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_reading_all_there_is_leaves_out_what_turns_out_damaged(tmp_path: Path, copies: int) -> None:
+    """At once, not only from the second time on; what an older copy has is read from there."""
+    store, space = make_store(tmp_path)
+    for _ in range(copies):
+        info = store.append(space, wide(range(40)))
+    break_blocks(store, info, {WIDE[1]: [1, 3]})
+    left = list(range(40)) if copies > 1 else without(range(40), *range(8, 16), *range(24, 32))
+    out = torch.empty(len(left), DIM)
+    for target in (None, out):
+        fresh = Store(store.location, index_dir=tmp_path / f"host {target is None}")
+        read = fresh.read(space, None, WIDE[1], pooling="last_token", out=target).numpy()
+        assert sorted(map(bytes, read)) == sorted(bytes(row(i, WIDE[1])) for i in left)
 
 
 def test_a_batch_of_a_file_that_grows_stays_readable_beside_its_damage(tmp_path: Path) -> None:

@@ -107,3 +107,9 @@ def test_an_unknown_model_is_named_with_the_nearest() -> None:
     fill(default_store(), "gpt2", ["a"])
     with pytest.raises(NotCachedError, match="Did you mean 'gpt2'"):
         ac.invalidate_extraction_cache("gtp2")
+    with pytest.raises(NotCachedError, match="Did you mean 'gpt2'"):
+        ac.clear_cache("gtp2")
+    assert ac.clear_cache("gpt2") == 1
+    with pytest.raises(NotCachedError, match="The store is empty"):
+        ac.clear_cache("gpt2")
+    assert ac.clear_cache() == 0

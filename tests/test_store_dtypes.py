@@ -15,7 +15,7 @@ from safetensors import safe_open
 import actcache as ac
 from actcache import config
 from actcache.errors import FormatError, OptionError, ValueOverflowError
-from actcache.store import segment
+from actcache.store import default, segment
 from actcache.store.dtypes import is_scaled
 from actcache.store.prompts import PromptTable
 from actcache.store.records import Records
@@ -30,6 +30,7 @@ SITES = ["resid_post.0", "resid_post.1"]
 @pytest.fixture(autouse=True)
 def _nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "_chosen", {})
+    monkeypatch.setattr(default, "_chosen", None)
     monkeypatch.delenv("ACTCACHE_DTYPE", raising=False)
 
 
@@ -209,13 +210,17 @@ def test_a_call_wins_over_the_variable_and_the_store_over_both(tmp_path: Path, m
     def fresh(name: str, dtype: str | None = None) -> Store:
         return Store(tmp_path / name, dtype=dtype, index_dir=tmp_path / f"index-{name}")
 
-    plain = fresh("a")
+    plain, others = fresh("a"), fresh("c")
+    ac.set_cache_backend(plain)
     assert stored_as(plain) == "float32"
     monkeypatch.setenv("ACTCACHE_DTYPE", "float16")
     assert stored_as(plain) == "float16"
     ac.set_cache_dtype("bfloat16")
     assert stored_as(plain) == "bfloat16"
     assert stored_as(fresh("b", "float16")) == "float16"
+    # It is the default store's, as the limit is; also of what takes its place for a request.
+    assert stored_as(others) == "float32"
+    assert stored_as(plain.beside(tmp_path / "beside")) == "bfloat16"
     ac.set_cache_dtype(None)
     assert stored_as(plain) == "float32"
     with pytest.raises(OptionError, match="int8"):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from actcache.errors import NotCachedError
+from actcache.errors import NotCachedError, OptionError
 from actcache.store.prompts import PromptTable
 from actcache.store.records import Records
 from actcache.store.spaces import new_space
@@ -418,6 +418,33 @@ def test_a_site_or_pooling_that_is_not_there_is_named_with_the_nearest(tmp_path:
             ask("mlp_out.0", "mean")
     with pytest.raises(NotCachedError, match=r"1 of 2 prompts have no 'resid_post.1'"):
         store.read(space, [text(0), text(7)], "resid_post.1", pooling="last_token")
+
+
+def test_who_asks_for_a_name_that_nothing_has_is_told(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    asked = [text(0), text(7)]
+    # Any name may be meant where nothing is stored yet.
+    assert not store.contains(space, asked, "resid_pst.1", pooling="las_token").any()
+    store.append(space, pooled(range(3), sites=["resid_post.1", "probe_3"]))
+    assert store.contains(space, asked, "resid_post.1", pooling="last_token").tolist() == [True, False]
+    for site, pooling in (
+        ("resid_post.2", "last_token"), ("resid_post.1", None), ("resid_post.1", "mean"), ("probe_4", "last_token"),
+        ("perplexity", "derived"), ("logits.top5.values", "last_token"), ("decoder.mlp_out.1", None),
+    ):  # fmt: skip
+        assert not store.contains(space, asked, site, pooling=pooling).any(), (site, pooling)
+    for site, near in (
+        ("resid_pst.1", "resid_post.1"), ("blocks.1.hook_resid_post", "resid_post.1"), ("resid_post", "resid_post.1"),
+        ("resid_post.-1", "resid_post.1"), ("prob", "probe_3"), ("embd", "embed"),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=rf"{site!r} is not how .* Did you mean '{near}'"):
+            store.contains(space, asked, site, pooling="last_token")
+    with pytest.raises(OptionError, match=r"Stored: probe_3, resid_post.1"):
+        store.contains(space, asked, "my vectors")
+    for site in ("resid_post.1", None):
+        with pytest.raises(OptionError, match=r"'las_token', which is none.* Did you mean 'last_token'"):
+            store.contains(space, asked, site, pooling="las_token")
+    assert store.contains(space, asked, pooling="last_token").tolist() == [True, False]
+    assert not store.contains(space, asked, pooling="mean").any()
 
 
 def test_where_all_prompts_are_gone_nothing_is_read(tmp_path: Path) -> None:

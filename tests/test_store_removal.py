@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actcache.errors import FormatError
+from actcache.errors import FormatError, NotCachedError
 from actcache.store import merging, removal, segment, tombs
 from actcache.store.index import SpaceIndex
 from actcache.store.prompts import PromptTable
@@ -400,7 +400,9 @@ def test_clear_one_model(tmp_path: Path) -> None:
     other = store.open_space({"weights": "x"}, {"model_name": "other"})
     store.append(space, pooled([1]))
     store.append(other, pooled([1, 2]))
-    assert store.clear("nobody") == 0
+    with pytest.raises(NotCachedError, match=r"'othre'\. Did you mean 'other'\?"):
+        store.clear("othre")
+    assert check_pooled(store, space, [1]).all()
     assert store.clear("other") == 2
     assert not (store.root / other).exists()
     assert check_pooled(store, space, [1]).all()

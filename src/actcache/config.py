@@ -1,7 +1,7 @@
 """Environment variables and process-wide defaults, in one place.
 
 What a store was made with wins over what the process has chosen by a call, that over the environment, and that over
-the default. The limit of the process is that of the default store alone. `ACTCACHE_BACKEND` (a path) wins over
+the default. Limit and dtype of the process are those of the default store alone. `ACTCACHE_BACKEND` (a path) wins over
 `ACTCACHE_DIR` (a path).
 """
 
@@ -143,7 +143,7 @@ def set_cache_limit(gb: float | None = None) -> None:
 
 
 def cache_dtype() -> Setting:
-    """The dtype in which new vectors are stored; None where they are stored as they were computed."""
+    """The dtype in which the default store keeps new vectors, where it has none of its own; None: as computed."""
     if "dtype" in _chosen:
         return Setting(_chosen["dtype"], "set_cache_dtype()")
     value = os.environ.get("ACTCACHE_DTYPE")
@@ -153,7 +153,7 @@ def cache_dtype() -> Setting:
 
 
 def set_cache_dtype(dtype: str | None = None) -> None:
-    """Set the dtype in which new vectors are stored, for stores without one of their own; None: as they are computed.
+    """Set the dtype in which the default store keeps new vectors; None: as computed. Other stores have their own.
 
     Raises:
         OptionError: not one of `STORAGE_DTYPES`.

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from actcache.capture.positions import POOLINGS, check_positions, each_prompt
+from actcache.capture.positions import check_positions, each_prompt
 from actcache.derive.results import Asked, LogitsAsked
 from actcache.errors import OptionError, require_choice
 from actcache.extract.cached import CachedExtractor
@@ -20,6 +20,7 @@ from actcache.extract.prompts import Prompt, PromptList, positions_of, read_prom
 from actcache.extract.public import Results
 from actcache.extract.request import Request, partial_failure
 from actcache.extract.stats import WarmupStats, after_eviction, stats_of
+from actcache.model.sites import POOLINGS
 from actcache.store.files import log
 from actcache.store.reading import converted, reading_dtype
 from actcache.store.records import LABEL

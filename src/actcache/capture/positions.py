@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from actcache.errors import LayerRangeError, OptionError, require_choice
 from actcache.model.media import KINDS
+from actcache.model.sites import POOLINGS
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
 _EXPECTED = "'all', 'last', 'first', an int, (start, stop), or a non-empty list of these"
-POOLINGS = ("last_token", "first_token", "mean", "max", "min")
 
 
 @dataclass(frozen=True)

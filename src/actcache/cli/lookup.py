@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 def stored_name(store: Store, model: str) -> str:
     """The name under which `store` knows `model`; `NotCachedError` when it does not."""
     from actcache.store.default import model_label
+    from actcache.store.discovered import none_of_that_name
 
-    names = {s.model_name for s in store.spaces()}
+    spaces = store.spaces()
+    names = {s.model_name for s in spaces}
     # As loading does: a folder of that name comes first, then the id. A folder may be gone by now.
     for name in (model_label(model), model):
         if name in names:
             return name
-    known = f" Stored: {', '.join(sorted(names))}." if names else " The store is empty."
-    raise NotCachedError(f"nothing is stored for {model!r}.{did_you_mean(model, names) or known}")
+    raise none_of_that_name(model, spaces)
 
 
 def variants_of(store: Store, model: str | None, space: str | None) -> list[tuple[SpaceInfo, str]]:

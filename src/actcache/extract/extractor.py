@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actcache.capture.positions import POOLINGS, check_positions, each_prompt, resolve_positions
+from actcache.capture.positions import check_positions, each_prompt, resolve_positions
 from actcache.derive.results import LOGITS, NOTHING, Asked
 from actcache.errors import OptionError, SiteUnavailableError, UnknownSiteError, did_you_mean, require_choice
 from actcache.extract.activations import Activations
@@ -20,7 +20,7 @@ from actcache.extract.prompts import Prompt, check_tokens, positions_of, read_pr
 from actcache.model.decoder_inputs import require_decoder_start
 from actcache.model.loading import open_source
 from actcache.model.options import LoadOptions
-from actcache.model.sites import Site, require_use_of_layers, resolve_layers, takes_what_is_there
+from actcache.model.sites import POOLINGS, Site, require_use_of_layers, resolve_layers, takes_what_is_there
 from actcache.progress import progress
 
 if TYPE_CHECKING:

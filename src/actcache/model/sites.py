@@ -41,6 +41,8 @@ WHOLE_MODEL = {"embed": "[B, S, D]", "final_norm": "[B, S, D]", "logits": "[B, S
 SITE_NAMES = ("embed", *PER_LAYER, "final_norm", "logits")
 PER_HEAD = ("pattern", "head_out")
 STACKS = ("encoder", "decoder")
+# How the tokens of a prompt become one vector.
+POOLINGS = ("last_token", "first_token", "mean", "max", "min")
 _HEAD_SHAPES = {"pattern": "[B, S, S]", "head_out": "[B, S, D]"}
 # Which dimension of the value of all heads is the head.
 HEAD_AXIS = {"pattern": 1, "head_out": 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,18 +10,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actcache.errors import did_you_mean, nearest
+from actcache.errors import OptionError, did_you_mean, nearest
+from actcache.model.sites import POOLINGS, SITE_NAMES, Site
 from actcache.store import tensors
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import Ints
 from actcache.store.lookup import Query, locate, locate_all, pulled
 from actcache.store.placement import Placement
 from actcache.store.prompts import IDS, TEXT, PromptTable
-from actcache.store.records import TOKENS
+from actcache.store.records import COMPLETION, DERIVED, LABEL, METADATA, TOKENS, is_result
 from actcache.store.reports import stored_prompts
 from actcache.store.site_names import in_order
 
 _SHOWN = 12
+_LAYOUTS = {TOKENS, *POOLINGS, DERIVED, COMPLETION, LABEL, METADATA}
 _TEXT = np.array(TEXT, np.uint8)
 
 
@@ -78,28 +81,79 @@ def locate_here(
     return located, found
 
 
-def contains_any(index: SpaceIndex, given: Any) -> npt.NDArray[np.bool_]:
-    """Which prompts have anything stored, bool ``[B]``."""
-    began = time.monotonic()
-    found = _contains(index, given)
-    if not found.all() and pulled(index, began):
-        found = _contains(index, given)
+def stored(index: SpaceIndex, prompts: Any, site: str | None, pooling: str | None) -> npt.NDArray[np.bool_]:
+    """What `Store.contains` gives."""
+    given = prompts if isinstance(prompts, PromptTable) else tensors.as_list(prompts)
+    if site is None:
+        found = contains_any(index, given, pooling)
+    else:
+        found = locate_any(index, given, site, pooling or TOKENS, check=False)[1]
+    if not found.any():
+        require_known(index, site, pooling)
     return found
 
 
-def _contains(index: SpaceIndex, given: Any) -> npt.NDArray[np.bool_]:
+def contains_any(index: SpaceIndex, given: Any, layout: str | None) -> npt.NDArray[np.bool_]:
+    """Which prompts have anything stored (in `layout`, where given), bool ``[B]``."""
+    began = time.monotonic()
+    found = _contains(index, given, layout)
+    if not found.all() and pulled(index, began):
+        found = _contains(index, given, layout)
+    return found
+
+
+def _contains(index: SpaceIndex, given: Any, layout: str | None) -> npt.NDArray[np.bool_]:
     index.refresh()
     with index.lock:
-        held = {(g.layout, next(iter(g.sites))) for g in index.all_groups()}
+        groups = index.all_groups() if layout is None else index.groups(layout)
+        held = {(g.layout, next(iter(g.sites))) for g in groups}
     found = np.zeros(len(given), bool)
-    for layout, any_site in sorted(held):
-        found |= locate_here(index, given, any_site, layout, check=False)[1]
+    for its_layout, any_site in sorted(held):
+        found |= locate_here(index, given, any_site, its_layout, check=False)[1]
     return found
 
 
 def _kinds_and_texts(given: Sequence[Any]) -> tuple[npt.NDArray[np.uint8], Sequence[Any]]:
     kinds, texts = zip(*(tensors.kind_of(prompt, i) for i, prompt in enumerate(given)), strict=True)
     return np.array(kinds, np.uint8), texts
+
+
+def require_known(index: SpaceIndex, site: str | None, pooling: str | None) -> None:
+    """OptionError for a site or a pooling (of one alone where the other is None) by which nobody could have stored
+    anything, as far as can be told: neither a name of ours, nor like one that is stored in this space. Where nothing is
+    stored every name may be meant."""
+    with index.lock:
+        groups = index.all_groups()
+        layouts = {group.layout for group in groups}
+        sites = {name for group in groups for name in group.sites}
+    if not sites:
+        return
+    if pooling is not None and pooling not in layouts and pooling not in _LAYOUTS:
+        hint = did_you_mean(pooling, (layouts | _LAYOUTS) - {TOKENS})
+        raise OptionError(
+            f"pooling is {pooling!r}, which is none, and nothing is stored with it in space {index.folder.name}."
+            f"{hint} Stored: {', '.join(map(_as_asked, sorted(layouts)))}."
+        )
+    if site is None:
+        return
+    named = Site.parse(site) if Site.looks_like(site) else None
+    ours = is_result(site) or (named is not None and str(named) == site and named.complete and (named.layer or 0) >= 0)
+    if not ours and _form(site) not in map(_form, sites):
+        other = named is not None and str(named) != site
+        hint = did_you_mean(site, [str(named)] if other else sites) or did_you_mean(site, SITE_NAMES)
+        raise OptionError(
+            f"{site!r} is not how a store names a site, and nothing is stored under it in space {index.folder.name}."
+            f"{hint or _listed(in_order(sites))}"
+        )
+
+
+def _form(site: str) -> str:
+    """A name without its numbers: of sites in which people have numbered something, some may be to come."""
+    return re.sub(r"\d+", "0", site)
+
+
+def _listed(sites: Sequence[str]) -> str:
+    return f" Stored: {', '.join(sites[:_SHOWN])}{', ...' if len(sites) > _SHOWN else ''}."
 
 
 def why_absent(index: SpaceIndex, site: str, layout: str) -> str:
@@ -123,8 +177,7 @@ def why_absent(index: SpaceIndex, site: str, layout: str) -> str:
         stored = ", ".join(map(_as_asked, sorted(held)))
         return f"nothing is stored {_as_asked(layout)} in {space}.{hint} Stored: {stored}."
     sites = in_order(held[layout])
-    hint = did_you_mean(site, sites) or f" Stored: {', '.join(sites[:_SHOWN])}{', ...' if len(sites) > _SHOWN else ''}."
-    return f"no {site!r} is stored {_as_asked(layout)} in {space}.{hint}"
+    return f"no {site!r} is stored {_as_asked(layout)} in {space}.{did_you_mean(site, sites) or _listed(sites)}"
 
 
 def _as_asked(layout: str) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actcache.config import Setting, local_folder, overruled_location, store_location
-from actcache.errors import AmbiguousVariantError, NotCachedError, OptionError, did_you_mean
-from actcache.store.discovered import agreeing, listed
+from actcache.errors import AmbiguousVariantError, OptionError
+from actcache.store.discovered import agreeing, listed, none_of_that_name
 from actcache.store.files import log
 from actcache.store.store import Store
 from actcache.store.variants import variant_names
@@ -76,7 +76,8 @@ def _is_default(folder: Path) -> bool:
 def set_cache_backend(backend: str | Path | Store | None = None) -> None:
     """Choose the default store of this process: a folder, a `Store`, or None for what the environment says.
 
-    `set_cache_limit` and ``ACTCACHE_MAX_GB`` are for it, unless it is a `Store` with a limit of its own.
+    `set_cache_limit`, `set_cache_dtype`, ``ACTCACHE_MAX_GB`` and ``ACTCACHE_DTYPE`` are for it, unless it is a `Store`
+    with a limit or a dtype of its own.
 
     Raises `OptionError` for a URL: object stores are not supported yet.
     """
@@ -130,6 +131,9 @@ def clear_cache(model: str | Path | None = None) -> int:
     """Delete what the default store holds for `model`, or everything; the number of entries deleted.
 
     Never touches a file that actcache did not write.
+
+    Raises:
+        NotCachedError: nothing is stored under that name.
     """
     return default_store().clear(None if model is None else model_label(model))
 
@@ -178,11 +182,7 @@ def one_variant(
     spaces = store.spaces()
     named = [s for s in spaces if s.model_name == name]
     if not named:
-        names = sorted({s.model_name for s in spaces})
-        raise NotCachedError(
-            f"nothing is stored for {name!r}.{did_you_mean(name, names)} "
-            + (f"Stored: {', '.join(names)}." if names else "The store is empty.")
-        )
+        raise none_of_that_name(name, spaces)
     agree = agreeing(named, name, revision=revision, dtype=dtype, space=space)
     if len(agree) == 1:
         return agree[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from actcache.errors import NotCachedError, nearest
+from actcache.errors import NotCachedError, did_you_mean, nearest
 from actcache.store.records import DERIVED, TOKENS
 from actcache.store.site_names import Sites, in_order, layers_of, logits_of
 from actcache.store.spaces import SpaceInfo
@@ -132,6 +132,13 @@ def agreeing(
     ]
     hint = f" Did you mean {', '.join(near)}?" if near else ""
     raise NotCachedError(f"no variant of {name!r} has {_said(given)}.{hint} Stored: {listed(named)}.")
+
+
+def none_of_that_name(name: str, spaces: Sequence[SpaceInfo]) -> NotCachedError:
+    """What to raise where a store, which holds `spaces`, has nothing of a model of that name."""
+    names = sorted({s.model_name for s in spaces})
+    known = f" Stored: {', '.join(names)}." if names else " The store is empty."
+    return NotCachedError(f"nothing is stored for {name!r}.{did_you_mean(name, names)}{known}")
 
 
 def _said(given: Mapping[str, str]) -> str:

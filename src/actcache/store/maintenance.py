@@ -10,6 +10,7 @@ from typing import Any
 from actcache import config
 from actcache.store import adoption, eviction, merging, removal, reports, tensors, verification
 from actcache.store.catalog import Catalog
+from actcache.store.discovered import none_of_that_name
 from actcache.store.eviction import EvictionReport
 from actcache.store.files import log, translated
 from actcache.store.inspection import Inspection
@@ -49,16 +50,19 @@ class Maintenance(Inspection):
     def clear(self, model: str | None = None) -> int:
         """Delete all spaces, or those of the model of that name or space id; the number of prompts deleted.
 
-        Never touches a file that actcache did not write.
+        Never touches a file that actcache did not write. Raises NotCachedError where nothing is stored under that name.
         """
+        spaces = self.spaces()
+        chosen = [space for space in spaces if model in (None, space.model_name, space.space)]
+        if model is not None and not chosen:
+            raise none_of_that_name(model, spaces)
         deleted = 0
-        for space in self.spaces():
-            if model in (None, space.model_name, space.space):
-                deleted += space.num_prompts
-                # A merge under way would bring back what it has read.
-                with merging.exclusive(self.index_dir, space.space, wait_s=merging.LOCK_WAIT_S):
-                    removal.clear_space(self.root / space.space)
-                self._index(space.space).refresh(force=True)
+        for space in chosen:
+            deleted += space.num_prompts
+            # A merge under way would bring back what it has read.
+            with merging.exclusive(self.index_dir, space.space, wait_s=merging.LOCK_WAIT_S):
+                removal.clear_space(self.root / space.space)
+            self._index(space.space).refresh(force=True)
         with contextlib.suppress(OSError):
             self.root.rmdir()
         return deleted

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from actcache.store.placement import Placement
 
+_ATTEMPTS = 16
 _READABLE = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -101,7 +102,7 @@ def read(
     if out is not None:
         _check_out(out, pooling, wanted, None if prompts is None else len(prompts))
     layout = pooling or TOKENS
-    located, found = locate_any(index, prompts, site, layout, check=True)
+    located, found = _located(index, prompts, site, layout)
     if (not found.all() or not len(found)) and (why := why_absent(index, site, layout)):
         raise NotCachedError(why)
     if not len(found):
@@ -126,6 +127,17 @@ def read(
                 tensor = converted(tensor, wanted, allow_inf=allow_inf, name=lambda _, i=i: place(i))  # type: ignore[misc]
             rows[i] = tensor
     return rows
+
+
+def _located(
+    index: SpaceIndex, prompts: Any, site: str, layout: str
+) -> tuple[list[tuple[Placement, npt.NDArray[np.int64]]], npt.NDArray[np.bool_]]:
+    for _ in range(_ATTEMPTS):
+        located, found = locate_any(index, prompts, site, layout, check=True)
+        # Who asks for all there is asks for nothing that is damaged, which is known only now.
+        if prompts is not None or found.all():
+            break
+    return located, found
 
 
 def _check_out(out: Any, pooling: str | None, dtype: torch.dtype | None, n: int | None) -> None:

@@ -20,7 +20,7 @@ from actcache.errors import FormatError, NotCachedError, ValueOverflowError, did
 from actcache.store import given, reading, tensors
 from actcache.store import segment as segments
 from actcache.store.appending import Appender
-from actcache.store.asking import contains_any, locate_any
+from actcache.store.asking import stored
 from actcache.store.backend import CacheBackend, LocalBackend
 from actcache.store.casting import Overflow, screened
 from actcache.store.catalog import Catalog
@@ -33,7 +33,7 @@ from actcache.store.lookup import Query, locate
 from actcache.store.maintenance import Maintenance
 from actcache.store.placement import Placement
 from actcache.store.prompts import PromptTable
-from actcache.store.records import TOKENS, Records, SegmentInfo
+from actcache.store.records import Records, SegmentInfo
 from actcache.store.reports import CacheInfo, ModelCacheInfo
 from actcache.store.spaces import ROOT, SpaceInfo, read_space, space_id, write_space
 from actcache.store.statistics import Moments
@@ -60,12 +60,12 @@ __all__ = [
 class Store(Maintenance):
     """A durable cache in a folder; a context manager. Any number of threads and processes may use the same one.
 
-    `limit_gb`: the size to keep to, in GB (2**30 bytes); 0 stores nothing, None and infinity are no limit: that of the
-    process (`set_cache_limit`, ``ACTCACHE_MAX_GB``) is the default store's. `dtype`: what new floating values are
-    stored in, "float16", "bfloat16", "float32", "int8" or "float8_e4m3"; without it the process's holds
-    (`set_cache_dtype`, ``ACTCACHE_DTYPE``), and without that they are stored as they come. `index_dir`: where this host
-    keeps its disposable index (default: the user's cache folder). Nothing is created before the first write; a folder
-    that can only be read works for reading.
+    `limit_gb`: the size to keep to, in GB (2**30 bytes); 0 stores nothing, None and infinity are no limit. `dtype`:
+    what new floating values are stored in, "float16", "bfloat16", "float32", "int8" or "float8_e4m3"; without it they
+    are stored as they come. Limit and dtype of the process (`set_cache_limit`, `set_cache_dtype`, ``ACTCACHE_MAX_GB``,
+    ``ACTCACHE_DTYPE``) are those of the default store alone. `index_dir`: where this host keeps its disposable index
+    (default: the user's cache folder). Nothing is created before the first write; a folder that can only be read works
+    for reading.
 
     Raises:
         OptionError: a limit that is no size, an unknown dtype, a location that is a URL or a file.
@@ -85,7 +85,7 @@ class Store(Maintenance):
         self._dtype = None if dtype is None else config.Setting(dtype, "Store()")
         self._limit = None if limit_gb is None else config.Setting(config.limit_bytes(limit_gb, "limit_gb"), "Store()")
         self.is_default = False
-        """Whether the process's limit is meant for this store, unless it has one of its own."""
+        """Whether the process's limit and dtype are meant for this store, unless it has its own."""
         self.backend = backend_at(location, "location of Store()")
         """Where the objects lie."""
         self.location: str | Path = place_of(self.backend)
@@ -118,13 +118,12 @@ class Store(Maintenance):
 
     def beside(self, folder: Path) -> Store:
         """A store in `folder` that works as this one does, without a limit."""
-        dtype = None if self._dtype is None else str(self._dtype.value)
-        return Store(folder / "store", limit_gb=math.inf, dtype=dtype, index_dir=folder / "index")
+        return Store(folder / "store", limit_gb=math.inf, dtype=self.dtype.value, index_dir=folder / "index")
 
     @property
     def dtype(self) -> config.Setting:
         """The dtype in which new floating values are stored (None: as they come), and where it comes from."""
-        return self._dtype or config.cache_dtype()
+        return self._dtype or (config.cache_dtype() if self.is_default else config.Setting(None, "default"))
 
     # -- spaces ----------------------------------------------------------------------------------------
 
@@ -297,12 +296,14 @@ class Store(Maintenance):
     def contains(
         self, space: str | SpaceInfo, prompts: Any, site: str | None = None, *, pooling: str | None = None
     ) -> npt.NDArray[np.bool_]:
-        """Which of `prompts` are stored, bool ``[B]``: at `site` (with that pooling), or anything of them."""
-        space_id = self._space(space)
-        given = prompts if isinstance(prompts, PromptTable) else tensors.as_list(prompts)
-        if site is not None:
-            return locate_any(self._index(space_id), given, site, pooling or TOKENS, check=False)[1]
-        return contains_any(self._index(space_id), given)
+        """Which of `prompts` are stored, bool ``[B]``: at `site` (with that pooling), or anything of them (with it).
+
+        Reads no vectors, so that what is damaged counts until somebody has come across it.
+
+        Raises:
+            OptionError: nothing is stored at that site, or with that pooling, and it is the name of none.
+        """
+        return stored(self._index(self._space(space)), prompts, site, pooling)
 
     def _space(self, space: str | SpaceInfo) -> str:
         if isinstance(space, str):
