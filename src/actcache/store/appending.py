@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from actcache.errors import DiskFullError, StoreAccessError
-from actcache.store import adoption, merging
+from actcache.store import adoption, duplicates, merging
 from actcache.store.files import log
 from actcache.store.growing import GrowingFile
 from actcache.store.index import SpaceIndex
@@ -127,7 +127,8 @@ class Appender:
 
     def _merge(self, few: int) -> None:
         try:
-            merging.merge_space(self._index(), self._lock_folder, few=few)
+            if merging.merge_space(self._index(), self._lock_folder, few=few):
+                duplicates.drop_twins(self._index(), self._lock_folder)
         except OSError as error:
             # Everything is stored; only not as compactly as could be.
             log.warning("merging small segments failed: %s", error)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from actcache import config
-from actcache.store import adoption, eviction, merging, removal, reports, tensors, verification
+from actcache.store import adoption, duplicates, eviction, merging, removal, reports, tensors, verification
 from actcache.store.catalog import Catalog
 from actcache.store.discovered import none_of_that_name
 from actcache.store.eviction import EvictionReport
@@ -95,14 +95,17 @@ class Maintenance(Inspection):
         return self.evict() if sum(map(eviction.bytes_on_disk, indexes)) > limit else None
 
     def merge(self, space: str | SpaceInfo) -> int:
-        """Merge the small segments of a space now; the number of segments that were replaced."""
+        """Merge the small segments of a space now; the number of segments that were replaced, or dropped as copies."""
         index = self._index(self._space(space))
         index.refresh()
         with translated(self.folder):
-            return adoption.adopt(index, self.index_dir) + merging.merge_space(index, self.index_dir, few=2)
+            merged = adoption.adopt(index, self.index_dir) + merging.merge_space(index, self.index_dir, few=2)
+            return merged + duplicates.drop_twins(index, self.index_dir)
 
     def compact(self, space: str | SpaceInfo | None = None) -> int:
-        """Merge small segments and drop invalidated rows, of one space or of all; the number of segments replaced."""
+        """Merge small segments, and drop rows that are invalidated or have newer copies, of one space or of all; the
+        number of segments replaced.
+        """
         self._look()
         names = eviction.space_folders(self.root) if space is None else [self._space(space)]
         replaced = 0
@@ -113,6 +116,7 @@ class Maintenance(Inspection):
                 replaced += adoption.adopt(index, self.index_dir)
                 replaced += merging.merge_space(index, self.index_dir, few=2)
                 replaced += merging.drop_dead(index, self.index_dir)
+                replaced += duplicates.drop_copies(index, self.index_dir)
         return replaced
 
     def verify(self, repair: bool = False) -> VerifyReport:
