@@ -475,15 +475,25 @@ def grown_file(folder: Path, count: int = 3) -> tuple[Store, str, Path]:
     return store, space, open_files(store, space)[0]
 
 
+def tear_last(path: Path, *, synced: bool) -> None:
+    """Take the rows of one site out of the last batch; unless it was `synced`, the mark that follows the sync, too."""
+    last = OpenFile(path)
+    last.poll()
+    at = last._at
+    with path.open("r+b") as file:
+        file.seek(last.batches[-1].start_of(SITES[1]))
+        file.write(bytes(64))
+        if not synced:
+            file.seek(at)
+            assert any(file.read(16))
+            file.seek(at)
+            file.write(bytes(16))
+
+
 def test_a_torn_last_batch_never_was(tmp_path: Path) -> None:
     """One sync makes rows and record durable, in no order: the record can be there without the rows."""
     store, space, path = grown_file(tmp_path)
-    last = OpenFile(path)
-    last.poll()
-    start = last.batches[2].start_of(SITES[1])
-    with path.open("r+b") as file:
-        file.seek(start)
-        file.write(bytes(64))
+    tear_last(path, synced=False)
     again = fresh(store, tmp_path)
     assert check_pooled(again, space, range(6)).tolist() == [True] * 4 + [False] * 2
     report = again.verify()
@@ -492,6 +502,24 @@ def test_a_torn_last_batch_never_was(tmp_path: Path) -> None:
     again.merge(space)
     assert not open_files(store, space)
     assert check_pooled(again, space, range(6)).tolist() == [True] * 4 + [False] * 2
+
+
+def test_damage_of_a_last_batch_that_was_synced_costs_what_is_damaged(tmp_path: Path) -> None:
+    """The mark that is written behind a sync tells such damage from a batch that was never committed."""
+    store, space, path = grown_file(tmp_path)
+    tear_last(path, synced=True)
+    again = fresh(store, tmp_path)
+    assert check_pooled(again, space, range(6)).tolist() == [True] * 4 + [False] * 2
+    assert check_pooled(again, space, range(6), SITES[:1]).all()
+    (damage,) = again.verify().damaged
+    assert (damage.site, damage.rows) == (SITES[1], [4, 5])
+    # Whoever writes next makes a segment of it.
+    again.merge(space)
+    assert not open_files(store, space)
+    for host in (again, fresh(store, tmp_path, "another")):
+        assert check_pooled(host, space, range(6)).tolist() == [True] * 4 + [False] * 2
+        assert check_pooled(host, space, range(6), SITES[:1]).all()
+        assert host.verify().ok
 
 
 @pytest.mark.parametrize("what", ["rows", "record"])

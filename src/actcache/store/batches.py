@@ -190,7 +190,8 @@ class OpenFile:
         """The batches that were committed since the last call, in order.
 
         One sync makes a batch and its record durable, in no order: where power was lost the last record may be there
-        without its rows. So the last one counts only if its rows are what they were; one before another was synced.
+        without its rows. So the last one counts only if its rows are what they were, or the mark behind it says that it
+        was synced; one before another was.
         """
         fresh: list[Batch] = []
         at, first = self._at, self._first
@@ -218,6 +219,11 @@ class OpenFile:
         return fresh
 
     def _is_committed(self, last: Batch) -> bool:
+        at = last.start - FRAME.size
+        length, digest = FRAME.unpack(os.pread(self._fd, FRAME.size, at))
+        if os.pread(self._fd, FRAME.size, at + _framed(length)) == FRAME.pack(0, digest):
+            # What of it is not as it was has been damaged since, and the rest of it need not be lost.
+            return True
         name = last.info.name.encode()
         if name == self._unsure:
             return False
@@ -240,6 +246,11 @@ def framed(blob: bytes) -> bytes:
     """A record as it is written: its length, its digest, itself, and zeros up to the next one."""
     frame = FRAME.pack(len(blob), _digest(blob)) + blob
     return frame + bytes(-len(frame) % container.ALIGN)
+
+
+def mark_behind(frame: bytes) -> bytes:
+    """What says, in the place of the next record, that this one was synced."""
+    return FRAME.pack(0, FRAME.unpack_from(frame)[1])
 
 
 def blob_of(metadata: dict[str, str], tensors: dict[str, npt.NDArray[Any]]) -> bytes:

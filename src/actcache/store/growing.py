@@ -23,7 +23,7 @@ import numpy.typing as npt
 import xxhash
 
 from actcache.store import container
-from actcache.store.batches import BATCH, FRAME, OPEN, blob_of, framed
+from actcache.store.batches import BATCH, FRAME, OPEN, blob_of, framed, mark_behind
 from actcache.store.casting import CastError, cast, is_cast, nothing_lost
 from actcache.store.dtypes import matrix_dtype, value_dtype
 from actcache.store.files import open_locked, sync_data, sync_folder, translated, write_all
@@ -244,6 +244,9 @@ class GrowingFile:
             self._measuring.put(as_given)
             sync_data(self._fd)
             os.stat(self.path)
+            with contextlib.suppress(OSError):
+                # Nothing hangs on it, so that it costs no sync: it gets to the disk with what comes next, or by itself.
+                write_all(self._fd, [mark_behind(frame)], self._at)
         self.batches.append(name)
         self._tables.append(prompts)
         self._first_row += rows
