@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actcache.errors import PartialWarmupError
+from actcache.extract.scratch import scratch_folder, sweep_once
 from actcache.store.files import log
 
 if TYPE_CHECKING:
@@ -56,11 +53,11 @@ class Sessions:
         if self.current is not None:
             yield self.current
             return
+        sweep_once()
         with contextlib.ExitStack() as stack:
             session = Session(self._store)
             if self._store.limit.value == 0:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="actcache-", dir=_roomiest()))
-                session.store = self._store.beside(Path(folder))
+                session.store = self._store.beside(stack.enter_context(scratch_folder()))
                 stack.callback(session.store.close)
             self._local.session = session
             try:
@@ -80,9 +77,3 @@ class Sessions:
             except OSError as error:
                 # The request has its answer.
                 log.warning("the store could not be brought below its limit: %s", error)
-
-
-def _roomiest() -> str:
-    """Where what is not to be kept lies for the time of a request: in memory, unless there is more room elsewhere."""
-    places = ["/dev/shm", tempfile.gettempdir()]
-    return max((p for p in places if os.access(p, os.W_OK)), key=lambda p: shutil.disk_usage(p).free)
