@@ -182,6 +182,36 @@ def test_zeros_and_what_is_not_finite_split_nothing() -> None:
     assert sharing(doubles, quantize.INT8) == 64
 
 
+@pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=SMALL)
+@pytest.mark.parametrize("given", [np.float16, np.float32, np.float64])
+def test_what_is_found_by_lengths_alone_is_what_is_found_by_looking_closely(
+    monkeypatch: pytest.MonkeyPatch, dtype: Any, given: Any
+) -> None:
+    rng = np.random.default_rng(5)
+    columns = []
+    for spread, outlier in ((0.0, 1), (0.3, 1), (0.05, 30), (0.0, 300)):
+        rows = ordinary(1500, 48, seed=len(columns)) * np.exp(spread * rng.standard_normal((1500, 1)))
+        rows[:, 7] *= outlier
+        rows[700 + len(columns)] *= 100 if given is np.float16 else 1e8
+        rows[1300:1310] = 0
+        if len(columns) == 2:
+            rows[900, 3], rows[1000, 4] = np.inf, np.nan
+        columns.append(rows.astype(given))
+    lengths = np.concatenate([np.ones(900, int), rng.integers(1, 40, 15), np.ones(1500, int)])
+    offset = np.concatenate([[0], np.minimum(np.cumsum(lengths), 1500)])
+    offset = offset[: np.argmax(offset == 1500) + 1]
+
+    def planned(columns: list[np.ndarray]) -> list[int]:
+        return plan([Rows([rows[:333], rows[333:]], dtype) for rows in columns], offset).tolist()
+
+    found = [planned(columns[:1]), planned(columns[1:]), planned(columns)]
+    monkeypatch.setattr(
+        blocks._Alike, "sharing", lambda self, at, size: sharing(self.rows.between(at, at + size), dtype)
+    )
+    assert found == [planned(columns[:1]), planned(columns[1:]), planned(columns)]
+    assert len(set(map(len, found))) > 1 or (given is np.float16 and dtype == quantize.FLOAT8)
+
+
 def test_rows_that_lie_in_several_arrays_are_planned_as_one() -> None:
     rows = ordinary(500, 32)
     rows[[3, 70, 71, 300]] *= 1000

@@ -44,9 +44,17 @@ def test_a_cache_answers_within_the_error_of_its_stores_dtype(
     store = Store(tmp_path / "small", dtype=dtype)
     cache = ac.UnifiedCache(MODEL, compute_perplexity=False, cache_pooled=pooled, store=store)
     planned = cache.plan(TEXTS).bytes_to_write
-    assert planned * (2 if "16" in dtype else 4) == whole.plan(TEXTS).bytes_to_write
+    values = whole.plan(TEXTS).bytes_to_write // 4
+    assert planned >= values * (2 if "16" in dtype else 1)
     exact, _ = whole.get_activations(TEXTS)  # type: ignore[misc]
-    assert cache.warmup(TEXTS).bytes_written == planned
+    assert cache.warmup(TEXTS).bytes_written == pytest.approx(planned, abs=4 * len(TEXTS))
+    kept = [segment.open(path) for path in store.root.rglob("*.safetensors")]
+    matrices = sum(s.matrix(site).nbytes for s in kept for site in s.info.sites)
+    scales = sum(a.nbytes for s in kept for site in s.info.sites if (a := s.scales(site)) is not None)
+    # What cannot be foreseen: rows of their own scales, and blocks that are not filled.
+    blocks = sum(len(s.block_offset) - 1 for s in kept)
+    assert matrices <= planned <= matrices + scales
+    assert bool(scales) == bool(blocks) == (planned > matrices) == ("16" not in dtype)
     first, _ = cache.get_activations(TEXTS)  # type: ignore[misc]
     again, _ = ac.UnifiedCache(MODEL, cache_pooled=pooled, store=store).get_activations(TEXTS)  # type: ignore[misc]
     assert torch.equal(first, again)

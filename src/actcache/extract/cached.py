@@ -34,7 +34,9 @@ from actcache.extract.request import Filled, Request, partial_failure
 from actcache.extract.results import ResultsFound, ResultWriter, find_results
 from actcache.extract.session import Session, Sessions
 from actcache.progress import progress
+from actcache.store.blocks import least_scales
 from actcache.store.default import store_at
+from actcache.store.dtypes import SCALED_DTYPES
 from actcache.store.files import log
 from actcache.store.records import TOKENS, Records
 from actcache.store.spaces import space_id
@@ -253,10 +255,12 @@ class CachedExtractor:
         storage = self.store.dtype.value or source.dtype
         itemsize = {"float64": 8, "float32": 4, "int8": 1, "float8_e4m3": 1}.get(storage, 2)
         for (names, asked), members in request.missing.items():
-            count = sum(self._tokens_of(request, i) for i in members)
+            lengths = np.array([self._tokens_of(request, i) for i in members], np.int64)
+            count, width = int(lengths.sum()), sum(self._widths(names))
             tokens += count
-            rows = count if self.layout == TOKENS else len(members)
-            nbytes += rows * itemsize * sum(self._widths(names))
+            rows = lengths if self.layout == TOKENS else np.ones_like(lengths)
+            nbytes += int(rows.sum()) * itemsize * width
+            nbytes += int(4 * width * least_scales(rows)) if storage in SCALED_DTYPES else 0
             nbytes += asked.nbytes(len(members), count, source.vocab_size or 0)
             depth = 1.0 if asked else depth
         seconds = 0.0
@@ -347,7 +351,7 @@ class CachedExtractor:
                         if kept is not None:
                             vectors = writer.put(kept)
                             filled.extracted += len(kept.prompts)
-                            filled.bytes_written += kept.stored_bytes
+                            filled.bytes_written += kept.stored_bytes + kept.scale_bytes
                             if unsaid is not None:
                                 unsaid.put(results, kept.prompts, after=vectors)
                     if asked:

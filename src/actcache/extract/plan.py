@@ -24,7 +24,8 @@ class Plan:
         cached: prompts of the request that are stored already.
         missing: different prompts that must go through the model.
         tokens: tokens of the missing prompts.
-        bytes_to_write: bytes of activations they will add to the store.
+        bytes_to_write: bytes of activations they will add to the store, with the scales of int8 and float8_e4m3 (which
+            outlier rows may make more than can be foreseen).
         bytes_free: bytes free where the store lives.
         seconds: estimated time; from earlier runs of this model on this host, else from its size.
         batching: why prompts of different lengths do not run together; empty where they do.

@@ -23,7 +23,7 @@ class WarmupStats:
         perplexity_cached, perplexity_extracted, logits_cached, logits_extracted: the same of these results, where the
             cache was made to compute them.
         elapsed_seconds: time of the whole call.
-        bytes_written: bytes of activations and results handed to the store.
+        bytes_written: bytes of activations and results handed to the store, counted as `Plan.bytes_to_write` is.
         tokens_extracted: tokens that went through the model.
         prompts_evicted: different prompts asked for of which something did not stay, since the store's limit has no
             room for all that was asked for. What went is computed again when it is asked for.

@@ -29,14 +29,20 @@ _STEPS = {INT8: 127.0, FLOAT8: 448.0 * 512}
 # Squares of others, and their sums, are not exact enough in float32.
 _LEAST, _MOST = 1e-15, 1e15
 _FEW = 8
+_ROWS_AT_ONCE = 4 * BLOCK_ROWS
+# What rounding to a step takes of a value, on average, in squares of the largest value of its column.
+_LOST_EACH = {dtype: 1 / (12 * steps**2) for dtype, steps in _STEPS.items()}
+# How much longer all rows together may be than the shortest, in squares, for nobody to lose too much whatever they are.
+_MOST_SHARED = {dtype: MOST_LOST**2 / lost for dtype, lost in _LOST_EACH.items()}
 
 
 class Rows:
-    """Rows ``[n, D]`` of one site that lie in several arrays, as one; `dtype`: that of their codes, `dim`: D."""
+    """Rows ``[n, D]`` of one site that lie in several arrays, as one; `count`: n, `dim`: D, `dtype`: of their codes."""
 
     def __init__(self, parts: Sequence[npt.NDArray[Any]], dtype: np.dtype[Any]) -> None:
         self._parts, self.dtype, self.dim = parts, dtype, parts[0].shape[1]
         self._ends = np.cumsum([0, *map(len, parts)])
+        self.count = int(self._ends[-1])
 
     def between(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows `start` to `stop`, which are some, as `as_float` gives them."""
@@ -55,14 +61,15 @@ def plan(columns: Sequence[Rows], row_offset: Ints) -> Ints:
     `columns`: the rows of all sites that have scales; `row_offset` ``[n + 1]``: which of them are whose.
     """
     offsets, likely = [0], BLOCK_ROWS
+    alike = [_Alike(rows) for rows in columns]
     for start, end in pairwise(_borders(row_offset)):
         at = start
         while at < end:
             most = min(BLOCK_ROWS, end - at)
             tried = min(most, likely)
-            size = _sharing(columns, at, tried)
+            size = _sharing(alike, at, tried)
             if size == tried < most:
-                size = _sharing(columns, at, most)
+                size = _sharing(alike, at, most)
             # Short blocks come in rows: to look at 64 rows for each of them would take many times as long.
             likely = BLOCK_ROWS if size == most else max(_FEW, 2 * size)
             at += size
@@ -70,9 +77,54 @@ def plan(columns: Sequence[Rows], row_offset: Ints) -> Ints:
     return np.array(offsets, np.int64)
 
 
-def _sharing(columns: Sequence[Rows], at: int, size: int) -> int:
+def least_scales(lengths: Ints) -> float:
+    """How many scales for each dimension the rows of prompts of these `lengths` need, and more where rows differ much.
+
+    A fraction where prompts are short, which share theirs with others.
+    """
+    long = lengths[lengths >= OWN_ROWS]
+    shared = int(lengths.sum()) - int(long.sum())
+    return float(-(-long // BLOCK_ROWS).sum() + shared / BLOCK_ROWS)
+
+
+class _Alike:
+    """Rows of one site, and how long they are: where none is much longer than another, nothing more need be known."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self._squares, self._start = np.empty(0, np.float32), 0
+
+    def sharing(self, at: int, size: int) -> int:
+        """`sharing` of the rows from `at` on."""
+        if size < 2:
+            return size
+        squares = self._of(at, at + size)
+        least = float(squares.min())
+        most = _MOST_SHARED[self.rows.dtype] * least
+        rows = None
+        if least > _LEAST and float(squares.max()) < _MOST**2:
+            # All squares together are at least those of the largest value of each column.
+            if float(squares.sum(dtype=np.float64)) <= most:
+                return size
+            rows = self.rows.between(at, at + size)
+            largest = np.maximum(rows.max(axis=0), -rows.min(axis=0))
+            if float(largest @ largest) <= most:
+                return size
+        return sharing(self.rows.between(at, at + size) if rows is None else rows, self.rows.dtype)
+
+    def _of(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """The squared lengths of rows, which are computed for many at once: they are asked for in order."""
+        if not self._start <= start <= stop <= self._start + len(self._squares):
+            end = min(max(stop, start + _ROWS_AT_ONCE), self.rows.count)
+            found = self.rows.between(start, end)
+            with np.errstate(over="ignore", invalid="ignore"):
+                self._squares, self._start = np.einsum("ij,ij->i", found, found), start
+        return self._squares[start - self._start : stop - self._start]
+
+
+def _sharing(columns: Sequence[_Alike], at: int, size: int) -> int:
     for rows in columns:
-        size = sharing(rows.between(at, at + size), rows.dtype)
+        size = rows.sharing(at, size)
     return size
 
 
@@ -102,8 +154,7 @@ def sharing(rows: npt.NDArray[Any], dtype: np.dtype[Any]) -> int:
         squares = np.einsum("ij,ij->i", size, size)
     # A row without length has nothing to lose.
     allowed = MOST_LOST**2 * np.where(squares > 0, squares, np.inf)
-    # What rounding to a step takes, on average.
-    lost_each = 1 / (12 * _STEPS[dtype] ** 2)
+    lost_each = _LOST_EACH[dtype]
     if lost_each * (largest @ largest) <= allowed.min():
         return n
 

@@ -19,6 +19,8 @@ _NAMES = {
 }  # fmt: skip
 FLOATING = frozenset(_NAMES)
 """The names of the dtypes in which floating values can be stored."""
+SCALED_DTYPES = frozenset(name for name, code in _NAMES.items() if code.endswith(SCALED))
+"""Those of them whose values are codes times scales."""
 _CODES = {code: name for name, code in _NAMES.items()}
 _BY_REACH = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64")
 """Floating dtypes in the order of their largest finite numbers."""

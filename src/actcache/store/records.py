@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from actcache.errors import FormatError, NewerFormatError
 from actcache.store import container
+from actcache.store.blocks import least_scales
 from actcache.store.dtypes import code_for, is_scaled, matrix_dtype
 from actcache.store.prompts import PromptTable
 
@@ -88,6 +89,12 @@ class Records:
     def stored_bytes(self) -> int:
         """Bytes of the vectors as they are stored, without scales."""
         return sum(a.size * matrix_dtype(self.code(n)).itemsize for n, a in self.data.items())
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales of its rows, at least: `blocks.least_scales`."""
+        widths = sum(a.shape[1] for n, a in self.data.items() if is_scaled(self.code(n)))
+        return int(4 * widths * least_scales(np.diff(self.row_offset))) if widths else 0
 
     @property
     def is_scaled(self) -> bool:
