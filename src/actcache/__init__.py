@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from actcache.probing.report import ProbeReport
     from actcache.selftest.report import SelftestReport
     from actcache.selftest.run import selftest
+    from actcache.share.load import load_activation_dataset, load_activations
+    from actcache.share.metadata import DatasetMetadata, fetch_dataset_metadata
     from actcache.store.backend import CacheBackend, LocalBackend, MemoryBackend
     from actcache.store.default import (
         cache_info,
@@ -126,6 +128,11 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "import_lmprobe": ("store.lmprobe", "import_lmprobe"),
     "import_transformer_lens": ("store.transformer_lens", "import_transformer_lens"),
     "invalidate_extraction_cache": ("store.default", "invalidate_extraction_cache"),
+    # Datasets
+    "DatasetMetadata": ("share.metadata", "DatasetMetadata"),
+    "fetch_dataset_metadata": ("share.metadata", "fetch_dataset_metadata"),
+    "load_activation_dataset": ("share.load", "load_activation_dataset"),
+    "load_activations": ("share.load", "load_activations"),
     "new_space": ("store.spaces", "new_space"),
     "set_cache_backend": ("store.default", "set_cache_backend"),
     "set_cache_dtype": ("config", "set_cache_dtype"),
@@ -142,6 +149,7 @@ __all__ = [
     "CachedExtractor",
     "CachedLogits",
     "Completion",
+    "DatasetMetadata",
     "Entry",
     "FullActivationCache",
     "ImportReport",
@@ -174,11 +182,14 @@ __all__ = [
     "errors",
     "evict",
     "extract_batches",
+    "fetch_dataset_metadata",
     "import_arrays",
     "import_lmprobe",
     "import_transformer_lens",
     "invalidate_extraction_cache",
     "knockout",
+    "load_activation_dataset",
+    "load_activations",
     "mean_difference",
     "new_space",
     "patch",

@@ -130,6 +130,10 @@ class DatasetFormatError(FormatError):
     """A dataset whose index and files do not belong together, or say what they may not."""
 
 
+class DatasetLayerError(LayerRangeError, ValueError):
+    """A layer that a dataset does not have."""
+
+
 class DatasetNotFoundError(ActCacheError, FileNotFoundError):
     """A dataset, or one of its files, that is not where it was looked for, or not for these credentials."""
 

@@ -1,0 +1,243 @@
+"""The index of a dataset: its metadata, and the columns that are asked for, which alone are transferred.
+
+It is a stranger's file. Before pyarrow decodes a column, the footer of the file must promise no more than so many
+bytes could hold; long texts that recur stay one value each.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from actcache.errors import DatasetFormatError, DatasetNotFoundError, MissingExtraError
+from actcache.share.format import INDEX, INFO, PREFIX, describe
+from actcache.share.source import Source
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MAX_JSON = 16 << 20
+"""Bytes of metadata. A description of 100,000 shards takes about 4 MB."""
+
+_FIRST, _TAIL = 1 << 18, 1 << 19
+_MAX_FOOTER = 64 << 20
+_NUMBERS_PER_BYTE = 8
+"""Most numbers that one byte of an index can stand for: each row and each token has a place of its own to name."""
+_MAX_RATIO = 100
+"""Most bytes that one byte of a column can become: texts that follow a template compress well."""
+_SOME = 1 << 16
+_BATCH_NUMBERS = 1 << 20
+
+
+class Index:
+    """The index of a dataset, opened: what it says of the whole dataset, and its columns.
+
+    Attributes:
+        description: what the dataset holds.
+        num_rows: its prompts.
+        columns: the names of the columns.
+    """
+
+    def __init__(self, source: Source) -> None:
+        try:
+            import pyarrow.parquet as pq
+        except ImportError as error:
+            raise MissingExtraError("reading a dataset needs pyarrow: pip install 'actcache[hub]'") from error
+        self.source = source
+        try:
+            self._bytes = _Bytes(source, INDEX)
+        except DatasetNotFoundError as error:
+            if "no file" not in str(error):
+                raise
+            raise DatasetNotFoundError(f"{source.name} has no {INDEX}: it is no dataset of activations.") from None
+        self._check_footer()
+        self._parquet = self._decoded(lambda: pq.ParquetFile(self._bytes, pre_buffer=False))
+        self.num_rows: int = self._parquet.metadata.num_rows
+        schema = self._decoded(lambda: self._parquet.schema_arrow)
+        self.columns: list[str] = schema.names
+        if len(set(self.columns)) != len(self.columns):
+            raise self.wrong("two columns have the same name")
+        self.description = describe(self._metadata(schema.metadata or {}), source.name)
+        if self.description.num_prompts != self.num_rows:
+            raise self.wrong(f"num_prompts is {self.description.num_prompts:,}, and it has {self.num_rows:,} rows")
+        self._types = {name: schema.field(name).type for name in self.columns}
+
+    def read(self, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+        """Whole columns; texts as dictionaries, so that a text that recurs is in memory once."""
+        import pyarrow.parquet as pq
+        import pyarrow.types as types
+
+        self._check(names)
+        texts = [name for name in names if types.is_string(self._types[name])]
+        self._bytes.prefetch(self._ranges(names))
+        file = self._decoded(lambda: pq.ParquetFile(self._bytes, pre_buffer=False, read_dictionary=texts))
+        table = self._decoded(lambda: file.read(columns=list(names), use_threads=False))
+        if table.num_rows != self.num_rows:
+            raise self.wrong(f"it promises {self.num_rows:,} rows and has {table.num_rows:,}")
+        return {name: table[name] for name in names}
+
+    def batches(self, names: Sequence[str]) -> Iterator[dict[str, pa.Array]]:
+        """Columns of lists, some rows at a time."""
+        self._check(names)
+        self._bytes.prefetch(self._ranges(names))
+        most = max((count for name in names for _, count, _ in self._chunks(name)), default=0)
+        rows = max(1, min(self.num_rows, _BATCH_NUMBERS * max(1, self.num_rows) // max(1, most)))
+        found = self._decoded(
+            lambda: self._parquet.iter_batches(batch_size=rows, columns=list(names), use_threads=False)
+        )
+        while (batch := self._decoded(lambda: next(found, None))) is not None:
+            yield {name: batch.column(name) for name in names}
+
+    def kind(self, name: str) -> pa.DataType:
+        """The type of a column; `DatasetFormatError` when there is none of that name."""
+        if name not in self._types:
+            raise self.wrong(f"it has no column {name!r}")
+        return self._types[name]
+
+    def _check_footer(self) -> None:
+        size = self._bytes.size
+        end = self._bytes.at(max(0, size - 8), 8) if size >= 12 else b""
+        length = int.from_bytes(end[:4], "little")
+        if end[4:] != b"PAR1" or length > min(_MAX_FOOTER, size - 12):
+            raise self.wrong(f"{size:,} bytes that are no Parquet file")
+        self._bytes.prefetch([(size - 8 - length, size)])
+
+    def _metadata(self, schema: dict[bytes, bytes]) -> Any:
+        prefix = PREFIX.encode()
+        found = {key: value for key, value in schema.items() if key.startswith(prefix)}
+        if found:
+            return {key[len(prefix) :].decode("utf-8", "replace"): self._json(value) for key, value in found.items()}
+        try:
+            with self.source.open(INFO, 0, MAX_JSON) as stream:
+                if stream.size > MAX_JSON:
+                    raise DatasetFormatError(
+                        f"{self.source.name}: {INFO} has {stream.size:,} bytes, and {MAX_JSON:,} are read."
+                    )
+                return self._json(stream.read(stream.size))
+        except DatasetNotFoundError:
+            raise self.wrong(f"neither its schema nor {INFO} describes a dataset of activations") from None
+
+    def _json(self, text: bytes) -> Any:
+        if len(text) > MAX_JSON:
+            raise self.wrong(f"a value of its metadata has {len(text):,} bytes, more than {MAX_JSON:,}")
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DatasetFormatError(f"{self.source.name}: its metadata is no JSON: {type(error).__name__}.") from None
+
+    def _check(self, names: Sequence[str]) -> None:
+        """Refuse columns that would become more than so many bytes can hold."""
+        most = _SOME + _NUMBERS_PER_BYTE * self._bytes.size
+        if self.num_rows > most:
+            raise self.wrong(f"{self._bytes.size:,} bytes cannot hold the {self.num_rows:,} rows that it promises")
+        for name in names:
+            self.kind(name)
+            rows = sum(self._parquet.metadata.row_group(i).num_rows for i in range(self._parquet.num_row_groups))
+            chunks = list(self._chunks(name))
+            if rows != self.num_rows or sum(count for _, count, _ in chunks) > most:
+                raise self.wrong(f"{self._bytes.size:,} bytes cannot hold what it promises of column {name!r}")
+            for (start, stop), _, unpacked in chunks:
+                if unpacked > _SOME * 16 + _MAX_RATIO * (stop - start):
+                    raise self.wrong(f"column {name!r} would unpack from {stop - start:,} bytes to {unpacked:,}")
+
+    def _chunks(self, name: str) -> Iterator[tuple[tuple[int, int], int, int]]:
+        """Of each part of a column: where its bytes are, its number of values, its size when unpacked."""
+        metadata = self._parquet.metadata
+        paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+        # Lists have a path below their name.
+        leaves = [number for number, path in enumerate(paths) if f"{path}.".startswith(f"{name}.")]
+        for group in range(metadata.num_row_groups):
+            for number in leaves:
+                chunk = metadata.row_group(group).column(number)
+                start = chunk.data_page_offset
+                if chunk.dictionary_page_offset is not None:
+                    start = min(start, chunk.dictionary_page_offset)
+                stop = start + chunk.total_compressed_size
+                if not 0 <= start <= stop <= self._bytes.size or chunk.num_values < 0:
+                    raise self.wrong(f"column {name!r} lies outside the file")
+                yield (start, stop), chunk.num_values, chunk.total_uncompressed_size
+
+    def _ranges(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        return [place for name in names for place, _, _ in self._chunks(name)]
+
+    def _decoded(self, work: Any) -> Any:
+        import pyarrow as pa
+
+        try:
+            return work()
+        except (pa.ArrowException, ValueError, TypeError, OverflowError, MemoryError) as error:
+            if isinstance(error, DatasetFormatError):
+                raise
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise self.wrong(f"it cannot be read: {reason}") from None
+
+    def wrong(self, what: str) -> DatasetFormatError:
+        """The error for an index of which `what` holds."""
+        return DatasetFormatError(f"{INDEX} of {self.source.name}: {what}.")
+
+
+class _Bytes(io.RawIOBase):
+    """A file of a source for a library that seeks: parts that were fetched, and others when they are read."""
+
+    def __init__(self, source: Source, path: str) -> None:
+        super().__init__()
+        self._source = source
+        self._path = path
+        self._at = 0
+        with source.open(path, 0, _FIRST) as stream:
+            self.size = stream.size
+            self._parts = [(0, stream.read(min(_FIRST, self.size)))]
+        if self.size > _FIRST:
+            self.prefetch([(max(_FIRST, self.size - _TAIL), self.size)])
+
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Fetch what is missing of `ranges`, together what is near together."""
+        wanted: list[tuple[int, int]] = []
+        for start, stop in sorted(ranges):
+            if self._part(start, stop) is not None:
+                continue
+            if wanted and start - wanted[-1][1] <= self._source.gap:
+                wanted[-1] = wanted[-1][0], max(stop, wanted[-1][1])
+            else:
+                wanted.append((start, stop))
+        if not wanted:
+            return
+        with ThreadPoolExecutor(min(len(wanted), self._source.concurrency)) as pool:
+            self._parts += zip([start for start, _ in wanted], pool.map(self._fetch, wanted), strict=True)
+
+    def at(self, start: int, count: int) -> bytes:
+        """`count` bytes at `start`, which must lie inside the file."""
+        part = self._part(start, start + count)
+        if part is None:
+            return self._fetch((start, start + count))
+        first, data = part
+        return data[start - first : start - first + count]
+
+    def _part(self, start: int, stop: int) -> tuple[int, bytes] | None:
+        return next((part for part in self._parts if part[0] <= start and stop <= part[0] + len(part[1])), None)
+
+    def _fetch(self, place: tuple[int, int]) -> bytes:
+        with self._source.open(self._path, *place) as stream:
+            return stream.read(place[1] - place[0])
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.size - self._at)
+        data = self.at(self._at, left if size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True

@@ -1,0 +1,85 @@
+"""`fetch_dataset_metadata`: what a dataset holds, from its index alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from actcache.share.format import HIDDEN
+from actcache.share.index import Index
+from actcache.share.prompts import labels_of, texts_of
+from actcache.share.source import open_source
+
+_PLACES = ("shard_index", "row_offset", "token_offset")
+_RESERVED = (
+    "text", "label", "num_tokens", "token_ids", "token_strings", "token_perplexity", "token_shard_ids",
+    "token_shard_offsets", "perplexity_mean", "perplexity_min", "perplexity_max",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DatasetMetadata:
+    """What a dataset holds.
+
+    Attributes:
+        model_name: the model as its maker called it, None where that is not said; `revision`: its commit on the Hub.
+        available_layers: layers of the residual stream, in ascending order.
+        num_prompts: how many prompts there are.
+        format_version: "1.0", "1.1", "1.2" or "2.0".
+        tensor_descriptors: what is said of each kind of tensors, by name.
+        prompts: the texts, in the order in which `load_activations` returns rows.
+        labels: the label of each prompt, None where it has none; None where the dataset has no labels.
+        metadata: other columns of the dataset by name, one value for each prompt.
+        provenance: what made the dataset, as it says itself.
+        dataset: where it is; `commit`: the commit of the repository that was read, None for a folder.
+    """
+
+    model_name: str | None
+    available_layers: list[int]
+    num_prompts: int
+    format_version: str
+    tensor_descriptors: Mapping[str, Mapping[str, Any]]
+    prompts: list[str] = field(repr=False)
+    labels: list[int | str | None] | None = field(default=None, repr=False)
+    metadata: Mapping[str, list[Any]] = field(default_factory=dict, repr=False)
+    revision: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    dataset: str = ""
+    commit: str | None = None
+
+
+def fetch_dataset_metadata(
+    repo_id: str | os.PathLike[str], *, token: str | bool | None = None, revision: str | None = None
+) -> DatasetMetadata:
+    """What a dataset of the Hub or in a folder holds. No activations are transferred, and of a large index only the
+    columns that are returned here.
+
+    Args:
+        token: a token of the Hub for a private dataset; None: the one that is logged in, False: none.
+        revision: a branch, a tag or a commit of the repository.
+
+    Raises:
+        DatasetNotFoundError, DatasetAccessError: there is no such dataset, or it cannot be reached.
+        DatasetFormatError: it is damaged, or says what it may not; NewerFormatError: it needs a later version.
+    """
+    index = Index(open_source(repo_id, token=token, revision=revision))
+    found = index.description
+    hidden = found.tensors.get(HIDDEN)
+    own = [name for name in index.columns if name not in _RESERVED and not name.startswith(_PLACES)]
+    provenance = found.metadata.get("provenance")
+    return DatasetMetadata(
+        model_name=found.model_name,
+        available_layers=sorted(hidden.layers) if hidden else [],
+        num_prompts=index.num_rows,
+        format_version=found.version,
+        tensor_descriptors={name: dict(group.described) for name, group in found.tensors.items()},
+        prompts=texts_of(index),
+        labels=labels_of(index),
+        metadata={name: values.to_pylist() for name, values in index.read(own).items()} if own else {},
+        revision=found.revision,
+        provenance=provenance if isinstance(provenance, dict) else {},
+        dataset=index.source.name,
+        commit=index.source.commit,
+    )
