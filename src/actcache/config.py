@@ -24,6 +24,7 @@ DEADLINE_S = 120.0
 # One slash is enough: a Path made from a URL has lost the other. One letter would be a drive.
 _URL = re.compile(r"[A-Za-z][\w+.-]+:/")
 _LOCATIONS = ("ACTCACHE_BACKEND", "ACTCACHE_DIR")
+_LOCAL_GB = 20
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 _chosen: dict[str, Any] = {}
 
@@ -69,13 +70,9 @@ def overruled_location() -> str:
     )
 
 
-def as_url(value: str | Path) -> str | None:
-    """`value` where it is a URL, as one; None for what names a folder."""
-    text = str(value)
-    if not _URL.match(text):
-        return None
-    scheme, _, rest = text.partition(":")
-    return f"{scheme}://{rest.lstrip('/').rstrip('/')}"
+def is_url(value: Any) -> bool:
+    """Whether `value` names something that is no folder of this machine: ``s3://...``, or a Path made from that."""
+    return bool(_URL.match(str(value)))
 
 
 def local_folder(value: str | Path, source: str) -> Path:
@@ -118,6 +115,13 @@ def object_deadline_s() -> float:
     if not 0 < seconds < math.inf:
         raise OptionError(f"ACTCACHE_DEADLINE_S is {value!r}: expected a number of seconds above 0, such as 120.")
     return seconds
+
+
+def local_limit(gb: float | None = None) -> int | None:
+    """How many bytes of what lies elsewhere this host may keep after reading them: `gb`, the environment, 20 GB."""
+    if gb is not None:
+        return limit_bytes(gb, "local_gb")
+    return limit_bytes(os.environ.get("ACTCACHE_LOCAL_GB") or _LOCAL_GB, "ACTCACHE_LOCAL_GB")
 
 
 def cache_limit() -> Setting:

@@ -168,7 +168,8 @@ class BlockChecks:
         return Wanted(self.source, numbers, starts[numbers], stops[numbers], self._checksum[numbers], self._done)
 
     def _done(self, numbers: Ints, good: bool) -> None:
-        self._state[numbers] = _GOOD if good else _DAMAGED
+        # What somebody else has read rightly in the meantime stays right.
+        self._state[numbers if good else numbers[self._state[numbers] == _UNKNOWN]] = _GOOD if good else _DAMAGED
 
     def _see_to(self, sites: Sequence[str], starts: Ints, stops: Ints) -> None:
         wanted = [site for site in sites if site not in self._clean]

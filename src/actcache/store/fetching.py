@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from actcache.errors import BackendError, DiskFullError, StoreAccessError
 from actcache.store import mirror
 from actcache.store.backend import CacheBackend
-from actcache.store.files import write_all
+from actcache.store.files import FULL, write_all
 from actcache.store.keys import Ints
 from actcache.store.mirror import Marks
 
@@ -37,8 +39,12 @@ class Vanished(FileNotFoundError):
 class Fetcher:
     """The object behind one mirror that is mapped; `path` is the mirror, `name` the object."""
 
-    def __init__(self, backend: CacheBackend, name: str, path: Path, status: os.stat_result) -> None:
+    def __init__(
+        self, backend: CacheBackend, name: str, path: Path, status: os.stat_result, note: Callable[[int], None]
+    ) -> None:
         self.backend, self.name, self.path = backend, name, path
+        self.note = note
+        """Told how many bytes were written here."""
         self._file = status.st_dev, status.st_ino
 
     def present(self, blocks: int) -> Marks:
@@ -111,10 +117,33 @@ def fetch(wanted: Sequence[Wanted], *, keep: bool = True) -> None:
     Raises:
         Vanished: objects are gone, or their mirrors; all else has been read.
         BackendError, StoreAccessError: as the backend says; what was read by then is kept.
+        DiskFullError: the disk of the working copy has no room.
     """
     wanted = [one for one in wanted if len(one.numbers)]
     if not wanted:
         return
+    with translated_local(wanted[0].fetcher.path.parent, wanted[0].fetcher.backend):
+        _fetch(wanted, keep)
+
+
+@contextlib.contextmanager
+def translated_local(folder: Path, backend: CacheBackend) -> Iterator[None]:
+    """Errors of the disk on which a working copy lies, as ours; those of the backend as they are."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, BackendError | StoreAccessError | FileNotFoundError):
+            raise
+        if error.errno in FULL:
+            raise DiskFullError(
+                f"no room in {folder} for what is read from {backend.url} ({os.strerror(error.errno)}): free space "
+                "there, let this host keep less of it (local_gb=, ACTCACHE_LOCAL_GB), or keep it in another folder "
+                "(index_dir=)"
+            ) from error
+        raise
+
+
+def _fetch(wanted: list[Wanted], keep: bool) -> None:
     concurrency = max(1, int(wanted[0].fetcher.backend.concurrency))
     files: dict[int, int] = {}
     gone: dict[Path, None] = {}
@@ -179,6 +208,7 @@ def _one(run: Wanted, fd: int | None, last: bool) -> Wanted | None:
                 start, stop = int(run.starts[some[0]]), int(run.stops[some[-1]])
                 write_all(fd, [data[start - begin : stop - begin]], start)
             run.fetcher.mark(np.sort(run.numbers[right]), there=True)
+            run.fetcher.note(int((run.stops[right] - run.starts[right]).sum()))
         run.done(run.numbers[right], True)
     wrong = np.flatnonzero(~good)
     if not len(wrong):

@@ -34,7 +34,9 @@ SIGNATURE = b'{"__metadata__":{"format":"actcache-'
 TRANSIENT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
 """Errors that say nothing of the file in question."""
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Errors of a disk that has no room."""
+
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
 _TEMP_GRACE_S = 60.0
 _TEMP_OLD_S = 24 * 3600.0
@@ -53,7 +55,7 @@ def translated(folder: Path, needed: int = 0) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, (DiskFullError, StoreAccessError)):
             raise
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise DiskFullError(
                 f"no room in {folder} for {needed:,} more bytes ({os.strerror(error.errno)}): free space there, "
                 "raise the quota, or choose another folder with ACTCACHE_DIR or set_cache_backend(path)"
@@ -70,6 +72,18 @@ def access_error(folder: Path, error: OSError) -> StoreAccessError:
         f"cannot write to the store folder {folder} ({reason}): choose a folder you may write to with "
         "ACTCACHE_DIR or set_cache_backend(path)"
     )
+
+
+def require_writable(folder: Path, store: Path) -> None:
+    """StoreAccessError, which names the folder `store`, when `folder` in it cannot be written; it is made."""
+    with translated(store):
+        try:
+            make_folder(folder)
+        except FileNotFoundError as error:
+            # Folders that cannot be made, such as those of /proc, are reported as missing.
+            raise access_error(store, error) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise access_error(store, PermissionError(13, "Permission denied"))
 
 
 def write_all(fd: int, buffers: Sequence[Any], offset: int) -> int:

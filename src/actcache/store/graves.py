@@ -6,18 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from actcache.errors import FormatError
+from actcache.errors import BackendError, FormatError, NewerFormatError, StoreAccessError
 from actcache.store.files import TRANSIENT, log, named
 from actcache.store.keys import Mask
 from actcache.store.records import SegmentInfo
 from actcache.store.tombs import Keys, is_member, read_tomb
+from actcache.store.working_copy import WorkingCopy
 
 
 class Graves:
     """Kept in step with the folder by `update`. Whoever uses it holds the index's lock."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, copy: WorkingCopy | None = None) -> None:
+        self.folder, self.copy = folder, copy
         self._tombs: dict[str, dict[str, Keys | None]] = {}
         """By segment; None for what cannot be read."""
 
@@ -31,9 +32,11 @@ class Graves:
         found: dict[str, Keys | None] = {}
         for tomb in names:
             try:
-                found[tomb] = read_tomb(self.folder / tomb)
+                found[tomb] = self._read(self.folder / tomb)
             except FileNotFoundError:
                 continue
+            except (BackendError, StoreAccessError):
+                raise
             except (FormatError, OSError) as error:
                 if isinstance(error, OSError) and error.errno in TRANSIENT:
                     raise
@@ -42,6 +45,17 @@ class Graves:
                 )
                 found[tomb] = None
         return found
+
+    def _read(self, path: Path) -> Keys:
+        try:
+            return read_tomb(path)
+        except NewerFormatError:
+            raise
+        except FormatError:
+            # What is wrong here may be right where it comes from.
+            if self.copy is None or not self.copy.renew_small(path):
+                raise
+            return read_tomb(path)
 
     def update(self, new: dict[str, Keys | None], gone: set[str]) -> set[str]:
         """Take in `new` tombs, forget those `gone`; the segments that they name."""

@@ -45,7 +45,7 @@ class SpaceIndex:
         self._groups: dict[tuple[str, tuple[str, ...]], Group] = {}
         self._holders: dict[tuple[str, tuple[str, ...]], list[Group] | None] = {}
         self._contexts: list[str] | None = None
-        self._graves = Graves(folder)
+        self._graves = Graves(folder, copy)
         self._dead: dict[int, Mask] = {}
         self._damage = KnownDamage()
         self._refused: dict[str, Exception] = {}

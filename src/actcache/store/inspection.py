@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,10 +51,14 @@ class Inspection(ABC):
         self._look()
         return [self._measured(space) for space in list_spaces(self.root)]
 
-    def _look(self) -> None:
-        """Take notice of what others have put or deleted, where the objects lie elsewhere."""
-        if self._copy is not None:
-            self._copy.pull()
+    def _look(self, *, begin: bool = False) -> bool:
+        """Take notice of what others have put or deleted, where the objects lie elsewhere; whether there was any.
+
+        With `begin` only where that was not done since the store was opened.
+        """
+        if self._copy is None or (begin and self._copy.pulled_since(None, 0.0)):
+            return False
+        return self._copy.pull()
 
     def _measured(self, space: SpaceInfo) -> SpaceInfo:
         index = self._index(space.space)
@@ -65,8 +71,7 @@ class Inspection(ABC):
 
     def imports_of(self, model_name: str) -> list[tuple[str, list[str]]]:
         """The spaces imported under a model's name, newest first, each with the text contexts it has."""
-        if self._copy is not None:
-            self._copy.begin(None)
+        self._look(begin=True)
         found = [s for s in list_spaces(self.root) if s.imported and s.model_name == model_name]
         indexes = [(space.space, self._index(space.space)) for space in by_preference(found)]
         for _, index in indexes:
@@ -117,10 +122,18 @@ class Inspection(ABC):
         Raises:
             NotCachedError: something is stored of the model, but no variant of it agrees.
         """
-        self._look()
+        began = time.monotonic()
+        self._look(begin=True)
+        chosen = {"revision": revision, "dtype": dtype, "space": space}
+        found = self._discovered(model_name, prompt, chosen)
+        if found is None and self._copy is not None and not self._copy.pulled_since(None, began) and self._look():
+            found = self._discovered(model_name, prompt, chosen)
+        return found
+
+    def _discovered(self, model_name: str, prompt: Any, chosen: Mapping[str, str | None]) -> CachedPromptInfo | None:
         named = [s for s in list_spaces(self.root) if s.model_name == model_name]
         names = variant_names(named)
-        agree = agreeing(named, model_name, revision=revision, dtype=dtype, space=space)
+        agree = agreeing(named, model_name, **chosen)
         variants, answers = [], []
         for one in by_preference(agree):
             found = reports.describe_prompt(self._index(one.space), prompt)
@@ -130,7 +143,7 @@ class Inspection(ABC):
         if not variants:
             return None
         # What was computed with edits is not what the model gives, unless it is what was asked for.
-        hidden = variants[0].edits and space is None
+        hidden = variants[0].edits and chosen["space"] is None
         return prompt_info(*(({}, None) if hidden else answers[0]), variants)
 
     def statistics(self, space: str | SpaceInfo, site: str, *, pooling: str | None = None) -> Moments:

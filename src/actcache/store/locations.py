@@ -8,10 +8,9 @@ from pathlib import Path
 import xxhash
 
 from actcache import config
-from actcache.errors import OptionError, did_you_mean
+from actcache.errors import OptionError
 from actcache.store.backend import CacheBackend, LocalBackend
-
-SCHEMES = ("s3", "gs", "az")
+from actcache.store.working_copy import WorkingCopy
 
 
 def backend_at(location: str | Path | CacheBackend, source: str) -> CacheBackend:
@@ -22,24 +21,40 @@ def backend_at(location: str | Path | CacheBackend, source: str) -> CacheBackend
     """
     if isinstance(location, CacheBackend):
         return location
-    url = config.as_url(location)
-    if url is None:
+    if not config.is_url(location):
         return LocalBackend(config.local_folder(location, source))
-    scheme = url.partition(":")[0].lower()
-    if scheme not in SCHEMES:
-        raise OptionError(
-            f"{source} is {url!r}: stores lie in folders, or in one of {', '.join(f'{s}://' for s in SCHEMES)}."
-            f"{did_you_mean(scheme, SCHEMES)}"
-        )
-    raise OptionError(f"{source} is {url!r}: object stores are not supported yet, name a folder of this machine.")
+    from actcache.store.object_backend import ObjectBackend
+
+    try:
+        return ObjectBackend(str(location))
+    except OptionError as error:
+        raise OptionError(f"{source}: {error}") from None
 
 
-def place_of(backend: CacheBackend) -> str | Path:
-    """What people call it: a folder, or a URL."""
-    return backend.folder if isinstance(backend, LocalBackend) else backend.url
+class Place:
+    """Where a store is.
 
+    Attributes:
+        backend: where its objects lie.
+        location: what people call it: a folder, or a URL.
+        index_dir: where this host keeps its index.
+        copy: the working copy of objects that lie elsewhere; None for a folder.
+        folder: where its files are on this host: the store itself, or the working copy.
+    """
 
-def default_index(backend: CacheBackend) -> Path:
-    """Where this host keeps its index of the store there, and a working copy of objects that lie elsewhere."""
-    place = os.path.realpath(backend.folder) if isinstance(backend, LocalBackend) else backend.url
-    return config.host_state_path() / "index" / xxhash.xxh3_64_hexdigest(os.fsencode(place))
+    def __init__(
+        self, location: str | Path | CacheBackend, index_dir: Path | None = None, local_gb: float | None = None
+    ) -> None:
+        self.backend = backend_at(location, "location of Store()")
+        self.copy: WorkingCopy | None = None
+        # One that does something of its own wants to be asked.
+        if type(self.backend) is LocalBackend:
+            self.location: str | Path = self.backend.folder
+            self.folder, name = self.backend.folder, os.path.realpath(self.backend.folder)
+        else:
+            self.location = name = self.backend.url
+        default = config.host_state_path() / "index" / xxhash.xxh3_64_hexdigest(os.fsencode(name))
+        self.index_dir = default if index_dir is None else Path(index_dir)
+        if type(self.backend) is not LocalBackend:
+            self.copy = WorkingCopy(self.backend, self.index_dir, config.local_limit(local_gb))
+            self.folder = self.index_dir = self.copy.folder

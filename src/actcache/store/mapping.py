@@ -215,6 +215,11 @@ class Segment:
     def _view(self, tensor: container.Tensor) -> npt.NDArray[Any]:
         return self._bytes[tensor.start : tensor.stop].view(tensor.dtype).reshape(tensor.shape)
 
+    @property
+    def raw(self) -> memoryview:
+        """The bytes of the file; of a mirror only the head is sure to be there."""
+        return self._raw
+
     def matrix(self, site: str) -> npt.NDArray[Any]:
         """The rows of `site` as they are in the file (codes, where it has `scales`), a read-only view ``[rows, D]``."""
         return self._view(self._data[site])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from actcache.errors import FormatError
 from actcache.store import container, mirror
+from actcache.store.fetching import translated_local
 from actcache.store.files import (
     OPEN_NAME,
     SEGMENT_NAME,
@@ -28,7 +29,7 @@ from actcache.store.files import (
 )
 from actcache.store.mapping import Segment
 from actcache.store.records import BLOCK, INDEX_TENSORS
-from actcache.store.spaces import ROOT
+from actcache.store.spaces import FILE, ROOT
 
 if TYPE_CHECKING:
     from actcache.store.working_copy import WorkingCopy
@@ -39,10 +40,11 @@ _ONE_PAGE = 1000
 _READ = 8 << 20
 _LEAST_HEAD, _MOST_GUESSED = 256 << 10, 8 << 20
 # What nobody stores: a file that says so is refused for what it is, without asking memory or disk for as much.
-_MOST_BYTES, _MOST_HEAD, _MOST_SMALL = 1 << 40, 1 << 30, 1 << 30
+_MOST_BYTES, _MOST_HEAD, MOST_SMALL = 1 << 40, 1 << 30, 1 << 30
 _PUT_LATELY_S = 3600.0
 # Each keeps a file open until it has its name.
 _HEADS_AT_ONCE = 128
+_CONTENT = (SEGMENT_NAME, OPEN_NAME, TOMB_NAME)
 
 Listed = dict[str, dict[str, int]]
 """Sizes by space and name."""
@@ -58,6 +60,8 @@ class _Space:
     vanished: list[str] = field(default_factory=list)
     tombs: set[str] = field(default_factory=set)
     """Tombs that are here and not listed."""
+    described: bool = False
+    """Whether a description is listed."""
 
 
 @dataclass
@@ -92,6 +96,10 @@ class Pull:
 
     def run(self) -> bool:
         """Whether anything has changed here."""
+        with translated_local(self.copy.folder, self.copy.backend):
+            return self._run()
+
+    def _run(self) -> bool:
         changed = False
         for _ in range(_LISTINGS):
             work = self._compare(self._listed())
@@ -148,6 +156,7 @@ class Pull:
             for other, size in there.items():
                 if other not in held:
                     (space.segments if SEGMENT_NAME.fullmatch(other) else space.small)[other] = size
+            space.described = FILE in there
             space.vanished = [other for other in _mirrors(space.folder) if other not in there]
             space.tombs = {other for other in held - there.keys() if TOMB_NAME.fullmatch(other)}
             work.append(space)
@@ -180,7 +189,7 @@ class Pull:
         for space in work:
             for name in space.vanished:
                 self.copy.drop(space.folder / name)
-            changed |= bool(space.vanished) | self._drop_tombs(space)
+            changed |= bool(space.vanished) | self._drop_tombs(space) | self._drop_description(space)
         return changed, None in brought
 
     def _together(self, jobs: Sequence[Callable[[], object]]) -> list[object]:
@@ -214,20 +223,10 @@ class Pull:
 
     def _small(self, folder: Path, name: str, size: int) -> bool:
         """Bring a tomb, or a description, here: whole and durable; whether that was possible."""
-        if size > _MOST_SMALL:
+        if size > MOST_SMALL:
             log.warning("ignoring %s: %s bytes are none of ours", self.copy.name_of(folder / name), f"{size:,}")
             return False
-        temporary, fd = open_locked(folder, ".tmp")
-        try:
-            copy_range(self.copy, self.copy.name_of(folder / name), fd, 0, size)
-            os.fsync(fd)
-            os.rename(temporary, folder / name)
-        except BaseException:
-            remove(temporary)
-            raise
-        finally:
-            os.close(fd)
-        sync_folder(folder)
+        bring(self.copy, folder / name, size)
         return True
 
     # -- segments --------------------------------------------------------------------------------------
@@ -257,6 +256,19 @@ class Pull:
             return False
         return self._forget_tombs(space.folder, gone)
 
+    def _drop_description(self, space: _Space) -> bool:
+        """Forget a space that somebody else has cleared."""
+        names = _names(space.folder)
+        if space.described or FILE not in names or any(p.fullmatch(n) for p in _CONTENT for n in names):
+            return False
+        # Whoever has described it just now has put that, too, whether it is listed or not.
+        if _or_none(partial(self._is_there, space.folder, FILE)):
+            return False
+        remove(space.folder / FILE)
+        with contextlib.suppress(OSError):
+            space.folder.rmdir()
+        return True
+
     def _forget_tombs(self, folder: Path, names: list[str]) -> bool:
         kept: set[str] = set()
         for other in _names(folder):
@@ -268,6 +280,21 @@ class Pull:
         for name in gone:
             remove(folder / name)
         return bool(gone)
+
+
+def bring(copy: WorkingCopy, path: Path, size: int) -> None:
+    """Make the file at `path` what its object is, which is small: whole and durable."""
+    temporary, fd = open_locked(path.parent, ".tmp")
+    try:
+        copy_range(copy, copy.name_of(path), fd, 0, size, to_end=True)
+        os.fsync(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        remove(temporary)
+        raise
+    finally:
+        os.close(fd)
+    sync_folder(path.parent)
 
 
 def begin_mirror(copy: WorkingCopy, path: Path, size: int, put_ns: int = 0) -> Unfinished:
@@ -297,8 +324,7 @@ def _read_head(copy: WorkingCopy, name: str, fd: int, size: int) -> int:
             copy_range(copy, name, fd, there, length)
             there = length
         _, tensors = container.parse(os.pread(fd, length, 0), size)
-        starts = [t.start for t in tensors.values() if t.name not in INDEX_TENSORS and not t.name.startswith("pad.")]
-        stop = min(starts, default=length)
+        stop = _head_stop(tensors, length)
         if there < stop <= _MOST_HEAD:
             copy_range(copy, name, fd, there, stop)
         blocks = tensors["checksum"].shape[0] if "checksum" in tensors and tensors["checksum"].shape else 0
@@ -306,13 +332,39 @@ def _read_head(copy: WorkingCopy, name: str, fd: int, size: int) -> int:
     return 0
 
 
-def copy_range(copy: WorkingCopy, name: str, fd: int, start: int, stop: int) -> None:
-    """Write bytes `start` to `stop` of an object to the same place of a file, as many as there are."""
+def same_head(fd: int, path: Path) -> bool:
+    """Whether the head in an unfinished mirror is that of the file at `path`."""
+    with contextlib.suppress(FormatError, OSError), path.open("rb") as file:
+        size = os.fstat(fd).st_size
+        length = container.header_size(os.pread(fd, 8, 0), size)
+        _, tensors = container.parse(os.pread(fd, length, 0), size)
+        stop, at = _head_stop(tensors, length), 0
+        while at < min(stop, _MOST_HEAD):
+            part = os.pread(fd, min(_READ, stop - at), at)
+            if not part or part != file.read(len(part)):
+                return False
+            at += len(part)
+        return True
+    return False
+
+
+def _head_stop(tensors: dict[str, container.Tensor], length: int) -> int:
+    """Where the rows begin."""
+    starts = [t.start for t in tensors.values() if t.name not in INDEX_TENSORS and not t.name.startswith("pad.")]
+    return min(starts, default=length)
+
+
+def copy_range(copy: WorkingCopy, name: str, fd: int, start: int, stop: int, *, to_end: bool = False) -> None:
+    """Write bytes `start` to `stop` of an object to the same place of a file, as many as there are.
+
+    With `to_end` the object may end anywhere before.
+    """
     while start < stop:
-        data = memoryview(copy.backend.read(name, start, min(stop, start + _READ))).cast("B")[: stop - start]
-        if not len(data):
-            break
+        length = min(stop - start, _READ)
+        data = memoryview(copy.backend.read(name, start, start + length)).cast("B")[:length]
         start = write_all(fd, [data], start)
+        if not len(data) or (to_end and len(data) < length):
+            break
 
 
 def _or_none(job: Callable[[], object]) -> object:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from actcache.errors import NotCachedError
+from actcache.store.checks import fetch_together
 from actcache.store.dtypes import name_of
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import Mask
@@ -206,7 +207,9 @@ def stored_prompts(index: SpaceIndex, site: str | None, layout: str | None) -> P
 def statistics(index: SpaceIndex, site: str, layout: str) -> Moments:
     """Moments of all live rows of `site`, each prompt once."""
     total: Moments | None = None
-    for segment, counts in counted(index, site, layout):
+    held = counted(index, site, layout)
+    _fetch_some(site, held)
+    for segment, counts in held:
         known = segment.moments(site)
         if known is None:
             raise NotCachedError(f"{site!r} holds integers, which have no statistics")
@@ -221,6 +224,19 @@ def statistics(index: SpaceIndex, site: str, layout: str) -> Moments:
     if total is None:
         raise NotCachedError(f"no {site!r} ({layout}) is stored in space {index.folder.name}")
     return total
+
+
+def _fetch_some(site: str, held: Sequence[tuple[Segment, Mask]]) -> None:
+    """Fetch the rows from which moments must be computed anew, all at the same time."""
+    wanted = []
+    for segment, counts in held:
+        if segment.source is not None and not counts.all():
+            prompts = np.flatnonzero(counts)
+            wanted.append((segment.checks, [site], segment.row_offset[prompts], segment.row_offset[prompts + 1]))
+    try:
+        fetch_together(wanted)
+    except FileNotFoundError as error:
+        raise NotCachedError(f"some of it has gone meanwhile: ask again ({error})") from error
 
 
 def counted(index: SpaceIndex, site: str, layout: str) -> list[tuple[Segment, Mask]]:

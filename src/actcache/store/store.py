@@ -7,28 +7,28 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from actcache import config
 from actcache.errors import FormatError, NotCachedError, ValueOverflowError, did_you_mean, require_choice
-from actcache.store import given, reading, tensors
+from actcache.store import given, reading, tensors, trimming
 from actcache.store import segment as segments
 from actcache.store.appending import Appender
 from actcache.store.asking import stored
-from actcache.store.backend import CacheBackend, LocalBackend
+from actcache.store.backend import CacheBackend
 from actcache.store.casting import Overflow, screened
 from actcache.store.catalog import Catalog
 from actcache.store.discovered import CachedPromptInfo, CachedVariant, listed
 from actcache.store.eviction import EvictionReport
-from actcache.store.files import SPACE_NAME, access_error, log, make_folder, sweep, translated
+from actcache.store.files import SPACE_NAME, log, require_writable, sweep, translated
 from actcache.store.index import SpaceIndex
-from actcache.store.locations import backend_at, default_index, place_of
+from actcache.store.locations import Place
 from actcache.store.lookup import Query, locate
 from actcache.store.maintenance import Maintenance
 from actcache.store.placement import Placement
@@ -38,7 +38,6 @@ from actcache.store.reports import CacheInfo, ModelCacheInfo
 from actcache.store.spaces import ROOT, SpaceInfo, read_space, space_id, write_space
 from actcache.store.statistics import Moments
 from actcache.store.verification import VerifyReport
-from actcache.store.working_copy import WorkingCopy
 from actcache.store.writer import SegmentWriter
 
 __all__ = [
@@ -57,18 +56,23 @@ __all__ = [
 ]
 
 
-class Store(Maintenance):
-    """A durable cache in a folder; a context manager. Any number of threads and processes may use the same one.
+_Found = TypeVar("_Found")
 
-    `limit_gb`: the size to keep to, in GB (2**30 bytes); 0 stores nothing, None and infinity are no limit. `dtype`:
-    what new floating values are stored in, "float16", "bfloat16", "float32", "int8" or "float8_e4m3"; without it they
-    are stored as they come. Limit and dtype of the process (`set_cache_limit`, `set_cache_dtype`, ``ACTCACHE_MAX_GB``,
-    ``ACTCACHE_DTYPE``) are those of the default store alone. `index_dir`: where this host keeps its disposable index
-    (default: the user's cache folder). Nothing is created before the first write; a folder that can only be read works
-    for reading.
+
+class Store(Maintenance):
+    """A durable cache; a context manager. Any number of threads, processes and machines may use the same one.
+
+    `location`: a folder; the URL of what lies elsewhere ("s3://bucket/prefix", "gs://...", "az://..."); or a
+    `CacheBackend`. `limit_gb`: the size to keep to, in GB (2**30 bytes); 0 stores nothing, None and infinity are no
+    limit. `dtype`: what new floating values are stored in, "float16", "bfloat16", "float32", "int8" or "float8_e4m3";
+    without it they are stored as they come. Limit and dtype of the process (`set_cache_limit`, `set_cache_dtype`,
+    ``ACTCACHE_MAX_GB``, ``ACTCACHE_DTYPE``) are those of the default store alone. `index_dir`: where this host keeps
+    its index, and its working copy of what lies elsewhere (default: a part of the user's cache folder); `local_gb`: how
+    large the part of that may be that can be read again (``ACTCACHE_LOCAL_GB``, else 20).
+    Nothing is created before the first write; a place that can only be read works for reading.
 
     Raises:
-        OptionError: a limit that is no size, an unknown dtype, a location that is a URL or a file.
+        OptionError: a limit that is no size, an unknown dtype, a URL of an unknown kind, a file.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Store(Maintenance):
         limit_gb: float | None = None,
         dtype: str | None = None,
         index_dir: Path | None = None,
+        local_gb: float | None = None,
     ) -> None:
         config.heed_log_variable()
         if dtype is not None:
@@ -86,16 +91,10 @@ class Store(Maintenance):
         self._limit = None if limit_gb is None else config.Setting(config.limit_bytes(limit_gb, "limit_gb"), "Store()")
         self.is_default = False
         """Whether the process's limit and dtype are meant for this store, unless it has its own."""
-        self.backend = backend_at(location, "location of Store()")
-        """Where the objects lie."""
-        self.location: str | Path = place_of(self.backend)
-        """The folder, or the URL."""
-        index_dir = default_index(self.backend) if index_dir is None else Path(index_dir)
-        self._copy = None if isinstance(self.backend, LocalBackend) else WorkingCopy(self.backend, index_dir)
-        self.folder = Path(self.location) if self._copy is None else self._copy.folder
-        """Where its files are on this host: the store itself, or a working copy of it."""
+        place = Place(location, index_dir, local_gb)
+        self.backend, self.location, self.folder, self._copy = place.backend, place.location, place.folder, place.copy
         self.root = self.folder / ROOT
-        self._catalog = Catalog(index_dir)
+        self._catalog = Catalog(place.index_dir)
         self._indexes: dict[str, SpaceIndex] = {}
         self._known: dict[str, SpaceInfo] = {}
         self._lock = threading.Lock()
@@ -138,14 +137,7 @@ class Store(Maintenance):
 
     def check_writable(self) -> None:
         """StoreAccessError with the remedy when this store cannot be written; creates its folder."""
-        with translated(self.folder):
-            try:
-                make_folder(self.root)
-            except FileNotFoundError as error:
-                # Folders that cannot be made, such as those of /proc, are reported as missing.
-                raise access_error(self.folder, error) from error
-        if not os.access(self.root, os.W_OK | os.X_OK):
-            raise access_error(self.folder, PermissionError(13, "Permission denied"))
+        require_writable(self.root, self.folder)
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -234,7 +226,11 @@ class Store(Maintenance):
         if (texts is None) == (table is None):
             raise ValueError("locate() takes either texts or a table of token ids")
         query = Query.by_tokens(table) if table is not None else Query.by_text(texts or (), kinds, text_context)
-        return locate(self._index(space), query, list(sites), layout, check)
+        return self._reading(lambda: locate(self._index(space), query, list(sites), layout, check))
+
+    def _reading(self, work: Callable[[], _Found]) -> _Found:
+        """What `work` gives; a working copy is kept to its size around it."""
+        return work() if self._copy is None else trimming.within(self._copy, self._catalog, self._indexes, work)
 
     # -- for people: texts in, tensors out ---------------------------------------------------------------
 
@@ -288,10 +284,12 @@ class Store(Maintenance):
             NotCachedError: a prompt is not stored.
             ValueOverflowError: a finite value would become inf; prompt, site and value are named.
         """
-        return reading.read(
-            self._index(self._space(space)), prompts, site, pooling=pooling, positions=positions, dtype=dtype, out=out,
-            allow_inf=allow_inf,
-        )  # fmt: skip
+        index = self._index(self._space(space))
+        return self._reading(
+            lambda: reading.read(
+                index, prompts, site, pooling=pooling, positions=positions, dtype=dtype, out=out, allow_inf=allow_inf
+            )
+        )
 
     def contains(
         self, space: str | SpaceInfo, prompts: Any, site: str | None = None, *, pooling: str | None = None

@@ -156,6 +156,8 @@ class _Space:
 
     def _segment(self, path: Path) -> None:
         try:
+            if self.index.copy is not None:
+                self.index.copy.check_head(path)
             segment = Segment(path, self.index.copy)
         except NewerFormatError:
             self.report.newer.append(self._named(path))
@@ -173,6 +175,7 @@ class _Space:
             self.unreadable[path] = "; ".join(wrong)
             self._hold(segment, lost=True)
             return
+        segment.checks.check_source()
         for site in segment.info.sites:
             damaged = segment.checks.damaged(site)
             if len(damaged):
@@ -213,6 +216,8 @@ class _Space:
                     self.batches.append((path, site, rows.tolist(), "checksums do not match"))
 
     def _tomb(self, path: Path) -> None:
+        if self.index.copy is not None:
+            self.index.copy.renew_small(path)
         try:
             read_tomb(path)
             self.report.tombs += 1
@@ -279,6 +284,8 @@ class _Space:
     def description(self, known: SpaceInfo | None, repair: bool) -> None:
         """Check space.json, and write it again where its content is `known`, or told by a segment."""
         path = self.folder / FILE
+        if self.index.copy is not None:
+            self.index.copy.renew_small(path)
         try:
             read_space(self.folder)
             return

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,10 +20,28 @@ from pathlib import Path
 from actcache.store import mirror
 from actcache.store.backend import CacheBackend
 from actcache.store.fetching import Fetcher
-from actcache.store.files import SEGMENT_NAME, remove
+from actcache.store.files import SEGMENT_NAME, log, remove
 from actcache.store.mapping import Segment
-from actcache.store.pulling import Pull, begin_mirror
+from actcache.store.pulling import MOST_SMALL, Pull, begin_mirror, bring, same_head
 from actcache.store.spaces import ROOT
+
+# Of the limit so many parts are fetched before anybody looks at what all mirrors take.
+_LOOKS = 16
+
+
+def usable(folder: Path, url: str) -> Path:
+    """`folder`, or a temporary one where it cannot be made or written, with a warning."""
+    above = folder
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
+        return folder
+    made = Path(tempfile.mkdtemp(prefix="actcache-"))
+    log.warning(
+        "%s cannot be written: what this process reads of %s, and writes before it is put there, is kept in %s, and "
+        "lost with it; choose another folder with index_dir= or XDG_CACHE_HOME", folder, url, made,
+    )  # fmt: skip
+    return made
 
 
 class WorkingCopy:
@@ -31,8 +51,10 @@ class WorkingCopy:
     """
 
     def __init__(self, backend: CacheBackend, folder: Path, local_bytes: int | None = None) -> None:
-        self.backend, self.folder, self.local_bytes = backend, folder, local_bytes
-        self.root = folder / ROOT
+        self.backend, self.local_bytes = backend, local_bytes
+        self.folder = usable(folder, backend.url)
+        self.root = self.folder / ROOT
+        self._fetched: float = math.inf
         self._pulling = threading.Lock()
         self._pulled: dict[str | None, float] = {}
 
@@ -72,11 +94,24 @@ class WorkingCopy:
         FileNotFoundError when it has gone in the meantime.
         """
         if mirror.is_mirror(path):
-            return Fetcher(self.backend, self.name_of(path), path, os.fstat(fd))
+            return Fetcher(self.backend, self.name_of(path), path, os.fstat(fd), self.note)
         # A mirror that is removed goes before its sidecar: this may be one, full of holes.
         if not os.path.samestat(os.fstat(fd), os.stat(path)):
             raise FileNotFoundError(str(path))
         return None
+
+    def note(self, size: int) -> None:
+        """So many bytes more are in mirrors."""
+        self._fetched += size
+
+    def note_trimmed(self) -> None:
+        """Count anew."""
+        self._fetched = 0
+
+    @property
+    def is_trim_due(self) -> bool:
+        """Whether mirrors may have grown beyond their limit since that was looked at last."""
+        return self.local_bytes is not None and self._fetched > self.local_bytes // _LOOKS
 
     def drop(self, path: Path) -> None:
         """Forget the mirror at `path`, whose object is gone; what was mapped of it stays readable."""
@@ -95,6 +130,27 @@ class WorkingCopy:
         with self.locked(path.parent.name):
             head.link(path)
         return True
+
+    def renew_small(self, path: Path) -> bool:
+        """Read a tomb or a description anew, as far as there is one; whether the file here has changed."""
+        before = path.read_bytes() if path.exists() else b""
+        try:
+            bring(self, path, MOST_SMALL)
+        except FileNotFoundError:
+            return False
+        return path.read_bytes() != before
+
+    def check_head(self, path: Path) -> None:
+        """See to it that the head of the mirror at `path` is that of its object, right or wrong."""
+        if not mirror.is_mirror(path):
+            return
+        head = begin_mirror(self, path, path.stat().st_size)
+        try:
+            same = same_head(head.fd, path)
+        finally:
+            head.discard()
+        if not same:
+            self.renew(path)
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -123,19 +179,34 @@ class WorkingCopy:
     @contextlib.contextmanager
     def locked(self, space: str) -> Iterator[None]:
         """Nobody else on this host makes, replaces or drops mirrors of `space` while the block runs: keep it short."""
-        try:
-            fd = os.open(self.folder / f"mirrors-{space}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            fd = os.open(self.folder / f"mirrors-{space}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(self.folder / f"mirrors-{space}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        _held.add(fd)
         try:
             # Where the file system has no locks, what can happen is a block that is read twice.
             with contextlib.suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(fd)
+            # In a child that was made meanwhile it is closed already.
+            if fd in _held:
+                _held.discard(fd)
+                os.close(fd)
 
     def after_fork(self) -> None:
         """In a child process: what a thread of the parent held is free."""
         self._pulling = threading.Lock()
+
+
+_held: set[int] = set()
+
+
+def _after_fork() -> None:
+    # A lock belongs to parent and child together: the child must not go on holding it.
+    for fd in _held:
+        os.close(fd)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
