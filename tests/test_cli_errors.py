@@ -29,7 +29,7 @@ PROMPT = ("--prompt", "Snow is white.")
         (["warmup", MODEL, *PROMPT, "--pooling", "last"], 2, "'last_token'"),
         (["warmup", MODEL, *PROMPT, "--dtype", "float31"], 2, "'float32'"),
         (["warmup", MODEL, *PROMPT, "--device", "gpu"], 2, "'cuda'"),
-        (["warmup", MODEL, *PROMPT, "--store", "s3://bucket/x"], 2, "object stores are not supported yet"),
+        (["warmup", MODEL, *PROMPT, "--store", "s4://bucket/x"], 2, "expected s3://, gs:// or az://"),
         (["warmup", MODEL, *PROMPT, "--layers", "99"], 1, "layer 99"),
         (["warmup", MODEL, *PROMPT, "--sites", "resid_pots"], 1, "resid_post"),
         (["warmup", "./no/such/model", *PROMPT], 1, "does not exist"),
@@ -74,9 +74,9 @@ def test_a_store_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_
 
 
 def test_a_bad_variable_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACTCACHE_BACKEND", "gs://bucket/x")
+    monkeypatch.setenv("ACTCACHE_BACKEND", "s4://bucket/x")
     assert run(["info"]) == 2
-    assert "ACTCACHE_BACKEND is 'gs://bucket/x'" in capsys.readouterr().err
+    assert "ACTCACHE_BACKEND is 's4://bucket/x'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "list", MODEL], ["list", MODEL, "--debug"]])

@@ -9,7 +9,7 @@ import pytest
 
 import actcache as ac
 from actcache.errors import AmbiguousVariantError, NotCachedError, OptionError
-from actcache.store.default import default_store, store_at
+from actcache.store.default import default_location, default_store, store_at
 
 
 def fill(store: ac.Store, model: str, prompts: list[str], **identity: str) -> None:
@@ -42,10 +42,40 @@ def test_a_store_object_is_taken_as_it_is(tmp_path: Path) -> None:
     assert default_store() is store
 
 
-@pytest.mark.parametrize("place", ["s3://bucket/prefix", "gs://bucket", "file:///tmp/x", Path("s3://bucket/prefix")])
-def test_a_url_is_refused(place: str | Path) -> None:
-    with pytest.raises(OptionError, match="not supported yet"):
+@pytest.mark.parametrize("place", ["file:///tmp/x", "s4://bucket", "memory://x", "s3://", Path("hdfs://host/x")])
+def test_a_url_of_another_kind_is_refused(place: str | Path) -> None:
+    with pytest.raises(OptionError, match=r"s3://"):
         ac.set_cache_backend(place)
+
+
+def test_a_url_is_the_default_however_it_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACTCACHE_BACKEND", "s3://bucket/some/prefix/")
+    store = default_store()
+    assert store.location == default_location().value == "s3://bucket/some/prefix"
+    assert store_at("s3://bucket/some/prefix") is store
+    assert store_at(Path("s3://bucket/some/prefix")) is store
+    assert store_at("s3://bucket/other").location == "s3://bucket/other"
+    ac.set_cache_backend("gs://elsewhere")
+    assert default_store().location == "gs://elsewhere"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_variable_that_is_no_place_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACTCACHE_BACKEND", "s3a://bucket")
+    with pytest.raises(OptionError, match=r"ACTCACHE_BACKEND: .*Did you mean 's3'"):
+        default_store()
+    monkeypatch.delenv("ACTCACHE_BACKEND")
+    monkeypatch.setenv("ACTCACHE_DIR", "s3://bucket")
+    with pytest.raises(OptionError, match=r"ACTCACHE_DIR is a URL.*ACTCACHE_BACKEND"):
+        default_store()
+
+
+def test_a_backend_can_be_the_default() -> None:
+    backend = ac.MemoryBackend("of a test")
+    ac.set_cache_backend(backend)
+    assert default_store().backend is backend
+    assert ac.cache_info().cache_dir == "memory://of a test"
 
 
 @pytest.mark.parametrize("place", [3, "", "  "])
@@ -57,7 +87,7 @@ def test_what_is_no_folder_is_refused(place: object) -> None:
 def test_a_refused_choice_changes_nothing(tmp_path: Path) -> None:
     ac.set_cache_backend(tmp_path)
     with pytest.raises(OptionError):
-        ac.set_cache_backend("s3://bucket")
+        ac.set_cache_backend("s4://bucket")
     assert default_store().location == tmp_path
 
 

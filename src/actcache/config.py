@@ -50,11 +50,12 @@ def host_state_path() -> Path:
 
 
 def store_location() -> Setting:
-    """Where the default store lives when no call has chosen one, a `Path`."""
+    """Where the default store lives when no call has chosen one: a `Path`, or a URL as it was written."""
     for variable in _LOCATIONS:
         value = os.environ.get(variable)
         if value:
-            return Setting(local_folder(value, variable), variable)
+            may_be_url = variable == "ACTCACHE_BACKEND" and is_url(value)
+            return Setting(value if may_be_url else local_folder(value, variable), variable)
     return Setting(user_cache() / "store", "default")
 
 
@@ -79,7 +80,10 @@ def local_folder(value: str | Path, source: str) -> Path:
     """`value` as an absolute path; `source` (a variable, an option) is named when it cannot be a folder here."""
     text = str(value)
     if _URL.match(text):
-        raise OptionError(f"{source} is {text!r}: object stores are not supported yet, name a folder of this machine.")
+        raise OptionError(
+            f"{source} is a URL, where a folder of this machine is expected: ACTCACHE_BACKEND, set_cache_backend() and "
+            "store= take URLs."
+        )
     if not text.strip():
         raise OptionError(f"{source} is empty: name a folder.")
     folder = Path(value).expanduser().absolute()
@@ -117,11 +121,14 @@ def object_deadline_s() -> float:
     return seconds
 
 
-def local_limit(gb: float | None = None) -> int | None:
-    """How many bytes of what lies elsewhere this host may keep after reading them: `gb`, the environment, 20 GB."""
+def local_limit(gb: float | None = None) -> Setting:
+    """How many bytes of what lies elsewhere this host keeps when it was read (None: no limit): `gb`, where given."""
     if gb is not None:
-        return limit_bytes(gb, "local_gb")
-    return limit_bytes(os.environ.get("ACTCACHE_LOCAL_GB") or _LOCAL_GB, "ACTCACHE_LOCAL_GB")
+        return Setting(limit_bytes(gb, "local_gb"), "Store()")
+    value = os.environ.get("ACTCACHE_LOCAL_GB")
+    if value:
+        return Setting(limit_bytes(value, "ACTCACHE_LOCAL_GB"), "ACTCACHE_LOCAL_GB")
+    return Setting(limit_bytes(_LOCAL_GB, "default"), "default")
 
 
 def cache_limit() -> Setting:

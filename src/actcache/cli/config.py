@@ -28,6 +28,8 @@ def command(store: str | None, as_json: bool) -> None:
         "log": config.log_level(),
         "index": config.Setting(opened.index_dir, "default"),
     }
+    if opened.is_elsewhere:
+        settings["local"] = opened.local_limit
     notes = [] if store is not None or location.source != "ACTCACHE_BACKEND" else [config.overruled_location()]
     notes = list(filter(None, notes))
     if as_json:
@@ -39,10 +41,11 @@ def command(store: str | None, as_json: bool) -> None:
         "limit": "none" if opened.limit.value is None else size(opened.limit.value),
         "dtype": opened.dtype.value or "as computed",
         "log": "warnings" if level is None else logging.getLevelName(level).lower(),
-        "index": str(opened.index_dir),
+        "index": str(opened.index_dir) + (", with what this host has of the store" if opened.is_elsewhere else ""),
+        "local": "no limit" if opened.local_limit.value is None else size(opened.local_limit.value),
     }
     variables = {"store": "ACTCACHE_DIR, ACTCACHE_BACKEND", "limit": "ACTCACHE_MAX_GB", "dtype": "ACTCACHE_DTYPE"}
-    variables["log"] = "ACTCACHE_LOG"
+    variables |= {"log": "ACTCACHE_LOG", "local": "ACTCACHE_LOCAL_GB"}
     rows = table("setting", "value", "from", "variable")
     for name, setting in settings.items():
         rows.add_row(name, shown[name], setting.source, variables.get(name, ""))

@@ -35,8 +35,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 store_option = click.option(
     "--store",
-    metavar="PATH",
-    help="Folder of the store. [default: $ACTCACHE_BACKEND, $ACTCACHE_DIR, or the user's cache folder]",
+    metavar="PLACE",
+    help="Folder of the store, or its URL: s3://bucket/prefix, gs://..., az://... "
+    "[default: $ACTCACHE_BACKEND, $ACTCACHE_DIR, or the user's cache folder]",
 )
 
 space_option = click.option(

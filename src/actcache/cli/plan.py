@@ -36,7 +36,8 @@ def command(
         return
     click.echo(f"stored already   {count(plan.cached, 'prompt')}")
     click.echo(f"to extract       {count(plan.missing, 'prompt')}, {count(plan.tokens, 'token')}")
-    click.echo(f"to write         {size(plan.bytes_to_write)} ({size(plan.bytes_free)} free)")
+    free = "" if plan.bytes_free is None else f" ({size(plan.bytes_free)} free)"
+    click.echo(f"to write         {size(plan.bytes_to_write)}{free}")
     if plan.over_limit:
         click.echo(
             f"the limit        {size(plan.bytes_limit)}: not all of this stays. Raise the limit "

@@ -126,7 +126,7 @@ def _extract(out: Console, store: Store) -> None:
     _say(
         out,
         f"   {plan.missing} prompts of {lengths[0]} to {lengths[-1]} characters, {plan.tokens:,} tokens; "
-        f"{size(plan.bytes_to_write)} to write, {size(plan.bytes_free)} free",
+        f"{size(plan.bytes_to_write)} to write, {size(plan.bytes_free or 0)} free",
     )
     first = cold.warmup(prompts)
     # A cache object of its own, as another process would have it: it has loaded nothing so far.

@@ -273,7 +273,7 @@ class CachedExtractor:
             missing=request.to_compute,
             tokens=tokens,
             bytes_to_write=nbytes,
-            bytes_free=bytes_free(Path(self.store.location)),
+            bytes_free=bytes_free(self.store.disk),
             bytes_limit=self._store.limit.value,
             seconds=seconds,
             batching="" if policy.lengths == "any" else policy.why,
@@ -313,7 +313,7 @@ class CachedExtractor:
         if not request.missing:
             return filled
         self.store.check_writable()
-        self.plan(request).require_room(Path(self.store.location))
+        self.plan(request).require_room(self.store.disk)
         source = self.extractor.source
         start = time.perf_counter()
         identity = source.identity()

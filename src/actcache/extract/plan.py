@@ -26,7 +26,7 @@ class Plan:
         tokens: tokens of the missing prompts.
         bytes_to_write: bytes of activations they will add to the store, with the scales of int8 and float8_e4m3 (which
             outlier rows may make more than can be foreseen).
-        bytes_free: bytes free where the store lives.
+        bytes_free: bytes free on the disk of the store; None where it is not on one of this host's.
         seconds: estimated time; from earlier runs of this model on this host, else from its size.
         batching: why prompts of different lengths do not run together; empty where they do.
         bytes_limit: the size that the store keeps to; None where it has no limit.
@@ -36,7 +36,7 @@ class Plan:
     missing: int
     tokens: int
     bytes_to_write: int
-    bytes_free: int
+    bytes_free: int | None
     seconds: float
     batching: str = ""
     bytes_limit: int | None = None
@@ -49,17 +49,19 @@ class Plan:
         """
         return self.bytes_limit is not None and self.bytes_to_write > self.bytes_limit
 
-    def require_room(self, place: Path) -> None:
+    def require_room(self, place: Path | None) -> None:
         """Raise `DiskFullError` when `bytes_to_write` is more than is free."""
-        if self.bytes_to_write > self.bytes_free:
+        if self.bytes_free is not None and self.bytes_to_write > self.bytes_free:
             raise DiskFullError(
                 f"the activations need {self.bytes_to_write / 2**30:.2f} GiB and {str(place)!r} has "
                 f"{self.bytes_free / 2**30:.2f} GiB free: make room, choose fewer layers or pooling, or another store."
             )
 
 
-def bytes_free(place: Path) -> int:
-    """Free bytes of the disk that holds `place`, which need not exist yet."""
+def bytes_free(place: Path | None) -> int | None:
+    """Free bytes of the disk that holds `place`, which need not exist yet; None for None."""
+    if place is None:
+        return None
     while not place.exists() and place != place.parent:
         place = place.parent
     return shutil.disk_usage(place).free

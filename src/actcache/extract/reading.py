@@ -196,7 +196,7 @@ def _compute(
 
     source = cached.extractor.source
     lengths = [0 if ids is None else len(ids) for ids in prompts.ids]
-    place = Path(cached.store.location)
+    place = cached.store.disk
     nbytes = asked.nbytes(len(prompts), sum(lengths), source.vocab_size or 0)
     Plan(0, len(prompts), sum(lengths), nbytes, bytes_free(place), 0.0).require_room(place)
     head = source.head(device)

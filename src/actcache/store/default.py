@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actcache.config import Setting, local_folder, overruled_location, store_location
+from actcache.config import Setting, overruled_location, store_location
 from actcache.errors import AmbiguousVariantError, OptionError
+from actcache.store.backend import CacheBackend
 from actcache.store.discovered import agreeing, listed, none_of_that_name
 from actcache.store.files import log
+from actcache.store.locations import named_place
 from actcache.store.store import Store
 from actcache.store.variants import variant_names
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 _lock = threading.Lock()
 _chosen: Store | None = None
-_environment: tuple[Path, Store] | None = None
+_environment: tuple[str | Path, Store] | None = None
 
 
 def default_store() -> Store:
@@ -34,7 +36,7 @@ def default_store() -> Store:
     with _lock:
         if _chosen is not None:
             return _chosen
-        location = store_location().value
+        location = _named_by_environment().value
         if _environment is None or _environment[0] != location:
             if overruled := overruled_location():
                 log.warning("%s", overruled)
@@ -46,40 +48,57 @@ def default_store() -> Store:
 def default_location() -> Setting:
     """Where the default store is, and what says so."""
     with _lock:
-        return store_location() if _chosen is None else Setting(_chosen.location, "set_cache_backend()")
+        return _named_by_environment() if _chosen is None else Setting(_chosen.location, "set_cache_backend()")
 
 
-def store_at(location: str | Path | Store | None) -> Store:
-    """A store as callers name it: a folder, a `Store`, or None for the default one, which its folder names, too.
+def _named_by_environment() -> Setting:
+    setting = store_location()
+    return Setting(named_place(setting.value, setting.source), setting.source)
+
+
+def store_at(location: str | Path | CacheBackend | Store | None) -> Store:
+    """A store as callers name it: a folder, a URL, a `CacheBackend`, a `Store`, or None for the default one, which its
+    folder or URL names, too.
 
     Raises:
-        OptionError: a URL, or anything else that is not a folder.
+        OptionError: none of these, or a URL of an unknown kind.
         StoreAccessError: the folder cannot be made or read.
     """
     if location is None:
         return default_store()
     if isinstance(location, Store):
         return location
+    if isinstance(location, CacheBackend):
+        return Store(location)
     if isinstance(location, str | Path):
-        folder = local_folder(location, "store")
-        return default_store() if _is_default(folder) else Store(folder)
-    raise OptionError(f"store is a {type(location).__name__}: expected a folder, a Store, or None for the default.")
+        place = named_place(location, "store")
+        return default_store() if _is_default(place) else Store(place)
+    raise OptionError(
+        f"store is a {type(location).__name__}: expected a folder, a URL, a CacheBackend, a Store, or None for the "
+        "default."
+    )
 
 
-def _is_default(folder: Path) -> bool:
+def _is_default(place: str | Path) -> bool:
     with contextlib.suppress(OptionError):
-        return bool(os.path.realpath(folder) == os.path.realpath(default_location().value))
-    # Where the environment names no folder, one that is named here is none of its business.
+        default = default_location().value
+        if isinstance(place, str) or isinstance(default, str):
+            return bool(place == default)
+        return bool(os.path.realpath(place) == os.path.realpath(default))
+    # Where the environment names no place, one that is named here is none of its business.
     return False
 
 
-def set_cache_backend(backend: str | Path | Store | None = None) -> None:
-    """Choose the default store of this process: a folder, a `Store`, or None for what the environment says.
+def set_cache_backend(backend: str | Path | CacheBackend | Store | None = None) -> None:
+    """Choose the default store of this process: a folder, the URL of what lies elsewhere ("s3://bucket/prefix",
+    "gs://...", "az://..."), a `CacheBackend`, a `Store`, or None for what the environment says.
 
     `set_cache_limit`, `set_cache_dtype`, ``ACTCACHE_MAX_GB`` and ``ACTCACHE_DTYPE`` are for it, unless it is a `Store`
     with a limit or a dtype of its own.
 
-    Raises `OptionError` for a URL: object stores are not supported yet.
+    Raises:
+        OptionError: none of these, or a URL of an unknown kind.
+        MissingExtraError: a URL, and the extra ``actcache[s3]`` is not installed.
     """
     global _chosen
     chosen = None if backend is None else store_at(backend)

@@ -46,6 +46,16 @@ class Inspection(ABC):
     @abstractmethod
     def _space(self, space: str | SpaceInfo) -> str: ...
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether its objects are not files of this host, which has a working copy of them."""
+        return self._copy is not None
+
+    @property
+    def disk(self) -> Path | None:
+        """The folder on whose disk all that is stored must have room; None where that lies elsewhere."""
+        return self.folder if self._copy is None else None
+
     def spaces(self) -> list[SpaceInfo]:
         """Every space, oldest first, with its number of prompts and its size on disk."""
         self._look()

@@ -10,25 +10,34 @@ import xxhash
 from actcache import config
 from actcache.errors import OptionError
 from actcache.store.backend import CacheBackend, LocalBackend
+from actcache.store.object_urls import parse_url
 from actcache.store.working_copy import WorkingCopy
 
 
-def backend_at(location: str | Path | CacheBackend, source: str) -> CacheBackend:
-    """The backend of a place: a `LocalBackend` for folders. `source` (a variable, an option) is named in errors.
+def named_place(location: str | Path, source: str) -> str | Path:
+    """A folder as an absolute path, a URL as it is written for everybody; `source` is named in errors.
 
     Raises:
         OptionError: a URL of an unknown kind, or a file.
     """
-    if isinstance(location, CacheBackend):
-        return location
     if not config.is_url(location):
-        return LocalBackend(config.local_folder(location, source))
-    from actcache.store.object_backend import ObjectBackend
-
+        return config.local_folder(location, source)
     try:
-        return ObjectBackend(str(location))
+        scheme, bucket, prefix = parse_url(str(location))
     except OptionError as error:
         raise OptionError(f"{source}: {error}") from None
+    return f"{scheme}://{'/'.join(filter(None, (bucket, prefix)))}"
+
+
+def _backend_at(location: str | Path | CacheBackend) -> CacheBackend:
+    if isinstance(location, CacheBackend):
+        return location
+    place = named_place(location, "location of Store()")
+    if isinstance(place, Path):
+        return LocalBackend(place)
+    from actcache.store.object_backend import ObjectBackend
+
+    return ObjectBackend(place)
 
 
 class Place:
@@ -39,22 +48,25 @@ class Place:
         location: what people call it: a folder, or a URL.
         index_dir: where this host keeps its index.
         copy: the working copy of objects that lie elsewhere; None for a folder.
+        local_limit: how many bytes of such objects this host keeps, and what says so.
         folder: where its files are on this host: the store itself, or the working copy.
     """
 
     def __init__(
         self, location: str | Path | CacheBackend, index_dir: Path | None = None, local_gb: float | None = None
     ) -> None:
-        self.backend = backend_at(location, "location of Store()")
+        self.backend = _backend_at(location)
         self.copy: WorkingCopy | None = None
+        self.local_limit = config.Setting(None, "default")
         # One that does something of its own wants to be asked.
         if type(self.backend) is LocalBackend:
             self.location: str | Path = self.backend.folder
             self.folder, name = self.backend.folder, os.path.realpath(self.backend.folder)
         else:
-            self.location = name = self.backend.url
+            self.location, name = self.backend.url, self.backend.identity
         default = config.host_state_path() / "index" / xxhash.xxh3_64_hexdigest(os.fsencode(name))
         self.index_dir = default if index_dir is None else Path(index_dir)
         if type(self.backend) is not LocalBackend:
-            self.copy = WorkingCopy(self.backend, self.index_dir, config.local_limit(local_gb))
+            self.local_limit = config.local_limit(local_gb)
+            self.copy = WorkingCopy(self.backend, self.index_dir, self.local_limit.value)
             self.folder = self.index_dir = self.copy.folder

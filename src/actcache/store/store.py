@@ -93,6 +93,8 @@ class Store(Maintenance):
         """Whether the process's limit and dtype are meant for this store, unless it has its own."""
         place = Place(location, index_dir, local_gb)
         self.backend, self.location, self.folder, self._copy = place.backend, place.location, place.folder, place.copy
+        self.local_limit = place.local_limit
+        """How many bytes of what lies elsewhere this host keeps (None: no limit), and where that comes from."""
         self.root = self.folder / ROOT
         self._catalog = Catalog(place.index_dir)
         self._indexes: dict[str, SpaceIndex] = {}
