@@ -9,7 +9,6 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ _METADATA = "http://169.254.169.254"
 _METADATA_WAIT_S = 0.3
 _REGION_WAIT_S = 5.0
 _YES = {"1", "true", "yes", "on"}
-_FRESH = timedelta(minutes=10)
 
 
 class Aws:
@@ -185,12 +183,12 @@ class Aws:
     def provide(self) -> dict[str, Any]:
         """The credentials that `refresh` saw last, as obstore wants them."""
         shown = self._shown
-        lasting = not hasattr(self._credentials, "refresh_needed")
         return {
             "access_key_id": shown.access_key,
             "secret_access_key": shown.secret_key,
             "token": shown.token,
-            "expires_at": None if lasting else datetime.now(UTC) + _FRESH,
+            # Whoever uses them asks `refresh` before each request.
+            "expires_at": None,
         }
 
     def secrets(self) -> list[str]:

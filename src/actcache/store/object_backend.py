@@ -233,10 +233,10 @@ class ObjectBackend(CacheBackend):
                 if clients is None:
                     longest = self.deadline_s + _PIECE / SLOWEST
                     made = Clients(self._scheme, self._bucket, self._place(), self._anonymous, self.timeout_s, longest)
+                    made.refresh()
                     made.reading()
                     clients = self._clients = made
-        if clients.aws is not None:
-            clients.aws.refresh()
+        clients.refresh()
         return clients
 
     def _persist(self, verb: str, name: str, once: Callable[[int], T], size: int = 0) -> T:
@@ -268,7 +268,7 @@ class ObjectBackend(CacheBackend):
             now = time.monotonic()
             if now + pause >= end + (size / SLOWEST if failure.timed_out else 0):
                 raise BackendError(
-                    f"cannot {verb} {name} in {self.url}: tried {tries} times in {now - began:.0f} s, the last time: "
+                    f"cannot {verb} {name} in {self.url}: tried {tries} times in {now - began:.1f} s, the last time: "
                     f"{self._shown(failure)}. See whether the server can be reached{self._at()}; deadline_s= or "
                     "ACTCACHE_DEADLINE_S changes how long is tried."
                 )

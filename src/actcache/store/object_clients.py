@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ class Clients:
         self._longest_s = longest_s
         self._lock = threading.Lock()
         self._made: dict[tuple[str, int], Any] = {}
+        self._credentials: Any = None
         self._library = library()
 
     @property
@@ -55,8 +57,9 @@ class Clients:
     def writing(self, size: int, slower: int) -> Any:
         """For one request with a body of `size` bytes, `slower` times doubled the time that it may take."""
         # A server answers when it has all of the body: until then nothing comes, and only the whole can be timed.
-        seconds = (self._timeout_s + size / SLOWEST) * 2**slower
-        doubled = max(0, int(seconds / self._timeout_s - 1e-9)).bit_length()
+        times = (1 + size / SLOWEST / self._timeout_s) * 2**slower
+        # A client for each doubling, and none for a body that is small beside all else.
+        doubled = max(0, math.ceil(math.log2(times) - 0.1))
         limit = {"timeout": timedelta(seconds=self._timeout_s * 2**doubled)}
         return self._client("write", doubled, limit, {"max_retries": 0})
 
@@ -65,6 +68,12 @@ class Clients:
         limit = {"timeout": timedelta(seconds=self._timeout_s + 2 * PART / SLOWEST)}
         retries = {"max_retries": _PART_TRIES, "retry_timeout": timedelta(seconds=deadline_s)}
         return self._client("parts", int(deadline_s), limit, retries)
+
+    def refresh(self) -> None:
+        """See to it that credentials are valid; where they are others than before, there will be new clients."""
+        if self.aws is not None and (valid := self.aws.refresh()) != self._credentials:
+            self._credentials = valid
+            self.renew()
 
     def renew(self) -> None:
         """Make new ones from now on: what is known of the place has changed."""
@@ -99,8 +108,7 @@ class Clients:
             said = str(error).partition("\n\nDebug source:")[0]
             raise OptionError(f"cannot make a client for {self._scheme}://{self._bucket}: {said}") from None
 
-    @staticmethod
-    def _for_s3(aws: Aws, config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    def _for_s3(self, aws: Aws, config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         # obstore reads some of AWS's variables itself: what it should not find there, it is told.
         config |= {"region": aws.region, "disable_bulk_delete": True}
         endpoint = aws.endpoint
@@ -110,5 +118,5 @@ class Clients:
             options["allow_http"] = where.startswith("http://")
         if authorities := aws.authorities:
             options["root_certificate"] = authorities
-        config["skip_signature"] = aws.refresh() is None
+        config["skip_signature"] = self._credentials is None
         return {} if config["skip_signature"] else {"credential_provider": aws.provide}

@@ -1,0 +1,395 @@
+"""Object stores: what servers and connections do wrong, and what else may happen on the way."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import actcache as ac
+from actcache.errors import BackendError, MissingExtraError, OptionError, StoreAccessError
+from actcache.store import object_backend, object_clients
+from fault_proxy import Fault, FaultProxy
+from scripted_server import Answer, Asked, ScriptedServer, ranged, refusal
+from servers import S3Server, only_aws
+
+DATA = os.urandom(300_000)
+
+
+@pytest.fixture
+def proxy(moto: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Between the clients of this test and its bucket."""
+    with FaultProxy(moto.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment with credentials and nothing else of AWS."""
+    only_aws(monkeypatch, S3Server("http://127.0.0.1:1").environment(tmp_path))
+
+
+def backend_at(server: ScriptedServer | None = None, url: str = "s3://bucket", **options: Any) -> ac.ObjectBackend:
+    if server is not None:
+        options = {"endpoint": server.url, "deadline_s": 20, "timeout_s": 2, **options}
+    return ac.ObjectBackend(url, **options)
+
+
+@pytest.mark.parametrize("way", ["slow_down", "error", "cut", "lose", "stall"])
+def test_what_passes_is_tried_again(proxy: FaultProxy, bucket: str, way: str) -> None:
+    backend = ac.ObjectBackend(f"{bucket}/x", timeout_s=0.5)
+    fault = Fault(way, times=2, seconds=5)
+    with proxy.failing(fault):
+        backend.put("v1/a", DATA)
+    with proxy.failing(fault):
+        assert backend.read("v1/a") == DATA
+    with proxy.failing(fault):
+        assert backend.read("v1/a", 1000, 200_000) == DATA[1000:200_000]
+    with proxy.failing(fault):
+        assert [(o.name, o.size) for o in backend.list("v1/")] == [("v1/a", len(DATA))]
+    if way in ("cut", "stall"):
+        # An answer without a body has no middle.
+        fault = Fault("lose", times=2)
+    with proxy.failing(fault):
+        backend.delete("v1/a")
+    with pytest.raises(FileNotFoundError):
+        backend.read("v1/a")
+
+
+def test_many_threads_under_random_faults_get_what_is_right(proxy: FaultProxy, bucket: str) -> None:
+    backend = ac.ObjectBackend(bucket, timeout_s=1)
+    ways = ("slow_down", "error", "cut", "lose")
+    wrong: list[object] = []
+
+    def work(number: int) -> None:
+        data = DATA[number * 10_000 : (number + 3) * 10_000]
+        try:
+            backend.put(f"v1/{number}", data)
+            if backend.read(f"v1/{number}") != data or backend.read(f"v1/{number}", 5, 99) != data[5:99]:
+                wrong.append(number)
+        except Exception as error:
+            wrong.append(error)
+
+    with proxy.failing(*(Fault(way, share=0.1) for way in ways)):
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(list(backend.list("v1/"))) == 12
+    assert not wrong
+
+
+@pytest.mark.parametrize(("way", "reason"), [("slow_down", "503 SlowDown"), ("error", "500 InternalError")])
+def test_the_deadline_ends_with_what_happened(proxy: FaultProxy, bucket: str, way: str, reason: str) -> None:
+    backend = ac.ObjectBackend(f"{bucket}/x", deadline_s=1)
+    calls = {
+        "list v1/": lambda: list(backend.list("v1/")), "read v1/a": lambda: backend.read("v1/a", 0, 9),
+        "put v1/a": lambda: backend.put("v1/a", DATA), "delete v1/a": lambda: backend.delete("v1/a"),
+    }  # fmt: skip
+    for what, call in calls.items():
+        began = time.monotonic()
+        with proxy.failing(Fault(way)) as seen, pytest.raises(BackendError) as caught:
+            call()
+        assert time.monotonic() - began < 3
+        said = str(caught.value)
+        assert f"cannot {what} in {bucket}/x: tried {len(seen)} times in " in said and reason in said
+        assert len(seen) > 2
+
+
+def test_a_stall_and_a_refused_connection_end_at_the_deadline(nowhere: None) -> None:
+    def stalling(asked: Asked) -> Answer:
+        time.sleep(3)
+        return Answer()
+
+    with ScriptedServer(stalling) as server:
+        began = time.monotonic()
+        with pytest.raises(BackendError, match="no answer in time"):
+            backend_at(server, deadline_s=1, timeout_s=0.2).read("a")
+        assert time.monotonic() - began < 3
+        url = server.url
+    with pytest.raises(BackendError, match=r"no connection \(Connection refused\).*" + re.escape(url)):
+        backend_at(url="s3://bucket", endpoint=url, deadline_s=0.5).put("a", b"0")
+
+
+def test_pauses_grow_and_differ(nowhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    with ScriptedServer(lambda asked: refusal(503, "SlowDown")) as server:
+        monkeypatch.setattr(object_backend.time, "sleep", pauses.append)
+        backend = backend_at(server)
+        for _ in range(20):
+            left = iter([0.0] * 12)
+            monkeypatch.setattr(object_backend.time, "monotonic", lambda left=left: next(left, 1e9))
+            with pytest.raises(BackendError):
+                backend.read("a")
+    turns = [pauses[at :: len(pauses) // 20] for at in range(len(pauses) // 20)]
+    assert len(turns) >= 8 and all(len(set(turn)) > 10 for turn in turns)
+    means = [sum(turn) / len(turn) for turn in turns]
+    assert means[5] > 4 * means[1] and max(pauses) <= 8
+
+
+@pytest.mark.parametrize("verb", ["list", "read", "put", "delete"])
+def test_who_may_not_is_told_at_once(proxy: FaultProxy, bucket: str, verb: str) -> None:
+    backend = ac.ObjectBackend(bucket)
+    calls: dict[str, Any] = {"list": list, "read": bytes, "put": lambda _: None, "delete": lambda _: None}
+    arguments: dict[str, tuple[object, ...]] = {"list": (), "read": ("a",), "put": ("a", b"0"), "delete": ("a",)}
+    with proxy.failing(Fault("deny")) as seen, pytest.raises(StoreAccessError) as caught:
+        calls[verb](getattr(backend, verb)(*arguments[verb]))
+    assert len(seen) == 1
+    assert "403 AccessDenied: Access Denied" in str(caught.value) and "AWS_PROFILE" in str(caught.value)
+
+
+def test_an_object_that_is_gone_is_not_tried_again(proxy: FaultProxy, bucket: str) -> None:
+    backend = ac.ObjectBackend(bucket)
+    backend.put("a", DATA)
+    with proxy.failing(Fault("missing")) as seen, pytest.raises(FileNotFoundError):
+        backend.read("a", 0, 10)
+    assert len(seen) == 1
+
+
+def test_a_bucket_that_does_not_exist_is_named(moto: S3Server, bucket: str) -> None:
+    backend = ac.ObjectBackend("s3://no-such-bucket/x")
+    calls = [
+        lambda: list(backend.list()), lambda: backend.read("a"), lambda: backend.put("a", b""),
+        lambda: backend.delete("a"),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(BackendError, match=r"no bucket 'no-such-bucket' at http.*Create it") as caught:
+            call()
+        assert not isinstance(caught.value, FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Answer(206, DATA[:60], {"Content-Range": "bytes 0-99/300000"}),
+        Answer(206, DATA[:60], {"Content-Range": "bytes 0-59/300000"}),
+        Answer(206, DATA[:60], {"Content-Range": "bytes 0-99/300000"}, length=100),
+        Answer(206, DATA[:100], {"Content-Range": "bytes 100-199/300000"}),
+        Answer(206, DATA[:100]),
+        refusal(429, "TooManyRequests"), refusal(400, "RequestTimeout"), refusal(409, "OperationAborted"),
+        Answer(502, b"<html>bad gateway</html>"),
+    ],
+    ids=["short", "less", "ends early", "elsewhere", "no range", "429", "400", "409", "502"],
+)  # fmt: skip
+def test_a_wrong_answer_is_never_given_out(nowhere: None, wrong: Answer) -> None:
+    wrongs = [wrong, wrong]
+    with ScriptedServer(lambda asked: wrongs.pop() if wrongs else ranged(asked, DATA)) as server:
+        assert backend_at(server).read("a", 0, 100) == DATA[:100]
+        assert len(server.asked) == 3
+
+
+def test_a_server_that_knows_no_ranges_is_refused(nowhere: None) -> None:
+    with ScriptedServer(lambda asked: Answer(200, DATA, {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"})) as server:
+        with pytest.raises(BackendError, match="whole objects"):
+            backend_at(server).read("a", 0, 100)
+        assert len(server.asked) == 2
+
+
+def test_an_empty_object_may_be_answered_without_a_range(nowhere: None) -> None:
+    with ScriptedServer(lambda asked: Answer(200, b"", {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"})) as server:
+        assert bytes(backend_at(server).read("a", 0, 100)) == b""
+
+
+@pytest.mark.parametrize("status", [400, 405, 412, 501])
+def test_what_asking_again_would_not_change_is_told_at_once(nowhere: None, status: int) -> None:
+    with ScriptedServer(lambda asked: refusal(status, "Strange", "this will not do")) as server:
+        with pytest.raises(BackendError, match=f"cannot put a in s3://bucket: {status} Strange: this will not do"):
+            backend_at(server).put("a", b"0")
+        assert len(server.asked) == 1
+
+
+def test_an_upload_that_needs_longer_is_given_longer(nowhere: None) -> None:
+    def slow(asked: Asked) -> Answer:
+        time.sleep(0.8)
+        return Answer(headers={"ETag": '"x"'})
+
+    with ScriptedServer(slow) as server:
+        backend_at(server, timeout_s=0.5).put("a", b"0123456789")
+        assert [asked.body for asked in server.asked] == [b"0123456789"] * 2
+
+
+def test_a_listing_goes_on_behind_the_page_that_came(proxy: FaultProxy, bucket: str, moto: S3Server) -> None:
+    backend = ac.ObjectBackend(f"{bucket}/x")
+    names = [f"v1/{i:04d}" for i in range(1005)]
+    threads = [
+        threading.Thread(target=lambda part=part: [backend.put(name, b"0") for name in names[part::8]])
+        for part in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(list(backend.list("v1/"))) == 1005
+    pages = proxy.count("list")
+    assert pages == 2
+    with proxy.failing(Fault("cut", ("list",), first=2, times=1)) as seen:
+        assert [o.name for o in backend.list("v1/")] == names
+    assert len(seen) == pages + 1
+
+
+def test_a_bucket_may_hold_what_is_not_ours(moto: S3Server, bucket: str) -> None:
+    name = bucket.removeprefix("s3://")
+    for key in ("x/v1/a", "x/", "x", "x/v1/b c", "x/v1/ä", "x/.hidden", "x-y/v1/a", "y", "x/v1/.part"):
+        moto.client().put_object(Bucket=name, Key=key, Body=b"0")
+    backend = ac.ObjectBackend(f"{bucket}/x")
+    assert [o.name for o in backend.list()] == ["v1/a"]
+    assert [o.name for o in backend.list("v1/")] == ["v1/a"]
+    moto.client().put_object(Bucket=name, Key="x/v1/../b", Body=b"0")
+    with pytest.raises(BackendError, match="cannot list objects"):
+        list(backend.list())
+
+
+def test_prefixes_are_apart(bucket: str) -> None:
+    first, second = ac.ObjectBackend(f"{bucket}/lab/a"), ac.ObjectBackend(f"{bucket}/lab/a-b/")
+    whole = ac.ObjectBackend(bucket)
+    first.put("v1/x", b"1")
+    second.put("v1/x", b"22")
+    assert [(o.name, o.size) for o in first.list()] == [("v1/x", 1)]
+    assert [(o.name, o.size) for o in second.list()] == [("v1/x", 2)]
+    assert sorted(o.name for o in whole.list()) == ["lab/a-b/v1/x", "lab/a/v1/x"]
+    assert (second.url, whole.url) == (f"{bucket}/lab/a-b", bucket)
+
+
+def test_places_of_one_name_at_two_servers_are_two(bucket: str, moto: S3Server) -> None:
+    here, there = ac.ObjectBackend(bucket), ac.ObjectBackend(bucket, endpoint="https://s3.example.org/")
+    assert here.url == there.url and here.identity != there.identity
+    assert here.identity == f"{bucket} at {moto.endpoint}" == ac.ObjectBackend(f"{bucket}/").identity
+
+
+def test_an_upload_of_a_file_takes_no_memory(bucket: str, tmp_path: Path) -> None:
+    size = 96 << 20
+    source = tmp_path / "large"
+    source.write_bytes(bytes(size))
+    backend = ac.ObjectBackend(bucket)
+    backend.put("warm", b"0")
+    most, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.001):
+            most[0] = max(most[0], resident())
+
+    def resident() -> int:
+        return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+    before = resident()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    backend.put("large", source)
+    over.set()
+    thread.join()
+    assert most[0] - before < size / 3
+    assert [o.size for o in backend.list() if o.name == "large"] == [size]
+
+
+def test_what_is_too_large_for_one_request_goes_in_parts(
+    proxy: FaultProxy, bucket: str, tmp_path: Path, moto: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_backend, "_ONE_REQUEST", 6 << 20)
+    for module in (object_backend, object_clients):
+        monkeypatch.setattr(module, "PART", 5 << 20)
+    data = os.urandom((12 << 20) + 5)
+    source = tmp_path / "large"
+    source.write_bytes(data)
+    backend = ac.ObjectBackend(bucket)
+    with proxy.failing(Fault("error", ("parts",), first=2, times=2)):
+        backend.put("large", source)
+    assert backend.read("large") == data and not proxy.count("put")
+    backend.put("small", data[: 6 << 20])
+    assert proxy.count("put") == 1
+    assert "Uploads" not in moto.client().list_multipart_uploads(Bucket=bucket.removeprefix("s3://"))
+
+
+def test_a_copy_of_a_backend_finds_the_same(bucket: str) -> None:
+    backend = ac.ObjectBackend(f"{bucket}/x", deadline_s=7, timeout_s=3)
+    backend.put("a", DATA)
+    stored = pickle.dumps(backend)
+    copied = pickle.loads(stored)
+    assert copied.read("a") == DATA
+    assert (copied.url, copied.deadline_s, copied.timeout_s) == (backend.url, 7, 3)
+    assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in stored
+
+
+def test_the_deadline_comes_from_the_environment(nowhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backend_at().deadline_s == 120
+    monkeypatch.setenv("ACTCACHE_DEADLINE_S", "3.5")
+    assert backend_at().deadline_s == 3.5 and backend_at(deadline_s=9).deadline_s == 9
+    for wrong in ("0", "soon", "-1", "nan", "inf"):
+        monkeypatch.setenv("ACTCACHE_DEADLINE_S", wrong)
+        with pytest.raises(OptionError, match=f"ACTCACHE_DEADLINE_S is '{wrong}'"):
+            backend_at()
+
+
+def test_trouble_that_goes_on_is_told(
+    nowhere: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_backend, "_PATIENCE_S", 0.2)
+    caplog.set_level(logging.WARNING, logger="actcache.store")
+    wrongs = [refusal(503, "SlowDown")] * 4
+    with ScriptedServer(lambda asked: wrongs.pop() if wrongs else ranged(asked, DATA)) as server:
+        monkeypatch.setattr(object_backend.random, "uniform", lambda low, high: 0.15)
+        backend_at(server).read("a", 0, 10)
+    (record,) = caplog.records
+    assert "s3://bucket: read a failed" in record.getMessage() and "503 SlowDown" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "bucket", "s3:bucket", "s3://", "s3:///x", "http://bucket/x", "s3a://bucket", "gcs://bucket", "s3://b u",
+     "s3://bucket/../x", "s3://bucket/a//b", "s3://bucket/.x", "s3://bucket/a b", "s3://bucket?x=1", "s3://bucket/x?y",
+     "s3://-bucket", "memory://x", "s3://bucket/x#y"],
+)  # fmt: skip
+def test_a_url_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(OptionError):
+        ac.ObjectBackend(url)
+
+
+def test_a_url_may_be_written_in_several_ways() -> None:
+    for url in (
+        "s3://bucket/a/b",
+        "s3://bucket/a/b/",
+        "s3:/bucket/a/b",
+        "S3://bucket/a/b//",
+        str(Path("s3://bucket/a/b")),
+    ):
+        assert ac.ObjectBackend(url).url == "s3://bucket/a/b"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"deadline_s": 0}, {"timeout_s": -1}, {"deadline_s": float("nan")}, {"endpoint": "host:9000"},
+     {"endpoint": "https://host?x=1"}, {"endpoint": "ftp://host"}, {"endpoint": ""}],
+)  # fmt: skip
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        ac.ObjectBackend("s3://bucket", **options)
+
+
+@pytest.mark.parametrize("option", ["endpoint", "region", "profile"])
+def test_options_of_another_kind_of_store_are_refused(option: str) -> None:
+    with pytest.raises(OptionError, match=f"{option}= is for s3:// alone"):
+        ac.ObjectBackend("gs://bucket", **{option: "https://x"})
+
+
+def test_without_the_extra_it_is_said_how_to_get_it() -> None:
+    code = (
+        "import sys; sys.modules['{}'] = None\n"
+        "import actcache as ac\n"
+        "try: ac.ObjectBackend('s3://bucket')\n"
+        "except ac.errors.MissingExtraError as error: print(error)"
+    )
+    for package in ("obstore", "botocore"):
+        done = subprocess.run([sys.executable, "-c", code.format(package)], capture_output=True, text=True, check=True)
+        assert package in done.stdout and "pip install 'actcache[s3]'" in done.stdout
+    assert issubclass(MissingExtraError, ImportError)
