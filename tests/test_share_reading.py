@@ -10,8 +10,6 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
@@ -29,7 +27,7 @@ from actcache.errors import (
     ValueOverflowError,
 )
 from actcache.share import shards
-from made_datasets import FULL, INDEX, VERSIONS, make
+from made_datasets import FULL, INDEX, VERSIONS, make, pa, pq
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "lmprobe"
 POOLINGS = ("last_token", "first_token", "mean", "max", "min")

@@ -148,8 +148,9 @@ class _Download(Stream):
     def _connect(self) -> None:
         while True:
             self.close()
+            url, headers = self._repository.url(self._path), self._headers()
             try:
-                response = _get(self._repository.url(self._path), self._headers())
+                response = _get(url, headers)
             except _transport_errors() as error:
                 self._failed(type(error).__name__)
                 continue
@@ -186,7 +187,7 @@ class _Download(Stream):
             raise DatasetAccessError(f"{where}: the Hub answered with other bytes than were asked for.")
         self.size = total
         self._response = response
-        self._chunks = response.iter_raw(_CHUNK) if hasattr(response, "iter_raw") else response.iter_content(_CHUNK)
+        self._chunks = response.iter_raw() if hasattr(response, "iter_raw") else response.iter_content(_CHUNK)
 
     def _refusal(self, response: Any) -> Exception:
         """The error for an answer that is none; of what the Hub says only codes are repeated."""
