@@ -19,6 +19,8 @@ from actcache.store.gather import Piece, gather_pieces
 class Held:
     """A segment whose sites are called by their numbers: matrices in one piece of memory, `gap` rows between them."""
 
+    source = None
+
     def __init__(self, sites: int, rows: int, width: int, dtype: np.dtype, gap: int, *, on_grid: bool = True):
         self.whole = np.arange(sites * (rows + gap) * width, dtype=np.float32).astype(dtype).reshape(-1, width)
         self.step, self.rows, self.on_grid = rows + gap, rows, on_grid

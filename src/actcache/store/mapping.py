@@ -255,17 +255,25 @@ class Segment:
 
     def values(self, site: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows `start` to `stop` of `site`: a read-only view, or a new float32 array where they must be decoded."""
-        return self.reader(site)(start, stop)
+        return self.readers([site], np.array([start]), np.array([stop]))[0](start, stop)
 
-    def reader(self, site: str) -> Callable[[int, int], npt.NDArray[Any]]:
-        """`values` of one site, for many calls."""
+    def readers(self, sites: Sequence[str], starts: Ints, stops: Ints) -> list[Callable[[int, int], npt.NDArray[Any]]]:
+        """For each of `sites` what gives `values`, for many calls: for the rows ``starts[i]:stops[i]`` and no others.
+
+        What of them is not here yet is fetched together.
+        """
+        if len(starts) and (starts.min() < 0 or stops.max() > self.info.rows):
+            raise NotCachedError(f"{self.path} is shorter than its index says")
+        if self.source is not None:
+            self.require(sites, starts, stops)
+        return [self._reader(site) for site in sites]
+
+    def _reader(self, site: str) -> Callable[[int, int], npt.NDArray[Any]]:
         matrix, scales, length = self.matrix(site), self.scales(site), self.info.rows
 
         def read(start: int, stop: int) -> npt.NDArray[Any]:
             if not 0 <= start <= stop <= length:
                 raise NotCachedError(f"{self.path} is shorter than its index says")
-            if self.source is not None:
-                self.require([site], np.array([start]), np.array([stop]))
             return matrix[start:stop] if scales is None else decode_run(matrix, scales, self.block_offset, start, stop)
 
         return read

@@ -140,9 +140,9 @@ class Placement:
         found: list[list[npt.NDArray[Any]]] = [[np.empty(0)] * len(self.sites) for _ in range(len(chosen))]
         for part, segment, members in self._by_segment(chosen):
             prompts = part.prompt[chosen[members]]
-            starts, stops = segment.row_offset[prompts].tolist(), segment.row_offset[prompts + 1].tolist()
-            readers = [(j, segment.reader(self.sites[j])) for j in part.sites]
-            for at, start, stop in zip(members.tolist(), starts, stops, strict=True):
+            starts, stops = segment.row_offset[prompts], segment.row_offset[prompts + 1]
+            readers = list(zip(part.sites, segment.readers(self._names(part), starts, stops), strict=True))
+            for at, start, stop in zip(members.tolist(), starts.tolist(), stops.tolist(), strict=True):
                 for j, read in readers:
                     found[at][j] = read(start, stop)
         return found
@@ -222,7 +222,7 @@ class Placement:
                 f"prompt {members[k]}: {self.sites[part.sites[0]]!r} has {stops[k] - starts[k]} rows and "
                 f"{self.sites[0]!r} has {counts[members[k]]}: ask for them one by one"
             )
-        readers = [segment.reader(self.sites[j]) for j in part.sites]
+        readers = segment.readers(self._names(part), starts, stops)
         for at, start, stop in zip(members.tolist(), starts.tolist(), stops.tolist(), strict=True):
             for j, read in zip(part.sites, readers, strict=True):
                 out[at, : stop - start, j] = read(start, stop)
