@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from actcache.errors import DatasetFormatError, DatasetNotFoundError, MissingExtraError
+from actcache.errors import ActCacheError, DatasetFormatError, DatasetNotFoundError, MissingExtraError
 from actcache.share.format import INDEX, INFO, PREFIX, describe
 from actcache.share.source import Source
 
@@ -168,8 +168,8 @@ class Index:
 
         try:
             return work()
-        except (pa.ArrowException, ValueError, TypeError, OverflowError, MemoryError) as error:
-            if isinstance(error, DatasetFormatError):
+        except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError) as error:
+            if isinstance(error, ActCacheError):
                 raise
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise self.wrong(f"it cannot be read: {reason}") from None

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from actcache.capture.positions import POOLINGS, pool_numpy
+from actcache.capture.positions import pool_numpy
 from actcache.errors import DatasetLayerError, OptionError, did_you_mean
+from actcache.model.sites import POOLINGS
 from actcache.progress import progress
 from actcache.share.format import LOGITS, TensorGroup
 from actcache.share.index import Index

@@ -68,7 +68,7 @@ class ShardReader:
     """Reads the files of one kind of tensors.
 
     Args:
-        checked: refuse NaN; what is not a number is no activation.
+        checked: refuse NaN, which is no activation, and convert; otherwise rows are as they are stored.
         notice: is told how many rows were read.
     """
 
@@ -222,6 +222,8 @@ class ShardReader:
     def _cast(self, rows: Array, dtype: np.dtype[Any], place: Placed) -> Array:
         if rows.dtype == dtype:
             return rows
+        if not self._checked:
+            raise self._wrong(place.path, f"{place.key} holds {rows.dtype}, and {dtype} in other shards")
         try:
             with np.errstate(over="raise"):
                 return rows.astype(dtype)
