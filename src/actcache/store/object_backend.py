@@ -18,7 +18,7 @@ from actcache.config import object_deadline_s
 from actcache.errors import BackendError, OptionError, StoreAccessError
 from actcache.store.aws import Aws, checked_endpoint
 from actcache.store.backend import Bytes, CacheBackend, ObjectInfo, check_name, check_prefix, is_name
-from actcache.store.object_clients import PART, SLOWEST, Clients
+from actcache.store.object_clients import PART, SLOWEST, Clients, servers
 from actcache.store.object_errors import Failure, Meaning, ShortBodyError, understand
 from actcache.store.object_library import library
 from actcache.store.object_urls import parse_url
@@ -110,7 +110,8 @@ class ObjectBackend(CacheBackend):
     @property
     def identity(self) -> str:
         aws = self._place()
-        return f"{self.url} at {aws.endpoint}" if aws is not None and aws.endpoint else self.url
+        at = servers(self._scheme) if aws is None else [aws.endpoint] if aws.endpoint else []
+        return " at ".join([self.url, *at])
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         check_prefix(prefix)

@@ -20,7 +20,16 @@ PART = 64 << 20
 """The size of the pieces in which an object is put that is too large for one request."""
 
 _CONNECT_S = 5.0
+_SERVERS = {
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
 _PART_TRIES = 8
+
+
+def servers(scheme: str) -> list[str]:
+    """What the environment says of where buckets of Google and of Azure are: URLs of servers, an account's name."""
+    return [value for variable in _SERVERS.get(scheme, ()) if (value := os.environ.get(variable))]
 
 
 class Clients:
@@ -99,9 +108,8 @@ class Clients:
             config["skip_signature"] = self._anonymous
         stores = self._library._store
         made = {"s3": stores.S3Store, "gs": stores.GCSStore, "az": stores.AzureStore}[self._scheme]
-        extra: dict[str, Any] = {}
-        if self.aws is not None:
-            extra = self._for_s3(self.aws, config, options)
+        options["allow_http"] = any(where.startswith("http://") for where in servers(self._scheme))
+        extra = {} if self.aws is None else self._for_s3(self.aws, config, options)
         try:
             return made(self._bucket, config=config, client_options=options, retry_config=retries, **extra)
         except Exception as error:

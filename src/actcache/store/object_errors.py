@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 class Meaning(enum.Enum):
@@ -34,6 +34,7 @@ class Failure:
 
 
 _STATUS = re.compile(r"non-2xx status code: (\d{3})([^:\n]*)")
+_IN_BATCH = re.compile(r"([\w ]*) \(code: (\d{3})\)")
 _CODE = re.compile(r"<Code>([^<]{1,100})</Code>|\"(?:code|reason)\": ?\"([^\"]{1,100})\"")
 _MESSAGE = re.compile(r"<Message>([^<]{1,300})|\"message\": ?\"([^\"]{1,300})\"")
 _SYSTEM = re.compile(r'message: "([^"]{1,200})"')
@@ -53,8 +54,19 @@ def understand(error: Exception) -> Failure:
     if type(error).__module__ != "obstore.exceptions" and not (kind == "FileNotFoundError" and _DEBUG in text):
         raise error
     said, _, detail = text.partition(_DEBUG)
+    found = _understood(kind, said, detail)
+    if "token request" in said:
+        return replace(found, reason=f"no credentials could be fetched: {found.reason}")
+    return found
+
+
+def _understood(kind: str, said: str, detail: str) -> Failure:
     if status := _STATUS.search(said):
         return _answered(int(status[1]), status[2].strip(), said)
+    if status := _IN_BATCH.search(said):
+        return _answered(int(status[2]), status[1].strip(), said)
+    if kind == "FileNotFoundError":
+        return Failure(Meaning.ABSENT, _short(said))
     if "BareRedirect" in detail:
         return Failure(Meaning.REGION, "a redirect to nowhere, as for a bucket in another region")
     if "NotPartial" in detail:
