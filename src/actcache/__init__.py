@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from actcache.selftest.run import selftest
     from actcache.share.load import load_activation_dataset, load_activations
     from actcache.share.metadata import DatasetMetadata, fetch_dataset_metadata
+    from actcache.share.push import DEFAULT_SHARD_BYTES, push_dataset
     from actcache.store.backend import CacheBackend, LocalBackend, MemoryBackend
     from actcache.store.default import (
         cache_info,
@@ -111,6 +112,9 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     # Is it right here?
     "selftest": ("selftest", ""),  # as with capture
     "SelftestReport": ("selftest.report", "SelftestReport"),
+    # What is shared
+    "DEFAULT_SHARD_BYTES": ("share.push", "DEFAULT_SHARD_BYTES"),
+    "push_dataset": ("share.push", "push_dataset"),
     # What is kept
     "Store": ("store.store", "Store"),
     "CacheBackend": ("store.backend", "CacheBackend"),
@@ -141,6 +145,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
 }
 
 __all__ = [
+    "DEFAULT_SHARD_BYTES",
     "ActCacheError",
     "ActivationCache",
     "ActivationExtractor",
@@ -194,6 +199,7 @@ __all__ = [
     "new_space",
     "patch",
     "probe_by_layer",
+    "push_dataset",
     "run_with_cache",
     "selftest",
     "set_cache_backend",

@@ -138,6 +138,10 @@ class DatasetNotFoundError(ActCacheError, FileNotFoundError):
     """A dataset, or one of its files, that is not where it was looked for, or not for these credentials."""
 
 
+class DatasetExistsError(ActCacheError, FileExistsError):
+    """A dataset that would be overwritten, and nobody asked for that."""
+
+
 class DatasetAccessError(ActCacheError, OSError):
     """The place of a dataset cannot be reached, or goes on failing."""
 

@@ -111,6 +111,11 @@ class Description:
         return {"1.0": True, "1.1": True}.get(self.version, False if self.version.startswith("1.") else None)
 
 
+def is_name(name: str) -> bool:
+    """Whether tensors can be called so: names become parts of paths."""
+    return _PART.fullmatch(name) is not None
+
+
 def expand(pattern: str, layer: int, shard: int) -> str:
     """A pattern with its numbers filled in."""
     numbers = {"layer": layer, "shard": shard}

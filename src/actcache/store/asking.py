@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,45 @@ def _contains(index: SpaceIndex, given: Any, layout: str | None) -> npt.NDArray[
     for its_layout, any_site in sorted(held):
         found |= locate_here(index, given, any_site, its_layout, check=False)[1]
     return found
+
+
+@dataclass
+class Located:
+    """Where prompts are, in the placements that know them: those given as ids, and those of each text context.
+
+    `owner` int64 ``[B]``: the placement of each prompt (-1: none), `local`: its number there. `found` bool
+    ``[B, sites]``.
+    """
+
+    placements: list[Placement]
+    owner: Ints
+    local: Ints
+    found: npt.NDArray[np.bool_]
+
+
+def locate_sites(
+    index: SpaceIndex, prompts: Sequence[Any], sites: Sequence[str], layout: str, *, check: bool
+) -> Located:
+    """Where `prompts` (texts, token ids, chats) are. A text of several contexts counts in the one that knows most."""
+    index.refresh()
+    kind, texts = _kinds_and_texts(prompts)
+    queries = []
+    members = np.flatnonzero(kind == IDS)
+    if len(members):
+        queries.append((Query.by_tokens(PromptTable.build([prompts[i] for i in members.tolist()])), members))
+    members = np.flatnonzero(kind != IDS)
+    of_members = [texts[i] for i in members.tolist()]
+    queries += [(Query.by_text(of_members, kind[members], c), members) for c in index.contexts() if of_members]
+    count = len(prompts)
+    located = Located([], np.full(count, -1), np.zeros(count, np.int64), np.zeros((count, len(sites)), bool))
+    for query, members in queries:
+        placement = locate(index, query, list(sites), layout, check)
+        better = placement.found_each.sum(axis=1) > located.found[members].sum(axis=1)
+        located.owner[members[better]] = len(located.placements)
+        located.local[members[better]] = np.flatnonzero(better)
+        located.found[members[better]] = placement.found_each[better]
+        located.placements.append(placement)
+    return located
 
 
 def _kinds_and_texts(given: Sequence[Any]) -> tuple[npt.NDArray[np.uint8], Sequence[Any]]:

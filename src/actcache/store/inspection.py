@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from actcache import config
 from actcache.errors import NotCachedError
 from actcache.store import reports
-from actcache.store.asking import why_absent
+from actcache.store.asking import Located, locate_sites, why_absent
 from actcache.store.discovered import CachedPromptInfo, agreeing, prompt_info, variant_of
 from actcache.store.eviction import bytes_on_disk
 from actcache.store.index import SpaceIndex
@@ -91,6 +91,22 @@ class Inspection(ABC):
     def find_prompt(self, space: str | SpaceInfo, prompt: Any) -> PromptTable | None:
         """One stored prompt, given as text, token ids or chat, as a table of its own; None when it is not there."""
         return reports.find_prompt(self._index(self._space(space)), prompt)
+
+    def held(self, space: str | SpaceInfo) -> dict[str, list[str]]:
+        """Every site of a space, by layout."""
+        index = self._index(self._space(space))
+        index.refresh()
+        found: dict[str, set[str]] = {}
+        with index.lock:
+            for group in index.all_groups():
+                found.setdefault(group.layout, set()).update(group.sites)
+        return {layout: in_order(sites) for layout, sites in sorted(found.items())}
+
+    def locate_sites(
+        self, space: str | SpaceInfo, prompts: Sequence[Any], sites: Sequence[str], layout: str, *, check: bool = True
+    ) -> Located:
+        """Where `prompts` (texts, token ids, chats) have their rows at `sites`; `check` verifies what would be read."""
+        return locate_sites(self._index(self._space(space)), prompts, sites, layout, check=check)
 
     def sites_of(self, space: str | SpaceInfo, prompt: PromptTable) -> dict[str, list[str]]:
         """The sites at which the first prompt of a table is stored, by layout."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -186,6 +187,21 @@ class Placement:
                 found[j] = name_of(codes[self.sites[j]])
         return found
 
+    def of_site(self, site: str) -> Placement:
+        """The same prompts at one of the sites."""
+        j = self.sites.index(site)
+        parts = [Part((0,), part.segment, part.prompt) for part in self._parts if j in part.sites]
+        return Placement(self._n, [site], self.layout, parts, self._segments)
+
+    def fingerprint(self) -> bytes:
+        """Digest of where everything is. Segments never change, so that what has the same is the same."""
+        digest = hashlib.sha256(repr([self.layout, self.sites, [s.path.name for s in self._segments]]).encode())
+        for part in self._parts:
+            digest.update(repr(part.sites).encode())
+            digest.update(part.segment.tobytes())
+            digest.update(part.prompt.tobytes())
+        return digest.digest()
+
     def take_padded(
         self, out: npt.NDArray[Any] | None = None, *, index: npt.ArrayLike | None = None
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
@@ -193,7 +209,7 @@ class Placement:
         chosen = self._require(index)
         self._bring(chosen)
         dim, width = self._dim(), len(self.sites)
-        counts = self._lengths()[chosen]
+        counts = self.row_counts()[chosen]
         longest = int(counts.max(initial=0))
         shape = (len(chosen), longest, width * dim)
         if out is None:
@@ -227,8 +243,8 @@ class Placement:
             for j, read in zip(part.sites, readers, strict=True):
                 out[at, : stop - start, j] = read(start, stop)
 
-    def _lengths(self) -> Ints:
-        """How many rows each prompt has at the first site."""
+    def row_counts(self) -> Ints:
+        """How many rows each prompt has at the first site, int64 ``[n]``; 0 where it was not found."""
         lengths = np.zeros(len(self), np.int64)
         for part in self._parts:
             if 0 in part.sites:

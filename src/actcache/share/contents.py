@@ -1,0 +1,128 @@
+"""What a new dataset says of itself: its metadata and its card, and the digest of all that decides them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from actcache._version import __version__
+from actcache.share import card, ours
+from actcache.share.columns import Column
+from actcache.share.format import INDEX
+from actcache.share.format import VERSION as FORMAT_VERSION
+from actcache.share.index_file import Index
+from actcache.share.selection import Selection
+from actcache.share.shard_files import Shards
+from actcache.share.staging import Staged
+from actcache.share.target import Target
+from actcache.store.files import translated
+
+_CARD = "README.md"
+
+
+class Contents:
+    """What a dataset says of itself."""
+
+    def __init__(
+        self,
+        found: Selection,
+        shards: Shards,
+        index: Index,
+        target: Target,
+        license: str,
+        description: str | None,
+        shuffle: bool,
+    ) -> None:
+        self._found, self._shards, self._index, self._target = found, shards, index, target
+        self._license, self._description = license, description
+        self._ordering = "random" if shuffle else "given"
+        self.tensors = shards.described()
+        self.model = card.published_name(found.space)
+
+    def digest(self, label: Column, columns: Sequence[Column]) -> str:
+        """Of everything that decides what is sent."""
+        found, digest = self._found, hashlib.sha256()
+        settings = [__version__, found.space.space, self._ordering, self.tensors, self._license, self._description]
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        digest.update(json.dumps([[c.name, c.type, c.values] for c in (label, *columns)]).encode())
+        groups = [group.located for group in found.groups] + ([found.logits[1].located] if found.logits else [])
+        for located in [*groups, *filter(None, [found.perplexity, found.token_nll])]:
+            digest.update(located.owner.tobytes())
+            digest.update(located.local.tobytes())
+            for placement in located.placements:
+                digest.update(placement.fingerprint())
+        return digest.hexdigest()
+
+    def write(self, folder: Path, files: Sequence[Staged]) -> dict[str, Path]:
+        """Index and card, in a folder; path in the dataset -> file."""
+        space = self._found.space
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        label = {**space.label, "model_name": self.model} if os.path.isabs(space.model_name) else dict(space.label)
+        written = {"actcache": __version__, "python": platform.python_version()}
+        written |= {name: found for name in ("torch", "transformers") if (found := _version(name))}
+        provenance = {
+            "created_at": now,
+            "written_with": written,
+            "extracted_with": space.label.get("provenance"),
+            "left_out": self._found.left_out,
+        }
+        described = {
+            "format_version": FORMAT_VERSION,
+            "model": {"name": self.model, "revision": space.revision},
+            "num_prompts": len(self._found.prompts),
+            "prompt_ordering": self._ordering,
+            "tensors": self.tensors,
+            "provenance": {
+                "lmprobe_version": None,
+                "extraction_backend": "local",
+                "nnsight_version": None,
+                "torch_version": written.get("torch"),
+                "transformers_version": written.get("transformers"),
+                "python_version": written["python"],
+                "created_at": now,
+            },
+        }
+        own = {
+            "version": ours.VERSION,
+            "space": {"space": space.space, "identity": dict(space.identity), "label": label},
+            "text_context": self._index.text_context(),
+            "files": {staged.path: [staged.size, staged.sha256] for staged in files},
+            "provenance": provenance,
+        }
+        index, readme = folder / "index.parquet", folder / _CARD
+        with translated(folder):
+            self._index.write(index, described, own)
+            readme.write_text(self._card(provenance), encoding="utf-8")
+        return {_CARD: readme, INDEX: index}
+
+    def _card(self, provenance: Mapping[str, Any]) -> str:
+        space = self._found.space
+        identity = {"computed in": space.dtype, "attention": space.attn_implementation, "weights": None}
+        identity["weights"] = space.identity.get("weights")
+        identity["known by name only, imported from"] = space.imported
+        shown = {**provenance, "identity": {key: value for key, value in identity.items() if value}}
+        return card.build(
+            repo_id=self._target.shown,
+            model=self.model,
+            revision=space.revision,
+            described=self.tensors,
+            columns=self._index.schema().names,
+            count=len(self._found.prompts),
+            provenance=shown,
+            license=self._license,
+            description=self._description,
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

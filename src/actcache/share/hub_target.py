@@ -1,0 +1,310 @@
+"""A dataset repository of the Hub as the place that a dataset is pushed to.
+
+Large files are sent first, each once: the Hub keeps what has arrived under its digest, so that a push that was cut goes
+on where it was. A repository that shows a dataset already is changed by one commit; a new one may grow by several, the
+index comes with the last. Every commit names the one before it, so that of two pushes one learns of the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from actcache.errors import ActCacheError, DatasetAccessError, DatasetExistsError, OptionError
+from actcache.share.location import check_repo_id
+from actcache.share.staging import Staged, Staging
+from actcache.share.target import Target, is_stale
+from actcache.store.files import log
+
+T = TypeVar("T")
+_TRANSIENT = {408, 429, 500, 502, 503, 504}
+_ATTEMPTS = 6
+_LONGEST_WAIT_S = 300.0
+# No larger file is kept as an ordinary one.
+_ORDINARY = 16 << 20
+_OWN_FILES = (".gitattributes",)
+
+
+class HubTarget(Target):
+    """`token`: as the Hub's client takes it; it is never part of an error, a log or a commit."""
+
+    def __init__(
+        self, repo_id: str, *, token: str | bool | None, private: bool, exist_ok: bool, num_threads: int
+    ) -> None:
+        from huggingface_hub import HfApi, constants, get_token
+
+        self.name = check_repo_id(repo_id)
+        self.exist_ok = exist_ok
+        self._private = private
+        self._threads = num_threads
+        self._token = check_token(get_token() if token in (None, True) else token)
+        if not self._token:
+            raise OptionError(
+                f"pushing to {repo_id!r} needs a token of the Hub that may write: log in with `hf auth login`, set "
+                "HF_TOKEN, or pass token=. A folder is written ./folder."
+            )
+        self._api = HfApi(token=self._token, library_name="actcache")
+        self._endpoint = constants.ENDPOINT
+        self._exists = False
+        self._head: str | None = None
+        self._tree: dict[str, str] = {}
+        self._pending: list[Any] = []
+
+    def keep_out(self, text: str | None, what: str) -> None:
+        """`OptionError` where the token is part of what would be published."""
+        if text is not None and str(self._token) in text:
+            raise OptionError(f"{what} holds the token of the Hub, which would be published with it. Take it out.")
+
+    @property
+    def shown(self) -> str:  # type: ignore[override]
+        return self.name
+
+    @property
+    def url(self) -> str:  # type: ignore[override]
+        return f"{self._endpoint}/datasets/{self.name}"
+
+    def staging_root(self, store: Path) -> Path:
+        return store / "pushing"
+
+    def look(self, staging: Staging) -> None:
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        if "/" not in self.name:
+            self.name = f"{self._patiently(self._api.whoami)['name']}/{self.name}"
+        try:
+            info = self._patiently(lambda: self._api.repo_info(self.name, repo_type="dataset"))
+        except RepositoryNotFoundError:
+            self.incremental = True
+            return
+        self._exists = True
+        self._head = info.sha
+        self._tree = self._list()
+        ours = staging.sent_before
+        others = [p for p, digest in self._tree.items() if p not in _OWN_FILES and (p, digest) not in ours]
+        if others and not self.exist_ok:
+            raise DatasetExistsError(
+                f"dataset {self.name!r} exists on the Hub and holds {len(others)} files, such as {sorted(others)[0]}: "
+                "pass exist_ok=True to replace it, or choose another name."
+            )
+        if self._private and not info.private:
+            raise OptionError(
+                f"dataset {self.name!r} exists and is public, and private=True is asked for: make it private on the "
+                "Hub first, or choose another name."
+            )
+        self.incremental = not any(is_stale(path, ()) for path in others) and not any(
+            path.startswith("index/") for path in self._tree
+        )
+
+    def _list(self) -> dict[str, str]:
+        """Path -> digest of its bytes: SHA-256 of a large file, git's name of another."""
+
+        from huggingface_hub.hf_api import RepoFile
+
+        def ask() -> dict[str, str]:
+            found = self._api.list_repo_tree(self.name, repo_type="dataset", recursive=True, revision=self._head)
+            return {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in found if isinstance(f, RepoFile)}
+
+        return self._patiently(ask)
+
+    def begin(self) -> None:
+        if not self._exists:
+            from huggingface_hub.errors import HfHubHTTPError
+
+            def create() -> None:
+                try:
+                    self._api.create_repo(self.name, repo_type="dataset", private=self._private)
+                except HfHubHTTPError as error:
+                    # Made by an attempt whose answer was lost, or by somebody else: a look will tell.
+                    if _status(error) != 409:
+                        raise
+
+            self._patiently(create)
+            info = self._patiently(lambda: self._api.repo_info(self.name, repo_type="dataset"))
+            self._head = info.sha
+            self._tree = self._list()
+            others = [path for path in self._tree if path not in _OWN_FILES]
+            if others or (self._private and not info.private):
+                raise DatasetExistsError(f"somebody else has just made {self.name!r} on the Hub: look at it first.")
+            self._exists = True
+
+    def has(self, staged: Staged) -> bool:
+        return self._tree.get(staged.path) == staged.sha256
+
+    def send(self, batch: Sequence[Staged]) -> list[Staged]:
+        from huggingface_hub import CommitOperationAdd
+
+        operations = []
+        for staged in batch:
+            operation = CommitOperationAdd(path_in_repo=staged.path, path_or_fileobj=str(staged.file))
+            if staged.fresh:
+                # Known from writing it; else the client reads the file for it, which shows what a crash did to it.
+                operation.upload_info.sha256 = bytes.fromhex(staged.sha256)
+            operations.append(operation)
+        self._patiently(
+            lambda: self._api.preupload_lfs_files(
+                self.name, additions=operations, repo_type="dataset", num_threads=self._threads, free_memory=True
+            ),
+            # Each of its requests the client tries several times by itself.
+            attempts=2,
+        )
+        damaged = []
+        for staged, operation in zip(batch, operations, strict=True):
+            if operation.upload_info.sha256.hex() == staged.sha256:
+                self._pending.append(operation)
+            else:
+                damaged.append(staged)
+        return damaged
+
+    def commit(self, message: str) -> list[str]:
+        # Of what the Hub keeps as an ordinary file the bytes go with the commit itself.
+        gone = [o.path_in_repo for o in self._pending if self.incremental or o.path_or_fileobj == b""]
+        if self.incremental and self._pending:
+            self._commit(self._pending, message)
+            self._pending = []
+        return gone
+
+    def finish(self, small: Mapping[str, Path], wanted: Sequence[str], staging: Staging) -> None:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        operations = list(self._pending)
+        for path, file in small.items():
+            operations.append(CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(file)))
+            # Known before: when the answer is lost, the next look still knows whose files these are.
+            for digest in _digests(file):
+                staging.note_sent(Staged(path, file.stat().st_size, digest))
+        stale = [path for path in self._tree if is_stale(path, {*wanted, *small})]
+        operations += [CommitOperationDelete(path_in_repo=path) for path in stale]
+        self._commit(operations, "Add the index and the card" if self.incremental else "Replace the dataset")
+        self._pending = []
+
+    def _commit(self, operations: Sequence[Any], message: str) -> None:
+        wanted = {o.path_in_repo: o for o in operations if hasattr(o, "upload_info")}
+
+        def attempt() -> None:
+            made = self._api.create_commit(
+                self.name,
+                operations,
+                commit_message=message,
+                repo_type="dataset",
+                parent_commit=self._head,
+                num_threads=self._threads,
+            )
+            self._head = made.oid
+
+        def was_made() -> bool:
+            """Whether a commit whose answer did not come is there."""
+            head = self._api.repo_info(self.name, repo_type="dataset").sha
+            if head == self._head:
+                return False
+            before, self._head = self._head, head
+            if all(self._list().get(path) in _digests_of(o) for path, o in wanted.items()):
+                return True
+            self._head = before
+            raise self._overtaken()
+
+        self._patiently(attempt, unless=was_made)
+        for path, operation in wanted.items():
+            self._tree[path] = operation.upload_info.sha256.hex()
+
+    def _overtaken(self) -> ActCacheError:
+        return DatasetAccessError(
+            f"somebody else has just committed to {self.name!r}, so that nothing was changed: look at it, then push "
+            "again with exist_ok=True."
+        )
+
+    def _patiently(
+        self, ask: Callable[[], T], unless: Callable[[], bool] | None = None, *, attempts: int = _ATTEMPTS
+    ) -> T:
+        """The answer to a request, asked again while the Hub is busy; `unless` it turns out to be done already."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        for attempt in range(1, attempts + 1):
+            try:
+                if attempt > 1 and unless is not None and unless():
+                    return None  # type: ignore[return-value]
+                return ask()
+            except (ActCacheError, RepositoryNotFoundError):
+                raise
+            except Exception as error:
+                status = _status(error)
+                passing = status in _TRANSIENT or (status is None and _is_connection(error))
+                if status == 412:
+                    raise self._overtaken() from None
+                if not passing or attempt == attempts:
+                    raise self._failed(error, status) from None
+                wait = _retry_after(error)
+                wait = min(0.25 * 2**attempt if wait is None else wait, _LONGEST_WAIT_S)
+                log.info("%s: %s, again in %.1f s", self.name, _reason(error, status), wait)
+                time.sleep(wait)
+        raise AssertionError("unreachable")
+
+    def _failed(self, error: Exception, status: int | None) -> ActCacheError:
+        """What went wrong, without what the client says of it: that may hold signed addresses and headers."""
+        remedy = {
+            401: "the Hub does not know this token: log in again with `hf auth login`, or pass another one.",
+            403: f"this token may not write to {self.name!r}: pass one that may, or choose another name.",
+            404: "there is no such account, or this token may not see it.",
+        }.get(status or 0, "what has arrived stays there: push again to go on.")
+        kind: type[ActCacheError] = OptionError if status in (401, 403, 404) else DatasetAccessError
+        return kind(f"pushing to {self.name!r} failed ({_reason(error, status)}): {remedy}")
+
+
+def check_token(token: Any) -> Any:
+    """`token` where a header can hold it: the error of a header that cannot be would quote it."""
+    if isinstance(token, str) and not (token.isascii() and token.isprintable() and token and " " not in token):
+        raise OptionError("token is no token of the Hub: expected one like hf_..., without spaces or line ends.")
+    return token
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _response(error: Exception) -> Any:
+    return next((r for e in _chain(error) if (r := getattr(e, "response", None)) is not None), None)
+
+
+def _status(error: Exception) -> int | None:
+    response = _response(error)
+    return None if response is None else int(response.status_code)
+
+
+def _retry_after(error: Exception) -> float | None:
+    response = _response(error)
+    told = "" if response is None else response.headers.get("Retry-After", "")
+    return float(told) if told.isdigit() else None
+
+
+def _is_connection(error: Exception) -> bool:
+    """Whether it is the network that failed, in whichever library the client uses."""
+    names = {kind.__name__ for e in _chain(error) for kind in type(e).__mro__}
+    if "OfflineModeIsEnabled" in names:
+        return False
+    return bool(names & {"TransportError", "ConnectionError", "Timeout", "ChunkedEncodingError"})
+
+
+def _reason(error: Exception, status: int | None) -> str:
+    if status is not None:
+        return f"status {status}"
+    kinds = [type(e).__name__ for e in _chain(error)]
+    return "HF_HUB_OFFLINE is set" if "OfflineModeIsEnabled" in kinds else kinds[-1]
+
+
+def _digests(file: Path) -> tuple[str, str]:
+    """What a listing may call the bytes of a file: their SHA-256, or git's name for them."""
+    data = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(), hashlib.sha256(data).hexdigest()
+
+
+def _digests_of(operation: Any) -> set[str]:
+    found = {operation.upload_info.sha256.hex()}
+    if operation.path_or_fileobj != b"" and operation.upload_info.size <= _ORDINARY:
+        found.update(_digests(Path(operation.path_or_fileobj)))
+    return found

@@ -1,0 +1,170 @@
+"""The index of a new dataset: one row per prompt, in row groups of bounded size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actcache.derive.results import exponentials
+from actcache.errors import MissingExtraError
+from actcache.share import ours
+from actcache.share.format import PREFIX
+from actcache.share.stored_rows import Rows
+from actcache.store.prompts import IDS, TEXT
+
+if TYPE_CHECKING:
+    from actcache.share.columns import Column
+    from actcache.share.selection import Selection
+    from actcache.share.shard_files import Shards
+
+# A row group is in memory at once, on either side.
+_ROWS, _TOKENS = 20_000, 1_000_000
+
+
+def require_pyarrow() -> Any:
+    """pyarrow, or `MissingExtraError`."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtraError(
+            "datasets need pyarrow for their index: pip install 'actcache[hub]' (or pip install pyarrow)."
+        ) from None
+    return pyarrow
+
+
+class Index:
+    """What the index of a dataset holds; `write` makes the file."""
+
+    def __init__(self, selection: Selection, shards: Shards, label: Column, metadata: Sequence[Column]) -> None:
+        order = shards.order
+        self._prompts = selection.prompts
+        self._order = order
+        self._table = selection.table.select(order)
+        self._shards = shards
+        self._label, self._metadata = label, metadata
+        self._losses: Rows | None = None
+        self._has_losses = np.zeros(len(order), bool)
+        self._perplexity: Rows | None = None
+        self._has_perplexity = np.zeros(len(order), bool)
+        if selection.token_nll is not None:
+            self._has_losses = selection.token_nll.found[order, 0]
+        if self._has_losses.any() and selection.token_nll is not None:
+            self._losses = Rows(selection.token_nll, "token_nll", order, whole=True)
+        if selection.perplexity is not None:
+            self._has_perplexity = selection.perplexity.found[order, 0]
+        if self._has_perplexity.any() and selection.perplexity is not None:
+            self._perplexity = Rows(selection.perplexity, "perplexity", order, whole=False)
+        kinds = self._table.kind
+        self.all_texts = bool((kinds == TEXT).all())
+        known = [ids is not None for ids in self._table.ids]
+        self._has_ids = np.array(known, bool)
+
+    @property
+    def has_perplexity(self) -> bool:
+        return self._perplexity is not None
+
+    def text_context(self) -> str | None:
+        """The context under which all texts became their tokens; None where there are several."""
+        return self._table.text_context or None
+
+    def schema(self) -> Any:
+        """The columns: what people look at first, then where the rows are, then lists of tokens."""
+        pa = require_pyarrow()
+        fields = [("text", pa.string()), ("label", self._type(self._label.type)), ("num_tokens", pa.int32())]
+        if not self.all_texts:
+            fields.append((ours.KIND, pa.string()))
+        if self._perplexity is not None:
+            fields += [(f"perplexity_{name}", pa.float64()) for name in ("mean", "min", "max")]
+        fields += [(column.name, self._type(column.type)) for column in self._metadata]
+        fields += [(name, pa.int32()) for name in self._shards.locations()]
+        if self._shards.lengths is not None:
+            fields.append(("token_offset", pa.int64()))
+        if self._has_ids.any():
+            fields.append(("token_ids", pa.list_(pa.int64())))
+        if self._losses is not None:
+            fields.append(("token_perplexity", pa.list_(pa.float64())))
+        if self._shards.lengths is not None:
+            fields += [(name, pa.list_(pa.int64())) for name in ("token_shard_ids", "token_shard_offsets")]
+        return pa.schema(fields)
+
+    def _type(self, name: str) -> Any:
+        pa = require_pyarrow()
+        if name.startswith("list<"):
+            return pa.list_(self._type(name[5:-1]))
+        return {"double": pa.float64(), "bool": pa.bool_()}.get(name) or getattr(pa, name)()
+
+    def check(self) -> None:
+        """Make the first row group and throw it away: what cannot be written shows before anything is sent."""
+        start, stop = next(self._groups())
+        self._batch(self.schema(), start, stop)
+
+    def write(self, path: Path, described: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Write the file, with metadata under the keys of the format and of this library."""
+        pa = require_pyarrow()
+        import pyarrow.parquet as parquet
+
+        metadata = {f"{PREFIX}{key}": json.dumps(value) for key, value in described.items()}
+        metadata |= {f"{ours.PREFIX}{key}": json.dumps(value) for key, value in own.items()}
+        schema = self.schema().with_metadata(metadata)
+        with parquet.ParquetWriter(path, schema, compression="snappy") as writer:
+            for start, stop in self._groups():
+                writer.write_table(pa.Table.from_batches([self._batch(schema, start, stop)]))
+
+    def _groups(self) -> Iterator[tuple[int, int]]:
+        lengths = self._table.lengths if self._shards.lengths is None else self._shards.lengths
+        ends = np.cumsum(lengths)
+        start = 0
+        while start < len(ends):
+            before = int(ends[start - 1]) if start else 0
+            stop = max(start + 1, int(np.searchsorted(ends, before + _TOKENS, side="right")))
+            stop = min(stop, start + _ROWS)
+            yield start, stop
+            start = stop
+
+    def _batch(self, schema: Any, start: int, stop: int) -> Any:
+        pa = require_pyarrow()
+        columns = self._columns(start, stop)
+        return pa.record_batch([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+
+    def _columns(self, start: int, stop: int) -> dict[str, Any]:
+        table, shards = self._table, self._shards
+        rows = range(start, stop)
+        some = table.select(np.arange(start, stop))
+        ids = some.ids
+        lengths = [None if one is None else len(one) for one in ids]
+        if shards.lengths is not None:
+            lengths = shards.lengths[start:stop].tolist()
+        found: dict[str, Any] = {
+            "text": [
+                json.dumps(some.tokens(i).tolist()) if kind == IDS else text
+                for i, (kind, text) in enumerate(zip(some.kind.tolist(), some.texts, strict=True))
+            ],
+            "label": [self._label.values[i] for i in self._order[start:stop].tolist()],
+            "num_tokens": lengths,
+            ours.KIND: [ours.KINDS[kind] for kind in some.kind.tolist()],
+            "token_ids": ids,
+        }
+        for column in self._metadata:
+            found[column.name] = [column.values[i] for i in self._order[start:stop].tolist()]
+        if self._perplexity is not None:
+            has = self._has_perplexity[start:stop]
+            values = np.full((len(has), 3), np.nan)
+            members = np.flatnonzero(has)
+            if len(members):
+                values[members] = self._perplexity.of(members + start)
+            for j, name in enumerate(("mean", "min", "max")):
+                found[f"perplexity_{name}"] = [v if h else None for v, h in zip(values[:, j], has, strict=True)]
+        if self._losses is not None:
+            found["token_perplexity"] = [
+                exponentials(self._losses.all_of(i)[:-1, 0]) if self._has_losses[i] else None for i in rows
+            ]
+        found |= {name: values[start:stop] for name, values in shards.locations().items()}
+        if shards.lengths is not None:
+            found["token_offset"] = found["row_offset"]
+            found["token_shard_ids"], found["token_shard_offsets"] = shards.token_locations(start, stop)
+        return found

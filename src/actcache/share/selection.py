@@ -1,0 +1,374 @@
+"""What of a store goes into a dataset: of which prompts, which sites, in which form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actcache.derive.results import PERPLEXITY, TOKEN_NLL
+from actcache.errors import NotCachedError, OptionError, PromptTypeError, did_you_mean
+from actcache.share.format import HIDDEN, LOGITS, ROUTER, is_name
+from actcache.store.asking import Located
+from actcache.store.default import model_label, one_variant
+from actcache.store.files import log
+from actcache.store.prompts import CHAT, IDS, PromptTable
+from actcache.store.records import COMPLETION, DERIVED, TOKENS, is_result
+from actcache.store.site_names import LAST, logits_of
+from actcache.store.tensors import kind_of
+
+if TYPE_CHECKING:
+    from actcache.store.spaces import SpaceInfo
+    from actcache.store.store import Store
+
+Ints = npt.NDArray[np.int64]
+STREAM = "resid_post"
+TENSORS = (HIDDEN, LOGITS, PERPLEXITY, ROUTER)
+_POOLINGS = (TOKENS, LAST, "mean", "first_token", "max", "min")
+
+
+@dataclass
+class Group:
+    """One kind of tensors of a dataset: a site at its layers.
+
+    `sites`: the stored names, by layer; one under None for a site that is of no layer. `layout`: as in the store.
+    """
+
+    name: str
+    layout: str
+    sites: dict[int | None, str]
+    located: Located = field(repr=False)
+
+    @property
+    def layers(self) -> list[int]:
+        return [layer for layer in self.sites if layer is not None]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every token has its row."""
+        return self.layout == TOKENS
+
+
+@dataclass
+class Selection:
+    """What goes into a dataset.
+
+    Attributes:
+        space: the variant of the model.
+        prompts: those that are taken (texts, token ids, chats), in the order given; `given`: which of those given.
+        groups: their activations. `logits`: their largest logits, and how many.
+        perplexity, token_nll: of those that have them.
+        left_out: what was stored and is not taken, in words.
+    """
+
+    space: SpaceInfo
+    prompts: list[Any]
+    given: Ints
+    groups: list[Group]
+    logits: tuple[int, Group] | None
+    perplexity: Located | None
+    token_nll: Located | None
+    table: PromptTable
+    left_out: list[str] = field(default_factory=list)
+
+
+def select(
+    store: Store,
+    model: str | Path,
+    prompts: Iterable[Any] | None,
+    *,
+    tensors: Sequence[str] | None = None,
+    pooling: str | None = None,
+    skip_missing: bool = True,
+    revision: str | None = None,
+    dtype: str | None = None,
+    space: str | None = None,
+) -> Selection:
+    """What is stored of `prompts` (None: of all) for one variant of a model, checked to the last byte.
+
+    Raises:
+        AmbiguousVariantError: several variants of the model agree with what is chosen.
+        OptionError: `tensors` or `pooling` names what is not stored.
+        NotCachedError: nothing is stored of the prompts, or of some of them and `skip_missing` is False.
+    """
+    chosen = one_variant(store, model_label(model), revision=revision, dtype=dtype, space=space)
+    given = everything(store, chosen.space) if prompts is None else as_prompts(prompts)
+    held = {layout: sites for layout, sites in store.held(chosen).items() if layout != COMPLETION}
+    finder = _Finder(store, chosen, given, held, tensors, pooling)
+    found = finder.choose()
+    missing = np.flatnonzero(~found)
+    if len(missing) and (not skip_missing or not found.any()):
+        first = _shown(given[missing[0]])
+        raise NotCachedError(
+            f"{len(missing)} of {len(given)} prompts lack what is to be shared of {chosen.model_name!r} "
+            f"({', '.join(finder.names())}); the first is prompt {missing[0]}, {first}. Warm them up"
+            + (", or leave them out with skip_missing=True." if found.any() else " first, or name other tensors.")
+        )
+    if len(missing):
+        log.warning("%d of %d prompts are left out: they lack what is shared", len(missing), len(given))
+    return finder.selection(np.flatnonzero(found))
+
+
+def as_prompts(prompts: Any) -> list[Any]:
+    """Prompts as a list, each looked at; `PromptError` or `PromptTypeError` for one that is none."""
+    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise PromptTypeError(f"prompts is a {type(prompts).__name__}: expected a list of texts, token ids or chats.")
+    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not given:
+        raise OptionError("the list of prompts is empty: expected at least one, or None for all that are stored.")
+    for i, prompt in enumerate(given):
+        kind_of(prompt, i)
+    return given
+
+
+def everything(store: Store, space: str) -> list[Any]:
+    """All prompts of a space, each once: as texts and chats where these are known, as token ids otherwise."""
+    table = store.prompts(space)
+    found: dict[Any, Any] = {}
+    for i in range(len(table)):
+        text = table.text_of(i)
+        if table.kind[i] == IDS or text is None:
+            found[table.tokens(i).tobytes()] = table.tokens(i).tolist()
+        else:
+            found[int(table.kind[i]), text] = json.loads(text) if table.kind[i] == CHAT else text
+    return list(found.values())
+
+
+def _shown(prompt: Any) -> str:
+    text = repr(prompt)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class _Finder:
+    """Chooses groups. Where the caller names nothing, what all prompts have in common is taken, so that no prompt is
+    lost to what only others have."""
+
+    def __init__(
+        self,
+        store: Store,
+        space: SpaceInfo,
+        prompts: list[Any],
+        held: dict[str, list[str]],
+        tensors: Sequence[str] | None,
+        pooling: str | None,
+    ) -> None:
+        self.store, self.space, self.prompts, self.held = store, space, prompts, held
+        self.pooling = pooling
+        self.left_out: list[str] = []
+        self.groups: list[tuple[str, str, dict[int | None, str]]] = []
+        self.k: tuple[int, str] | None = None
+        self.by_name = _by_name(held)
+        self.wanted = None if tensors is None else self._checked(tensors)
+        self.perplexity = PERPLEXITY in held.get(DERIVED, ()) and (self.wanted is None or PERPLEXITY in self.wanted)
+        if pooling is not None:
+            layouts = {layout for choices in self.by_name.values() for layout in choices}
+            if pooling not in layouts:
+                raise OptionError(
+                    f"nothing is stored with pooling={pooling!r} for {space.model_name!r}."
+                    f"{did_you_mean(pooling, layouts)} Stored: {', '.join(sorted(layouts))}."
+                )
+
+    def names(self) -> list[str]:
+        named = [name for name, _, _ in self.groups]
+        return named + ([LOGITS] if self.k else []) + ([PERPLEXITY] if self.perplexity else []) or ["activations"]
+
+    def _checked(self, tensors: Sequence[str]) -> dict[str, set[int | None]]:
+        """Groups that are asked for, each with the layers of it that are (None: all)."""
+        if isinstance(tensors, str):
+            tensors = [tensors]
+        logits = logits_of({layout: set(sites) for layout, sites in self.held.items()})
+        known = {HIDDEN if name == STREAM else name for name in self.by_name}
+        known |= {LOGITS} if any(k is not None for ks in logits.values() for k in ks) else set()
+        known |= {PERPLEXITY} if PERPLEXITY in self.held.get(DERIVED, ()) else set()
+        wanted: dict[str, set[int | None]] = {}
+        for name in tensors:
+            group, layer = _group_and_layer(str(name))
+            group = str(name) if str(name) in known else group
+            group, layer = (HIDDEN if group == STREAM else group), (None if str(name) in known else layer)
+            choices = self.by_name.get(STREAM if group == HIDDEN else group, {})
+            layers = {one for sites in choices.values() for one in sites}
+            if group not in known or (layer is not None and layer not in layers):
+                stored = ", ".join(sorted(known)) or "nothing"
+                raise OptionError(
+                    f"tensors: {name!r} is not stored for {self.space.model_name!r}."
+                    f"{did_you_mean(str(name), [*known, *TENSORS])} Stored: {stored}."
+                )
+            wanted.setdefault(group, set()).add(layer)
+        if not wanted:
+            raise OptionError(f"tensors is empty: expected some of {', '.join(sorted(known))}, or None for all.")
+        return wanted
+
+    def choose(self) -> npt.NDArray[np.bool_]:
+        """Fill `groups`; which prompts have all of them, bool ``[B]``."""
+        some = np.zeros(len(self.prompts), bool)
+        coverage: dict[str, list[tuple[str, dict[int | None, str], npt.NDArray[np.bool_]]]] = {}
+        for name, choices in self.by_name.items():
+            shown = HIDDEN if name == STREAM else name
+            if self.wanted is not None and shown not in self.wanted:
+                continue
+            for layout, sites in choices.items():
+                if self.pooling not in (None, layout):
+                    continue
+                layers = None if self.wanted is None else self.wanted[shown]
+                taken = {k: s for k, s in sites.items() if layers is None or None in layers or k in layers}
+                found = self.store.locate_sites(self.space, self.prompts, list(taken.values()), layout, check=False)
+                some |= found.found.any(axis=1)
+                coverage.setdefault(shown, []).append((layout, taken, found.found))
+        keep = some.copy() if self.wanted is None else np.ones(len(self.prompts), bool)
+        # The residual stream decides first who is in.
+        for shown in sorted(coverage, key=lambda name: name != HIDDEN):
+            keep &= self._take(shown, coverage[shown], keep)
+        if not coverage:
+            keep[:] = True
+        self._take_logits(keep, alone=not coverage)
+        if self.k is not None and (self.wanted is not None or not coverage):
+            keep &= self._logits(self.prompts, check=False).found.all(axis=1)
+        if self.perplexity and self.wanted is not None:
+            keep &= self._located(PERPLEXITY, DERIVED, self.prompts, check=False).found[:, 0]
+        if not self.groups and self.k is None:
+            what = "of the residual stream or any other site" if self.wanted is None else f"of {', '.join(self.wanted)}"
+            raise NotCachedError(
+                f"nothing {what} is stored for all of these prompts of {self.space.model_name!r}. Warm them up first."
+            )
+        return keep
+
+    def _take(
+        self,
+        name: str,
+        choices: list[tuple[str, dict[int | None, str], npt.NDArray[np.bool_]]],
+        keep: npt.NDArray[np.bool_],
+    ) -> npt.NDArray[np.bool_]:
+        """Choose layout and layers of one group; who has them."""
+        best = None
+        for layout, sites, found in sorted(choices, key=lambda choice: _preference(choice[0])):
+            who = found[keep]
+            if self.wanted is None:
+                # Layers that everybody has who has any.
+                having = who[who.any(axis=1)]
+                common: npt.NDArray[np.bool_] = (
+                    np.logical_and.reduce(having) if len(having) else np.zeros(len(sites), bool)
+                )
+            else:
+                common = np.ones(len(sites), bool)
+            covered = int(who[:, common].all(axis=1).sum()) if common.any() else 0
+            if covered and (best is None or covered > best[0]):
+                best = covered, layout, sites, common, found
+        everybody = int(keep.sum())
+        if best is None or (self.wanted is None and name != HIDDEN and best[0] < everybody):
+            if self.wanted is None:
+                self._leave_out(f"{name}: not every prompt has it")
+                return np.ones(len(keep), bool)
+            return np.zeros(len(keep), bool)
+        _, layout, sites, common, found = best
+        lost = [str(layer) for layer, kept in zip(sites, common.tolist(), strict=True) if not kept]
+        if lost:
+            self._leave_out(f"{name}: not every prompt has the layers {', '.join(lost)}")
+        others = sorted({other for other, _, _ in choices} - {layout})
+        if others:
+            self._leave_out(f"{name}: also stored as {', '.join(others)}")
+        taken = {layer: site for (layer, site), kept in zip(sites.items(), common.tolist(), strict=True) if kept}
+        self.groups.append((name, layout, taken))
+        has: npt.NDArray[np.bool_] = np.logical_and.reduce(found[:, common], axis=1)
+        return has
+
+    def _take_logits(self, keep: npt.NDArray[np.bool_], *, alone: bool) -> None:
+        """The largest logits of the last token, of as many as are stored; `alone`: nothing else says who is in."""
+        if self.wanted is not None and LOGITS not in self.wanted:
+            return
+        held = {layout: set(sites) for layout, sites in self.held.items()}
+        ks = {k for k in logits_of(held).get("last", set()) if k is not None}
+        for k in sorted(ks, reverse=True):
+            for layout in (LAST, TOKENS):
+                if f"logits.top{k}.values" not in held.get(layout, ()):
+                    continue
+                self.k = k, layout
+                found = self._logits(self.prompts, check=False).found
+                if found[keep].all() or ((alone or self.wanted is not None) and found.all(axis=1).any()):
+                    return
+                self.k = None
+        if ks:
+            self._leave_out(f"{LOGITS}: not every prompt has it")
+
+    def _leave_out(self, what: str) -> None:
+        self.left_out.append(what)
+        log.info("left out of the dataset: %s", what)
+
+    def _logits(self, prompts: list[Any], *, check: bool) -> Located:
+        assert self.k is not None
+        k, layout = self.k
+        names = [f"logits.top{k}.values", f"logits.top{k}.indices"]
+        return self.store.locate_sites(self.space, prompts, names, layout, check=check)
+
+    def _located(self, site: str, layout: str, prompts: list[Any], *, check: bool = True) -> Located:
+        return self.store.locate_sites(self.space, prompts, [site], layout, check=check)
+
+    def selection(self, given: Ints) -> Selection:
+        """What is chosen of the prompts `given`, located for good: every byte that will be read is checked."""
+        prompts = [self.prompts[i] for i in given.tolist()]
+        groups = []
+        for name, layout, sites in self.groups:
+            located = self.store.locate_sites(self.space, prompts, list(sites.values()), layout)
+            groups.append(Group(name, layout, sites, located))
+        logits = None
+        if self.k is not None:
+            names: dict[int | None, str] = {0: f"logits.top{self.k[0]}.values", 1: f"logits.top{self.k[0]}.indices"}
+            logits = self.k[0], Group(LOGITS, self.k[1], names, self._logits(prompts, check=True))
+        for group in [*groups, *([logits[1]] if logits else [])]:
+            damaged = np.flatnonzero(~group.located.found.all(axis=1))
+            if len(damaged):
+                raise NotCachedError(
+                    f"{len(damaged)} prompts can no longer be read at {group.name} (the first is prompt "
+                    f"{given[damaged[0]]}): `actcache verify` says why. Warm them up again."
+                )
+        perplexity = self._located(PERPLEXITY, DERIVED, prompts) if self.perplexity else None
+        token_nll = None
+        if self.perplexity and TOKEN_NLL in self.held.get(TOKENS, ()):
+            token_nll = self._located(TOKEN_NLL, TOKENS, prompts)
+        first = groups[0].located if groups else logits[1].located if logits else None
+        assert first is not None
+        table = _table(token_nll if token_nll is not None and token_nll.found.all() else first)
+        return Selection(self.space, prompts, given, groups, logits, perplexity, token_nll, table, self.left_out)
+
+
+def _table(located: Located) -> PromptTable:
+    """What is stored of the prompts themselves, in order."""
+    tables, order = [], []
+    for number, placement in enumerate(located.placements):
+        members = np.flatnonzero(located.owner == number)
+        if len(members):
+            tables.append(placement.prompts(located.local[members]))
+            order.append(members)
+    return PromptTable.concatenate(tables, mixed=True).select(np.argsort(np.concatenate(order), kind="stable"))
+
+
+def _by_name(held: dict[str, list[str]]) -> dict[str, dict[str, dict[int | None, str]]]:
+    """Activations by the name of their group, then by layout: the stored names by layer."""
+    found: dict[str, dict[str, dict[int | None, str]]] = {}
+    for layout, sites in held.items():
+        for site in sites:
+            if is_result(site):
+                continue
+            group, layer = _group_and_layer(site)
+            if not is_name(group) or group in (HIDDEN, LOGITS, PERPLEXITY):
+                log.warning("%r cannot be the name of tensors of a dataset: it is left out", site)
+                continue
+            found.setdefault(group, {}).setdefault(layout, {})[layer] = site
+    return found
+
+
+def _group_and_layer(site: str) -> tuple[str, int | None]:
+    """``attn_out.5`` is of layer 5; a site with more behind it, such as one head, is a group of its own."""
+    name, _, layer = site.rpartition(".")
+    plain = layer.isascii() and layer.isdigit() and str(int(layer)) == layer and name
+    if plain and not name.rpartition(".")[2].isdigit():
+        return name, int(layer)
+    return site, None
+
+
+def _preference(layout: str) -> tuple[int, str]:
+    return (_POOLINGS.index(layout) if layout in _POOLINGS else len(_POOLINGS)), layout

@@ -1,0 +1,317 @@
+"""The files of a new dataset: which rows go where, and their bytes a few megabytes at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from actcache.share.format import (
+    FULL_SEQUENCE,
+    HIDDEN,
+    HIDDEN_FILES,
+    HIDDEN_KEYS,
+    LOGITS,
+    LOGITS_FILES,
+    POOLED,
+    ROUTER,
+    ROUTER_FILES,
+    ROUTER_KEYS,
+    expand,
+)
+from actcache.share.stored_rows import Array, Ints, Rows
+from actcache.store import container
+from actcache.store.site_names import LAST
+
+if TYPE_CHECKING:
+    from actcache.share.selection import Group, Selection
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a file: its bytes come from `read`, piece by piece."""
+
+    key: str
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    read: Callable[[], Iterator[Array]] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A file with tensors. `sites`: what it is made of, to be loaded before."""
+
+    path: str
+    parts: tuple[Part, ...]
+    sites: tuple[Rows, ...] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self._header()) + sum(part.nbytes for part in self.parts)
+
+    def _header(self) -> bytes:
+        # The container's own order: what has the larger elements comes first, so that everything is aligned.
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for part in self.parts:
+            code = container.code_of(part.dtype)
+            entries[part.key] = {"dtype": code, "shape": list(part.shape), "data_offsets": [at, at + part.nbytes]}
+            at += part.nbytes
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def write(self, file: BinaryIO) -> str:
+        """Write the file, the same bytes each time, and return their SHA-256."""
+        digest = hashlib.sha256()
+        for data in self._bytes():
+            digest.update(data)
+            file.write(data)
+        return digest.hexdigest()
+
+    def _bytes(self) -> Iterator[Any]:
+        yield self._header()
+        for part in self.parts:
+            rows = 0
+            for piece in part.read():
+                rows += len(piece)
+                yield np.ascontiguousarray(piece).view(np.uint8).reshape(-1).data
+            assert rows == part.shape[0], f"{self.path}: {rows} rows of {part.key}, not {part.shape[0]}"
+
+
+class Shards:
+    """Where every row of a dataset is, and the files that hold them.
+
+    Rows are in the order of the dataset: row ``r`` is prompt ``order[r]`` of the selection. The shards that come first
+    hold one row of each prompt; full sequences have the rest of their tokens in those that follow.
+    """
+
+    def __init__(self, selection: Selection, *, name: str, shard_max_bytes: int, shuffle: bool) -> None:
+        count = len(selection.prompts)
+        order = list(range(count))
+        if shuffle:
+            random.Random(_seed(name)).shuffle(order)
+        self.order: Ints = np.array(order, np.int64)
+        self.groups: list[tuple[Group, dict[int | None, Rows]]] = [
+            (group, {layer: self._rows(group, site) for layer, site in group.sites.items()})
+            for group in selection.groups
+        ]
+        sites = [rows for _, by_layer in self.groups for rows in by_layer.values()]
+        # All groups lie in shards of the same prompts, so that one column says for all of them where a prompt is.
+        widest = max((rows.row_bytes for rows in sites), default=1)
+        per_shard = max(1, shard_max_bytes // widest)
+        self.placed = [(a, min(a + per_shard, count)) for a in range(0, count, per_shard)] if sites else []
+        self.whole = [
+            rows
+            for group, by_layer in self.groups
+            if group.whole and group.name != ROUTER
+            for rows in by_layer.values()
+        ]
+        self.lengths: Ints | None = None
+        self.rest: list[tuple[int, int]] = []
+        if self.whole:
+            self.lengths = self.whole[0].lengths()
+            widest = max(rows.row_bytes for rows in self.whole)
+            self.rest = _greedy(self.lengths - 1, max(1, shard_max_bytes // widest))
+        self.logits: tuple[int, Rows, Rows] | None = None
+        self.logits_shards: list[tuple[int, int]] = []
+        if selection.logits is not None:
+            k, group = selection.logits
+            values, indices = (self._rows(group, site) for site in group.sites.values())
+            self.logits = k, values, indices
+            per_shard = max(1, shard_max_bytes // (values.row_bytes + indices.row_bytes))
+            self.logits_shards = [(a, min(a + per_shard, count)) for a in range(0, count, per_shard)]
+        self.files = [*self._group_files(), *self._logits_files()]
+
+    def _rows(self, group: Group, site: str) -> Rows:
+        return Rows(group.located, site, self.order, whole=group.whole)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    def _group_files(self) -> Iterator[ShardFile]:
+        for group, by_layer in self.groups:
+            if group.name == ROUTER:
+                yield from self._router_files(by_layer)
+                continue
+            files, keys = _patterns(group.name, any(layer is not None for layer in by_layer))
+            for layer, rows in by_layer.items():
+                for number, (start, stop) in enumerate(self.placed):
+                    read = partial(rows.one_each, start, stop)
+                    yield _file(files, keys, layer, number, stop - start, rows, read)
+                for number, (start, stop) in enumerate(self.rest if group.whole else (), len(self.placed)):
+                    assert self.lengths is not None
+                    tokens = int((self.lengths[start:stop] - 1).sum())
+                    yield _file(files, keys, layer, number, tokens, rows, partial(rows.all_but_last, start, stop))
+
+    def _router_files(self, by_layer: dict[int | None, Rows]) -> Iterator[ShardFile]:
+        for number, (start, stop) in enumerate(self.placed):
+            parts = tuple(
+                Part(
+                    expand(ROUTER_KEYS, layer or 0, 0),
+                    (stop - start, rows.width),
+                    rows.dtype,
+                    partial(rows.one_each, start, stop),
+                )
+                for layer, rows in by_layer.items()
+            )
+            yield ShardFile(expand(ROUTER_FILES, 0, number), parts, tuple(by_layer.values()))
+
+    def _logits_files(self) -> Iterator[ShardFile]:
+        if self.logits is None:
+            return
+        k, values, indices = self.logits
+        for number, (start, stop) in enumerate(self.logits_shards):
+            parts = tuple(
+                Part(f"{LOGITS}.{key}", (stop - start, k), rows.dtype, partial(rows.one_each, start, stop))
+                for key, rows in (("values", values), ("indices", indices))
+            )
+            yield ShardFile(expand(LOGITS_FILES, 0, number), parts, (values, indices))
+
+    def described(self) -> dict[str, Any]:
+        """The tensors as the format describes them."""
+        found: dict[str, Any] = {}
+        for group, by_layer in self.groups:
+            rows = next(iter(by_layer.values()))
+            told: dict[str, Any] = {"type": "hidden" if group.name == HIDDEN else "site", "layers": group.layers}
+            told |= {"dim": rows.width, "dtype": rows.dtype.name, "site": _site(group.name)}
+            told["stored_as"] = sorted({dtype for one in by_layer.values() for dtype in one.stored_as})
+            if group.name == ROUTER:
+                told |= {"type": "router", "num_experts": rows.width, "pooling": LAST, "file_pattern": ROUTER_FILES}
+                told |= {"row_bytes": len(by_layer) * rows.row_bytes, "key_pattern": ROUTER_KEYS}
+                told["shards"] = [
+                    {"file": expand(ROUTER_FILES, 0, number), "num_prompts": stop - start}
+                    for number, (start, stop) in enumerate(self.placed)
+                ]
+                found[group.name] = told
+                continue
+            files, keys = _patterns(group.name, bool(group.layers))
+            told |= {"layout": "per_layer", "file_pattern": files, "key_pattern": keys}
+            if group.whole:
+                told |= {
+                    "storage": FULL_SEQUENCE,
+                    "last_token_shards": len(self.placed),
+                    "shards": self._whole_shards(),
+                }
+            else:
+                told |= {"storage": POOLED, "pooling": group.layout, "row_bytes": rows.row_bytes}
+                told["shards"] = [{"num_prompts": stop - start} for start, stop in self.placed]
+            found[group.name] = told
+        if self.logits is not None:
+            k, values, indices = self.logits
+            found[LOGITS] = {
+                "type": "logits_topk",
+                "k": k,
+                "dtype": values.dtype.name,
+                "pooling": LAST,
+                "file_pattern": LOGITS_FILES,
+                "row_bytes": values.row_bytes + indices.row_bytes,
+                "shards": [
+                    {"file": expand(LOGITS_FILES, 0, number), "num_prompts": stop - start}
+                    for number, (start, stop) in enumerate(self.logits_shards)
+                ],
+            }
+        return found
+
+    def _whole_shards(self) -> list[dict[str, int]]:
+        assert self.lengths is not None
+        placed = [{"num_prompts": stop - start, "num_tokens": stop - start} for start, stop in self.placed]
+        rest = [
+            {"num_prompts": stop - start, "num_tokens": int((self.lengths[start:stop] - 1).sum())}
+            for start, stop in self.rest
+        ]
+        return placed + rest
+
+    def locations(self) -> dict[str, Ints]:
+        """The columns of the index that say where a prompt's row is, int64 ``[n]`` each."""
+        own = _located(self.logits_shards, len(self.order))
+        if not self.placed:
+            return {"shard_index": own[0], "row_offset": own[1]}
+        shard, offset = _located(self.placed, len(self.order))
+        found = {"shard_index": shard, "row_offset": offset}
+        if self.logits is not None:
+            found |= {"shard_index_logits": own[0], "row_offset_logits": own[1]}
+        return found
+
+    def token_locations(self, start: int, stop: int) -> tuple[list[Ints], list[Ints]]:
+        """Shard and row of every token of the prompts in rows `start` to `stop`; the last is in the shards in front."""
+        assert self.lengths is not None
+        locations = self.locations()
+        if self._rest_shard is None:
+            self._rest_shard = _located(self.rest, len(self.order))[0]
+            before = np.concatenate([[0], np.cumsum(self.lengths - 1)])
+            first = np.array([a for a, _ in self.rest] or [0])
+            self._rest_row = before[:-1] - before[first[self._rest_shard]]
+        shards, rows = [], []
+        for i in range(start, stop):
+            length = int(self.lengths[i])
+            in_rest = int(self._rest_row[i]) + np.arange(length - 1)
+            of_rest = np.full(length - 1, len(self.placed) + int(self._rest_shard[i]))
+            shards.append(np.append(of_rest, locations["shard_index"][i]))
+            rows.append(np.append(in_rest, locations["row_offset"][i]))
+        return shards, rows
+
+    _rest_shard: Ints | None = None
+
+
+def _file(
+    files: str, keys: str, layer: int | None, number: int, count: int, rows: Rows, read: Callable[[], Iterator[Array]]
+) -> ShardFile:
+    part = Part(expand(keys, layer or 0, 0), (count, rows.width), rows.dtype, read)
+    return ShardFile(expand(files, layer or 0, number), (part,), (rows,))
+
+
+def _patterns(name: str, layered: bool) -> tuple[str, str]:
+    if name == HIDDEN:
+        return HIDDEN_FILES, HIDDEN_KEYS
+    # A folder each: no name of a site then makes the path of another one's file.
+    if layered:
+        return f"tensors/{name}/layer{{layer:03d}}_shard{{shard:03d}}.safetensors", f"{name}.layer_{{layer}}"
+    return f"tensors/{name}/shard{{shard:03d}}.safetensors", name
+
+
+def _site(name: str) -> str:
+    return "resid_post" if name == HIDDEN else name
+
+
+def _seed(name: str) -> int:
+    """What rows are shuffled with: the format's own rule, so that the order follows from the name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 2**31
+
+
+def _greedy(sizes: Ints, limit: int) -> list[tuple[int, int]]:
+    """Neighbours together up to `limit` rows; one that is larger has a shard to itself. Empty without any row."""
+    ends = np.cumsum(sizes)
+    found: list[tuple[int, int]] = []
+    start = 0
+    while start < len(sizes) and ends[-1] > (ends[start - 1] if start else 0):
+        before = int(ends[start - 1]) if start else 0
+        # At least up to the first that has a row: no file is empty.
+        least = int(np.searchsorted(ends, before, side="right")) + 1
+        stop = max(least, int(np.searchsorted(ends, before + limit, side="right")))
+        found.append((start, stop))
+        start = stop
+    if found:
+        # Those behind have no row left, and belong somewhere.
+        found[-1] = found[-1][0], len(sizes)
+    return found
+
+
+def _located(shards: Sequence[tuple[int, int]], count: int) -> tuple[Ints, Ints]:
+    shard = np.zeros(count, np.int64)
+    offset = np.zeros(count, np.int64)
+    for number, (start, stop) in enumerate(shards):
+        shard[start:stop] = number
+        offset[start:stop] = np.arange(stop - start)
+    return shard, offset

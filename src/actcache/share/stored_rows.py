@@ -1,0 +1,137 @@
+"""Reading what is stored in the order of a dataset, a few megabytes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actcache.store.dtypes import common_dtype
+
+if TYPE_CHECKING:
+    from actcache.store.asking import Located
+
+Ints = npt.NDArray[np.int64]
+Array = npt.NDArray[Any]
+_CHUNK_BYTES = 8 << 20
+
+
+class Rows:
+    """The rows of one stored site, by number of prompt in the order of the dataset."""
+
+    def __init__(self, located: Located, site: str, order: Ints, *, whole: bool) -> None:
+        self.site, self.whole = site, whole
+        self._placements = [placement.of_site(site) for placement in located.placements]
+        self._owner, self._local = located.owner[order], located.local[order]
+        used = [p for number, p in enumerate(self._placements) if (self._owner == number).any()]
+        self.dtype = common_dtype(p.dtype for p in used)
+        self.width = next(iter(width for p in used for width in p.widths))
+        self.stored_as = sorted(
+            {
+                p.stored_as(int(self._local[np.flatnonzero(self._owner == n)[0]]))[0]
+                for n, p in enumerate(self._placements)
+                if (self._owner == n).any()
+            }
+        )
+        self._loaded: Array | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+    def lengths(self) -> Ints:
+        """How many rows each prompt has, int64 ``[n]``."""
+        found = np.ones(len(self._owner), np.int64)
+        for number, placement in enumerate(self._placements if self.whole else ()):
+            mine = np.flatnonzero(self._owner == number)
+            found[mine] = placement.row_counts()[self._local[mine]]
+        return found
+
+    def load(self, workers: int) -> None:
+        """Read everything there is of this site into memory, in the order in which it lies."""
+        count = len(self._owner)
+        if self.whole:
+            lengths = self.lengths()
+            ends = np.concatenate([[0], np.cumsum(lengths)])
+            made = np.empty((int(ends[-1]), self.width), self.dtype)
+
+            def fill(members: Ints) -> None:
+                for i, rows in zip(members.tolist(), self._all(members), strict=True):
+                    made[ends[i] : ends[i + 1]] = rows
+
+            self._ends = ends
+        else:
+            made = np.empty((count, self.width), self.dtype)
+
+            def fill(members: Ints) -> None:
+                made[members] = self._pooled(members)
+
+        # Neighbours on disk are read one after the other, wherever they go.
+        stored = np.lexsort((self._local, self._owner))
+        parts = [part for part in np.array_split(stored, max(1, min(workers * 4, count))) if len(part)]
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            list(pool.map(fill, parts))
+        self._loaded = made
+
+    def forget(self) -> None:
+        """Give back what `load` took."""
+        self._loaded = None
+
+    def one_each(self, start: int, stop: int) -> Iterator[Array]:
+        """The row of each prompt, of full sequences that of its last token, in pieces ``[k, D]``."""
+        step = max(1, _CHUNK_BYTES // max(1, self.row_bytes))
+        for a in range(start, stop, step):
+            members = np.arange(a, min(a + step, stop))
+            if self._loaded is not None:
+                yield self._loaded[self._ends[members + 1] - 1] if self.whole else self._loaded[members]
+            elif self.whole:
+                yield np.stack([rows[-1] for rows in self._all(members)]).astype(self.dtype, copy=False)
+            else:
+                yield self._pooled(members)
+
+    def all_but_last(self, start: int, stop: int) -> Iterator[Array]:
+        """The rows of all tokens but the last, prompt after prompt, in pieces ``[k, D]``."""
+        held: list[Array] = []
+        size = 0
+        for i in range(start, stop):
+            if self._loaded is not None:
+                rows = self._loaded[self._ends[i] : self._ends[i + 1] - 1]
+            else:
+                rows = self._all(np.array([i]))[0][:-1]
+            held.append(rows)
+            size += rows.nbytes
+            if size >= _CHUNK_BYTES:
+                yield np.concatenate(held).astype(self.dtype, copy=False)
+                held, size = [], 0
+        if size:
+            yield np.concatenate(held).astype(self.dtype, copy=False)
+
+    def of(self, members: Ints) -> Array:
+        """The rows of some prompts, one each, ``[k, D]``."""
+        return self._pooled(members)
+
+    def all_of(self, member: int) -> Array:
+        """All rows of a prompt, ``[T, D]``."""
+        return self._all(np.array([member]))[0]
+
+    def _pooled(self, members: Ints) -> Array:
+        out = np.empty((len(members), 1, self.width), self.dtype)
+        owner = self._owner[members]
+        for number, placement in enumerate(self._placements):
+            mine = np.flatnonzero(owner == number)
+            if len(mine):
+                placement.take(out, index=self._local[members[mine]], at=mine)
+        return out[:, 0]
+
+    def _all(self, members: Ints) -> list[Array]:
+        found: list[Any] = [None] * len(members)
+        owner = self._owner[members]
+        for number, placement in enumerate(self._placements):
+            mine = np.flatnonzero(owner == number)
+            if len(mine):
+                for at, (rows,) in zip(mine.tolist(), placement.all_rows(self._local[members[mine]]), strict=True):
+                    found[at] = rows
+        return found

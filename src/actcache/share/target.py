@@ -1,0 +1,157 @@
+"""Where a dataset is pushed to: what every place can do, and a folder as one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from actcache.errors import DatasetExistsError, OptionError
+from actcache.share.format import INFO
+from actcache.share.location import folder_exists
+from actcache.share.staging import Staged, Staging
+from actcache.store.files import make_folder, sync_folder, translated
+
+_OF_A_DATASET = ("tensors/", "index/")
+_OLD_FILES = (INFO, "_stage_complete")
+
+
+def is_stale(path: str, wanted: Iterable[str]) -> bool:
+    """Whether a file was part of a dataset, and is none of the files `wanted` of the one that takes its place."""
+    return (path.startswith(_OF_A_DATASET) or path in _OLD_FILES) and path not in wanted
+
+
+class Target(ABC):
+    """A place for a dataset. Nothing is changed there before `begin`, and no index shows before `finish`."""
+
+    name: str
+    shown: str
+    """As a card has it: a folder's path is nobody else's business."""
+    url: str
+    exist_ok: bool
+    incremental = False
+    """Whether files may be made visible before all of them are there: nothing that is published is changed by them."""
+
+    @abstractmethod
+    def staging_root(self, store: Path) -> Path:
+        """Where files on their way are kept; `store` is the folder of the store they come from."""
+
+    @abstractmethod
+    def look(self, staging: Staging) -> None:
+        """See what is there; `DatasetExistsError` where that would be overwritten and was not asked for."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Make the place."""
+
+    @abstractmethod
+    def has(self, staged: Staged) -> bool:
+        """Whether a file is there already, with the same bytes."""
+
+    @abstractmethod
+    def send(self, batch: Sequence[Staged]) -> list[Staged]:
+        """Send files; those whose bytes turned out not to be what they were are given back, and not used."""
+
+    @abstractmethod
+    def commit(self, message: str) -> list[str]:
+        """Make what was sent visible; the paths of files that are needed no more."""
+
+    @abstractmethod
+    def finish(self, small: Mapping[str, Path], wanted: Sequence[str], staging: Staging) -> None:
+        """Make the dataset visible: the files `small`, what was sent and not committed, and no other of its files."""
+
+
+class Folder(Target):
+    """A folder of this machine. What is staged lies beside it, so that it only has to be renamed."""
+
+    def __init__(self, folder: Path, *, exist_ok: bool) -> None:
+        self.folder = folder
+        self.name = str(folder)
+        self.shown = f"./{folder.name}"
+        self.url = str(folder)
+        self.exist_ok = exist_ok
+
+    def staging_root(self, store: Path) -> Path:
+        return self.folder.parent / f".{self.folder.name}.pushing"
+
+    def look(self, staging: Staging) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise OptionError(f"{self.folder} is a file: name a folder, which need not exist yet.")
+        if folder_exists(self.folder) and not self.exist_ok and not self._is_half_moved():
+            raise DatasetExistsError(
+                f"{self.folder} is not empty: pass exist_ok=True to replace the dataset in it, or name another folder."
+            )
+
+    def begin(self) -> None:
+        with translated(self.folder):
+            make_folder(self.folder.parent)
+
+    def has(self, staged: Staged) -> bool:
+        return False
+
+    def send(self, batch: Sequence[Staged]) -> list[Staged]:
+        # They lie where they are needed; what a crash left half written was found by its checksum.
+        return [staged for staged in batch if not staged.fresh and not _intact(staged)]
+
+    def commit(self, message: str) -> list[str]:
+        return []
+
+    def finish(self, small: Mapping[str, Path], wanted: Sequence[str], staging: Staging) -> None:
+        with translated(self.folder):
+            for path, file in small.items():
+                if file != staging.files / path:
+                    (staging.files / path).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(file, staging.files / path)
+            _sync(staging.files)
+            if not folder_exists(self.folder):
+                with contextlib.suppress(FileNotFoundError):
+                    self.folder.rmdir()
+                os.rename(staging.files, self.folder)
+                sync_folder(self.folder.parent)
+                return
+            self._replace(staging.files, list(small), wanted)
+
+    def _replace(self, files: Path, last: list[str], wanted: Sequence[str]) -> None:
+        """Put files in place one by one; without an index in between, so that nobody reads half of two datasets."""
+        marker = self.folder / ".pushing"
+        marker.touch()
+        for path in self._paths():
+            if path.startswith("index/") or path in _OLD_FILES:
+                (self.folder / path).unlink(missing_ok=True)
+        for path in [*(path for path in wanted if path not in last), *last]:
+            target = self.folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(files / path, target)
+        for path in self._paths():
+            if is_stale(path, {*wanted, *last}):
+                (self.folder / path).unlink(missing_ok=True)
+        _sync(self.folder, files_too=False)
+        marker.unlink(missing_ok=True)
+
+    def _is_half_moved(self) -> bool:
+        return (self.folder / ".pushing").exists()
+
+    def _paths(self) -> list[str]:
+        return [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if not path.is_dir()]
+
+
+def _intact(staged: Staged) -> bool:
+    import hashlib
+
+    assert staged.file is not None
+    with staged.file.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == staged.sha256
+
+
+def _sync(folder: Path, *, files_too: bool = True) -> None:
+    """Make everything in a folder durable."""
+    for place, _, names in os.walk(folder):
+        for name in names if files_too else ():
+            fd = os.open(os.path.join(place, name), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        sync_folder(Path(place))
