@@ -88,7 +88,6 @@ def test_what_two_hosts_make_of_the_same_segments_is_there_twice_and_goes(
 
 
 def test_hosts_that_merge_at_once_leave_one_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "LOCK_WAIT_S", 20.0)
     one, other, space = two_hosts(tmp_path)
     for start in range(0, 9, 3):
         one.append(space, pooled(range(start, start + 3)))

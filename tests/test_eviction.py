@@ -437,15 +437,15 @@ def test_a_writer_at_work_loses_nothing_but_what_is_old(tmp_path: Path, monkeypa
     fill(store, space, [range(k, k + 20) for k in range(0, 60, 20)])
     other = Store(store.location, index_dir=tmp_path / "elsewhere")
     other.open_space({"weights": "abc"}, {"model_name": "org/model"})
-    real = eviction.remove
+    real = eviction.discard
     done = []
 
-    def late(path: Path) -> int:
+    def late(copy: None, path: Path) -> int:
         if not done:
             done.append(other.append(space, pooled([100], dim=DIM)).name)
-        return real(path)
+        return real(copy, path)
 
-    monkeypatch.setattr(eviction, "remove", late)
+    monkeypatch.setattr(eviction, "discard", late)
     store.evict(30_000 / GB)
     assert done
     assert 100 in there(store, space, [*range(60), 100])

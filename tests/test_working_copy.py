@@ -64,6 +64,7 @@ def prompts(numbers: range) -> list[str]:
 def write(store: Store, numbers: range, sites: list[str] = SITES) -> None:
     given = {site: list(values(numbers, site)) for site in sites}
     store.write(SPACE, prompts(numbers), given, pooling="last_token")
+    store.flush()
 
 
 def read(store: Store, numbers: range, site: str) -> torch.Tensor:

@@ -14,12 +14,11 @@ from actcache.store.batches import OpenFile
 from actcache.store.files import OPEN_NAME, is_ours, log, remove, sync_folder
 from actcache.store.growing import GrowingFile
 from actcache.store.index import SpaceIndex
+from actcache.store.locks import LOCK_WAIT_S, exclusive
 from actcache.store.merging import (
-    LOCK_WAIT_S,
     Source,
     before_writes,
     drop_duplicates,
-    exclusive,
     in_order,
     open_source,
     overtaken_by_others,
@@ -73,7 +72,8 @@ def finish(index: SpaceIndex, file: GrowingFile, lock_folder: Path) -> None:
     """Make a segment of what this process has written to `file`, and close it: where it is if that is mostly filled."""
     try:
         sources = _batches(index, file.path)
-        if sources and file.is_well_filled and _may_be_sealed(index, file, sources):
+        filled = file.is_well_filled if index.copy is None else file.is_almost_full
+        if sources and filled and _may_be_sealed(index, file, sources):
             _seal(index, file, sources)
         else:
             with exclusive(lock_folder, index.folder.name, wait_s=LOCK_WAIT_S) as mine:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actcache.errors import DiskFullError, StoreAccessError
 from actcache.store import adoption, duplicates, merging
@@ -12,6 +13,9 @@ from actcache.store.files import log
 from actcache.store.growing import GrowingFile
 from actcache.store.index import SpaceIndex
 from actcache.store.records import Records
+
+if TYPE_CHECKING:
+    from actcache.store.uploading import Uploader
 
 _SIZES = (16 << 20, 32 << 20, 64 << 20, 128 << 20, merging.TARGET)
 # A file for fewer batches would rarely be filled.
@@ -24,7 +28,7 @@ class Appender:
     """Stores groups of records in one space, each durable and visible to everyone when `append` returns.
 
     The first group of a kind becomes a segment; from the second on they go into a file that grows, each with one sync
-    and never to be written again. Such a file becomes a segment when it is full, and when all is finished.
+    and never to be written again. Such a file becomes a segment when it is full, and when all is finished. Thread-safe.
     """
 
     def __init__(
@@ -33,9 +37,16 @@ class Appender:
         prepare: Callable[[Sequence[Records]], list[Records]],
         index: Callable[[], SpaceIndex],
         lock_folder: Path,
+        uploader: Uploader | None = None,
     ) -> None:
-        """`write` makes a segment; `prepare` describes the space, and sees to what its dtype cannot hold."""
+        """`write` makes a segment; `prepare` describes the space, and sees to what its dtype cannot hold.
+
+        `uploader`: what takes finished segments to where they are to lie.
+        """
         self._write, self._prepare, self._index, self._lock_folder = write, prepare, index, lock_folder
+        self._uploader, self._lock = uploader, threading.Lock()
+        if uploader is not None:
+            uploader.watch(self)
         self._known: set[tuple[Any, ...]] = set()
         self._files: dict[tuple[Any, ...], GrowingFile] = {}
         self._made: dict[tuple[Any, ...], int] = {}
@@ -43,6 +54,12 @@ class Appender:
 
     def append(self, given: Sequence[Records]) -> None:
         """Store `given`, of one signature, all or nothing."""
+        with self._lock:
+            if self._uploader is not None:
+                self._uploader.make_room(self._index().folder.name)
+            self._append(given)
+
+    def _append(self, given: Sequence[Records]) -> None:
         group = self._prepare(given)
         signature = group[0].signature
         size = sum(part.stored_bytes for part in group)
@@ -85,8 +102,10 @@ class Appender:
                 # Else they would pile up where every run is killed before its end.
                 self._adopt()
             made = self._made[signature] = self._made.get(signature, -1) + 1
-            large = next((s for s in _SIZES[made:-1] if s >= _LEAST_BATCHES * size), _SIZES[-1])
             index = self._index()
+            # What is uploaded need not be larger than what makes one upload.
+            sizes = _SIZES if self._uploader is None else [s for s in _SIZES if s <= merging.GATHERED]
+            large = next((s for s in sizes[made:-1] if s >= _LEAST_BATCHES * size), sizes[-1])
             try:
                 file = GrowingFile(index.folder, index.folder.name, group, large)
             except (DiskFullError, StoreAccessError):
@@ -105,12 +124,20 @@ class Appender:
         self._files = {signature: other for signature, other in self._files.items() if other is not file}
 
     def finish(self, merge: bool) -> None:
-        """Make segments of the files that grew; with `merge` also of those whose writers are gone, and merge."""
-        while self._files:
-            self._finish(self._files.popitem()[1])
-        if merge:
-            self._adopt()
-            self._merge(merging.FEW)
+        """Make segments of the files that grew; with `merge` of what others left too, merge, and upload."""
+        self.seal()
+        with self._lock:
+            if merge and self._uploader is not None:
+                self._uploader.flush([self._index().folder.name])
+            elif merge:
+                self._adopt()
+                self._merge(merging.FEW)
+
+    def seal(self) -> None:
+        """Make segments of the files that grew."""
+        with self._lock:
+            while self._files:
+                self._finish(self._files.popitem()[1])
 
     def _finish(self, file: GrowingFile) -> None:
         try:
@@ -118,6 +145,8 @@ class Appender:
         except OSError as error:
             # Everything is stored; only not as compactly as could be.
             log.warning("finishing %s failed, whoever writes next does it: %s", file.path, error)
+        if self._uploader is not None:
+            self._uploader.note(self._index().folder.name, linger=False)
 
     def _adopt(self) -> None:
         try:
@@ -127,7 +156,9 @@ class Appender:
 
     def _merge(self, few: int) -> None:
         try:
-            if merging.merge_space(self._index(), self._lock_folder, few=few):
+            if self._uploader is not None:
+                merging.merge_spooled(self._index(), self._lock_folder, few=few)
+            elif merging.merge_space(self._index(), self._lock_folder, few=few):
                 duplicates.drop_twins(self._index(), self._lock_folder)
         except OSError as error:
             # Everything is stored; only not as compactly as could be.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from actcache.errors import ValueOverflowError
 from actcache.store import quantize
 from actcache.store.blocks import Rows
 from actcache.store.dtypes import code_for, is_scaled, matrix_dtype, name_of
@@ -207,6 +208,16 @@ def screened(records: Records, storage: str | None, *, allow_inf: bool) -> tuple
         keep[[r.prompt for r in refused]] = False
         kept = records.select(keep) if keep.any() else None
     return None if kept is None else replace(kept, storage=storage, screened=True), refused
+
+
+def fitting(records: Records, storage: str | None) -> Records:
+    """`records`, checked, as `storage` can hold them. ValueOverflowError where it cannot hold all of them."""
+    records.check()
+    kept, refused = screened(records, storage, allow_inf=False)
+    if refused or kept is None:
+        more = f" ({len(refused) - 1} more prompts likewise)" if len(refused) > 1 else ""
+        raise ValueOverflowError(f"prompt {refused[0].prompt}, {refused[0]}{more}; allow_inf=True stores it so.")
+    return kept
 
 
 def _first_lost(rows: npt.NDArray[Any], code: str) -> Iterator[tuple[int, float]]:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from actcache.store import merging
 from actcache.store.files import log, sync_folder
 from actcache.store.index import SpaceIndex
+from actcache.store.locks import exclusive
 from actcache.store.merging import Overtaken, Source, open_source, replace_segments
 
 
@@ -38,10 +39,16 @@ def drop_copies(index: SpaceIndex, lock_folder: Path, among: set[str] | None = N
     """Drop prompts of segments (`among` those names, where given) of which another one with the same sites has a newer
     copy that is intact; how many segments went or were written anew. Another process at it: 0, its turn.
     """
-    with merging.exclusive(lock_folder, index.folder.name) as mine:
+    with exclusive(lock_folder, index.folder.name) as mine:
         if not mine:
             return 0
         index.refresh(force=True)
+        if index.copy is not None:
+            # Whoever has just put one made of others takes it back where those were gone meanwhile.
+            settled = {
+                info.name for _, info in index.sealed() if index.copy.spool.is_settled(index.path(info.name), info)
+            }
+            among = settled if among is None else among & settled
         changed = 0
         for numbers in _sharing_prompts(index, among):
             sources = [source for number in numbers if (source := open_source(index, number)) is not None]

@@ -19,16 +19,17 @@ from actcache.store.files import (
     TOMB_NAME,
     is_ours,
     log,
-    remove,
     sync_folder,
     translated,
 )
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import Mask
-from actcache.store.merging import LOCK_WAIT_S, Overtaken, exclusive, open_source, replace_segments, tidy
+from actcache.store.locks import LOCK_WAIT_S, exclusive
+from actcache.store.merging import Overtaken, open_source, replace_segments, tidy
 from actcache.store.records import LABEL, METADATA, is_result
 from actcache.store.spaces import FILE, drop_if_empty
-from actcache.store.tombs import Keys, count_distinct, is_member, write_tomb
+from actcache.store.spool import bury, discard
+from actcache.store.tombs import Keys, count_distinct, is_member
 from actcache.store.victims import Newer, Victim
 
 _PASSES, _ROUNDS = 4, 64
@@ -112,7 +113,7 @@ class _Eviction:
         for index in self.indexes:
             for name, error in index.refused.items():
                 if need > 0 and not isinstance(error, NewerFormatError) and is_ours(index.path(name), SEGMENT_NAME):
-                    need -= remove(index.path(name))
+                    need -= discard(index.copy, index.path(name))
                     self.segments += 1
 
     def _clear_out_garbage(self, need: int, least: float = _GARBAGE) -> None:
@@ -223,7 +224,7 @@ class _Eviction:
                     written = sum(info.size for info in made)
                     self.rewritten += bool(made)
         index.forget(info.name)
-        remove(index.path(info.name))
+        discard(index.copy, index.path(info.name))
         self.segments += 1
         if lost.any():
             self.gone.setdefault(index, []).append(info.prompt_key[lost])
@@ -240,7 +241,7 @@ class _Eviction:
                 with index.lock:
                     keys = [b.info.prompt_key for b in file.batches]
                 need -= _allocated(file.path.stat())
-                remove(file.path)
+                discard(index.copy, file.path)
                 self.segments += 1
                 if keys:
                     self.gone.setdefault(index, []).append(np.concatenate(keys))
@@ -264,7 +265,7 @@ class _Eviction:
             index.refresh(force=True)
             tidy(index)
             with contextlib.suppress(OSError):
-                drop_if_empty(index.folder)
+                drop_if_empty(index.folder, index.copy)
                 sync_folder(index.folder)
         return self._on_disk()
 
@@ -293,7 +294,7 @@ class _Eviction:
                 self._take(victim, np.zeros(info.prompts, bool))
             elif hit.any():
                 with translated(index.folder):
-                    write_tomb(index.folder, info.name, info.prompt_key[hit])
+                    bury(index.copy, index.folder, [(info.name, info.prompt_key[hit])])
 
 
 def _is_derived(sites: frozenset[str]) -> bool:

@@ -13,7 +13,7 @@ import stat
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ TOMB_NAME = re.compile(r"([0-9a-f]{32})-[0-9a-f]{16}\.tomb")
 OPEN_NAME = re.compile(r"[0-9a-f]{32}\.open")
 TEMP_NAME = re.compile(r"[0-9a-f]{32}\.tmp")
 SPACE_FILE = re.compile(r"space\.json")
+BESIDE_NAME = re.compile(r"[0-9a-f]{32}\.(have|sent)")
+"""What lies beside the segments of a working copy."""
 SPACE_NAME = re.compile(r"[0-9a-f]{32}")
 
 SIGNATURE = b'{"__metadata__":{"format":"actcache-'
@@ -169,11 +171,14 @@ def open_locked(folder: Path, suffix: str, *, locks_needed: bool = False) -> tup
 
 
 @contextlib.contextmanager
-def atomic_file(folder: Path, name: str, *, needed: int = 0) -> Iterator[int]:
+def atomic_file(
+    folder: Path, name: str, *, needed: int = 0, before: Callable[[Path, Path], object] | None = None
+) -> Iterator[int]:
     """A descriptor of a new file that becomes ``folder/name``, whole and durable, when the block ends.
 
     Until then it has a temporary name and an advisory lock, by which `sweep` knows that its writer lives.
-    When the block raises, nothing is left.
+    When the block raises, nothing is left. `before` is called with the temporary and the final path when the file is
+    whole and durable, before it gets its name; when it raises, too.
     """
     with translated(folder, needed):
         make_folder(folder)
@@ -181,6 +186,8 @@ def atomic_file(folder: Path, name: str, *, needed: int = 0) -> Iterator[int]:
         try:
             yield fd
             os.fsync(fd)
+            if before is not None:
+                before(temporary, folder / name)
             os.rename(temporary, folder / name)
         except BaseException:
             with contextlib.suppress(OSError):

@@ -54,6 +54,8 @@ def in_turn(index: SpaceIndex, records: list[Records]) -> list[Records]:
     layout = records[0].layout
     if layout not in KINDS:
         return records
+    if index.copy is not None:
+        index.copy.pull(index.folder.name)
     with index.lock:
         index.refresh()
         newest = max((info.created_ns for _, info in index.segments() if info.layout == layout), default=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,7 +12,9 @@ from actcache.store.files import TRANSIENT, log, named
 from actcache.store.keys import Mask
 from actcache.store.records import SegmentInfo
 from actcache.store.tombs import Keys, is_member, read_tomb
-from actcache.store.working_copy import WorkingCopy
+
+if TYPE_CHECKING:
+    from actcache.store.working_copy import WorkingCopy
 
 
 class Graves:

@@ -271,6 +271,11 @@ class GrowingFile:
         """Whether holes, which take no room on the disk but in copies of the file, are at most two thirds of it."""
         return 3 * self._used >= self._size
 
+    @property
+    def is_almost_full(self) -> bool:
+        """Whether holes, which weigh as much as rows where the file is uploaded, are little of it."""
+        return 8 * self._used >= 7 * self._size
+
     def seal(self, replaces: Mapping[str, Sequence[str]]) -> SegmentInfo:
         """Make a segment of it where it is: durable under its final name when this returns. The file is closed."""
         self._measuring.finish()

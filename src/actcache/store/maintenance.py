@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from actcache import config
-from actcache.store import adoption, duplicates, eviction, merging, removal, reports, tensors, verification
+from actcache.store import adoption, duplicates, eviction, locks, merging, removal, reports, tensors, verification
 from actcache.store.catalog import Catalog
 from actcache.store.discovered import none_of_that_name
 from actcache.store.eviction import EvictionReport
@@ -32,6 +32,10 @@ class Maintenance(Inspection):
 
     @abstractmethod
     def _let_go(self) -> None: ...
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Return when all that was stored here is where the objects lie."""
 
     def invalidate(self, space: str | SpaceInfo, prompts: Any = None) -> int:
         """Forget prompts (texts, ids, chats, a `PromptTable`; None: all) of a space; how many there were.
@@ -60,8 +64,8 @@ class Maintenance(Inspection):
         for space in chosen:
             deleted += space.num_prompts
             # A merge under way would bring back what it has read.
-            with merging.exclusive(self.index_dir, space.space, wait_s=merging.LOCK_WAIT_S):
-                removal.clear_space(self.root / space.space)
+            with locks.exclusive(self.index_dir, space.space, wait_s=locks.LOCK_WAIT_S):
+                removal.clear_space(self.root / space.space, self._copy)
             self._index(space.space).refresh(force=True)
         with contextlib.suppress(OSError):
             self.root.rmdir()
@@ -96,6 +100,8 @@ class Maintenance(Inspection):
 
     def merge(self, space: str | SpaceInfo) -> int:
         """Merge the small segments of a space now; the number of segments that were replaced, or dropped as copies."""
+        self.flush()
+        self._look()
         index = self._index(self._space(space))
         index.refresh()
         with translated(self.folder):
@@ -105,7 +111,10 @@ class Maintenance(Inspection):
     def compact(self, space: str | SpaceInfo | None = None) -> int:
         """Merge small segments, and drop rows that are invalidated or have newer copies, of one space or of all; the
         number of segments replaced.
+
+        Where the objects lie elsewhere what is to be merged is fetched, and what comes of it uploaded.
         """
+        self.flush()
         self._look()
         names = eviction.space_folders(self.root) if space is None else [self._space(space)]
         replaced = 0

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,29 @@ import numpy as np
 
 from actcache.store.copying import copied
 from actcache.store.damage import Remnant, intact_of, remnants
+from actcache.store.fetching import Vanished
 from actcache.store.files import TOMB_NAME, is_ours, log, remove, sweep, sync_folder
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import Mask
+from actcache.store.locks import exclusive
 from actcache.store.mapping import Segment
+from actcache.store.opening import forget_vanished
 from actcache.store.prompts import PromptTable
-from actcache.store.records import SegmentInfo
+from actcache.store.records import LABEL, METADATA, SegmentInfo
+from actcache.store.spool import Replacing, discard
 from actcache.store.writing import write_columns
 
 TARGET = 256 << 20
+GATHERED = 64 << 20
+"""What is uploaded as one object, where that happens behind a run."""
 FEW, MANY = 8, 32
 """Segments of one size class that may pile up: after a run, and while one is under way."""
 _TIERS = (1 << 20, 16 << 20, TARGET // 2)
 _MOST = 1024
 _TOMB_GRACE_S = 3600.0
-LOCK_WAIT_S = 60.0
-"""How long whoever must have a space to itself waits for a merge to end."""
+# What a host has stored, and others have not seen, is seldom older.
+_SEEN_NS = 3600 * 10**9
+_READS = 4
 
 
 @dataclass
@@ -56,9 +62,12 @@ class Source:
         return kept
 
 
-def plan(index: SpaceIndex, *, few: int = FEW, among: Container[str] | None = None) -> list[list[int]]:
+def plan(
+    index: SpaceIndex, *, few: int = FEW, among: Container[str] | None = None, target: int = TARGET
+) -> list[list[int]]:
     """Numbers of segments (`among` those names, where given) to merge with each other, oldest first in each group.
 
+    What is merged has about `target` bytes at most.
     Segments of one signature and size class (1, 16, 128 MB) are taken when at least `few` of them exist,
     so that however many batches are written, each byte is rewritten at most once per class.
     """
@@ -76,7 +85,7 @@ def plan(index: SpaceIndex, *, few: int = FEW, among: Container[str] | None = No
         group: list[int] = []
         size = 0
         for number, info in members:
-            if group and (size + info.size > TARGET or len(group) == _MOST):
+            if group and (size + info.size > target or len(group) == _MOST):
                 groups.append(group)
                 group, size = [], 0
             group.append(number)
@@ -92,10 +101,44 @@ def merge_space(index: SpaceIndex, lock_folder: Path, *, few: int = FEW) -> int:
     with exclusive(lock_folder, index.folder.name) as mine:
         if not mine:
             return 0
-        merged = sum(_merge(index, group) for group in plan(index, few=few, among=before_writes(index)))
+        among = before_writes(index)
+        if index.copy is not None:
+            among &= _seen_by_all(index)
+        merged = sum(_merge(index, group) for group in plan(index, few=few, among=among))
         if merged:
             tidy(index)
     return merged
+
+
+def merge_spooled(index: SpaceIndex, lock_folder: Path, *, few: int = FEW) -> int:
+    """`merge_space` for what of a working copy lies here alone, and is small: nothing is fetched, and nothing put."""
+    if len(_small_here_alone(index)) < few:
+        return 0
+    with exclusive(lock_folder, index.folder.name) as mine:
+        if not mine:
+            return 0
+        among = before_writes(index) & _small_here_alone(index)
+        return sum(_merge(index, group) for group in plan(index, few=few, among=among, target=GATHERED))
+
+
+def _small_here_alone(index: SpaceIndex) -> set[str]:
+    copy = index.copy
+    assert copy is not None
+    with index.lock:
+        index.refresh()
+        small = [info.name for _, info in index.sealed() if info.size <= GATHERED // 2]
+    return {name for name in small if copy.spool.is_here_alone(index.path(name))}
+
+
+def _seen_by_all(index: SpaceIndex) -> set[str]:
+    """The segments that may be merged though nobody knows what other hosts are writing.
+
+    Of labels and metadata the newest copy counts. One that another host has stored and not put yet must not turn out
+    older than what it was to take the place of.
+    """
+    oldest = time.time_ns() - _SEEN_NS
+    said = (LABEL, METADATA)
+    return {info.name for _, info in index.segments() if info.layout not in said or info.created_ns < oldest}
 
 
 def before_writes(index: SpaceIndex) -> set[str]:
@@ -172,30 +215,49 @@ def replace_segments(index: SpaceIndex, sources: Sequence[Source]) -> list[Segme
     parts += [(remnant.sites, [(source, remnant.keep)]) for source in sources for remnant in source.remnants]
     made: list[SegmentInfo] = []
     told: set[str] = set()
-    for sites, kept in parts:
-        made.append(_write_part(index, sources, kept, sites, told))
-        told.update(sites)
-    # Whoever invalidates must find the new segments or what they were made of: a tomb for what somebody else has made
-    # of the same would not count for them. And what was evicted or cleared must not come back.
-    if made and not all(s.info.name in index.opened or index.path(s.info.name).exists() for s in sources):
-        for info in made:
-            remove(index.path(info.name))
-        raise Overtaken(index.path(made[0].name))
-    for info, (_, kept) in zip(made, parts, strict=True):
-        with index.lock:
-            index.reads.inherit(info, np.concatenate([index.reads.times(s.info)[keep] for s, keep in kept]))
-        index.add(info)
-        log.info("%d segments became %s, with %d prompts", len(sources), index.path(info.name), info.prompts)
-    for source in sources:
-        # The name pattern was checked when the folder was listed, the header when the segment was opened. A batch has
-        # no file of its own: whoever replaces it removes that of all batches.
-        if source.info.name not in index.opened:
-            remove(index.path(source.info.name))
+    # The name pattern was checked when the folder was listed, the header when the segment was opened. A batch has no
+    # file of its own: whoever replaces it removes that of all batches.
+    paths = [index.path(s.info.name) for s in sources if s.info.name not in index.opened]
+    with Replacing(index.copy, paths, remove) as old:
+        for sites, kept in parts:
+            made.append(_write_part(index, sources, kept, sites, told, old))
+            told.update(sites)
+        # Whoever invalidates must find the new segments or what they were made of: a tomb for what somebody else has
+        # made of the same would not count for them. And what was evicted or cleared must not come back.
+        if made and not _are_there(index, old, made):
+            _withdraw(index, made)
+            raise Overtaken(index.path(made[0].name))
+        for info, (_, kept) in zip(made, parts, strict=True):
+            with index.lock:
+                index.reads.inherit(info, np.concatenate([index.reads.times(s.info)[keep] for s, keep in kept]))
+            index.add(info)
+            log.info("%d segments became %s, with %d prompts", len(sources), index.path(info.name), info.prompts)
+        old.remove()
     return made
 
 
+def _are_there(index: SpaceIndex, old: Replacing, made: Sequence[SegmentInfo]) -> bool:
+    try:
+        return old.are_there()
+    except BaseException:
+        # All that was stored is there without what is new.
+        with contextlib.suppress(OSError):
+            _withdraw(index, made)
+        raise
+
+
+def _withdraw(index: SpaceIndex, made: Sequence[SegmentInfo]) -> None:
+    for info in made:
+        discard(index.copy, index.path(info.name))
+
+
 def _write_part(
-    index: SpaceIndex, sources: Sequence[Source], kept: list[tuple[Source, Mask]], sites: Sequence[str], told: set[str]
+    index: SpaceIndex,
+    sources: Sequence[Source],
+    kept: list[tuple[Source, Mask]],
+    sites: Sequence[str],
+    told: set[str],
+    old: Replacing,
 ) -> SegmentInfo:
     """One segment with `sites` of the prompts `kept`; of what storing changed nothing at sites that are `told`."""
     prompts = PromptTable.concatenate(
@@ -206,7 +268,7 @@ def _write_part(
     return write_columns(
         index.folder, prompts, first.layout, columns, space=first.space,
         created_ns=max(s.info.created_ns for s in sources), block_offset=block_offset,
-        replaces={s.info.name: s.tombs for s in sources},
+        replaces={s.info.name: s.tombs for s in sources}, before=old.publish,
     )  # fmt: skip
 
 
@@ -221,17 +283,24 @@ def open_source(index: SpaceIndex, number: int, wanted: Mask | None = None) -> S
 
     None when it is gone, or when what is live is unknown: an unreadable tomb leaves it for a person to look at.
     """
-    with index.lock:
-        segment, info = index.open(number), index.info(number)
-        if segment is None or info is None:
+    for _ in range(_READS):
+        with index.lock:
+            segment, info = index.open(number), index.info(number)
+            if segment is None or info is None:
+                return None
+            keep = index.untombed(number)
+            tombs = index.tombs_of(info)
+        if any(keys is None for keys in tombs.values()):
             return None
-        keep = index.untombed(number)
-        tombs = index.tombs_of(info)
-    if any(keys is None for keys in tombs.values()):
+        if wanted is not None:
+            keep = keep & wanted
+        try:
+            intact = intact_of(segment, keep)
+            break
+        except Vanished as vanished:
+            forget_vanished(index, vanished)
+    else:
         return None
-    if wanted is not None:
-        keep = keep & wanted
-    intact = intact_of(segment, keep)
     for site, good in zip(info.sites, intact, strict=True):
         if lost := int((keep & ~good).sum()):
             log.warning("%s: %s of %d prompts is damaged, and dropped", segment.path, site, lost)
@@ -307,6 +376,10 @@ def tidy(index: SpaceIndex) -> None:
     Tombs only when no merge that began before them can still be under way.
     """
     sweep(index.folder)
+    if index.copy is not None:
+        # A tomb may have been put just after what it is for, which is not known here yet.
+        index.copy.pull(index.folder.name)
+        index.refresh(force=True)
     with index.lock:
         if index.refused:
             # A later version may read what this one cannot, and needs its tombs.
@@ -322,37 +395,4 @@ def tidy(index: SpaceIndex) -> None:
             if TOMB_NAME.fullmatch(entry.name) and not counts(entry.name):
                 path = index.folder / entry.name
                 if time.time() - entry.stat().st_mtime > _TOMB_GRACE_S and is_ours(path, TOMB_NAME):
-                    remove(path)
-
-
-@contextlib.contextmanager
-def exclusive(folder: Path, space: str, *, wait_s: float = 0.0) -> Iterator[bool]:
-    """Whether no other process of this host merges `space`, or evicts from it, after waiting for up to `wait_s`.
-
-    Doing so at the same time is only a waste.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder / f"merge-{space}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError:
-        yield True
-        return
-    try:
-        yield _locked(fd, time.monotonic() + wait_s)
-    finally:
-        os.close(fd)
-
-
-def _locked(fd: int, until: float) -> bool:
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                return False
-            time.sleep(0.02)
-        except OSError:
-            # A file system without locks.
-            return True
-        else:
-            return True
+                    discard(index.copy, path)

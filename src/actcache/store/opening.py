@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from actcache.errors import FormatError, NewerFormatError
+from actcache.store.fetching import Vanished
 from actcache.store.mapping import Segment
 from actcache.store.records import SegmentInfo
 from actcache.store.working_copy import WorkingCopy
+
+if TYPE_CHECKING:
+    from actcache.store.index import SpaceIndex
 
 
 def open_segment(path: Path, copy: WorkingCopy | None) -> Segment:
@@ -44,3 +49,13 @@ def open_known(path: Path, info: SegmentInfo, copy: WorkingCopy | None) -> Segme
     if not same or not np.array_equal(segment.info.prompt_key, info.prompt_key):
         raise FormatError(f"{segment.path} is not the file it was when it was indexed")
     return segment
+
+
+def forget_vanished(index: SpaceIndex, vanished: Vanished) -> None:
+    """Take notice that objects are gone, or that their mirrors are other files by now."""
+    assert index.copy is not None
+    with index.lock:
+        for path in vanished.gone:
+            index.copy.drop(path)
+        for path in (*vanished.gone, *vanished.replaced):
+            index.unmap(path.name[:32])

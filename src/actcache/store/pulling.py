@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from actcache.errors import FormatError
 from actcache.store import container, mirror
+from actcache.store.backend import ObjectInfo
 from actcache.store.fetching import translated_local
 from actcache.store.files import (
     OPEN_NAME,
@@ -29,7 +30,7 @@ from actcache.store.files import (
 )
 from actcache.store.mapping import Segment
 from actcache.store.records import BLOCK, INDEX_TENSORS
-from actcache.store.spaces import FILE, ROOT
+from actcache.store.spaces import ROOT
 
 if TYPE_CHECKING:
     from actcache.store.working_copy import WorkingCopy
@@ -44,10 +45,9 @@ _MOST_BYTES, _MOST_HEAD, MOST_SMALL = 1 << 40, 1 << 30, 1 << 30
 _PUT_LATELY_S = 3600.0
 # Each keeps a file open until it has its name.
 _HEADS_AT_ONCE = 128
-_CONTENT = (SEGMENT_NAME, OPEN_NAME, TOMB_NAME)
 
-Listed = dict[str, dict[str, int]]
-"""Sizes by space and name."""
+Listed = dict[str, dict[str, ObjectInfo]]
+"""By space and name."""
 
 
 @dataclass
@@ -60,8 +60,7 @@ class _Space:
     vanished: list[str] = field(default_factory=list)
     tombs: set[str] = field(default_factory=set)
     """Tombs that are here and not listed."""
-    described: bool = False
-    """Whether a description is listed."""
+    listed: dict[str, ObjectInfo] = field(default_factory=dict)
 
 
 @dataclass
@@ -138,7 +137,7 @@ class Pull:
             space, _, name = rest.partition("/")
             ours = any(p.fullmatch(name) for p in (SEGMENT_NAME, TOMB_NAME, SPACE_FILE))
             if root == ROOT and SPACE_NAME.fullmatch(space) and ours and self.space in (None, space):
-                found.setdefault(space, {})[name] = info.size
+                found.setdefault(space, {})[name] = info
         return found
 
     def _folders(self) -> list[Path]:
@@ -151,12 +150,12 @@ class Pull:
     def _compare(self, listed: Listed) -> list[_Space]:
         work = []
         for name in sorted({folder.name for folder in self._folders()} | listed.keys()):
-            space, there = _Space(self.copy.root / name), listed.get(name, {})
+            there = listed.get(name, {})
+            space = _Space(self.copy.root / name, listed=there)
             held = _names(space.folder)
-            for other, size in there.items():
+            for other, info in there.items():
                 if other not in held:
-                    (space.segments if SEGMENT_NAME.fullmatch(other) else space.small)[other] = size
-            space.described = FILE in there
+                    (space.segments if SEGMENT_NAME.fullmatch(other) else space.small)[other] = info.size
             space.vanished = [other for other in _mirrors(space.folder) if other not in there]
             space.tombs = {other for other in held - there.keys() if TOMB_NAME.fullmatch(other)}
             work.append(space)
@@ -189,7 +188,8 @@ class Pull:
         for space in work:
             for name in space.vanished:
                 self.copy.drop(space.folder / name)
-            changed |= bool(space.vanished) | self._drop_tombs(space) | self._drop_description(space)
+            changed |= bool(space.vanished) | self._drop_tombs(space)
+            changed |= self.copy.spool.settle(space.folder, space.listed)
         return changed, None in brought
 
     def _together(self, jobs: Sequence[Callable[[], object]]) -> list[object]:
@@ -255,19 +255,6 @@ class Pull:
         if not gone or any(map(OPEN_NAME.fullmatch, names)):
             return False
         return self._forget_tombs(space.folder, gone)
-
-    def _drop_description(self, space: _Space) -> bool:
-        """Forget a space that somebody else has cleared."""
-        names = _names(space.folder)
-        if space.described or FILE not in names or any(p.fullmatch(n) for p in _CONTENT for n in names):
-            return False
-        # Whoever has described it just now has put that, too, whether it is listed or not.
-        if _or_none(partial(self._is_there, space.folder, FILE)):
-            return False
-        remove(space.folder / FILE)
-        with contextlib.suppress(OSError):
-            space.folder.rmdir()
-        return True
 
     def _forget_tombs(self, folder: Path, names: list[str]) -> bool:
         kept: set[str] = set()

@@ -6,14 +6,29 @@ import contextlib
 import fcntl
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from actcache.store.files import OPEN_NAME, SEGMENT_NAME, TEMP_NAME, TOMB_NAME, is_ours, log, remove, translated
+from actcache.store.files import (
+    BESIDE_NAME,
+    OPEN_NAME,
+    SEGMENT_NAME,
+    TEMP_NAME,
+    TOMB_NAME,
+    is_ours,
+    log,
+    remove,
+    translated,
+)
 from actcache.store.index import SpaceIndex
 from actcache.store.spaces import FILE, drop_if_empty
-from actcache.store.tombs import count_distinct, is_member, write_tomb
+from actcache.store.spool import bury, discard
+from actcache.store.tombs import count_distinct, is_member
+
+if TYPE_CHECKING:
+    from actcache.store.working_copy import WorkingCopy
 
 Keys = npt.NDArray[np.uint8]
 
@@ -27,6 +42,9 @@ def invalidate(index: SpaceIndex, keys: Keys | None) -> int:
     """
     gone: list[Keys] = []
     for _ in range(_ATTEMPTS):
+        if index.copy is not None:
+            index.copy.pull(index.folder.name)
+            index.copy.spool.republish(index.folder.name)
         index.refresh(force=True)
         with index.lock:
             targets = []
@@ -40,29 +58,45 @@ def invalidate(index: SpaceIndex, keys: Keys | None) -> int:
                     gone.append(info.prompt_key[hit & index.untombed(number)])
         if not targets:
             break
-        for name, found in targets:
-            with translated(index.folder):
-                write_tomb(index.folder, name, found)
+        with translated(index.folder):
+            bury(index.copy, index.folder, targets)
         # Without `keys` only what is there now is meant, not what others go on to write.
         if keys is None:
             keys = np.concatenate([found for _, found in targets])
     return count_distinct(gone)
 
 
-def clear_space(folder: Path) -> None:
+def clear_space(folder: Path, copy: WorkingCopy | None = None) -> None:
     """Delete every file of ours in a space's folder, and the folder when nothing else is in it.
 
-    A file goes only if it carries our name pattern and our header; unfinished files of living writers stay.
+    A file goes only if it carries our name pattern and our header; unfinished files of living writers stay. Of a folder
+    of the working copy `copy` the objects go, too.
     """
     with translated(folder):
+        if copy is not None:
+            _clear_objects(folder, copy)
         # A file that grows may get its final name between the look at the folder and its turn.
-        while _removed(folder):
+        while _removed(folder, copy):
             pass
         # Another process may have written meanwhile; its segment needs the description.
-        drop_if_empty(folder)
+        drop_if_empty(folder, copy)
 
 
-def _removed(folder: Path) -> bool:
+def _clear_objects(folder: Path, copy: WorkingCopy) -> None:
+    """Delete every object of ours of a space, until a listing shows none."""
+    for _ in range(_ATTEMPTS):
+        copy.pull(folder.name)
+        for pattern in (SEGMENT_NAME, TOMB_NAME):
+            with contextlib.suppress(FileNotFoundError):
+                copy.spool.remove_all([path for path in folder.iterdir() if is_ours(path, pattern)])
+        # What others have merged meanwhile was put before what it was made of went.
+        if not copy.pull(folder.name):
+            break
+    for name in copy.spool.foreign(folder.name):
+        log.info("leaving %s in %s: it was not written by actcache", name, copy.backend.url)
+
+
+def _removed(folder: Path, copy: WorkingCopy | None) -> bool:
     """Remove what is ours; whether it must be looked at again."""
     again = False
     try:
@@ -72,14 +106,14 @@ def _removed(folder: Path) -> bool:
     for entry in entries:
         path = folder / entry.name
         if is_ours(path, SEGMENT_NAME) or is_ours(path, TOMB_NAME):
-            remove(path)
+            discard(copy, path)
         elif is_ours(path, OPEN_NAME):
             again |= not remove(path)
         elif OPEN_NAME.fullmatch(entry.name) and not os.path.lexists(path):
             again = True
         elif is_ours(path, TEMP_NAME, may_be_empty=True):
             _remove_unless_locked(path)
-        elif entry.name != FILE:
+        elif entry.name != FILE and not (copy is not None and BESIDE_NAME.fullmatch(entry.name)):
             log.info("leaving %s: it was not written by actcache", path)
     return again
 

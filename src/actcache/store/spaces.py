@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actcache.errors import FormatError, NewerFormatError
 from actcache.store.files import (
@@ -27,6 +27,9 @@ from actcache.store.files import (
 )
 from actcache.store.mapping import Segment
 from actcache.store.records import VERSION, check_version
+
+if TYPE_CHECKING:
+    from actcache.store.working_copy import WorkingCopy
 
 ROOT = "v1"
 FILE = "space.json"
@@ -110,10 +113,11 @@ def write_space(root: Path, info: SpaceInfo) -> None:
         write_all(fd, [data], 0)
 
 
-def drop_if_empty(folder: Path) -> None:
+def drop_if_empty(folder: Path, copy: WorkingCopy | None = None) -> None:
     """Remove the description and the folder of a space that holds no segment; whoever writes to it describes it again.
 
-    Raises OSError where files may not be removed.
+    `copy`: the working copy that the folder is part of, where the objects lie elsewhere. Raises OSError where files may
+    not be removed.
     """
     path = folder / FILE
     if holds_segments(folder):
@@ -121,7 +125,10 @@ def drop_if_empty(folder: Path) -> None:
     described = b""
     if is_ours(path, SPACE_FILE):
         described = _content(path)
-        remove(path)
+        if copy is None:
+            remove(path)
+        else:
+            copy.spool.remove(path)
     try:
         folder.rmdir()
     except OSError:

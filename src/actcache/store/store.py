@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,18 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache import config
-from actcache.errors import FormatError, NotCachedError, ValueOverflowError, did_you_mean, require_choice
+from actcache.errors import FormatError, NotCachedError, did_you_mean, require_choice
 from actcache.store import given, reading, tensors, trimming
 from actcache.store import segment as segments
 from actcache.store.appending import Appender
 from actcache.store.asking import stored
 from actcache.store.backend import CacheBackend
-from actcache.store.casting import Overflow, screened
+from actcache.store.casting import Overflow, fitting, screened
 from actcache.store.catalog import Catalog
 from actcache.store.discovered import CachedPromptInfo, CachedVariant, listed
 from actcache.store.eviction import EvictionReport
-from actcache.store.files import SPACE_NAME, log, require_writable, sweep, translated
+from actcache.store.files import SPACE_NAME, log, require_writable, translated
 from actcache.store.index import SpaceIndex
+from actcache.store.indexes import Indexes
 from actcache.store.locations import Place
 from actcache.store.lookup import Query, locate
 from actcache.store.maintenance import Maintenance
@@ -37,6 +37,7 @@ from actcache.store.records import Records, SegmentInfo
 from actcache.store.reports import CacheInfo, ModelCacheInfo
 from actcache.store.spaces import ROOT, SpaceInfo, read_space, space_id, write_space
 from actcache.store.statistics import Moments
+from actcache.store.uploading import Uploader
 from actcache.store.verification import VerifyReport
 from actcache.store.writer import SegmentWriter
 
@@ -97,11 +98,11 @@ class Store(Maintenance):
         """How many bytes of what lies elsewhere this host keeps (None: no limit), and where that comes from."""
         self.root = self.folder / ROOT
         self._catalog = Catalog(place.index_dir)
-        self._indexes: dict[str, SpaceIndex] = {}
+        self._indexes = Indexes(self.root, self._catalog, self._copy)
+        self._uploader = None if self._copy is None else Uploader(self._copy, self._indexes.of, place.index_dir)
         self._known: dict[str, SpaceInfo] = {}
-        self._lock = threading.Lock()
         # Also at exit, while there still is an interpreter to do it with, and never twice.
-        weakref.finalize(self, _write_reads, self._indexes)
+        weakref.finalize(self, _end, self._indexes, self._uploader)
         _alive.add(self)
 
     def __repr__(self) -> str:
@@ -146,9 +147,15 @@ class Store(Maintenance):
     def append(self, space: str, records: Records | Sequence[Records]) -> SegmentInfo:
         """Store `records` as one segment: durable and visible to everyone when this returns, or not at all.
 
-        Raises DiskFullError or StoreAccessError, naming the folder; nothing stored before is lost. ValueOverflowError
-        when records that were not screened hold what this store's dtype does not.
+        Where the objects lie elsewhere: to this host; it is uploaded within seconds, and by `flush` and `close`. Raises
+        DiskFullError or StoreAccessError, naming the folder; nothing stored before is lost. BackendError when an upload
+        before it failed. ValueOverflowError when records that were not screened hold what this store's dtype does not.
         """
+        if self._uploader is not None:
+            self._uploader.check()
+        return self._append(space, records, linger=True)
+
+    def _append(self, space: str, records: Records | Sequence[Records], *, linger: bool = False) -> SegmentInfo:
         records = self._prepared(space, [records] if isinstance(records, Records) else records)
         index = self._index(space)
         with translated(self.folder):
@@ -156,14 +163,14 @@ class Store(Maintenance):
         # Without its description, which someone may have cleared just now, nobody would find or delete it.
         self._ensure(space)
         index.add(info)
-        if self._copy is not None:
-            self._copy.push(space)
+        if self._uploader is not None:
+            self._uploader.note(space, linger=linger)
         log.info("stored %d prompts, %d bytes, in %s", info.prompts, info.size, index.path(info.name))
         return info
 
     def _prepared(self, space: str, parts: Sequence[Records]) -> list[Records]:
         """`parts` as this store's dtype can hold them; sees to it that the space is described."""
-        records = [part if part.screened else self._fitting(part) for part in parts]
+        records = [part if part.screened else fitting(part, self.dtype.value) for part in parts]
         self._ensure(space)
         return given.in_turn(self._index(space), records)
 
@@ -174,14 +181,6 @@ class Store(Maintenance):
         those with inf or nan. With `allow_inf` nothing is: such values become inf or nan. None when nothing is left.
         """
         return screened(records, self.dtype.value, allow_inf=allow_inf)
-
-    def _fitting(self, records: Records) -> Records:
-        records.check()
-        kept, refused = self.screen(records)
-        if refused or kept is None:
-            more = f" ({len(refused) - 1} more prompts likewise)" if len(refused) > 1 else ""
-            raise ValueOverflowError(f"prompt {refused[0].prompt}, {refused[0]}{more}; allow_inf=True stores it so.")
-        return kept
 
     def _ensure(self, space: str) -> None:
         """space.json of `space`, also when someone cleared the store meanwhile."""
@@ -195,15 +194,11 @@ class Store(Maintenance):
             raise NotCachedError(f"store {self.location} has no space {space!r}: make it with open_space()")
         with translated(self.folder):
             write_space(self.root, self._known[space])
-        if self._copy is not None:
-            self._copy.publish(folder / "space.json")
 
     def _index(self, space: str) -> SpaceIndex:
-        with self._lock:
-            if space not in self._indexes:
-                self._indexes[space] = SpaceIndex(self.root / space, self._catalog, self._copy)
-                sweep(self.root / space)
-            return self._indexes[space]
+        if self._uploader is not None:
+            self._uploader.begin()
+        return self._indexes.of(space)
 
     # -- finding and reading ---------------------------------------------------------------------------
 
@@ -332,9 +327,10 @@ class Store(Maintenance):
     def writer(self, space: str | SpaceInfo, *, max_bytes: int = 64 << 20, linger: float = 0.25) -> SegmentWriter:
         """A `SegmentWriter` for a space: writes in a thread of its own; use it in a ``with`` block."""
         space_id = self._space(space)
+        write = self.append if self._uploader is None else self._append
         appender = Appender(
-            partial(self.append, space_id), partial(self._prepared, space_id), partial(self._index, space_id),
-            self.index_dir,
+            partial(write, space_id), partial(self._prepared, space_id), partial(self._index, space_id),
+            self.index_dir, self._uploader,
         )  # fmt: skip
         return SegmentWriter(appender.append, appender.finish, max_bytes=max_bytes, linger=linger)
 
@@ -345,39 +341,49 @@ class Store(Maintenance):
         for index in list(self._indexes.values()):
             index.refresh(force=True)
 
+    def flush(self) -> None:
+        """Return when all that was stored on this host is uploaded; with files there is nothing to wait for.
+
+        Raises BackendError or StoreAccessError: it stays on this host, and is tried again.
+        """
+        if self._uploader is not None:
+            self._uploader.flush()
+
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except OSError as error:
+            # The caller's own error says more; what was not uploaded stays.
+            if kind is None:
+                raise
+            log.warning("and not everything could be uploaded: %s", error)
 
     def close(self) -> None:
-        """Let go of the index and of mapped segments; placements in use stay readable. Also the end of ``with``.
+        """`flush`, and let go of the index and of mapped segments; placements in use stay readable.
 
-        A store that is used again opens them again.
+        Also the end of ``with``. A store that is used again opens them again.
         """
-        self._let_go()
-        self._catalog.close()
+        try:
+            if self._uploader is not None and self._uploader.has_written:
+                self._uploader.flush()
+        finally:
+            self._let_go()
+            self._catalog.close()
 
     def _let_go(self) -> None:
-        _write_reads(self._indexes)
-        with self._lock:
-            self._indexes.clear()
+        self._indexes.let_go()
         if self._copy is not None:
             self._copy.forget()
 
     def _after_fork(self) -> None:
-        # Another thread of the parent may have held these locks; nobody will release them here.
-        self._lock = threading.Lock()
         self._catalog.after_fork()
-        if self._copy is not None:
+        if self._copy is not None and self._uploader is not None:
             self._copy.after_fork()
-        # What a thread was changing at that moment may be half done: it is built anew.
-        for space, index in list(self._indexes.items()):
-            if index.lock.acquire(blocking=False):
-                index.lock = threading.RLock()
-            else:
-                del self._indexes[space]
+            self._uploader.after_fork()
+        self._indexes.after_fork()
 
 
 _alive: weakref.WeakSet[Store] = weakref.WeakSet()
@@ -388,9 +394,10 @@ def _after_fork() -> None:
         store._after_fork()
 
 
-def _write_reads(indexes: Mapping[str, SpaceIndex]) -> None:
-    for index in list(indexes.values()):
-        index.write_reads()
+def _end(indexes: Indexes, uploader: Uploader | None) -> None:
+    indexes.write_reads()
+    if uploader is not None:
+        uploader.hurry()
 
 
 if hasattr(os, "register_at_fork"):

@@ -24,18 +24,19 @@ from actcache.store.files import (
     TRANSIENT,
     is_ours,
     log,
-    remove,
     sweep,
     translated,
 )
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import Mask
+from actcache.store.locks import LOCK_WAIT_S, exclusive
 from actcache.store.mapping import Segment
-from actcache.store.merging import LOCK_WAIT_S, Overtaken, exclusive, open_source, replace_segments
+from actcache.store.merging import Overtaken, open_source, replace_segments
 from actcache.store.records import SegmentInfo
 from actcache.store.segment import blocks_of, problems_of_keys, rows_of_blocks
 from actcache.store.spaces import FILE, SpaceInfo, holds_segments, read_space, recovered_space, write_space
-from actcache.store.tombs import read_tomb, write_tomb
+from actcache.store.spool import bury, discard
+from actcache.store.tombs import read_tomb
 from actcache.store.working_copy import WorkingCopy
 
 
@@ -242,7 +243,7 @@ class _Space:
             with exclusive(lock_folder, self.folder.name, wait_s=LOCK_WAIT_S), translated(self.folder):
                 self._drop_buried()
                 for path in self.unreadable:
-                    remove(path)
+                    discard(self.index.copy, path)
                 self._rewrite()
                 if self.batches:
                     adopt_now(self.index)
@@ -267,9 +268,9 @@ class _Space:
             if any(keys is None for keys in self.index.tombs_of(info).values()):
                 log.info("repair: removing %s, a tomb of which cannot be read", info.name)
                 if info.name in self.index.opened:
-                    write_tomb(self.folder, info.name, info.prompt_key)
+                    bury(self.index.copy, self.folder, [(info.name, info.prompt_key)])
                 else:
-                    remove(self.index.path(info.name))
+                    discard(self.index.copy, self.index.path(info.name))
                 self.rotten.discard(info.name)
 
     def _rewrite(self) -> None:
@@ -302,10 +303,12 @@ class _Space:
         if repair:
             with translated(self.location):
                 if is_ours(path, SPACE_FILE):
-                    remove(path)
+                    discard(self.index.copy, path)
                 known = known or recovered_space(self.folder)
                 if known is not None and not path.exists():
                     write_space(self.folder.parent, known)
+                    if self.index.copy is not None:
+                        self.index.copy.spool.describe(self.folder)
                     repaired = True
         if not repaired:
             listed = "" if recovered_space(self.folder) else ", but not listed"

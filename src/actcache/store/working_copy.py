@@ -20,10 +20,10 @@ from pathlib import Path
 from actcache.store import mirror
 from actcache.store.backend import CacheBackend
 from actcache.store.fetching import Fetcher
-from actcache.store.files import SEGMENT_NAME, log, remove
-from actcache.store.mapping import Segment
+from actcache.store.files import log, remove
 from actcache.store.pulling import MOST_SMALL, Pull, begin_mirror, bring, same_head
 from actcache.store.spaces import ROOT
+from actcache.store.spool import Spool
 
 # Of the limit so many parts are fetched before anybody looks at what all mirrors take.
 _LOOKS = 16
@@ -54,6 +54,8 @@ class WorkingCopy:
         self.backend, self.local_bytes = backend, local_bytes
         self.folder = usable(folder, backend.url)
         self.root = self.folder / ROOT
+        self.spool = Spool(self)
+        """The way of what is stored here, and of all of it out again."""
         self._fetched: float = math.inf
         self._pulling = threading.Lock()
         self._pulled: dict[str | None, float] = {}
@@ -151,28 +153,6 @@ class WorkingCopy:
             head.discard()
         if not same:
             self.renew(path)
-
-    # -- writing ---------------------------------------------------------------------------------------
-
-    def push(self, space: str) -> None:
-        """Put every segment of `space` that lies here alone."""
-        folder = self.root / space
-        for name in sorted(os.listdir(folder)):
-            if SEGMENT_NAME.fullmatch(name) and not mirror.is_mirror(folder / name):
-                self.publish(folder / name)
-
-    def publish(self, path: Path) -> None:
-        """Put the file at `path`; everybody can read it when this returns."""
-        self.backend.put(self.name_of(path), path)
-        if SEGMENT_NAME.fullmatch(path.name):
-            self.uploaded(path)
-
-    def uploaded(self, path: Path) -> None:
-        """The segment at `path`, all of which is here, was put: from now on it is a mirror."""
-        segment = Segment(path)
-        with self.locked(path.parent.name):
-            said = mirror.Sidecar(segment.info.size, segment.checks.blocks, time.time_ns())
-            mirror.write_sidecar(path, said, whole=True)
 
     # -- beside others ---------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,11 @@ def write_columns(
     block_offset: npt.NDArray[np.int64],
     replaces: Mapping[str, Sequence[str]] | None = None,
     not_before: int = 0,
+    before: Callable[[Path, Path], object] | None = None,
 ) -> SegmentInfo:
     """Write one segment whose data arrives in pieces; memory stays that of prompts, a site's scales and a few blocks.
 
-    `created_ns`: None for now, or `not_before` where that is later.
+    `created_ns`: None for now, or `not_before` where that is later. `before`: as of `atomic_file`.
     `block_offset`: which rows share a scale, int64 ``[blocks + 1]``; only 0 where no column has scales.
     """
     n = len(prompts)
@@ -126,7 +127,7 @@ def write_columns(
     total = max(t.stop for t in placed.values())
     name = f"{uuid.uuid4().hex}.safetensors"
 
-    with atomic_file(folder, name, needed=total) as fd:
+    with atomic_file(folder, name, needed=total, before=before) as fd:
         if created_ns is None:
             # Not before its temporary file tells whoever merges that something is being written.
             now = max(time.time_ns(), not_before)
