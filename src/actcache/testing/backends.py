@@ -265,3 +265,27 @@ class CacheBackendTests:
         from actcache.testing.backend_machine import like_a_dictionary
 
         like_a_dictionary(backend, self.second(backend))
+
+    def test_a_store_lies_there(self, backend: CacheBackend, tmp_path: Path) -> None:
+        import torch
+
+        from actcache.store.spaces import new_space
+        from actcache.store.store import Store
+
+        def host(name: str) -> Store:
+            """The store as a machine of that name has it, which knows nothing of the others."""
+            return Store(self.second(backend), index_dir=tmp_path / name)
+
+        space = new_space("org/model", revision="r1")
+        prompts = [f"prompt {number}" for number in range(60)]
+        values = {site: torch.randn(60, 48) for site in ("resid_post.0", "resid_post.1")}
+        with host("writer") as writer:
+            for part in (slice(0, 40), slice(40, 60)):
+                rows = {site: list(data[part]) for site, data in values.items()}
+                writer.write(space, prompts[part], rows, pooling="last_token")
+        reader = host("reader")
+        order = torch.randperm(60)
+        for site, data in values.items():
+            found = reader.read(space, [prompts[i] for i in order], site, pooling="last_token")
+            assert torch.equal(found, data[order])
+        assert reader.verify().ok
