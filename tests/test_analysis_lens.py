@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +123,22 @@ def test_a_lens_is_shown_with_its_tokens() -> None:
     assert re.match(r"resid_post\.0 +\d\.\d+ +\d\.\d+ +'\d+' 0\.\d+", cache.logit_lens().table(1, 0).splitlines()[2])
     with pytest.raises(LayerRangeError, match="position 3 is out of range: prompt 1 has 3 here"):
         cache.logit_lens().table(1, 3)
+
+
+def test_of_chosen_positions_those_are_counted(tmp_path: Path) -> None:
+    """Which tokens of their prompts they were is not known any more: it must not look as if it were."""
+    model = zoo.model_of("gpt2")
+    _, whole = ac.run_with_cache(model, IDS, sites="resid_post")
+    _, some = ac.run_with_cache(model, IDS, sites="resid_post", positions=[1, 2])
+    lens, all_of = some.logit_lens(), whole.logit_lens()
+    assert lens.kept and lens.positions.tolist() == [[0, 1]] * len(IDS)
+    assert lens.table(1).startswith("prompt 1, kept position 1, behind")
+    assert '"counted":"kept position"' in lens.to_html(tmp_path / "a.html").read_text().replace(": ", ":")
+    assert not all_of.kept and all_of.table(1, 2).startswith("prompt 1, position 2, behind")
+    torch.testing.assert_close(lens.entropy[:, 1], all_of.entropy[:, 1, 1:3])
+    # Positions that are chosen of what was kept whole are the prompt's.
+    picked = whole.logit_lens(pos_slice=[1, 2])
+    assert not picked.kept and picked.positions.tolist() == [[1, 2]] * len(IDS)
 
 
 def test_what_cannot_be_read_is_refused() -> None:

@@ -56,13 +56,14 @@ def test_json_has_every_position(cli: Cli, tmp_path: Path) -> None:
     status, out, err = cli("lens", MODEL, PROMPT, "--store", str(tmp_path / "store"), *arguments)
     assert status == 0, err
     said = json.loads(out)
-    assert (said["model_name"], said["prompt"], said["html"]) == (MODEL, PROMPT, str(page))
+    (one_prompt,) = said["prompts"]
+    assert (said["model_name"], one_prompt["prompt"], said["html"]) == (MODEL, PROMPT, str(page))
     assert (said["site"], said["layers"]) == ("resid_post", [0, 5])
     lens = ac.UnifiedCache(MODEL, cache_pooled=False, compute_perplexity=False, store=tmp_path / "store").logit_lens(
         PROMPT, 2, tokens=" Paris"
     )
-    assert [p["position"] for p in said["positions"]] == list(range(9))
-    for at, position in enumerate(said["positions"]):
+    assert [p["position"] for p in one_prompt["positions"]] == list(range(9))
+    for at, position in enumerate(one_prompt["positions"]):
         assert position["token_id"] == int(lens.input_ids[0, at])
         assert position["token"] == lens.text(position["token_id"])
         for one in position["layers"]:
@@ -83,10 +84,28 @@ def test_other_prompts_and_sites(cli: Cli, tmp_path: Path) -> None:
     status, out, err = cli("lens", MODEL, "[5, 9, 30]", *store, "--json", "--site", "resid_mid")
     assert status == 0, err
     said = json.loads(out)
-    assert said["prompt"] == [5, 9, 30]
+    (one_prompt,) = said["prompts"]
+    assert one_prompt["prompt"] == [5, 9, 30]
     assert said["site"] == "resid_mid"
-    assert [p["token_id"] for p in said["positions"]] == [5, 9, 30]
-    assert said["positions"][0]["layers"][-1]["kl"] > 0
+    assert [p["token_id"] for p in one_prompt["positions"]] == [5, 9, 30]
+    assert one_prompt["positions"][0]["layers"][-1]["kl"] > 0
+
+
+def test_several_prompts_and_those_of_files(cli: Cli, tmp_path: Path) -> None:
+    """Each has what it has alone."""
+    store = ("--store", str(tmp_path / "store"), "--top-k", "2")
+    file, page = tmp_path / "more.txt", tmp_path / "lens.html"
+    file.write_text("Big Ben is in the city of\nThe sky is\n")
+    status, out, err = cli("lens", MODEL, PROMPT, "[5, 9]", "--file", str(file), "--html", str(page), *store)
+    assert status == 0, err
+    parts = out.replace(f"wrote {page}\n", "").rstrip("\n").split("\n\n")
+    for i, prompt in enumerate([PROMPT, "[5, 9]", "Big Ben is in the city of", "The sky is"]):
+        status, alone, _ = cli("lens", MODEL, prompt, *store)
+        assert (status, alone.rstrip("\n")) == (0, parts[i].replace(f"prompt {i},", "prompt 0,"))
+    assert page.read_text(encoding="utf-8").count("<section") == 4
+    found = json.loads(cli("lens", MODEL, "--file", str(file), "--json", *store)[1])
+    assert [p["prompt"] for p in found["prompts"]] == ["Big Ben is in the city of", "The sky is"]
+    assert [len(p["positions"]) for p in found["prompts"]] == [9, 5]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +136,8 @@ def test_mistakes(cli: Cli, tmp_path: Path) -> None:
         ((PROMPT, "--html", str(tmp_path / "none" / "a.html")), 2, "there is no folder"),
         ((PROMPT, "--html", str(tmp_path)), 2, "is a folder: name a file"),
         (("",), 1, "prompt 0 is empty"),
-        ((), 2, "Missing argument 'PROMPT'"),
+        ((), 2, "Missing argument 'PROMPT...'"),
+        (("--file", str(tmp_path / "none.txt")), 2, "does not exist"),
     ):
         found, out, err = cli("lens", MODEL, *arguments, *store)
         assert (found, out) == (status, ""), (arguments, err)

@@ -106,8 +106,17 @@ X = np.zeros((4, 2, 3))
         (np.where(np.arange(4)[:, None, None] == 2, np.nan, X), X, {}, "row 2"),
         (X.astype(str), X, {}, "numbers"),
         (X, X, {"layers": [0]}, "cache="),
+        (["a text"], ["another"], {}, "positive holds texts: pass cache="),
+        (["a"], ["b"], {"cache": "gpt2"}, "cache is 'gpt2': expected an ac.UnifiedCache"),
     ],
 )
 def test_what_does_not_fit_is_said(positive: Any, negative: Any, options: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         ac.mean_difference(positive, negative, **options)
+
+
+def test_no_prompts_have_no_mean(folder: Path, tmp_path: Path) -> None:
+    cache = ac.UnifiedCache(folder, store=tmp_path)
+    with pytest.raises(OptionError, match="negative has no prompts"):
+        ac.mean_difference(["a"], [], cache=cache)
+    assert not cache.model_loaded and not list(tmp_path.rglob("*.safetensors"))

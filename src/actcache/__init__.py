@@ -59,12 +59,16 @@ if TYPE_CHECKING:
         set_cache_backend,
         verify_cache,
     )
+    from actcache.store.discovered import CachedPromptInfo, CachedVariant
+    from actcache.store.eviction import EvictionReport
     from actcache.store.importing import ImportReport, import_arrays
     from actcache.store.lmprobe import import_lmprobe
     from actcache.store.object_backend import ObjectBackend
-    from actcache.store.spaces import new_space
+    from actcache.store.reports import CacheInfo, ModelCacheInfo
+    from actcache.store.spaces import SpaceInfo, new_space
     from actcache.store.store import Store
     from actcache.store.transformer_lens import import_transformer_lens
+    from actcache.store.verification import VerifyReport
     from actcache.store.wrapped_backends import LoggingBackend
     from actcache.unified import UnifiedCache, activations
 
@@ -123,6 +127,13 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "ObjectBackend": ("store.object_backend", "ObjectBackend"),
     "LoggingBackend": ("store.wrapped_backends", "LoggingBackend"),
     "cache_info": ("store.default", "cache_info"),
+    "CachedPromptInfo": ("store.discovered", "CachedPromptInfo"),
+    "CachedVariant": ("store.discovered", "CachedVariant"),
+    "CacheInfo": ("store.reports", "CacheInfo"),
+    "ModelCacheInfo": ("store.reports", "ModelCacheInfo"),
+    "EvictionReport": ("store.eviction", "EvictionReport"),
+    "SpaceInfo": ("store.spaces", "SpaceInfo"),
+    "VerifyReport": ("store.verification", "VerifyReport"),
     "clear_cache": ("store.default", "clear_cache"),
     "evict": ("store.default", "evict"),
     "verify_cache": ("store.default", "verify_cache"),
@@ -151,17 +162,22 @@ __all__ = [
     "ActivationExtractor",
     "AttentionBlocks",
     "CacheBackend",
+    "CacheInfo",
     "CachedExtractor",
     "CachedLogits",
+    "CachedPromptInfo",
+    "CachedVariant",
     "Completion",
     "DatasetMetadata",
     "Entry",
+    "EvictionReport",
     "FullActivationCache",
     "ImportReport",
     "LocalBackend",
     "LoggingBackend",
     "LogitLens",
     "MemoryBackend",
+    "ModelCacheInfo",
     "ObjectBackend",
     "Plan",
     "ProbeReport",
@@ -169,9 +185,11 @@ __all__ = [
     "SavedCache",
     "SelftestReport",
     "Site",
+    "SpaceInfo",
     "Store",
     "UnifiedCache",
     "ValueWithInfo",
+    "VerifyReport",
     "WarmupStats",
     "__version__",
     "ablate",

@@ -53,7 +53,7 @@
     const prompt = data.prompts[shown];
     details.textContent = "";
     const heading = add(details, "h2");
-    heading.append(`layer ${data.layers[l]}, position ${prompt.positions[r]}`);
+    heading.append(`layer ${data.layers[l]}, ${data.counted} ${prompt.positions[r]}`);
     if (prompt.tokens[r] >= 0) {
       heading.append(", behind ");
       add(heading, "bdi", text(prompt.tokens[r]));

@@ -50,7 +50,7 @@ class LogitLens:
         chosen_probabilities: float32 ``[L, B, S, t]``; 0 where a position is padding.
         mask: which positions are real, bool ``[B, S]``.
         positions: which token of its prompt each position is, int64 ``[B, S]``, counted among the real tokens; -1 where
-            it is padding.
+            it is padding. Of a cache that holds chosen positions only (`kept` is True) those are counted.
         input_ids: the token at each position, int64 ``[B, S]`` (the prediction is of what follows it); -1 where it is
             padding or not known.
     """
@@ -66,6 +66,7 @@ class LogitLens:
     mask: Tensor
     positions: Tensor
     input_ids: Tensor
+    kept: bool
     _kl: Tensor | None
     _final: str
     _rows: RowsOf
@@ -86,6 +87,11 @@ class LogitLens:
                 f"in ac.run_with_cache(model, inputs, sites=[..., {self._final!r}])"
             )
         return self._kl
+
+    @property
+    def counted(self) -> str:
+        """What `positions` are numbers of: "position" of the prompt, or "kept position" where some were chosen."""
+        return "kept position" if self.kept else "position"
 
     @property
     def has_kl(self) -> bool:
@@ -154,7 +160,7 @@ class LogitLens:
             return ""
         token = int(self.input_ids[prompt, at])
         behind = "" if token < 0 else f", behind {_shown(self.text(token))}"
-        lines = [f"prompt {prompt}, position {int(self.positions[prompt, at])}{behind}"]
+        lines = [f"prompt {prompt}, {self.counted} {int(self.positions[prompt, at])}{behind}"]
         columns = [("layer", [f"{self.site}.{layer}" for layer in self.layers], "<")]
         columns.append(("entropy", [f"{x:.3f}" for x in self.entropy[:, prompt, at].tolist()], ">"))
         if self._kl is not None:
@@ -230,6 +236,7 @@ def lens_of(
     normalised: bool,
     head: Head,
     load_tokenizer: Callable[[], Any],
+    kept: bool = False,
 ) -> LogitLens:
     """The lens whose predictions `made` has for the real positions, prompt by prompt; see `LogitLens`."""
 
@@ -251,6 +258,7 @@ def lens_of(
         mask=mask,
         positions=positions,
         input_ids=input_ids,
+        kept=kept,
         _kl=None if made.kl is None else spread(made.kl, torch.nan),
         _final=final,
         _rows=rows,

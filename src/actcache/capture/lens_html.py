@@ -31,7 +31,8 @@ def page(lens: LogitLens, prompts: Sequence[int] | None = None, *, title: str | 
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     about = (
-        "Each row is a position of the prompt, each column a layer. A cell has the token that the model would predict "
+        f"Each row is a {'kept position, of those that were chosen' if lens.kept else 'position of the prompt'}"
+        ", each column a layer. A cell has the token that the model would predict "
         "to follow if that layer were its last. Arrow keys move between cells."
     )
     parts = [
@@ -184,6 +185,7 @@ def _data(lens: LogitLens, numbers: list[int]) -> dict[str, Any]:
         )
     return {
         "layers": lens.layers,
+        "counted": lens.counted,
         "vocabulary": lens.vocab_size,
         "chosen": lens.chosen,
         "texts": {str(token): visible(lens.text(token)) for token in sorted(used)},

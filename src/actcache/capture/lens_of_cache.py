@@ -91,6 +91,7 @@ def make_lens(
         normalised=normalised,
         head=head,
         load_tokenizer=load_tokenizer,
+        kept=bool(streams.cache._cut),
     )
 
 

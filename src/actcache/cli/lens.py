@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
 @click.command("lens")
 @click.argument("model")
-@click.argument("prompt")
+@click.argument("texts", metavar="PROMPT...", nargs=-1)
+@click.option(
+    "--file",
+    "files",
+    multiple=True,
+    type=click.Path(allow_dash=True, exists=True, dir_okay=False),
+    help="A file of prompts, as `warmup` takes them; - for standard input; repeatable.",
+)
 @click.option(
     "--position", default=-1, show_default=True, help="Which token's prediction to show, from the end if < 0."
 )
@@ -39,7 +46,8 @@ if TYPE_CHECKING:
 @debug_option
 def command(
     model: str,
-    prompt: str,
+    texts: tuple[str, ...],
+    files: tuple[str, ...],
     position: int,
     top_k: int,
     tokens: tuple[str, ...],
@@ -51,7 +59,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Show what MODEL would predict behind PROMPT if each layer were its last (the logit lens).
+    """Show what MODEL would predict behind each PROMPT if each layer were its last (the logit lens).
 
     KL is that of the final prediction from the layer's, in nats as the entropy; #0 is the rank of the best token.
     PROMPT is text, or JSON: a list of token ids, or of chat messages. The stream of every token is computed once, and
@@ -59,7 +67,7 @@ def command(
     --site decoder.resid_post.
     """
     from actcache.cli.output import console, print_json
-    from actcache.cli.prompts import read_prompt
+    from actcache.cli.prompts import read_prompt, read_prompts
     from actcache.errors import OptionError
     from actcache.model.sites import Site
     from actcache.unified import UnifiedCache
@@ -70,42 +78,48 @@ def command(
         raise OptionError(f"--html {html!r} is a folder: name a file to write.")
     asked = Site.parse(site)
     sites = tuple(dict.fromkeys([site, str(Site("resid_post", stack=asked.stack))]))
-    given = read_prompt(prompt)
+    if not texts and not files:
+        raise click.UsageError("Missing argument 'PROMPT...': give prompts, or --file FILE.")
+    given = [*map(read_prompt, texts), *(read_prompts(files, ()) if files else ())]
     cache = UnifiedCache(
         model, sites=sites, cache_pooled=False, compute_perplexity=False, store=store, batch_size=None, **options
     )
     lens = cache.logit_lens(
-        [given],
+        given,
         top_k,
         layers=None if layers == "all" else layers,
         site=site,
         tokens=list(tokens),
         translators=translators,
     )
-    shown = lens.table(0, position, width=console().width)
+    shown = "\n\n".join(lens.table(i, position, width=console().width) for i in range(len(given)))
     written = None if html is None else lens.to_html(html, title=f"Logit lens of {cache.model_name}")
     if as_json:
-        print_json({"model_name": cache.model_name, "prompt": given, **_plain(lens), "html": written})
+        each = [{"prompt": prompt, "positions": _plain(lens, i)} for i, prompt in enumerate(given)]
+        said = {"model_name": cache.model_name, "site": lens.site, "layers": lens.layers}
+        print_json({**said, "prompts": each, "html": written})
         return
     console().print(shown, markup=False, soft_wrap=True)
     if written is not None:
         console().print(f"wrote {written}", markup=False, soft_wrap=True)
 
 
-def _plain(lens: LogitLens) -> dict[str, Any]:
-    """All that the lens says of its one prompt."""
+def _plain(lens: LogitLens, prompt: int) -> list[dict[str, Any]]:
+    """All that the lens says of a prompt, position by position."""
     positions = []
-    for at in lens.mask[0].nonzero()[:, 0].tolist():
+    for at in lens.mask[prompt].nonzero()[:, 0].tolist():
         layers = []
         for place, layer in enumerate(lens.layers):
-            best = zip(lens.tokens[place, 0, at].tolist(), lens.probabilities[place, 0, at].tolist(), strict=True)
-            chances = lens.chosen_probabilities[place, 0, at].tolist()
-            ranks = lens.chosen_ranks[place, 0, at].tolist()
+            best = zip(
+                lens.tokens[place, prompt, at].tolist(), lens.probabilities[place, prompt, at].tolist(), strict=True
+            )
+            chances = lens.chosen_probabilities[place, prompt, at].tolist()
+            ranks = lens.chosen_ranks[place, prompt, at].tolist()
             layers.append(
                 {
                     "layer": layer,
-                    "entropy": lens.entropy[place, 0, at].item(),
-                    "kl": lens.kl[place, 0, at].item(),
+                    "entropy": lens.entropy[place, prompt, at].item(),
+                    "kl": lens.kl[place, prompt, at].item(),
                     "top": [{"token_id": i, "token": lens.text(i), "probability": p} for i, p in best],
                     "chosen": [
                         {"token_id": i, "token": lens.text(i), "probability": p, "rank": rank}
@@ -113,13 +127,13 @@ def _plain(lens: LogitLens) -> dict[str, Any]:
                     ],
                 }
             )
-        token = int(lens.input_ids[0, at])
+        token = int(lens.input_ids[prompt, at])
         positions.append(
             {
-                "position": int(lens.positions[0, at]),
+                "position": int(lens.positions[prompt, at]),
                 "token_id": token,
                 "token": lens.text(token),
                 "layers": layers,
             }
         )
-    return {"site": lens.site, "layers": lens.layers, "positions": positions}
+    return positions

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,23 @@ _SETTINGS = (
     "max_new_tokens", "min_new_tokens", "do_sample", *_SAMPLING, "repetition_penalty", "no_repeat_ngram_size",
     "num_beams", "length_penalty", "eos_token_id", "seed",
 )  # fmt: skip
+# What a number may be, and in words. transformers notices some of the rest once it generates, and some never.
+_WHOLE: dict[str, tuple[Callable[[int], bool], str]] = {
+    "max_new_tokens": (lambda n: n > 0, "a positive integer"),
+    "min_new_tokens": (lambda n: n >= 0, "an integer, 0 or more"),
+    "top_k": (lambda n: n >= 0, "an integer, 0 (all tokens) or more"),
+    "no_repeat_ngram_size": (lambda n: n >= 0, "an integer, 0 (none) or more"),
+    "num_beams": (lambda n: n > 0, "a positive integer"),
+    "seed": (lambda n: True, "an integer"),
+}
+_REAL: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda x: x > 0, "a number above 0"),
+    "top_p": (lambda x: 0 < x <= 1, "a number above 0, and 1 (all tokens) at most"),
+    "min_p": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    "typical_p": (lambda x: 0 < x <= 1, "a number above 0, and 1 (all tokens) at most"),
+    "repetition_penalty": (lambda x: x > 0, "a number above 0"),
+    "length_penalty": (lambda x: True, "a finite number"),
+}
 # What a setting is that nobody has given: the model's own generation config has no say.
 _NEUTRAL = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
@@ -66,8 +84,8 @@ class Completion:
 def check_settings(given: Any, extractor: Any) -> dict[str, Any]:
     """The settings of a generation, complete: what is stored is stored under them.
 
-    Raises `OptionError` for a setting that is unknown or not plain, for a model that does not continue its prompt, and
-    for edits at positions.
+    Raises `OptionError` for a setting that is unknown or has no such value, for a model that does not continue
+    its prompt, and for edits at positions.
     """
     if not isinstance(given, Mapping):
         raise OptionError(f"generate is {given!r}: expected a dict such as dict(max_new_tokens=20).")
@@ -76,12 +94,12 @@ def check_settings(given: Any, extractor: Any) -> dict[str, Any]:
             raise OptionError(
                 f"generate has no {name!r}: it takes {', '.join(_SETTINGS)}.{did_you_mean(name, _SETTINGS)}"
             )
-        plain = value if isinstance(value, list) else [value]
-        if not all(isinstance(v, int | float) for v in plain):
-            raise OptionError(f"{name} is {value!r} in generate: expected a number.")
-    new = given.get("max_new_tokens")
-    if not isinstance(new, int) or isinstance(new, bool) or new < 1:
-        raise OptionError(f"max_new_tokens is {new!r} in generate: expected a positive integer.")
+        _check_value(name, value, extractor.source.vocab_size)
+    if "max_new_tokens" not in given:
+        raise OptionError("generate has no max_new_tokens: say how many tokens, as in dict(max_new_tokens=20).")
+    least, new = given.get("min_new_tokens", 0), given["max_new_tokens"]
+    if least > new:
+        raise OptionError(f"min_new_tokens is {least} in generate, more than max_new_tokens={new}.")
     useless = [name for name in _SAMPLING if name in given and not given.get("do_sample")]
     if useless:
         raise OptionError(f"{useless[0]} in generate changes nothing without do_sample=True.")
@@ -96,6 +114,26 @@ def check_settings(given: Any, extractor: Any) -> dict[str, Any]:
     if settings["do_sample"]:
         settings.setdefault("seed", 0)
     return settings
+
+
+def _check_value(name: str, value: Any, vocab_size: int | None) -> None:
+    """Raise `OptionError` for a value that a setting cannot have."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if name in _WHOLE:
+        fits, expected = _WHOLE[name]
+        good = whole and fits(value)
+    elif name in _REAL:
+        inside, expected = _REAL[name]
+        good = (whole or isinstance(value, float)) and math.isfinite(value) and inside(value)
+    elif name == "do_sample":
+        good, expected = isinstance(value, bool), "True or False"
+    else:
+        ends = value if isinstance(value, list) else [value]
+        expected = "a token id, or a list of them" + ("" if vocab_size is None else f" (0 to {vocab_size - 1})")
+        most = math.inf if vocab_size is None else vocab_size
+        good = all(isinstance(id_, int) and not isinstance(id_, bool) and 0 <= id_ < most for id_ in ends)
+    if not good:
+        raise OptionError(f"{name} is {value!r} in generate: expected {expected}.")
 
 
 class Completions:

@@ -144,9 +144,11 @@ def compute_results(
     stack = source.stacks[-1]
     site = str(Site("resid_post", source.depth(stack) - 1, stack=stack))
     if site not in cached.extractor.sites:
-        raise OptionError(
-            f"logits follow from {site!r}, which is not among this cache's sites: add the last layer to layers= (-1)."
-        )
+        what = "perplexity follows" if asked.perplexity else "logits follow"
+        remedy = "add the last layer to layers= (-1)"
+        if not any(Site.parse(name).name == "resid_post" for name in cached.extractor.sites):
+            remedy = f"add {str(Site('resid_post', stack=stack))!r} to sites="
+        raise OptionError(f"{what} from {site!r}, which is not among this cache's sites: {remedy}.")
     found = cached.find_results(prompts, asked)
     if asked.perplexity and not found.asked.perplexity:
         raise no_perplexity(source.name)
@@ -165,7 +167,7 @@ def compute_results(
         what = "those of every token" if every else "those of the last token or of every one"
         pooled = ", with cache_pooled=False" if every else ""
         raise NotCachedError(
-            f"{int((~stored).sum())} of {len(stored)} prompts have no {site!r} in the store that this follows from "
+            f"{int((~stored).sum())} of {len(prompts)} prompts have no {site!r} in the store that this follows from "
             f"(it needs {what}): warmup(prompts) of a UnifiedCache with the last layer{pooled} stores it."
         )
     _compute(cached, left, asked, site, layout, batch_size, device)

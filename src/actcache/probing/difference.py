@@ -39,8 +39,10 @@ def mean_difference(
         PromptError, PromptTypeError, PartialWarmupError: as `UnifiedCache.warmup`.
     """
     if cache is not None:
+        if not hasattr(cache, "extractor"):
+            raise OptionError(f"cache is {cache!r:.60}: expected an ac.UnifiedCache.")
         names = _names(cache, site, layers)
-        both = [_prompts(positive), _prompts(negative)]
+        both = [_prompts(positive, "positive"), _prompts(negative, "negative")]
         cache.warmup([prompt for prompts in both for prompt in prompts])
         means = [_mean_of_prompts(cache, prompts, len(names), site, layers) for prompts in both]
     elif site is not None or layers is not None:
@@ -59,6 +61,8 @@ def mean_difference(
 def _given(values: Any, what: str) -> Layers:
     if isinstance(values, Mapping) or not isinstance(values, Sequence):
         return layers_of(values, what)
+    if isinstance(values, str) or any(isinstance(part, str) for part in values):
+        raise OptionError(f"{what} holds texts: pass cache= to have their activations read.")
     parts = [as_array(part) for part in values]
     shapes = {part.shape[1:] for part in parts}
     if len(shapes) != 1 or parts[0].ndim != 3:
@@ -66,8 +70,11 @@ def _given(values: Any, what: str) -> Layers:
     return layers_of(np.concatenate(parts), what)
 
 
-def _prompts(given: Any) -> list[Any]:
-    return [given] if isinstance(given, str) else list(given)
+def _prompts(given: Any, what: str) -> list[Any]:
+    prompts = [given] if isinstance(given, str) else list(given)
+    if not prompts:
+        raise OptionError(f"{what} has no prompts: a mean needs one at least.")
+    return prompts
 
 
 def _names(cache: UnifiedCache, site: str | None, layers: Any) -> list[str]:
