@@ -68,7 +68,9 @@ def test_type_checkers_see_the_same_names() -> None:
             seen[alias.asname or alias.name] = (node.module, alias.name)
     assert sorted(seen) == sorted(ac.__all__) == sorted(ac._PUBLIC)
     for name, (module, attribute) in seen.items():
-        loaded = sys.modules.get(f"{module}.{attribute}") or getattr(__import__(str(module), fromlist=["x"]), attribute)
+        loaded = sys.modules.get(f"{module}.{attribute}") or getattr(
+            __import__(str(module), fromlist=[attribute]), attribute
+        )
         if name not in ROOMS:
             assert getattr(ac, name) is loaded
 
