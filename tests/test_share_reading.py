@@ -130,7 +130,7 @@ def test_layers_and_prompts_that_are_not_there_are_named(tmp_path):
         ac.load_activations(made.folder, prompts=[])
     with pytest.raises(PromptTypeError):
         ac.load_activations(made.folder, prompts=[3])
-    with pytest.raises(PromptError, match="Unicode"):
+    with pytest.raises(NotCachedError):
         ac.load_activations(made.folder, prompts=["\ud800"])
     with pytest.raises(OptionError, match="no site 'attn_out': it has resid_post"):
         ac.load_activations(made.folder, site="attn_out")

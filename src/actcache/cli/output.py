@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,7 @@ def count(number: int, noun: str) -> str:
 
 
 def one_line(text: str, width: int | None = None) -> str:
-    """`text` with line ends made visible, cut to `width` characters."""
-    line = text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+    """`text` with line ends and other control characters made visible, cut to `width` characters."""
+    # What a stranger wrote may hold what moves the cursor or sets the title.
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text.replace("\\", "\\\\"))
     return line if width is None or len(line) <= width else line[: width - 1] + "…"

@@ -68,10 +68,10 @@ class Index:
     def read(self, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
         """Whole columns; texts as dictionaries, so that a text that recurs is in memory once."""
         import pyarrow.parquet as pq
-        import pyarrow.types as types
 
         self._check(names)
-        texts = [name for name in names if types.is_string(self._types[name])]
+        leaves = [self._parquet.metadata.schema.column(i) for name in names for i in self._leaves(name)]
+        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
         self._bytes.prefetch(self._ranges(names))
         file = self._decoded(lambda: pq.ParquetFile(self._bytes, pre_buffer=False, read_dictionary=texts))
         table = self._decoded(lambda: file.read(columns=list(names), use_threads=False))
@@ -145,10 +145,7 @@ class Index:
 
     def _chunks(self, name: str) -> Iterator[tuple[tuple[int, int], int, int]]:
         """Of each part of a column: where its bytes are, its number of values, its size when unpacked."""
-        metadata = self._parquet.metadata
-        paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
-        # Lists have a path below their name.
-        leaves = [number for number, path in enumerate(paths) if f"{path}.".startswith(f"{name}.")]
+        metadata, leaves = self._parquet.metadata, self._leaves(name)
         for group in range(metadata.num_row_groups):
             for number in leaves:
                 chunk = metadata.row_group(group).column(number)
@@ -159,6 +156,11 @@ class Index:
                 if not 0 <= start <= stop <= self._bytes.size or chunk.num_values < 0:
                     raise self.wrong(f"column {name!r} lies outside the file")
                 yield (start, stop), chunk.num_values, chunk.total_uncompressed_size
+
+    def _leaves(self, name: str) -> list[int]:
+        """The numbers of a column in the file: lists have a path below their name."""
+        schema, count = self._parquet.metadata.schema, self._parquet.metadata.num_columns
+        return [number for number in range(count) if f"{schema.column(number).path}.".startswith(f"{name}.")]
 
     def _ranges(self, names: Sequence[str]) -> list[tuple[int, int]]:
         return [place for name in names for place, _, _ in self._chunks(name)]

@@ -12,11 +12,12 @@ import numpy.typing as npt
 
 from actcache.capture.positions import pool_numpy
 from actcache.errors import DatasetLayerError, OptionError, did_you_mean
+from actcache.model.site_list import ranges
 from actcache.model.sites import POOLINGS
 from actcache.progress import progress
 from actcache.share.format import LOGITS, TensorGroup
 from actcache.share.index import Index
-from actcache.share.prompts import find_prompts, label_values, refuse_contradictions
+from actcache.share.prompts import find_prompts, label_values
 from actcache.share.rows import Ints, Runs, every_row, one_row
 from actcache.share.shards import ShardReader
 from actcache.share.source import open_source
@@ -36,7 +37,7 @@ _LARGE = 256 << 20
 def load_activations(
     dataset: str | os.PathLike[str],
     *,
-    prompts: Sequence[str] | str | None = None,
+    prompts: Sequence[Any] | str | None = None,
     layers: int | Sequence[int] | None = None,
     pooling: Pooling = "last_token",
     token: str | bool | None = None,
@@ -88,10 +89,7 @@ def load_activations(
             f"{pooling!r} needs those of every token: pass pooling={group.pooling!r}."
         )
     selection = find_prompts(index, prompts)
-    labels = None
-    if return_labels:
-        refuse_contradictions(index, selection)
-        labels = label_values(index, selection)
+    labels = label_values(index, selection) if return_labels else None
     single = group.pooling is not None or pooling in ("last_token", "first_token")
     runs = one_row(index, group, first=pooling == "first_token") if single else every_row(index, group)
     if selection is not None:
@@ -172,21 +170,12 @@ def _layers(group: TensorGroup, layers: int | Sequence[int] | None, where: str) 
             raise OptionError(f"layers holds {layer!r}: expected block numbers, or None for every layer.")
         if int(layer) not in group.layers:
             # How many layers the model has is not known, so that none can be counted from its end.
-            raise DatasetLayerError(f"{where} has no layer {layer} of {group.site}: it has {_spans(group.layers)}.")
+            raise DatasetLayerError(
+                f"{where} has no layer {layer} of {group.site}: it has {ranges(sorted(group.layers))}."
+            )
     if not asked or len(set(asked)) != len(asked):
         raise OptionError(f"layers is {layers!r}: expected different block numbers, or None for every layer.")
     return [int(layer) for layer in asked]
-
-
-def _spans(numbers: Iterable[int]) -> str:
-    """``0-3, 7``."""
-    spans: list[list[int]] = []
-    for number in sorted(numbers):
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 def _width(reader: ShardReader, layers: Sequence[int], rows: int) -> int:

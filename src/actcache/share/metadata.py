@@ -11,6 +11,7 @@ from actcache.share.format import HIDDEN
 from actcache.share.index import Index
 from actcache.share.prompts import labels_of, texts_of
 from actcache.share.source import open_source
+from actcache.share.values import is_plain, values_of
 
 _PLACES = ("shard_index", "row_offset", "token_offset")
 _RESERVED = (
@@ -31,7 +32,8 @@ class DatasetMetadata:
         tensor_descriptors: what is said of each kind of tensors, by name.
         prompts: the texts, in the order in which `load_activations` returns rows.
         labels: the label of each prompt, None where it has none; None where the dataset has no labels.
-        metadata: other columns of the dataset by name, one value for each prompt.
+        metadata: other columns of the dataset by name, one value for each prompt: numbers, truth values, texts and
+            lists of these.
         provenance: what made the dataset, as it says itself.
         dataset: where it is; `commit`: the commit of the repository that was read, None for a folder.
     """
@@ -67,7 +69,7 @@ def fetch_dataset_metadata(
     index = Index(open_source(repo_id, token=token, revision=revision))
     found = index.description
     hidden = found.tensors.get(HIDDEN)
-    own = [name for name in index.columns if name not in _RESERVED and not name.startswith(_PLACES)]
+    others = [name for name in index.columns if name not in _RESERVED and not name.startswith(_PLACES)]
     provenance = found.metadata.get("provenance")
     return DatasetMetadata(
         model_name=found.model_name,
@@ -77,7 +79,7 @@ def fetch_dataset_metadata(
         tensor_descriptors={name: dict(group.described) for name, group in found.tensors.items()},
         prompts=texts_of(index),
         labels=labels_of(index),
-        metadata={name: values.to_pylist() for name, values in index.read(own).items()} if own else {},
+        metadata={name: values_of(index, name) for name in others if is_plain(index.kind(name))},
         revision=found.revision,
         provenance=provenance if isinstance(provenance, dict) else {},
         dataset=index.source.name,

@@ -1,0 +1,66 @@
+"""`actcache dataset-info`: what a dataset of the Hub or in a folder holds."""
+
+from __future__ import annotations
+
+import click
+
+from actcache.cli.options import debug_option, json_option
+
+
+@click.command("dataset-info")
+@click.argument("repo")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit of the repository.")
+@json_option
+@debug_option
+def command(repo: str, revision: str | None, as_json: bool) -> None:
+    """Say what the dataset REPO holds; only its index is transferred.
+
+    REPO is org/name on the Hub, or a folder, written ./folder. A private one is read with the token of `hf auth login`,
+    or $HF_TOKEN.
+    """
+    from actcache.cli.output import console, one_line, print_json, table
+    from actcache.model.site_list import ranges
+    from actcache.share.metadata import fetch_dataset_metadata
+
+    found = fetch_dataset_metadata(repo, revision=revision)
+    labels = sorted({str(label) for label in found.labels or [] if label is not None})
+    if as_json:
+        print_json(
+            {
+                "dataset": found.dataset,
+                "commit": found.commit,
+                "model_name": found.model_name,
+                "revision": found.revision,
+                "format_version": found.format_version,
+                "num_prompts": found.num_prompts,
+                "available_layers": found.available_layers,
+                "tensors": found.tensor_descriptors,
+                "labels": None if found.labels is None else labels,
+                "columns": list(found.metadata),
+                "provenance": found.provenance,
+            }
+        )
+        return
+    out = console()
+    commit = f" at {found.commit[:12]}" if found.commit else ""
+    out.print(f"{one_line(found.dataset)}{commit}: format {found.format_version}", soft_wrap=True, markup=False)
+    model = one_line(found.model_name or "not said", 200)
+    out.print(f"model    {model}{f' at {found.revision[:12]}' if found.revision else ''}", markup=False)
+    out.print(f"prompts  {found.num_prompts:,}", markup=False)
+    if labels:
+        shown = ", ".join(one_line(label, 30) for label in labels[:10])
+        out.print(f"labels   {shown}{f' and {len(labels) - 10:,} more' if len(labels) > 10 else ''}", markup=False)
+    if found.metadata:
+        out.print(f"columns  {', '.join(one_line(name, 40) for name in found.metadata)}", markup=False)
+    rows = table("tensors", "layers", "width", "rows", "shards", right=("width", "shards"))
+    for name, said in found.tensor_descriptors.items():
+        width = said.get("dim", said.get("k", said.get("num_experts", "")))
+        whole = said.get("storage") == "full_sequence"
+        rows.add_row(
+            one_line(name, 60),
+            ranges(said.get("layers", [])),
+            str(width),
+            "every token" if whole else one_line(f"one per prompt, {said.get('pooling')}", 60),
+            str(len(said["shards"])),
+        )
+    out.print(rows)

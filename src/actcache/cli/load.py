@@ -1,0 +1,156 @@
+"""`actcache load`: activations of a dataset into a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from actcache.cli.options import debug_option, json_option
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+_SUFFIXES = (".safetensors", ".npz")
+
+
+@click.command("load")
+@click.argument("repo")
+@click.option(
+    "--out", required=True, metavar="FILE", type=click.Path(dir_okay=False), help="A .safetensors or .npz file."
+)
+@click.option("--layers", metavar="NUMBERS", default="all", show_default=True, help="all, or numbers such as 0,5.")
+@click.option(
+    "--pooling",
+    metavar="NAME",
+    default="last_token",
+    show_default=True,
+    help="last_token, first_token, mean, max, min; none for every token.",
+)
+@click.option("--prompts", "files", multiple=True, type=click.Path(exists=True, allow_dash=True, dir_okay=False),
+              metavar="FILE", help="Only these prompts, in this order. Text, JSONL or CSV. [default: all]")  # fmt: skip
+@click.option("--column", metavar="NAME", help="Column or field of the prompts' FILE that holds the prompt.")
+@click.option("--site", metavar="NAME", default="resid_post", show_default=True, help="Which site of the dataset.")
+@click.option("--labels/--no-labels", default=True, show_default=True, help="Whether labels go into the file.")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit of the repository.")
+@json_option
+@debug_option
+def command(
+    repo: str,
+    out: str,
+    layers: str,
+    pooling: str,
+    files: tuple[str, ...],
+    column: str | None,
+    site: str,
+    labels: bool,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Write activations of the dataset REPO into a file; only what is asked for is transferred.
+
+    REPO is org/name on the Hub, or a folder, written ./folder. The file has a float32 tensor layer_5 [B, D] for each
+    layer, or with --pooling none [rows, D] and row_offset [B + 1], where prompt i owns the rows row_offset[i] to
+    row_offset[i + 1]. Prompts and labels are in the metadata of a .safetensors file as JSON, and arrays of a .npz file.
+    """
+    from actcache.cli.output import count, print_json, size
+    from actcache.cli.prompts import read_prompts
+    from actcache.share.load import load_activations
+    from actcache.share.metadata import fetch_dataset_metadata
+
+    path = Path(out)
+    if path.suffix not in _SUFFIXES:
+        raise click.UsageError(f"--out {out}: expected a name that ends with {' or '.join(_SUFFIXES)}.")
+    if not path.absolute().parent.is_dir():
+        raise click.UsageError(f"--out {out}: there is no folder {path.parent}.")
+    asked = read_prompts(files, (), column=column) if files else None
+    found = fetch_dataset_metadata(repo, revision=revision)
+    # The same commit, whatever is pushed meanwhile.
+    loaded = load_activations(
+        repo,
+        prompts=asked,
+        layers=_layers(layers),
+        pooling=None if pooling == "none" else pooling,
+        return_labels=labels,
+        site=site,
+        revision=found.commit,
+    )
+    values, given = loaded if labels else (loaded, None)
+    prompts = found.prompts if asked is None else asked
+    arrays = _arrays(values)
+    if path.suffix == ".npz":
+        _write_npz(path, arrays, prompts, given)
+    else:
+        said = {"dataset": found.dataset, "commit": found.commit, "model": found.model_name}
+        _write_safetensors(path, arrays, {**said, "site": site, "pooling": pooling}, prompts, given)
+    written = path.stat().st_size
+    if as_json:
+        shapes = {name: list(array.shape) for name, array in arrays.items()}
+        print_json({"file": path, "prompts": len(prompts), "size_bytes": written, "tensors": shapes})
+        return
+    click.echo(f"{path}: {count(len(prompts), 'prompt')}, {count(len(values), 'layer')}, {size(written)}")
+
+
+def _layers(text: str) -> list[int] | None:
+    if text.strip() == "all":
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"--layers {text!r} is neither all nor numbers like 0,5.") from None
+
+
+def _arrays(values: dict[int, Any]) -> dict[str, npt.NDArray[Any]]:
+    """The tensors of the file: rows of prompts one after the other, and where those of each begin."""
+    import numpy as np
+
+    first = next(iter(values.values()))
+    if not isinstance(first, list):
+        return {f"layer_{layer}": array for layer, array in values.items()}
+    arrays = {f"layer_{layer}": np.concatenate(parts) for layer, parts in values.items()}
+    arrays["row_offset"] = np.cumsum([0, *map(len, first)], dtype=np.int64)
+    return arrays
+
+
+def _write_npz(path: Path, arrays: dict[str, npt.NDArray[Any]], prompts: Any, labels: Any) -> None:
+    import numpy as np
+
+    longest = max(map(len, prompts))
+    if (labels is not None and labels.dtype == object) or 4 * longest * len(prompts) > 1 << 30:
+        raise click.UsageError(
+            f"--out {path}: some prompts have no label, or are very long, which only a .safetensors file holds."
+        )
+    named = {"prompts": np.array(prompts, np.str_), **({} if labels is None else {"labels": labels}), **arrays}
+    with _replaced(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **named)
+
+
+def _write_safetensors(
+    path: Path, arrays: dict[str, npt.NDArray[Any]], said: dict[str, Any], prompts: Any, labels: Any
+) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    metadata = {key: str(value) for key, value in said.items() if value is not None}
+    metadata["prompts"] = json.dumps(prompts, ensure_ascii=False)
+    if labels is not None:
+        metadata["labels"] = json.dumps(labels.tolist(), ensure_ascii=False)
+    with _replaced(path) as temporary:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata)
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """A name beside `path` that takes its place when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

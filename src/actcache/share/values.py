@@ -1,0 +1,83 @@
+"""Columns of an index as numbers and Python values. A text that recurs is one object, however many rows have it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actcache.share.index import Index
+from actcache.share.rows import Ints
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def codes_of(index: Index, name: str) -> tuple[Ints, list[str]]:
+    """A column of texts as numbers, -1 where there is none, and the different texts that they stand for."""
+    if not is_text(index.kind(name)):
+        raise index.wrong(f"column {name!r} holds {index.kind(name)}, expected texts")
+    return _codes(index, name, index.read([name])[name].combine_chunks())
+
+
+def values_of(index: Index, name: str) -> list[Any]:
+    """A column as Python values of their own types, None where there is none."""
+    import pyarrow.types as types
+
+    kind = index.kind(name)
+    column = index.read([name])[name]
+    if is_text(kind):
+        return _shared(*_codes(index, name, column.combine_chunks()))
+    if not (types.is_list(kind) or types.is_large_list(kind)) or not is_text(kind.value_type):
+        return list(column.to_pylist())
+    found: list[Any] = []
+    for chunk in column.chunks:
+        texts = _shared(*_codes(index, name, chunk.flatten()))
+        lengths = chunk.value_lengths().to_pylist()
+        at = 0
+        for length in lengths:
+            found.append(None if length is None else texts[at : at + length])
+            at += length or 0
+    return found
+
+
+def is_plain(kind: pa.DataType) -> bool:
+    """Whether a column is of numbers, truth values, texts or lists of these."""
+    import pyarrow.types as types
+
+    if types.is_list(kind) or types.is_large_list(kind):
+        kind = kind.value_type
+    numbers = types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind) or types.is_null(kind)
+    return bool(numbers) or is_text(kind)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds texts, also where each different one is kept once."""
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(types.is_string(kind) or types.is_large_string(kind))
+
+
+def _codes(index: Index, name: str, column: pa.Array) -> tuple[Ints, list[str]]:
+    import pyarrow.types as types
+
+    encoded = column if types.is_dictionary(column.type) else column.dictionary_encode()
+    # Parts of a dictionary that were joined may hold a text twice.
+    unique = encoded.dictionary.dictionary_encode()
+    codes = _integers(encoded.indices)
+    try:
+        texts: list[str] = unique.dictionary.to_pylist()
+    except UnicodeDecodeError:
+        raise index.wrong(f"column {name!r} holds bytes that are no text") from None
+    return np.where(codes >= 0, _integers(unique.indices)[codes], -1) if texts else codes, texts
+
+
+def _integers(indices: pa.Array) -> npt.NDArray[np.int64]:
+    return np.asarray(indices.fill_null(-1).to_numpy(zero_copy_only=False)).astype(np.int64)
+
+
+def _shared(codes: Ints, texts: list[str]) -> list[str | None]:
+    return [None if code < 0 else texts[code] for code in codes.tolist()]
