@@ -8,6 +8,7 @@ import pytest
 
 import actcache as ac
 from actcache.testing import CacheBackendTests, FaultyBackend
+from servers import S3Server, only_aws
 
 
 class TestLocal(CacheBackendTests):
@@ -30,6 +31,22 @@ class TestObject(CacheBackendTests):
     @pytest.fixture
     def backend(self, bucket: str) -> ac.CacheBackend:
         return ac.ObjectBackend(f"{bucket}/of/this-test")
+
+    def second(self, backend: ac.CacheBackend) -> ac.CacheBackend:
+        return ac.ObjectBackend(backend.url)
+
+
+@pytest.mark.slow
+class TestSwift(CacheBackendTests):
+    """Another server that speaks S3, which holds signatures against what they sign."""
+
+    many = 300
+    examples = 5
+
+    @pytest.fixture
+    def backend(self, swift: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ac.CacheBackend:
+        only_aws(monkeypatch, swift.environment(tmp_path))
+        return ac.ObjectBackend(f"s3://{swift.make_bucket()}/x")
 
     def second(self, backend: ac.CacheBackend) -> ac.CacheBackend:
         return ac.ObjectBackend(backend.url)

@@ -90,7 +90,7 @@ class Clients:
             self._made = {}
 
     def abandon(self) -> None:
-        """In a child, never to free what would end connections of its parent."""
+        """In a child, never to free what threads of its parent were using."""
         never_free(self._made)
 
     def _client(self, use: str, tier: int, limits: Mapping[str, Any], retries: Mapping[str, Any]) -> Any:

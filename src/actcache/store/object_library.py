@@ -2,7 +2,7 @@
 
 It runs its requests in threads of its own, which a forked child does not inherit: there every call would wait for
 ever. A child therefore loads the extension once more from a copy, which has threads and connections of its own, and
-never lets go of what it inherited, since that would end connections of its parent.
+never lets go of what it inherited: that might wait for a lock that one of the lost threads had.
 """
 
 from __future__ import annotations

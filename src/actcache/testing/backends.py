@@ -32,11 +32,13 @@ class CacheBackendTests:
     """Subclass it, and let a fixture `backend` give an empty place. Needs pytest, and hypothesis for one test.
 
     `second` may give another object for the same place. `big`: the bytes of a large object. `many`: how many objects a
-    listing is tried with, more than a page of it has.
+    listing is tried with, more than a page of it has. `examples`: how many sequences of steps are compared with what a
+    dictionary does.
     """
 
     big = 20 << 20
     many = 1100
+    examples = 25
 
     def second(self, backend: CacheBackend) -> CacheBackend:
         """Another object for the place of `backend`, as another process would have it; by default the same."""
@@ -264,7 +266,7 @@ class CacheBackendTests:
         pytest.importorskip("hypothesis")
         from actcache.testing.backend_machine import like_a_dictionary
 
-        like_a_dictionary(backend, self.second(backend))
+        like_a_dictionary(backend, self.second(backend), examples=self.examples)
 
     def test_a_store_lies_there(self, backend: CacheBackend, tmp_path: Path) -> None:
         import torch
@@ -289,3 +291,13 @@ class CacheBackendTests:
             found = reader.read(space, [prompts[i] for i in order], site, pooling="last_token")
             assert torch.equal(found, data[order])
         assert reader.verify().ok
+        assert host("other").invalidate(space, prompts[:7]) == 7
+        reader.refresh()
+        assert reader.contains(space, prompts).tolist() == [False] * 7 + [True] * 53
+        assert torch.equal(
+            host("late").read(space, prompts[7:], "resid_post.1", pooling="last_token"), values["resid_post.1"][7:]
+        )
+        host("last").clear()
+        reader.refresh()
+        assert not reader.contains(space, prompts).any()
+        assert list(backend.list()) == []
