@@ -264,6 +264,8 @@ def test_router_logits_and_other_sites(tmp_path):
     tensors, _ = ac.load_activation_dataset(made.folder, tensors=["router_logits", "attn_out"])
     assert np.array_equal(tensors["router.layer_5"].numpy(), router)
     assert np.array_equal(tensors["attn_out.layer_2"].numpy(), other)
+    routed = ac.load_activations(made.folder, site="router_logits", prompts=[made.texts[9], made.texts[2]])
+    assert np.array_equal(routed[5], router[[9, 2]]), "in the order of the index, whatever its columns say of others"
     found = ac.load_activations(made.folder, site="attn_out", prompts=[made.texts[9], made.texts[2]])
     assert list(found) == [2] and np.array_equal(found[2], other[[9, 2]])
 

@@ -83,7 +83,7 @@ def command(
     )
     values, given = loaded if labels else (loaded, None)
     prompts = found.prompts if asked is None else asked
-    arrays = _arrays(values)
+    arrays = _arrays(values, site)
     if path.suffix == ".npz":
         _write_npz(path, arrays, prompts, given)
     else:
@@ -106,14 +106,15 @@ def _layers(text: str) -> list[int] | None:
         raise click.UsageError(f"--layers {text!r} is neither all nor numbers like 0,5.") from None
 
 
-def _arrays(values: dict[int, Any]) -> dict[str, npt.NDArray[Any]]:
+def _arrays(values: dict[int | None, Any], site: str) -> dict[str, npt.NDArray[Any]]:
     """The tensors of the file: rows of prompts one after the other, and where those of each begin."""
     import numpy as np
 
+    names = {layer: site if layer is None else f"layer_{layer}" for layer in values}
     first = next(iter(values.values()))
     if not isinstance(first, list):
-        return {f"layer_{layer}": array for layer, array in values.items()}
-    arrays = {f"layer_{layer}": np.concatenate(parts) for layer, parts in values.items()}
+        return {names[layer]: array for layer, array in values.items()}
+    arrays = {names[layer]: np.concatenate(parts) for layer, parts in values.items()}
     arrays["row_offset"] = np.cumsum([0, *map(len, first)], dtype=np.int64)
     return arrays
 

@@ -19,6 +19,11 @@ _SMALL = 2**31
 _LARGE = 2**63
 
 
+def is_fixed(name: str) -> bool:
+    """Whether the format has a column of this name: it is no metadata."""
+    return name in _FIXED or name.startswith(_PREFIXES)
+
+
 @dataclass(frozen=True)
 class Column:
     """Values of one column, with the name of their type in Arrow: "int64", "double", "bool", "string", "int32", or
@@ -76,7 +81,7 @@ def metadata_columns(metadata: Any, count: int) -> list[Column]:
     for name in by_name:
         if not isinstance(name, str) or not name or not name.isprintable() or len(name) > 200:
             raise OptionError(f"metadata: {name!r:.60} cannot be the name of a column: expected a plain text.")
-        if name in _FIXED or name.startswith(_PREFIXES):
+        if is_fixed(name):
             raise OptionError(f"metadata: the format has a column {name!r} of its own. Call yours another name.")
     return [_column(name, by_name[name]) for name in sorted(by_name)]
 

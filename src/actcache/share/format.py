@@ -85,13 +85,13 @@ class TensorGroup:
         """The shards with one row per prompt that the index counts, or those with all tokens of theirs."""
         return self.shards[: self.last_token_shards or None]
 
-    def file(self, shard: int, layer: int = 0) -> str:
+    def file(self, shard: int, layer: int | None = None) -> str:
         """The path of a file inside the dataset."""
-        return self.shards[shard].file or expand(self.file_pattern or "", layer, shard)
+        return self.shards[shard].file or expand(self.file_pattern or "", layer or 0, shard)
 
-    def key(self, layer: int) -> str:
+    def key(self, layer: int | None) -> str:
         """The name of a layer's tensor inside a file."""
-        return expand(self.key_pattern or "", layer, 0)
+        return expand(self.key_pattern or "", layer or 0, 0)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from actcache.errors import DatasetLayerError, OptionError, did_you_mean
 from actcache.model.site_list import ranges
 from actcache.model.sites import POOLINGS
 from actcache.progress import progress
-from actcache.share.format import LOGITS, TensorGroup
+from actcache.share.format import TensorGroup
 from actcache.share.index import Index
 from actcache.share.prompts import find_prompts, label_values
 from actcache.share.rows import Ints, Runs, every_row, one_row
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Pooling = str | Callable[[Any], Any] | None
+Layers = Sequence[int | None]
 
 PERPLEXITY = "perplexity"
 _PERPLEXITIES = ("perplexity_mean", "perplexity_min", "perplexity_max")
@@ -52,14 +53,16 @@ def load_activations(
     Only the layers and prompts asked for are transferred, and nothing is left on disk.
 
     Args:
-        prompts: texts; their rows come in this order. None: all, in the order of the dataset's index.
+        prompts: texts (token ids and chats where the dataset has such); their rows come in this order. None: all, in
+            the order of the dataset's index.
         layers: block numbers; None: every layer that the dataset has.
         pooling: how the tokens of a prompt become one vector, computed here where the dataset has full sequences:
             "last_token", "first_token", "mean", "max", "min", or a function of an array ``[T, D]``. None: every token.
         token: a token of the Hub for a private dataset; None: the one that is logged in, False: none.
         return_labels: labels too.
         show_progress: a bar, where standard error is a terminal.
-        site: which site, such as "attn_out", of a dataset that has others than "resid_post".
+        site: which site, such as "attn_out", of a dataset that has others than "resid_post". One that is of no layer is
+            under None.
         revision: a branch, a tag or a commit of the repository.
 
     Returns:
@@ -145,25 +148,27 @@ def load_activation_dataset(
             found[PERPLEXITY] = to_tensor(_perplexity(index))
             continue
         group = groups[name]
-        chosen = _layers(group, layers, index.source.name) if group.layers else [0]
+        chosen = _layers(group, layers if group.layers else None, index.source.name)
         found.update({key: to_tensor(array) for key, array in _all_rows(index, group, chosen).items()})
     return found, dict(index.description.metadata)
 
 
 def _site(index: Index, site: str) -> TensorGroup:
-    sites = {g.site: g for g in index.description.tensors.values() if g.layers and g.key_pattern and g.name != LOGITS}
+    sites = {g.site: g for g in index.description.tensors.values() if g.key_pattern}
     if site not in sites:
         raise OptionError(
-            f"{index.source.name} has no site {site!r}: it has {', '.join(sites) or 'none with layers'}."
+            f"{index.source.name} has no site {site!r}: it has {', '.join(sites) or 'none'}."
             f"{did_you_mean(str(site), sites)}"
         )
     return sites[site]
 
 
-def _layers(group: TensorGroup, layers: int | Sequence[int] | None, where: str) -> list[int]:
-    """Layers of the dataset, in the order asked."""
+def _layers(group: TensorGroup, layers: int | Sequence[int] | None, where: str) -> Layers:
+    """Layers of the dataset, in the order asked; None stands for a site that is of no layer."""
     if layers is None:
-        return list(group.layers)
+        return list(group.layers) or [None]
+    if not group.layers:
+        raise OptionError(f"{group.site} of {where} is of no layer: leave layers out.")
     asked: list[Any] = list(layers) if isinstance(layers, Iterable) else [layers]
     for layer in asked:
         if not hasattr(layer, "__index__") or isinstance(layer, bool):
@@ -178,7 +183,7 @@ def _layers(group: TensorGroup, layers: int | Sequence[int] | None, where: str) 
     return [int(layer) for layer in asked]
 
 
-def _width(reader: ShardReader, layers: Sequence[int], rows: int) -> int:
+def _width(reader: ShardReader, layers: Layers, rows: int) -> int:
     """Numbers in a row. Before much memory is taken every file is looked at."""
     group = reader.group
     first = next((number for number, shard in enumerate(group.shards) if shard.rows), None)
@@ -190,9 +195,7 @@ def _width(reader: ShardReader, layers: Sequence[int], rows: int) -> int:
     return width
 
 
-def _gathered(
-    reader: ShardReader, layers: Sequence[int], runs: Runs, width: int, *, as_dict: bool, pooled: bool
-) -> Any:
+def _gathered(reader: ShardReader, layers: Layers, runs: Runs, width: int, *, as_dict: bool, pooled: bool) -> Any:
     """Rows as they are: one for each prompt, or lists of all of them."""
     rows = int(runs.length.sum())
     arrays, whole = _room(rows, layers, width, as_dict=as_dict)
@@ -203,7 +206,7 @@ def _gathered(
     return {layer: np.split(array, cuts) for layer, array in arrays.items()} if as_dict else np.split(whole, cuts)
 
 
-def _room(rows: int, layers: Sequence[int], width: int, *, as_dict: bool) -> tuple[dict[int, Array], Array]:
+def _room(rows: int, layers: Layers, width: int, *, as_dict: bool) -> tuple[dict[int | None, Array], Array]:
     """An array ``[rows, width]`` for each layer, and where it is not `as_dict` the one that they are parts of."""
     if as_dict:
         return {layer: np.empty((rows, width), np.float32) for layer in layers}, np.empty(0)
@@ -211,14 +214,12 @@ def _room(rows: int, layers: Sequence[int], width: int, *, as_dict: bool) -> tup
     return {layer: whole[:, i] for i, layer in enumerate(layers)}, whole
 
 
-def _reduced(
-    reader: ShardReader, layers: Sequence[int], runs: Runs, width: int, pooling: Pooling, *, as_dict: bool
-) -> Any:
+def _reduced(reader: ShardReader, layers: Layers, runs: Runs, width: int, pooling: Pooling, *, as_dict: bool) -> Any:
     """One vector for each prompt, computed from all its tokens, some prompts at a time."""
     arrays, whole = _room(len(runs), layers, width, as_dict=as_dict)
     batches = _batches(runs, width)
 
-    def pool(layer: int, prompts: Ints) -> None:
+    def pool(layer: int | None, prompts: Ints) -> None:
         part = runs.take(prompts)
         offset = part.row_offset
         rows = np.empty((int(offset[-1]), width), np.float32)
@@ -251,13 +252,13 @@ def _batches(runs: Runs, width: int) -> list[Ints]:
     return [part for part in np.split(order, np.flatnonzero(np.diff(filled)) + 1) if len(part)]
 
 
-def _all_rows(index: Index, group: TensorGroup, layers: Sequence[int]) -> dict[str, Array]:
+def _all_rows(index: Index, group: TensorGroup, layers: Layers) -> dict[str, Array]:
     """Every tensor of a kind, shards one after the other."""
     reader = ShardReader(index.source, group, checked=False)
     filled = [number for number, shard in enumerate(group.shards) if shard.rows]
     rows = np.array([group.shards[number].rows for number in filled], np.int64)
     runs = Runs.of_each(np.array(filled, np.int64), np.zeros_like(rows), rows)
-    keys: dict[int, list[str]] = {}
+    keys: dict[int | None, list[str]] = {}
     for layer in layers:
         named = group.key(layer) if group.key_pattern else None
         keys[layer] = [named] if named else reader.keys(filled[0], layer) if filled else []

@@ -7,17 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from actcache.share.columns import is_fixed
 from actcache.share.format import HIDDEN
 from actcache.share.index import Index
-from actcache.share.prompts import labels_of, texts_of
+from actcache.share.prompts import labels_of, prompts_of
 from actcache.share.source import open_source
 from actcache.share.values import is_plain, values_of
-
-_PLACES = ("shard_index", "row_offset", "token_offset")
-_RESERVED = (
-    "text", "label", "num_tokens", "token_ids", "token_strings", "token_perplexity", "token_shard_ids",
-    "token_shard_offsets", "perplexity_mean", "perplexity_min", "perplexity_max",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,7 @@ class DatasetMetadata:
         num_prompts: how many prompts there are.
         format_version: "1.0", "1.1", "1.2" or "2.0".
         tensor_descriptors: what is said of each kind of tensors, by name.
-        prompts: the texts, in the order in which `load_activations` returns rows.
+        prompts: in the order in which `load_activations` returns rows: texts, token ids or chats, as they were given.
         labels: the label of each prompt, None where it has none; None where the dataset has no labels.
         metadata: other columns of the dataset by name, one value for each prompt: numbers, truth values, texts and
             lists of these.
@@ -43,7 +38,7 @@ class DatasetMetadata:
     num_prompts: int
     format_version: str
     tensor_descriptors: Mapping[str, Mapping[str, Any]]
-    prompts: list[str] = field(repr=False)
+    prompts: list[Any] = field(repr=False)
     labels: list[int | str | None] | None = field(default=None, repr=False)
     metadata: Mapping[str, list[Any]] = field(default_factory=dict, repr=False)
     revision: str | None = None
@@ -69,7 +64,7 @@ def fetch_dataset_metadata(
     index = Index(open_source(repo_id, token=token, revision=revision))
     found = index.description
     hidden = found.tensors.get(HIDDEN)
-    others = [name for name in index.columns if name not in _RESERVED and not name.startswith(_PLACES)]
+    others = [name for name in index.columns if not is_fixed(name)]
     provenance = found.metadata.get("provenance")
     return DatasetMetadata(
         model_name=found.model_name,
@@ -77,7 +72,7 @@ def fetch_dataset_metadata(
         num_prompts=index.num_rows,
         format_version=found.version,
         tensor_descriptors={name: dict(group.described) for name, group in found.tensors.items()},
-        prompts=texts_of(index),
+        prompts=prompts_of(index),
         labels=labels_of(index),
         metadata={name: values_of(index, name) for name in others if is_plain(index.kind(name))},
         revision=found.revision,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +12,13 @@ import numpy.typing as npt
 
 from actcache.errors import DatasetFormatError, NotCachedError, PromptError, PromptTypeError, did_you_mean
 from actcache.share.index import Index
+from actcache.share.ours import KIND, KINDS
 from actcache.share.rows import Ints
 from actcache.share.values import codes_of, is_text, values_of
+from actcache.store.prompts import TEXT
+from actcache.store.tensors import kind_of
 
-TEXT, LABEL = "text", "label"
+TEXTS, LABEL = "text", "label"
 _FEW = 5_000
 _LONG = 1 << 28
 
@@ -28,24 +33,46 @@ def find_prompts(index: Index, prompts: Sequence[Any] | str | None) -> Ints | No
     asked = [prompts] if isinstance(prompts, str) else list(prompts)
     if not asked:
         raise PromptError("the list of prompts is empty: expected at least one, or None for all of the dataset.")
-    for number, prompt in enumerate(asked):
-        if not isinstance(prompt, str):
-            raise PromptTypeError(f"prompt {number} is a {type(prompt).__name__}: a dataset is asked for texts.")
-    codes, texts = _texts(index)
+    wanted = [_key(prompt, number) for number, prompt in enumerate(asked)]
+    codes, prompts_there = _prompts(index)
     different, first = np.unique(codes, return_index=True)
-    row_of = {texts[code]: row for code, row in zip(different.tolist(), first.tolist(), strict=True)}
-    absent = [text for text in asked if text not in row_of]
+    row_of = {prompts_there[code]: row for code, row in zip(different.tolist(), first.tolist(), strict=True)}
+    absent = [number for number, key in enumerate(wanted) if key not in row_of]
     if absent:
-        near = did_you_mean(absent[0], row_of) if len(row_of) <= _FEW and len(absent[0]) <= 1000 else ""
+        text = wanted[absent[0]][1]
+        known = [text for _, text in row_of] if len(row_of) <= _FEW and len(text) <= 1000 else []
         more = f", nor {len(absent) - 1:,} more of the {len(asked):,} asked for" if len(absent) > 1 else ""
-        raise NotCachedError(f"{index.source.name} has no prompt {absent[0]!r:.200}{more}.{near[:300]}")
-    return np.array([row_of[text] for text in asked], np.int64)
+        near = did_you_mean(text, known)[:300]
+        raise NotCachedError(f"{index.source.name} has no prompt {asked[absent[0]]!r:.200}{more}.{near}")
+    return np.array([row_of[key] for key in wanted], np.int64)
 
 
-def texts_of(index: Index) -> list[str]:
-    """The prompts of a dataset in the order of its index."""
-    codes, texts = _texts(index)
-    return [texts[code] for code in codes.tolist()]
+def prompts_of(index: Index) -> list[Any]:
+    """The prompts of a dataset in the order of its index: texts, token ids or chats."""
+    codes, there = _prompts(index)
+    values = [text if kind == TEXT else _parsed(index, kind, text) for kind, text in there]
+    return [values[code] for code in codes.tolist()]
+
+
+def _key(prompt: Any, number: int) -> tuple[int, str]:
+    """Kind and text of a prompt, as they stand in an index."""
+    kind, text = kind_of(prompt, number)
+    if text is None:
+        try:
+            text = json.dumps([operator.index(token) for token in prompt])
+        except TypeError:
+            raise PromptTypeError(f"prompt {number} is no list of token ids, nor a text, nor a chat.") from None
+    return kind, text
+
+
+def _parsed(index: Index, kind: int, text: str) -> Any:
+    try:
+        value = json.loads(text)
+        if (kind_of(value)[0], _key(value, 0)[1]) == (kind, text):
+            return value
+    except (ValueError, TypeError, RecursionError):
+        pass
+    raise index.wrong(f"{text!r:.80} is no prompt of the kind {KINDS[kind]!r}")
 
 
 def labels_of(index: Index) -> list[int | str | None] | None:
@@ -85,21 +112,35 @@ def label_values(index: Index, selection: Ints | None) -> npt.NDArray[Any] | Non
 
 
 def _refuse_contradictions(index: Index, labels: list[int | str | None], selection: Ints | None) -> None:
-    codes, texts = _texts(index)
+    codes, there = _prompts(index)
     asked = None if selection is None else set(codes[selection].tolist())
     first: dict[int, int] = {}
     for row, code in enumerate(codes.tolist()):
         before = first.setdefault(code, row)
         if labels[before] != labels[row] and (asked is None or code in asked):
             raise DatasetFormatError(
-                f"{index.source.name} has prompt {texts[code]!r:.80} with two labels, {labels[before]!r:.40} in row "
+                f"{index.source.name} has prompt {there[code][1]!r:.80} with two labels, {labels[before]!r:.40} in row "
                 f"{before} and {labels[row]!r:.40} in row {row}: labels cannot be told (return_labels=False)."
             )
 
 
-def _texts(index: Index) -> tuple[Ints, list[str]]:
-    codes, texts = codes_of(index, TEXT)
+def _prompts(index: Index) -> tuple[Ints, list[tuple[int, str]]]:
+    """Which of the different prompts, kind and text each, every row is of."""
+    codes, texts = _codes(index, TEXTS)
+    if KIND not in index.columns:
+        return codes, [(TEXT, text) for text in texts]
+    which, names = _codes(index, KIND)
+    unknown = sorted(set(names) - set(KINDS))
+    if unknown:
+        raise index.wrong(f"column {KIND!r} names the kind {unknown[0]!r:.60}: expected {', '.join(KINDS)}")
+    pairs, found = np.unique(codes * len(names) + which, return_inverse=True)
+    kinds = [KINDS.index(name) for name in names]
+    return found, [(kinds[pair % len(names)], texts[pair // len(names)]) for pair in pairs.tolist()]
+
+
+def _codes(index: Index, name: str) -> tuple[Ints, list[str]]:
+    codes, texts = codes_of(index, name)
     absent = int((codes < 0).sum())
     if absent:
-        raise index.wrong(f"column {TEXT!r} has no value for {absent:,} prompts")
+        raise index.wrong(f"column {name!r} has no value for {absent:,} prompts")
     return codes, texts

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import DatasetFormatError
-from actcache.share.format import INDEX, LOGITS, TensorGroup
+from actcache.share.format import INDEX, LOGITS, ROUTER, TensorGroup
 from actcache.share.index import Index
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ def one_row(index: Index, group: TensorGroup, *, first: bool = False) -> Runs:
         at = every.offset[:-1] if first else every.offset[1:] - 1
         start = every.start[at] + (0 if first else every.length[at] - 1)
         return Runs.of_each(every.shard[at], start, np.ones(len(at), np.int64))
+    if group.name == ROUTER:
+        # No column says where these are: they lie in the order of the index.
+        counts = np.array([shard.prompts for shard in group.shards], np.int64)
+        return Runs.of_each(np.repeat(np.arange(len(counts)), counts), _within(counts), np.ones(counts.sum(), np.int64))
     shard, row = _columns(index, _place_columns(index, group))
     _check(group, shard, row, np.ones(len(row), np.int64), len(group.placed))
     return Runs.of_each(shard, row, np.ones(len(row), np.int64))

@@ -87,33 +87,33 @@ class ShardReader:
         self._headers: dict[str, dict[str, container.Tensor]] = {}
         self._stop = threading.Event()
 
-    def keys(self, shard: int, layer: int = 0) -> list[str]:
+    def keys(self, shard: int, layer: int | None = None) -> list[str]:
         """The names of all tensors of a file."""
         return sorted(self._header(self.group.file(shard, layer)))
 
-    def placed(self, shard: int, layer: int, key: str) -> Placed:
+    def placed(self, shard: int, layer: int | None, key: str) -> Placed:
         """Where a tensor is in its file, which must be what the dataset says of it."""
         path = self.group.file(shard, layer)
         return self._placed(path, shard, key, self._header(path))
 
-    def verify(self, layers: Iterable[int], keys: Callable[[int], Sequence[str]]) -> None:
+    def verify(self, layers: Iterable[int | None], keys: Callable[[int | None], Sequence[str]]) -> None:
         """Check the header of every file; `DatasetFormatError` where one is not what the dataset says."""
         filled = [number for number, shard in enumerate(self.group.shards) if shard.rows]
         self.run([partial(self.placed, s, layer, key) for layer in layers for key in keys(layer) for s in filled])
 
-    def read(self, runs: Runs, into: Iterable[tuple[int, str, Array]]) -> None:
+    def read(self, runs: Runs, into: Iterable[tuple[int | None, str, Array]]) -> None:
         """Fill arrays ``[rows, D]`` with the rows of `runs`, one after the other; `into`: layer, key, array."""
         rest: list[_Job] = []
         self.run([partial(self._whole, job, rest) for job in self._jobs(runs, list(into))])
         self.run([work for job in rest for work in self._parts(job)])
 
-    def read_here(self, runs: Runs, layer: int, key: str, into: Array) -> None:
+    def read_here(self, runs: Runs, layer: int | None, key: str, into: Array) -> None:
         """The same of one tensor, in the thread that asks for it."""
         for job in self._jobs(runs, [(layer, key, into)]):
             for work in self._parts(job):
                 work()
 
-    def _jobs(self, runs: Runs, into: Sequence[tuple[int, str, Array]]) -> list[_Job]:
+    def _jobs(self, runs: Runs, into: Sequence[tuple[int | None, str, Array]]) -> list[_Job]:
         """What is wanted of each file."""
         shard, row = runs.rows()
         order = np.lexsort((row, shard))
