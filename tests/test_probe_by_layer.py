@@ -132,12 +132,18 @@ def test_the_interval_covers_what_it_promises(within: float) -> None:
 def test_the_table_says_what_the_numbers_are_held_against() -> None:
     report = ac.probe_by_layer(X, Y, GROUPS)
     assert repr(report) == report.table()
-    first, head, *lines = report.table().splitlines()
+    first, head, *lines, last = report.table().splitlines()
     assert first.startswith("120 examples of 24 groups, 3 classes, 5 folds; ")
     assert head.split() == ["layer", "accuracy", "95", "%", "interval", "shuffled"]
     assert [line.split()[0] for line in lines] == ["0", "1", "2"]
     assert [line.endswith("best") for line in lines] == [False, True, False]
     assert f"{report.accuracy[1]:.3f}" in lines[1]
+    # The best of many layers is good on noise, too.
+    assert report.shuffled is not None
+    by_chance = f"with shuffled labels the best has {report.shuffled.max():.3f}"
+    assert last == f"the best of 3 was chosen by these examples: measure it on others; {by_chance}"
+    alone = ac.probe_by_layer(X[:, 1:2], Y, GROUPS, shuffles=0).table().splitlines()
+    assert len(alone) == 3 and "chosen" not in alone[-1]
 
 
 def test_probes_that_do_not_converge_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,13 @@ class ProbeReport:
             rows.append([*row, ", ".join(notes)])
         widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
         lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if len(self.layers) > 1:
+            by_chance = (
+                "" if self.shuffled is None else f"; with shuffled labels the best has {self.shuffled.max():.3f}"
+            )
+            lines.append(
+                f"the best of {len(self.layers)} was chosen by these examples: measure it on others{by_chance}"
+            )
         grouped = "" if self.groups is None else f" of {self.groups} groups"
         return "\n".join(
             [
