@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import signal
@@ -59,7 +60,8 @@ class Client:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise ClientError("Ended", f"the process ended with {self.process.wait(30)}", self.log)
+            self.close()
+            raise ClientError("Ended", f"the process ended with {self.process.returncode}", self.log)
         answer = json.loads(line)
         if "error" in answer:
             raise ClientError(answer["error"], answer["message"], answer["trace"])
@@ -71,7 +73,8 @@ class Client:
 
     def close(self) -> None:
         for stream in (self.process.stdin, self.process.stdout):
-            stream.close()
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
         self.process.wait(30)
 
     def __enter__(self) -> Client:

@@ -55,7 +55,7 @@ class Fault:
         lose_answer: what was asked is done, and the connection breaks before a word of it.
         delay: seconds before anything is done.
         rate: bytes per second of both bodies.
-        then: called when it strikes, before anything else.
+        then: called when it strikes: before anything else, and of a lost answer when what was asked is done.
     """
 
     method: str = ""
@@ -148,7 +148,7 @@ class Exchange(BaseHTTPRequestHandler):
         fault = self.fault
         if fault is None:
             return
-        if fault.then is not None:
+        if fault.then is not None and not fault.lose_answer:
             fault.then()
         time.sleep(fault.delay)
         if fault.status is not None:
@@ -251,6 +251,8 @@ class Exchange(BaseHTTPRequestHandler):
     def answer_bytes(self, status: int, body: Any, size: int, headers: Mapping[str, str]) -> None:
         fault = self.fault
         if fault is not None and fault.lose_answer:
+            if fault.then is not None:
+                fault.then()
             raise _Broken
         self.request_log.status = status
         self.send_response(status)
