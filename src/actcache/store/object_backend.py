@@ -292,7 +292,7 @@ class ObjectBackend(CacheBackend):
     def _refuse(self, verb: str, name: str, failure: Failure) -> NoReturn:
         reason = self._shown(failure)
         aws = self._place()
-        if failure.meaning is Meaning.ABSENT and verb != "list":
+        if failure.meaning is Meaning.ABSENT and verb not in ("list", "put"):
             raise FileNotFoundError(f"{self.url} has no object {name}")
         if failure.meaning in (Meaning.NO_BUCKET, Meaning.ABSENT):
             raise BackendError(
