@@ -13,9 +13,9 @@ from actcache import config
 from actcache.model import host_memo
 from actcache.store import default
 from cli_helpers import Cli, command
-from servers import bucket, moto, swift
+from servers import anywhere, bucket, moto, server, swift
 
-__all__ = ["bucket", "moto", "swift"]
+__all__ = ["anywhere", "bucket", "moto", "server", "swift"]
 
 # Before anything imports huggingface_hub, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"

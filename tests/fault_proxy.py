@@ -35,8 +35,9 @@ class Fault:
     """One way to fail, and which requests do.
 
     `way`: ``slow_down`` (503), ``error`` (500), ``missing`` (404), ``deny`` (403); ``cut``: the connection is reset in
-    the middle of the body; ``lose``: the server does what it is asked to, and the connection is reset without an
-    answer; ``stall``: nothing comes for `seconds` in the middle of the body; ``stale``: a listing is answered as it was
+    the middle of the body that is sent, or else of the answer's, or before the answer; ``lose``: the server does what
+    it is asked to, and the connection is reset without an answer; ``stall``: nothing comes for `seconds` where ``cut``
+    would reset the connection; ``stale``: a listing is answered as it was
     the last time before; ``spoil``: one bit of
     the body is wrong, of what is sent as of what is answered.
 
@@ -195,8 +196,10 @@ class _Handler(BaseHTTPRequestHandler):
             if kind == "list" and way != "stale":
                 proxy.listings[self.path] = status, headers, answer
         request.status = status
-        if way == "lose":
+        if way == "lose" or (way == "cut" and not answer):
             return self._reset()
+        if fault and way == "stall" and not size and not answer:
+            proxy.over.wait(fault.seconds)
         request.received = len(answer)
         if way == "spoil" and answer and status < 300:
             answer = _spoilt(answer)
@@ -213,8 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(answer[:half])
         if way == "cut":
             return self._reset()
-        assert fault is not None
-        if not size:
+        if fault and not size and answer:
             proxy.over.wait(fault.seconds)
         self.wfile.write(answer[half:])
         return None

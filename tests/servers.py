@@ -133,3 +133,18 @@ def bucket(moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> s
     """The URL of a new bucket of moto's server; the environment says how to reach it."""
     only_aws(monkeypatch, moto.environment(tmp_path))
     return f"s3://{moto.make_bucket()}"
+
+
+@pytest.fixture(params=["moto", pytest.param("swift", marks=pytest.mark.slow)])
+def server(request: pytest.FixtureRequest) -> S3Server:
+    """moto, and in slow tests OpenStack Swift."""
+    found = request.getfixturevalue(request.param)
+    assert isinstance(found, S3Server)
+    return found
+
+
+@pytest.fixture
+def anywhere(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a place in a new bucket of each `server`; the environment says how to reach it."""
+    only_aws(monkeypatch, server.environment(tmp_path))
+    return f"s3://{server.make_bucket()}/lab/set-1"

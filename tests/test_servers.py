@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 from fault_proxy import SIGNED, Fault, FaultProxy
-from servers import S3Server, moto, swift  # noqa: F401
+from servers import S3Server
 
 
 @pytest.fixture
-def proxy(moto: S3Server) -> Iterator[FaultProxy]:  # noqa: F811
+def proxy(moto: S3Server) -> Iterator[FaultProxy]:
     with FaultProxy(moto.endpoint) as proxy:
         yield proxy
 
 
 @pytest.fixture
-def path(moto: S3Server) -> str:  # noqa: F811
+def path(moto: S3Server) -> str:
     """The path of an object of 1,000 bytes, in a bucket of its own."""
     bucket = moto.make_bucket()
     moto.client().put_object(Bucket=bucket, Key="v1/a/b", Body=bytes(1000))
@@ -69,7 +69,7 @@ def test_refusals_come_when_they_are_due(proxy: FaultProxy, path: str, way: str,
     assert ask(proxy, "GET", path)[0] == 200
 
 
-def test_a_share_of_requests_fails_and_the_same_ones_again(moto: S3Server, path: str) -> None:  # noqa: F811
+def test_a_share_of_requests_fails_and_the_same_ones_again(moto: S3Server, path: str) -> None:
     seen = []
     for seed in (1, 1, 2):
         with FaultProxy(moto.endpoint, seed=seed) as proxy:
@@ -114,7 +114,7 @@ def test_a_stale_listing_is_the_one_before(proxy: FaultProxy, path: str) -> None
     assert b"v1/a/b2" in ask(proxy, "GET", listing)[1]
 
 
-def test_a_public_bucket_is_read_without_a_signature_only(moto: S3Server, path: str) -> None:  # noqa: F811
+def test_a_public_bucket_is_read_without_a_signature_only(moto: S3Server, path: str) -> None:
     with FaultProxy(moto.endpoint, public=True) as proxy:
         assert ask(proxy, "GET", path, signed=False)[0] == 200
         assert ask(proxy, "GET", path)[0] == 403
@@ -131,7 +131,7 @@ def refused(call: Any) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("proxied", [False, True])
-def test_swift_checks_signatures(swift: S3Server, proxied: bool) -> None:  # noqa: F811
+def test_swift_checks_signatures(swift: S3Server, proxied: bool) -> None:
     with FaultProxy(swift.endpoint) as proxy:
         there = replace(swift, endpoint=proxy.url) if proxied else swift
         bucket, client = there.make_bucket(), there.client()

@@ -1,0 +1,43 @@
+"""What tests of stores in buckets share; imports no torch, for processes that start often."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from actcache.store.store import Store
+
+LABEL = {"model_name": "org/model", "revision": "r1", "dtype": "float32"}
+
+Machine = Callable[[str], tuple[Store, str]]
+"""Opens the same bucket as another machine does, by the name of the machine."""
+
+
+def opened(location: Any, index: Path) -> tuple[Store, str]:
+    """The store there, as a machine sees it that keeps what is its own in `index`, and its one space."""
+    store = Store(location, index_dir=index)
+    return store, store.open_space({"weights": "abc"}, LABEL)
+
+
+def split(url: str) -> tuple[str, str]:
+    """Bucket and prefix."""
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    return bucket, prefix
+
+
+def client() -> Any:
+    """botocore's client, as the environment says."""
+    from servers import S3Server
+
+    return S3Server(
+        os.environ["AWS_ENDPOINT_URL"], os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
+    ).client()
+
+
+def objects(url: str) -> dict[str, int]:
+    """Names below the place of a store, and sizes."""
+    bucket, prefix = split(url)
+    found = client().list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])
+    return {entry["Key"].removeprefix(prefix).lstrip("/"): entry["Size"] for entry in found}
