@@ -20,7 +20,7 @@ from actcache.store.backend import MemoryBackend
 from actcache.store.records import Records
 from actcache.store.store import Store
 from elsewhere import Folder, Watched, failing, machine, objects
-from store_helpers import check_pooled, in_child, make_table, pooled, segment_files, wait_for
+from store_helpers import check_pooled, growing_writer, in_child, make_table, pooled, segment_files, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +102,8 @@ from store_helpers import pooled
 store, space = machine(Folder(Path(sys.argv[1]) / "objects"), Path(sys.argv[1]) / "a")
 for i in range(5):
     store.append(space, pooled([i]))
+    # Of another kind, and so an object of its own.
+    store.append(space, pooled([i], sites=["embed"]))
 with store.writer(space) as writer:
     for i in range(5, 9):
         writer.put(pooled([i]))
@@ -120,7 +122,9 @@ def test_the_end_of_the_process_uploads(tmp_path: Path, more: list[str]) -> None
         timeout=60,
     )
     assert ran.stderr.strip() == ("left in the middle" if more else "")
-    assert seen(Folder(tmp_path / "objects"), tmp_path / "b", range(9)) == [True] * 9
+    backend = Folder(tmp_path / "objects")
+    assert seen(backend, tmp_path / "b", range(9)) == [True] * 9
+    assert len(objects(backend)) == 2
 
 
 def test_an_error_of_an_upload_is_told_and_loses_nothing(tmp_path: Path) -> None:
@@ -354,4 +358,45 @@ def test_a_forked_child_leaves_what_waits_to_its_parent(tmp_path: Path) -> None:
 
     assert wait_for(in_child(child)) == 0
     store.flush()
+    assert seen(backend, tmp_path / "b", [1, 2]) == [True, True]
+
+
+def test_a_mirror_that_lost_what_tells_it_from_what_is_here_alone_is_not_uploaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is full of holes: under its name lies the object that they are holes of."""
+    backend = Watched(MemoryBackend())
+    store, space = machine(backend, tmp_path / "a")
+    store.append(space, large(range(2000)))
+    store.flush()
+    other, _ = machine(backend, tmp_path / "b")
+    assert other.contains(space, make_table(range(2000))).all()
+    (path,) = segment_files(other, space)
+    path.with_suffix(".have").unlink()
+    other.close()
+    backend.calls.clear()
+    again, _ = machine(backend, tmp_path / "b")
+    with caplog.at_level(logging.WARNING, "actcache.store"):
+        again.flush()
+    assert backend.count("put", ".safetensors") == 0
+    assert "not uploaded" in caplog.text
+    reader, _ = machine(backend, tmp_path / "c")
+    assert reader.verify().damaged == []
+
+
+def test_a_process_that_only_reads_uploads_what_another_has_left(tmp_path: Path) -> None:
+    def child() -> None:
+        store, space = machine(backend, tmp_path / "a")
+        store.append(space, pooled([1]))
+        grown = growing_writer(store, space)
+        grown.append([pooled([2])])
+
+    backend = Folder(tmp_path / "objects")
+    # It ends without any of its own exit handlers, as one that is killed.
+    assert wait_for(in_child(child)) == 0
+    assert objects(backend) == []
+    store, space = machine(backend, tmp_path / "a")
+    assert check_pooled(store, space, [1, 2]).all()
+    assert soon(lambda: objects(backend))
+    assert soon(lambda: not [f for f in (store.root / space).iterdir() if f.suffix in (".sent", ".open")])
     assert seen(backend, tmp_path / "b", [1, 2]) == [True, True]

@@ -1,10 +1,11 @@
-"""Locks between the processes of a host: of a space, and of single files."""
+"""Locks between the processes of a host: of a space, and of single files. And whether this one is ending."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,11 @@ LOCK_WAIT_S = 60.0
 
 _LOOK_S = 0.02
 _held: set[int] = set()
+
+
+def is_ending() -> bool:
+    """Whether the interpreter is ending, and starts no threads any more."""
+    return not threading.main_thread().is_alive()
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from actcache.store.files import (
     sync_folder,
     write_all,
 )
+from actcache.store.locks import is_ending
 from actcache.store.mapping import Segment
 from actcache.store.records import BLOCK, INDEX_TENSORS
 from actcache.store.spaces import ROOT
@@ -194,7 +195,7 @@ class Pull:
 
     def _together(self, jobs: Sequence[Callable[[], object]]) -> list[object]:
         """What each of `jobs` gives, several at a time; None for what is gone."""
-        if len(jobs) < 2:
+        if len(jobs) < 2 or is_ending():
             return [_or_none(job) for job in jobs]
         done: list[object] = []
         with ThreadPoolExecutor(min(len(jobs), max(1, int(self.copy.backend.concurrency)))) as pool:

@@ -19,7 +19,7 @@ from actcache.errors import BackendError, FormatError, StoreAccessError
 from actcache.store.backend import ObjectInfo
 from actcache.store.files import OPEN_NAME, SEGMENT_NAME, SPACE_FILE, TOMB_NAME, log, named, remove
 from actcache.store.graves import Graves, dead
-from actcache.store.locks import claim
+from actcache.store.locks import claim, is_ending
 from actcache.store.mapping import Segment
 from actcache.store.mirror import Sidecar, is_mirror, read_sidecar, sidecar_of, write_sidecar
 from actcache.store.records import SegmentInfo
@@ -103,6 +103,9 @@ class Spool:
                     return True
                 begun.unlink()
             if not begun.exists():
+                if _has_holes(path) and any(len(segment.checks.damaged(site)) for site in segment.info.sites):
+                    log.warning("%s is damaged here, and not uploaded: actcache verify --repair keeps the rest", path)
+                    return True
                 begun.touch()
                 self.describe(path.parent)
                 self._bury(segment)
@@ -154,7 +157,8 @@ class Spool:
 
         def there(path: Path) -> bool:
             with contextlib.suppress(FileNotFoundError):
-                return self.is_there(path, path.stat().st_size) or not is_mirror(path)
+                size = path.stat().st_size
+                return not is_mirror(path) or self.is_there(path, size)
             return False
 
         return all(at_once(there, paths, self.concurrency))
@@ -205,6 +209,11 @@ class Spool:
         was_described = space in self.described
         (self.described.add if FILE in listed else self.described.discard)(space)
         held = _names(folder)
+        for name in held:
+            # A process was killed behind its upload, or while it removed the segment.
+            if name.endswith(".sent") and (f"{name[:32]}.have" in held or f"{name[:32]}.safetensors" not in held):
+                with contextlib.suppress(OSError):
+                    remove(folder / name)
         self._unlisted[space] = self._counting(
             {n for n in held - listed.keys() if TOMB_NAME.fullmatch(n)}, folder, held
         )
@@ -266,9 +275,14 @@ class Spool:
                 self.described.discard(path.parent.name) if path.name == FILE else None
             return remove(path)
         with claim(path, PATIENCE_S) as mine:
-            if not mine and path.exists():
-                raise BackendError(f"{path} is being uploaded to {self.backend.url}, and cannot be removed: try again")
+            if not mine:
+                self.check_not_busy(path)
             return self.remove_claimed(path)
+
+    def check_not_busy(self, path: Path) -> None:
+        """BackendError where a segment that could not be claimed is there: somebody goes on uploading it."""
+        if path.exists():
+            raise BackendError(f"{path} is being uploaded to {self.backend.url} for a long time: try again later")
 
     def remove_claimed(self, path: Path) -> int:
         """Remove a segment that the caller has to itself, its object first."""
@@ -312,8 +326,8 @@ class Replacing:
         if self._spool is not None:
             try:
                 for path in self._paths:
-                    if not is_mirror(path):
-                        self._claims.enter_context(claim(path, PATIENCE_S))
+                    if not is_mirror(path) and not self._claims.enter_context(claim(path, PATIENCE_S)):
+                        self._spool.check_not_busy(path)
             except BaseException:
                 self._claims.close()
                 raise
@@ -355,6 +369,12 @@ def bury(copy: WorkingCopy | None, folder: Path, dead_of: Sequence[tuple[str, Ke
         at_once(copy.spool.publish, [folder / name for name in names], copy.spool.concurrency)
 
 
+def _has_holes(path: Path) -> bool:
+    """Whether a file takes less room than it has bytes, as a mirror does that has lost its sidecar."""
+    status = path.stat()
+    return 512 * status.st_blocks < status.st_size
+
+
 def _names(folder: Path) -> set[str]:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return set(os.listdir(folder))
@@ -363,12 +383,8 @@ def _names(folder: Path) -> set[str]:
 
 def at_once(work: Callable[[Path], Any], paths: Sequence[Path], threads: int) -> list[Any]:
     """What `work` gives for each of `paths`, several at a time; the first error when all have ended."""
-    if len(paths) < 2 or threads < 2:
+    if len(paths) < 2 or threads < 2 or is_ending():
         return [work(path) for path in paths]
-    try:
-        with ThreadPoolExecutor(min(threads, len(paths)), thread_name_prefix="actcache-upload") as pool:
-            jobs = [pool.submit(work, path) for path in paths]
-    except RuntimeError:
-        # The interpreter is ending, and starts no threads any more.
-        return [work(path) for path in paths]
+    with ThreadPoolExecutor(min(threads, len(paths)), thread_name_prefix="actcache-upload") as pool:
+        jobs = [pool.submit(work, path) for path in paths]
     return [job.result() for job in jobs]

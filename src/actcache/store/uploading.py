@@ -55,9 +55,9 @@ class Uploader:
 
     def begin(self) -> None:
         """At the first use of a store: upload what other processes have left, in the background."""
+        if self._begun:
+            return
         with self._changed:
-            if self._begun:
-                return
             self._begun = True
             for space in self._waiting():
                 self._due[space] = 0.0
@@ -95,9 +95,8 @@ class Uploader:
     def make_room(self, space: str) -> None:
         """Return when not too much waits in a space, after uploading some of it where that is needed."""
         self.check()
-        while sum(size for _, size in self._copy.spool.spooled(space)) > _MOST_SPOOLED:
-            if not self._put(space, _LEAST, PATIENCE_S):
-                break
+        if sum(size for _, size in self._copy.spool.spooled(space)) > _MOST_SPOOLED:
+            self._put(space, _LEAST, PATIENCE_S)
 
     def flush(self, spaces: Iterable[str] | None = None) -> None:
         """Return when all that is finished in these spaces (None: in all) is uploaded.
@@ -150,14 +149,13 @@ class Uploader:
             raise
         except OSError as error:
             log.warning("merging before an upload failed: %s", error)
-        self._put(space, 0, wait_s)
+        if not self._put(space, 0, wait_s) and wait_s:
+            raise BackendError(f"another process goes on uploading to {self._copy.backend.url}: try again later")
 
     def _put(self, space: str, least: int, wait_s: float) -> bool:
-        """Upload the spooled segments of at least `least` bytes; whether there were any."""
+        """Upload the spooled segments of at least `least` bytes; False where some are left to others, who are at it."""
         paths = [path for path, size in self._copy.spool.spooled(space) if size >= least]
-        if paths:
-            self._copy.spool.put_all(paths, wait_s=wait_s, superseded=lambda name: self._superseded(space, name))
-        return bool(paths)
+        return self._copy.spool.put_all(paths, wait_s=wait_s, superseded=lambda name: self._superseded(space, name))
 
     def _superseded(self, space: str, name: str) -> bool:
         index = self._index(space)
