@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +10,7 @@ import xxhash
 
 from actcache.store.container import Tensor
 from actcache.store.fetching import Fetcher, Wanted, fetch
+from actcache.store.lazy import lazy
 from actcache.store.mapped import MappedFile
 from actcache.store.records import BLOCK
 
@@ -135,7 +135,7 @@ class BlockChecks:
             self._state[:] = _UNKNOWN
             fetch([self._wanted(every)], keep=False)
 
-    @cached_property
+    @lazy
     def _spans(self) -> tuple[Ints, Ints]:
         """Where in the file each block begins and ends."""
         starts, stops = [np.empty(0, np.int64)], [np.empty(0, np.int64)]

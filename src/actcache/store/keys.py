@@ -5,13 +5,13 @@ from __future__ import annotations
 import struct
 from bisect import bisect_left
 from dataclasses import dataclass
-from functools import cached_property
 from math import isqrt
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from actcache.store.lazy import lazy
 from actcache.store.mapped import return_free_memory
 
 Ints = npt.NDArray[np.int64]
@@ -37,7 +37,7 @@ class _Run:
     def __len__(self) -> int:
         return len(self.high)
 
-    @cached_property
+    @lazy
     def views(self) -> tuple[memoryview, memoryview, memoryview, memoryview]:
         """The arrays as memoryviews, which give single items many times faster."""
         return self.high.data, self.low.data, self.segment.data, self.row.data

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +16,7 @@ from actcache.store.files import log
 from actcache.store.gather import THREAD_BYTES, allowed_threads
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import KEY_WORDS, Ints
+from actcache.store.lazy import lazy
 from actcache.store.mapping import Segment
 from actcache.store.placement import Part, Placement, by_segment
 from actcache.store.prompts import PromptTable, encode_texts, text_digest, text_digests
@@ -54,20 +54,20 @@ class Query:
     def __len__(self) -> int:
         return len(self.content) if self._table is None else len(self._table)
 
-    @cached_property
+    @lazy
     def content(self) -> list[bytes]:
         assert self._table is not None
         data = np.ascontiguousarray(self._table.token_ids, "<i4").tobytes()
         ends = (self._table.token_offset * 4).tolist()
         return [data[a:b] for a, b in pairwise(ends)]
 
-    @cached_property
+    @lazy
     def keys(self) -> npt.NDArray[np.uint8]:
         if self._table is not None:
             return self._table.token_key
         return text_digests(self.content, self._kinds, self.context)
 
-    @cached_property
+    @lazy
     def kinds(self) -> npt.NDArray[np.uint8]:
         return np.broadcast_to(np.asarray(self._kinds, np.uint8), (len(self),))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from actcache.store.checks import fetch_together
 from actcache.store.dtypes import common_dtype, name_of
 from actcache.store.gather import Piece, gather_pieces
 from actcache.store.keys import Ints
+from actcache.store.lazy import lazy
 from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable
 from actcache.store.records import TOKENS
@@ -59,14 +59,14 @@ class Placement:
         part = Part(tuple(range(len(sites))), slot, np.array([prompt], np.int64))
         return cls(1, sites, layout, [part], [] if segment is None else [segment])
 
-    @cached_property
+    @lazy
     def found_each(self) -> npt.NDArray[np.bool_]:
         found = np.zeros((self._n, len(self.sites)), bool)
         for part in self._parts:
             found[:, list(part.sites)] = (part.segment >= 0)[:, None]
         return found
 
-    @cached_property
+    @lazy
     def num_tokens(self) -> Ints:
         count = np.full(self._n, -1, np.int64)
         for part in self._parts[:1]:
@@ -76,7 +76,7 @@ class Placement:
                 count[members] = offset[prompts + 1] - offset[prompts]
         return count
 
-    @cached_property
+    @lazy
     def dtype(self) -> np.dtype[Any]:
         """The dtype of what was found; one that holds them all where segments differ."""
         return common_dtype(segment.column(s)[0] for part, segment in self._used for s in self._names(part))
@@ -111,7 +111,7 @@ class Placement:
         gather_pieces(pieces, self.sites, out)
         return out
 
-    @cached_property
+    @lazy
     def _everything(self) -> list[Piece]:
         """Where all prompts are and go, looked at once: neighbours that stay neighbours lie in pieces of their own."""
         every = np.arange(self._n)
@@ -277,7 +277,7 @@ class Placement:
             )
         return chosen
 
-    @cached_property
+    @lazy
     def widths(self) -> frozenset[int]:
         """The widths of the sites that were found."""
         return frozenset(segment.column(s)[1] for part, segment in self._used for s in self._names(part))
@@ -290,7 +290,7 @@ class Placement:
             )
         return next(iter(dims), 0)
 
-    @cached_property
+    @lazy
     def _used(self) -> list[tuple[Part, Segment]]:
         numbers = [np.flatnonzero(np.bincount(part.segment + 1)[1:]).tolist() for part in self._parts]
         return [(p, self._segments[s]) for p, used in zip(self._parts, numbers, strict=True) for s in used]

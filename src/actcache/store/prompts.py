@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
+
+from actcache.store.lazy import lazy
 
 IDS, TEXT, CHAT = 0, 1, 2
 """Kinds of prompt: token ids only, text, and chat messages as canonical JSON."""
@@ -148,12 +150,12 @@ class PromptTable:
         """Number of tokens of each prompt."""
         return np.diff(self.token_offset)
 
-    @cached_property
+    @lazy
     def token_key(self) -> Bytes:
         """uint8 ``[n, 16]``."""
         return token_keys(self.token_ids, self.token_offset) if self._token_key is None else self._token_key
 
-    @cached_property
+    @lazy
     def text_key(self) -> Bytes:
         """uint8 ``[n, 16]``; zeros for prompts given as ids."""
         if self._text_key is not None:

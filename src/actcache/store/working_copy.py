@@ -31,11 +31,10 @@ _LOOKS = 16
 
 def usable(folder: Path, url: str) -> Path:
     """`folder`, or a temporary one where it cannot be made or written, with a warning."""
-    above = folder
-    while not above.exists() and above != above.parent:
-        above = above.parent
-    if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
-        return folder
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
     made = Path(tempfile.mkdtemp(prefix="actcache-"))
     log.warning(
         "%s cannot be written: what this process reads of %s, and writes before it is put there, is kept in %s, and "
