@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -412,6 +413,65 @@ def test_killed_at_every_single_call(tmp_path: Path, monkeypatch: pytest.MonkeyP
             return
         assert status == -signal.SIGKILL
     pytest.fail("the work never ended")
+
+
+def test_rows_that_are_cast_and_rows_that_are_not_are_measured_into_one(tmp_path: Path) -> None:
+    """Of one column, of columns that are otherwise alike, and of parts of one batch."""
+    store = Store(tmp_path / "store", dtype="float16", index_dir=tmp_path / "index")
+    space = store.open_space({"weights": "abc"}, {"model_name": "org/model"})
+    given: list[list[Any]] = [
+        [np.float16, np.float16], [np.float32, np.float16], [np.float16, np.float32], [np.float16, np.float16],
+    ]  # fmt: skip
+    groups = []
+    for k, dtypes in enumerate(given):
+        parts = [pooled([4 * k, 4 * k + 1]), pooled([4 * k + 2, 4 * k + 3])]
+        for part in parts[: 1 if k == 3 else 2]:
+            part.data = {
+                site: rows.astype(dtype) for (site, rows), dtype in zip(part.data.items(), dtypes, strict=True)
+            }
+        groups.append(parts)
+    writer = growing_writer(store, space)
+    for group in groups:
+        writer.append(group)
+    writer.finish(True)
+    (path,) = segment_files(store, space)
+    assert segment.validate(path) == []
+    kept = segment.open(path)
+    for site in SITES:
+        rows = np.concatenate([part.data[site] for group in groups for part in group], dtype=np.float64)
+        found, error = kept.moments(site), kept.error(site)
+        assert found is not None and (found.count, error.rows) == (16, 16)
+        stored = rows.astype(np.float16).astype(np.float64)
+        np.testing.assert_allclose(found.mean, stored.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(found.m2, ((stored - stored.mean(axis=0)) ** 2).sum(axis=0), rtol=1e-12)
+        assert error.given == pytest.approx((rows**2).sum(), rel=1e-6)
+        assert error.squares == pytest.approx(((stored - rows) ** 2).sum(), rel=1e-4)
+
+
+def test_a_sync_that_fails_is_an_error_and_its_batch_never_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, space = make_store(tmp_path)
+    writer = growing_writer(store, space)
+    writer.append([pooled([0])])
+    (path,) = open_files(store, space)
+
+    def failing(number: int) -> Any:
+        def sync(fd: int) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return sync
+
+    for number, expected in ((errno.EIO, OSError), (errno.ENOSPC, DiskFullError)):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fdatasync", failing(number))
+            with pytest.raises(expected):
+                writer.append([pooled([number])])
+    # No mark says of the batch that it was synced.
+    file = OpenFile(path)
+    file.poll()
+    assert path.read_bytes()[file._at :][:16] == bytes(16)
+    writer.append([pooled([3])])
+    writer.finish(True)
+    assert check_pooled(fresh(store, tmp_path), space, [0, 3]).all()
 
 
 @pytest.mark.parametrize("room", [0, 300, 3000, 6000])

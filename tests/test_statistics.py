@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actcache.store.statistics import Moments
+from actcache.store.statistics import JointMoments, Moments
 
 DTYPES: list[Any] = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
@@ -60,6 +60,29 @@ def test_moments_are_those_of_extended_precision_however_they_are_put_together(
         total.merge(moments(part))
     same(one, rows)
     same(total, rows)
+
+
+@all_dtypes
+@pytest.mark.parametrize("dim", [3, 1500])
+def test_columns_that_are_measured_together_are_as_measured_apart(dtype: Any, dim: int) -> None:
+    rng = np.random.default_rng(dim)
+    columns = [hard_rows(rng, 700, dim).astype(dtype) for _ in range(4)]
+    columns[2][17, 1], columns[2][600, 2] = np.inf, np.nan
+    joint = JointMoments(4, dim)
+    for start, stop in ((0, 1), (1, 1), (1, 65), (65, 400), (400, 700)):
+        joint.update([rows[start:stop] for rows in columns])
+    with np.errstate(invalid="ignore"):
+        for k, rows in enumerate(columns):
+            # Without the two that are not numbers, which the next test is about.
+            finite = np.delete(np.arange(dim), [1, 2]) if k == 2 else np.arange(dim)
+            found = joint.of(k)
+            found.mean, found.m2 = found.mean[finite], found.m2[finite]
+            found.norms = found.norms if k != 2 else float(np.linalg.norm(rows[:, finite].astype(float), axis=1).sum())
+            same(found, rows[:, finite])
+    assert not np.isfinite(joint.of(2).mean[[1, 2]]).any()
+    taken = joint.of(0)
+    joint.update([rows[:5] for rows in columns])
+    assert taken.count == 700 and joint.of(0).count == 705, "what was taken out is a copy"
 
 
 @all_dtypes

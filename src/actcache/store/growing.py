@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
-import threading
 import time
 import uuid
 import weakref
@@ -24,18 +22,17 @@ import xxhash
 
 from actcache.store import container
 from actcache.store.batches import BATCH, FRAME, OPEN, blob_of, framed, mark_behind
-from actcache.store.casting import CastError, cast, is_cast, nothing_lost
-from actcache.store.dtypes import matrix_dtype, value_dtype
-from actcache.store.files import open_locked, sync_data, sync_folder, translated, write_all
+from actcache.store.casting import CastError, cast, is_cast
+from actcache.store.dtypes import matrix_dtype
+from actcache.store.files import open_locked, sync_folder, translated, write_all
 from actcache.store.mapped import start_writing
+from actcache.store.measuring import Measured, Syncing
 from actcache.store.prompts import PromptTable
 from actcache.store.records import BLOCK, INDEX_TENSORS, JOURNAL, TOKENS, VERSION, Records, SegmentInfo, flat_bytes
-from actcache.store.statistics import Moments, is_float
 from actcache.store.writing import BlockHasher, index_region, index_tensors, joined_moments, segment_metadata
 
 _PAGE = 4096
 _SENT_BYTES = 1 << 20
-_MOST_WAITING = 8
 _STUB = b'{"__metadata__":{"format":"actcache-open"}}'
 # Prompts to come may have more text and come in smaller batches: holes cost nothing.
 _SPARE = 2
@@ -50,19 +47,13 @@ class _Column:
         self.site, self.code, self.dim, self.start = site, code, dim, start
         self.width = dim * matrix_dtype(code).itemsize
         self.checksums = BlockHasher()
-        self._error, self._moments = CastError(), self._no_moments()
-        # What the thread beside has measured, which has these to itself.
-        self._given_rows, self._given_moments = 0, self._no_moments()
-
-    def _no_moments(self) -> Moments | None:
-        return Moments.empty(self.dim) if is_float(value_dtype(self.code)) else None
 
     def write(
-        self, fd: int, at: int, matrices: Sequence[npt.NDArray[Any]], hasher: BlockHasher
+        self, fd: int, at: int, matrices: Sequence[npt.NDArray[Any]], hasher: BlockHasher, measured: Measured
     ) -> tuple[int, CastError | None]:
         """Write rows at `at` of the file: where they end, and what casting changed; None where nothing is cast.
 
-        Rows that are not cast must be given to `measure`, too.
+        What was cast is given to `measured`, the rest is not.
         """
         if not any(is_cast(matrix, self.code) for matrix in matrices):
             for matrix in matrices:
@@ -72,70 +63,13 @@ class _Column:
         for piece in (piece for matrix in matrices for piece in cast(matrix, self.code)):
             at = self._written(fd, at, piece.rows, hasher)
             error.add(piece.error)
-            if self._moments is not None and piece.moments is not None:
-                self._moments.merge(piece.moments)
-        self._error.add(error)
+            measured.add_cast(self.site, piece)
         return at, error
 
     def _written(self, fd: int, at: int, rows: npt.NDArray[Any], hasher: BlockHasher) -> int:
         data = flat_bytes(rows)
         hasher.update_both(self.checksums, data)
         return write_all(fd, [data], at)
-
-    def measure(self, matrix: npt.NDArray[Any]) -> None:
-        """Take in the moments of rows that were not cast."""
-        self._given_rows += len(matrix)
-        if self._given_moments is not None:
-            self._given_moments.update(matrix)
-
-    def measured(self) -> tuple[Moments | None, CastError]:
-        """Moments of all rows, and what storing them changed."""
-        moments, error = self._no_moments(), nothing_lost(self._given_rows, self._given_moments)
-        for part in (self._moments, self._given_moments):
-            if moments is not None and part is not None:
-                moments.merge(part)
-        error.add(self._error)
-        return moments, error
-
-
-class _Measuring:
-    """A thread that computes moments while the disk works; all that waits is in memory, so it must not be much."""
-
-    def __init__(self) -> None:
-        self._queue: queue.Queue[list[tuple[_Column, npt.NDArray[Any]]] | None] = queue.Queue(_MOST_WAITING)
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-
-    def put(self, matrices: list[tuple[_Column, npt.NDArray[Any]]]) -> None:
-        """Measure these; waits where too many wait already."""
-        if matrices:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="actcache-moments", daemon=True)
-                self._thread.start()
-            self._queue.put(matrices)
-
-    def finish(self) -> None:
-        """Return when all is measured; raises what went wrong."""
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            raise self._error
-
-    def stop(self) -> None:
-        """End the thread without waiting for it."""
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread = None
-
-    def _run(self) -> None:
-        while (matrices := self._queue.get()) is not None:
-            try:
-                for column, matrix in matrices if self._error is None else ():
-                    column.measure(matrix)
-            except Exception as error:
-                self._error = error
 
 
 class GrowingFile:
@@ -173,7 +107,8 @@ class GrowingFile:
         self.batches: list[str] = []
         self.created_ns = 0
         self._used = 0
-        self._measuring = _Measuring()
+        self._measured = Measured([(c.site, c.code, c.dim) for c in self._columns])
+        self._syncing = Syncing()
         with translated(folder):
             temporary, self._fd = open_locked(folder, ".tmp", locks_needed=True)
             _owned.add(self)
@@ -220,13 +155,13 @@ class GrowingFile:
         rows, prompts = _rows(group), PromptTable.concatenate([part.prompts for part in group])
         with translated(self.path.parent, _stored(group)):
             checksums: list[int] = []
-            errors, as_given, unsent = [], [], 0
+            errors, as_given, unsent = [], list[str](), 0
             for column in self._columns:
                 start = at = column.start + self._first_row * column.width
                 hasher, matrices = BlockHasher(), [part.data[column.site] for part in group]
-                at, error = column.write(self._fd, at, matrices, hasher)
+                at, error = column.write(self._fd, at, matrices, hasher, self._measured)
                 if error is None:
-                    as_given += [(column, matrix) for matrix in matrices]
+                    as_given.append(column.site)
                 if at != start + rows * column.width:
                     raise ValueError(f"{column.site}: {at - start} bytes of data for {rows} rows")
                 unsent += at - start
@@ -241,8 +176,8 @@ class GrowingFile:
             }  # fmt: skip
             frame = framed(blob_of(metadata, self._record(prompts, checksums, errors)))
             self._at = write_all(self._fd, [frame], self._at)
-            self._measuring.put(as_given)
-            sync_data(self._fd)
+            with self._syncing.during(self._fd):
+                self._measured.add_given(group, as_given)
             os.stat(self.path)
             with contextlib.suppress(OSError):
                 # Nothing hangs on it, so that it costs no sync: it gets to the disk with what comes next, or by itself.
@@ -278,15 +213,14 @@ class GrowingFile:
 
     def seal(self, replaces: Mapping[str, Sequence[str]]) -> SegmentInfo:
         """Make a segment of it where it is: durable under its final name when this returns. The file is closed."""
-        self._measuring.finish()
         prompts = PromptTable.concatenate(self._tables)
         rows = self._first_row
         prefix = "" if self._layout == TOKENS else f"{self._layout}/"
         index = index_tensors(prompts, self._row_offset(prompts), np.zeros(1, np.int64))
         index["checksum"] = np.array([d for c in self._columns for d in c.checksums.finish()], np.uint64)
-        measured = [column.measured() for column in self._columns]
-        index["moments"] = joined_moments([moments for moments, _ in measured])
-        index["errors"] = np.array([error.numbers for _, error in measured])
+        measured = self._measured.all()
+        index["moments"] = joined_moments([measured[c.site][0] for c in self._columns])
+        index["errors"] = np.array([measured[c.site][1].numbers for c in self._columns])
         metadata = segment_metadata(
             self.path.parent, self._layout, self.created_ns, self._context, replaces, space=self.space
         )
@@ -319,7 +253,7 @@ class GrowingFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            self._measuring.stop()
+            self._syncing.stop()
 
 
 def _rows(group: Sequence[Records]) -> int:

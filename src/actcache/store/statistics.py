@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
 
 _CHUNK_BYTES = 1 << 20
 _INF = 65536.0
@@ -66,40 +69,102 @@ class Moments:
         if not n or not dim:
             self.count += n
             return
-        with np.errstate(all="ignore"):
-            self.merge(_moments(rows))
+        mean, m2, norms = _moments([rows])
+        self.merge(Moments(n, mean[0], m2[0], float(norms[0])))
 
 
-def _moments(rows: npt.NDArray[Any]) -> Moments:
-    """All is added in float64, in which values of every other dtype, and their squares, are exact."""
-    n, dim = rows.shape
-    total, squares, norms = np.zeros(dim), np.zeros(dim), 0.0
+class JointMoments:
+    """Moments of `columns` of one width `dim`, whose rows come together: less is done for each of them on its own."""
+
+    def __init__(self, columns: int, dim: int) -> None:
+        self.count = 0
+        self._mean, self._m2, self._norms = np.zeros((columns, dim)), np.zeros((columns, dim)), np.zeros(columns)
+
+    def update(self, matrices: Sequence[npt.NDArray[Any]]) -> None:
+        """Take in rows ``[n, D]`` of every column, all of one floating dtype."""
+        n, dim = matrices[0].shape
+        if n and dim:
+            mean, m2, norms = _moments(matrices)
+            with np.errstate(all="ignore"):
+                # As in `Moments.merge`.
+                share = n / (self.count + n)
+                delta = np.subtract(mean, self._mean, out=mean)
+                self._m2 += m2
+                np.multiply(delta, share, out=m2)
+                self._mean += m2
+                m2 *= delta
+                m2 *= self.count
+                self._m2 += m2
+            self._norms += norms
+        self.count += n
+
+    def of(self, column: int) -> Moments:
+        """Those of one column."""
+        return Moments(self.count, self._mean[column].copy(), self._m2[column].copy(), float(self._norms[column]))
+
+
+def _moments(matrices: Sequence[npt.NDArray[Any]]) -> tuple[Floats, Floats, Floats]:
+    """Means and sums of squared deviations ``[columns, D]`` of matrices ``[n, D]``, and sums of the lengths of rows.
+
+    All is added in float64, in which values of every other dtype, and their squares, are exact.
+    """
+    n, dim = matrices[0].shape
+    total, squares, norms = np.empty((len(matrices), dim)), np.empty((len(matrices), dim)), np.empty(len(matrices))
     step = min(n, max(1, _CHUNK_BYTES // (8 * dim)))
-    # Fresh memory would cost more than the arithmetic.
-    double = rows.dtype == np.float64
+    double = matrices[0].dtype == np.float64
+    # Fresh memory for each would cost more than the arithmetic.
     wide, narrow = np.empty((0 if double else step, dim)), np.empty((0 if double else step, dim), np.float32)
-    quick = rows.dtype == np.float16 and not _flushes_subnormals()
-    unit = _SMALL if quick else 1.0
-    for start in range(0, n, step):
+    unit = _SMALL if matrices[0].dtype == np.float16 and not _flushes_subnormals() else 1.0
+    with np.errstate(all="ignore"):
+        for k, rows in enumerate(matrices):
+            norms[k] = _sums(rows, total[k], squares[k], wide, narrow, unit)
+        norms /= unit
+        mean = np.divide(total, n * unit, out=total)
+        m2 = np.divide(squares, unit**2, out=squares)
+        of_mean = mean * mean
+        of_mean *= n
+        m2 -= of_mean
+        # Where the mean is large beside the spread this difference is inexact: such dimensions are few.
+        far = ~(of_mean <= _FAR * m2)
+        for k in np.flatnonzero(far.any(axis=1)).tolist() if n > 1 else ():
+            columns = np.flatnonzero(far[k] & np.isfinite(mean[k]))
+            if len(columns):
+                mean[k, columns], m2[k, columns] = _around(matrices[k], columns, mean[k, columns])
+    return mean, m2, norms
+
+
+def _sums(
+    rows: npt.NDArray[Any],
+    total: Floats,
+    squares: Floats,
+    wide: Floats,
+    narrow: npt.NDArray[np.float32],
+    unit: float,
+) -> float:
+    """The sum of `rows` times `unit` to `total`, that of their squares to `squares`; that of their lengths.
+
+    `wide` and `narrow`: memory for as many rows as are looked at together; empty where rows are of float64.
+    """
+    norms, step = 0.0, len(wide) or max(1, _CHUNK_BYTES // (8 * rows.shape[1]))
+    for start in range(0, len(rows), step):
         part = rows[start : start + step]
-        here = part if double else wide[: len(part)]
-        if not double:
-            np.copyto(here, _by_bits(part, narrow[: len(part)]) if quick else as_float(part, narrow[: len(part)]))
+        here = part
+        if rows.dtype != np.float64:
+            here, some = wide[: len(part)], narrow[: len(part)]
+            np.copyto(here, _by_bits(part, some) if unit != 1 else as_float(part, some))
         lengths = np.matmul(here[:, None, :], here[:, :, None])
-        if quick and lengths.max() >= _INF_SQUARED * unit**2:
+        if unit != 1 and lengths.max() >= _INF_SQUARED * unit**2:
             np.copyto(here, as_float(part, narrow[: len(part)]))
             here *= unit
             lengths = np.matmul(here[:, None, :], here[:, :, None])
         norms += float(np.sqrt(lengths).sum())
-        total += np.add.reduce(here, axis=0)
-        squares += np.einsum("ij,ij->j", here, here)
-    mean = total / (n * unit)
-    m2 = squares / unit**2 - n * mean * mean
-    # Where the mean is large beside the spread this difference is inexact: such dimensions are few.
-    far = np.flatnonzero(np.isfinite(mean) & ~(n * mean * mean <= _FAR * m2))
-    if n > 1 and len(far):
-        mean[far], m2[far] = _around(rows, far, mean[far])
-    return Moments(n, mean, m2, norms / unit)
+        if start:
+            total += np.add.reduce(here, axis=0)
+            squares += np.einsum("ij,ij->j", here, here)
+        else:
+            np.add.reduce(here, axis=0, out=total)
+            np.einsum("ij,ij->j", here, here, out=squares)
+    return norms
 
 
 def _around(rows: npt.NDArray[Any], columns: npt.NDArray[np.int64], mean: npt.NDArray[np.float64]) -> Any:
