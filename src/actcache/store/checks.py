@@ -53,6 +53,7 @@ class BlockChecks:
             first += sum(map(blocks_of, tensors))
         self._state: npt.NDArray[np.uint8] = np.zeros(first, np.uint8)
         self._clean: set[str] = set()
+        self._asked: set[tuple[int, int]] = set()
 
     @property
     def blocks(self) -> int:
@@ -105,10 +106,17 @@ class BlockChecks:
                     for piece in _pieces(mine):
                         if asked >= most:
                             return asked
-                        start, stop = _span(tensor, piece)
-                        self._file.will_need(start, stop)
-                        asked += stop - start
+                        asked += self._ask(tensor, piece)
         return asked
+
+    def _ask(self, tensor: Tensor, blocks: Ints) -> int:
+        """Ask the disk for neighbouring `blocks` of `tensor`, unless it was asked for them before; their bytes."""
+        start, stop = _span(tensor, blocks)
+        # To ask again for what is on its way costs as much as to ask.
+        if (start, stop) not in self._asked:
+            self._asked.add((start, stop))
+            self._file.will_need(start, stop)
+        return stop - start
 
     def damaged(self, site: str) -> Ints:
         """Numbers of the blocks of `site` that fail their checksum, its scales behind its rows; reads all of it."""
@@ -230,7 +238,7 @@ class BlockChecks:
             pieces = _pieces(mine)
             for i, piece in enumerate(pieces):
                 for coming in pieces[i + _AHEAD - 1 : i + _AHEAD] if i else pieces[:_AHEAD]:
-                    self._file.will_need(*_span(tensor, coming))
+                    self._ask(tensor, coming)
                 self._hash(tensor, piece, self._checksum[every], self._state[every])
         return self._state_of(site)
 

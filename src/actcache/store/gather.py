@@ -22,6 +22,8 @@ Ints = npt.NDArray[np.int64]
 
 # What is put together in a buffer stays in the processor's cache.
 _CHUNK_ROWS, _CHUNK_BYTES = 32, 256 << 10
+# Rows of so many bytes lie in pages of their own; of so many the beginnings stay in the processor's cache.
+_TOUCHED_BYTES, _TOUCHED_ROWS = 1 << 10, 256
 # From so many bytes on, a copy of its own costs less than going through a buffer.
 _LONG_BYTES = 8 << 10
 # Copying is bound by memory: a few threads saturate it, and small results are done before a thread has started.
@@ -132,8 +134,17 @@ def _on_grid(
         if len(at) * size >= _LONG_BYTES * (len(runs) + 1):
             flat, width = out.reshape(-1, out.shape[2]), out.shape[1]
             edges = [0, *runs.tolist(), len(at)]
+            ahead, together = 0, max(1, _TOUCHED_ROWS // width)
             for a, b, place in zip(edges, edges[1:], at[edges[:-1]].tolist(), strict=False):
-                _take(region, index[a:b].reshape(-1), flat[place * width : (place + b - a) * width])
+                some = index[a:b].reshape(-1)
+                target = flat[place * width : (place + b - a) * width]
+                if b - a > together:
+                    _take(region, some, target)
+                    continue
+                if b > ahead:
+                    ahead = a + together
+                    _touch(region, index[a:ahead].reshape(-1))
+                region.take(some, 0, target, "clip")
             return
     step = max(1, _CHUNK_BYTES // size)
     buffer = np.empty((step * len(columns), out.shape[2]), out.dtype)
@@ -157,7 +168,16 @@ def _by_runs(matrix: npt.NDArray[Any], rows: Ints, out: npt.NDArray[Any], at: In
 
 def _take(region: npt.NDArray[Any], index: Ints, out: npt.NDArray[Any]) -> None:
     # Every row has been checked, so there is nothing to clip; the other modes would go through a second buffer.
-    region.take(index, 0, out, "clip")
+    for start in range(0, len(index), _TOUCHED_ROWS):
+        some = index[start : start + _TOUCHED_ROWS]
+        _touch(region, some)
+        region.take(some, 0, out[start : start + _TOUCHED_ROWS], "clip")
+
+
+def _touch(region: npt.NDArray[Any], index: Ints) -> None:
+    """Look at the beginnings of rows that are copied next: many at once, where each copy would wait for its own."""
+    if region.shape[1] * region.itemsize >= _TOUCHED_BYTES:
+        region.reshape(-1).take(index * region.shape[1], mode="clip")
 
 
 def allowed_threads() -> int:
