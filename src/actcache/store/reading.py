@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from actcache.store.placement import Placement
 
-_ATTEMPTS = 16
 _READABLE = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -102,12 +101,19 @@ def read(
     if out is not None:
         _check_out(out, pooling, wanted, None if prompts is None else len(prompts))
     layout = pooling or TOKENS
-    located, found = _located(index, prompts, site, layout)
+    located, found = locate_any(index, prompts, site, layout, check=True)
     if (not found.all() or not len(found)) and (why := why_absent(index, site, layout)):
         raise NotCachedError(why)
     if not len(found):
         raise NotCachedError(f"all prompts that had {site!r} ({layout}) in space {index.folder.name} are gone.")
     if not found.all():
+        if prompts is None:
+            # Not fewer rows than prompts were listed, which somebody may have done already to have both.
+            raise NotCachedError(
+                f"{int((~found).sum())} of {len(found)} prompts that have {site!r} ({layout}) turned out damaged, and "
+                "count as absent from now on: list those that are left (Store.prompts) and read again; "
+                "verify(repair=True) drops them for good."
+            )
         raise NotCachedError(
             f"{int((~found).sum())} of {len(found)} prompts have no {site!r} ({layout}) in the store "
             f"(the first is prompt {int(np.flatnonzero(~found)[0])}): see Store.contains() and Store.discover()"
@@ -127,17 +133,6 @@ def read(
                 tensor = converted(tensor, wanted, allow_inf=allow_inf, name=lambda _, i=i: place(i))  # type: ignore[misc]
             rows[i] = tensor
     return rows
-
-
-def _located(
-    index: SpaceIndex, prompts: Any, site: str, layout: str
-) -> tuple[list[tuple[Placement, npt.NDArray[np.int64]]], npt.NDArray[np.bool_]]:
-    for _ in range(_ATTEMPTS):
-        located, found = locate_any(index, prompts, site, layout, check=True)
-        # Who asks for all there is asks for nothing that is damaged, which is known only now.
-        if prompts is not None or found.all():
-            break
-    return located, found
 
 
 def _check_out(out: Any, pooling: str | None, dtype: torch.dtype | None, n: int | None) -> None:

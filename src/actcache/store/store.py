@@ -278,7 +278,7 @@ class Store(Maintenance):
 
         Raises:
             OptionError: a dtype that is not floating, an `out` that does not fit; nothing was read.
-            NotCachedError: a prompt is not stored.
+            NotCachedError: a prompt is not stored, or turns out damaged.
             ValueOverflowError: a finite value would become inf; prompt, site and value are named.
         """
         index = self._index(self._space(space))
