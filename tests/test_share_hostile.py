@@ -417,6 +417,15 @@ def test_many_prompts_that_share_one_row(tmp_path):
     assert what == "refused" and "the dataset says 200,000" in error and grown < 100
 
 
+def test_many_tokens_that_share_rows(tmp_path):
+    made = make(tmp_path / "set", "1.1 full", n=200, tokens_per_shard=10**9, k=0)
+    made.columns["num_tokens"] = [50] * 200
+    made.columns["token_offset"] = [0] * 200
+    made.write()
+    refused(made, r"have 10,000 tokens, and the shards of hidden_layers [\d,]+ rows",
+            read=lambda folder: ac.load_activations(folder, pooling=None))  # fmt: skip
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_dataset(tmp_path):
     """Beside the result: of means over sequences it is small, whatever their length and number."""
@@ -437,3 +446,31 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path):
         grown.append(measured(made.folder, "ac.load_activations(folder, pooling='mean')")[1])
     assert size > 175 << 20
     assert grown[1] < 120 and grown[1] < grown[0] + 50, grown
+
+
+def _varint(value: int, length: int) -> bytes:
+    """A number as Thrift writes it (zigzag, 7 bits a byte), in exactly so many bytes."""
+    value <<= 1
+    return bytes((value >> (7 * i) & 0x7F) | (0x80 if i < length - 1 else 0) for i in range(length))
+
+
+def test_a_page_that_says_more_than_its_footer(tmp_path):
+    """A reader of lists believes its pages: this one is of a million values and says 130 million."""
+    count = 2**20
+    long = [[0] * (count - 10), *[[0]] * 10]
+    lists = pa.array(long, pa.list_(pa.int64()))
+    noise = np.random.default_rng(0).bytes(200_000).hex()
+    columns = {"text": [noise, *map(str, range(10))], "token_shard_ids": lists, "token_shard_offsets": lists}
+    folder, _ = bomb(tmp_path, columns, compression="none", data_page_size=1 << 30, write_statistics=False)
+    what, grown, error = measured(folder)
+    assert what == "refused" and "have 1,048,576 tokens" in error and grown < 300
+    data = (folder / INDEX).read_bytes()
+    honest, forged = _varint(count, 4), _varint(2**27 - 1, 4)
+    # In the header of a page: field 5, a struct, whose field 1 is the number.
+    marks = [at for at in range(len(data)) if data[at : at + 6] == b"\x2c\x15" + honest]
+    assert len(marks) == 2
+    for at in marks:
+        data = data[: at + 2] + forged + data[at + 6 :]
+    (folder / INDEX).write_bytes(data)
+    what, grown, error = measured(folder)
+    assert what == "refused" and "pages that say other than its footer" in error and grown < 40

@@ -225,3 +225,12 @@ def test_offline_what_the_client_has_in_its_cache_is_read(hub, tmp_path):
         with pytest.raises(ClientError, match="HF_HUB_OFFLINE is set"):
             offline.run(LOAD, repo="org/other", options={})
     assert len(hub.requests) == before
+
+
+def test_nothing_is_left_on_disk(hub, tmp_path):
+    made = make(tmp_path / "set", "2.0 split")
+    publish(hub, made, "org/traces")
+    with Client(hub, tmp_path / "client") as client:
+        client.run(METADATA, repo="org/traces", options={})
+        client.run(LOAD, repo="org/traces", options={"pooling": "mean"})
+    assert not [path for path in (tmp_path / "client").rglob("*") if path.is_file() and path.name != "log.txt"]

@@ -234,6 +234,36 @@ def test_tensors_as_they_are_stored(tmp_path, version):
         ac.load_activation_dataset(made.folder, tensors=["logits_top"])
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_dataset_without_prompts(tmp_path, version):
+    made = make(tmp_path / "set", version, k=0)
+    made.metadata["num_prompts"] = 0
+    made.hidden["shards"] = []
+    made.hidden.pop("last_token_shards", None)
+    kinds = {"text": pa.string(), "token_shard_ids": pa.list_(pa.int64()), "token_shard_offsets": pa.list_(pa.int64())}
+    made.columns = {name: pa.array([], kinds.get(name, pa.int32())) for name in made.columns}
+    made.write()
+    found = ac.load_activations(made.folder)
+    assert {layer: rows.shape for layer, rows in found.items()} == {0: (0, 6), 2: (0, 6), 5: (0, 6)}
+    assert ac.load_activations(made.folder, return_labels=True)[1] is None
+    if "pooled" not in version:
+        assert ac.load_activations(made.folder, pooling=None, as_dict=False) == []
+        assert ac.load_activations(made.folder, pooling="mean", as_dict=False).shape == (0, 3, 6)
+    assert ac.load_activation_dataset(made.folder)[0]["hidden.layer_2"].shape == (0, 6)
+    assert ac.fetch_dataset_metadata(made.folder).prompts == []
+
+
+def test_progress_is_shown_on_a_terminal_alone(tmp_path, monkeypatch, capsys):
+    made = make(tmp_path / "set")
+    ac.load_activations(made.folder)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    ac.load_activations(made.folder, show_progress=False)
+    assert capsys.readouterr().err == ""
+    ac.load_activations(made.folder)
+    assert "/33" in capsys.readouterr().err, "rows of three layers"
+
+
 def test_router_logits_and_other_sites(tmp_path):
     made = make(tmp_path / "set")
     random = np.random.default_rng(3)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from actcache.errors import ActCacheError, DatasetFormatError, DatasetNotFoundError, MissingExtraError
 from actcache.share.format import INDEX, INFO, PREFIX, describe
+from actcache.share.pages import read_pages
 from actcache.share.source import Source
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Index:
         self._check(names)
         leaves = [self._parquet.metadata.schema.column(i) for name in names for i in self._leaves(name)]
         texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-        self._bytes.prefetch(self._ranges(names))
+        self._fetch(names)
         file = self._decoded(lambda: pq.ParquetFile(self._bytes, pre_buffer=False, read_dictionary=texts))
         table = self._decoded(lambda: file.read(columns=list(names), use_threads=False))
         if table.num_rows != self.num_rows:
@@ -82,7 +83,7 @@ class Index:
     def batches(self, names: Sequence[str]) -> Iterator[dict[str, pa.Array]]:
         """Columns of lists, some rows at a time."""
         self._check(names)
-        self._bytes.prefetch(self._ranges(names))
+        self._fetch(names)
         most = max((count for name in names for _, count, _ in self._chunks(name)), default=0)
         rows = max(1, min(self.num_rows, _BATCH_NUMBERS * max(1, self.num_rows) // max(1, most)))
         found = self._decoded(
@@ -99,7 +100,7 @@ class Index:
 
     def _check_footer(self) -> None:
         size = self._bytes.size
-        end = self._bytes.at(max(0, size - 8), 8) if size >= 12 else b""
+        end = bytes(self._bytes.at(size - 8, 8)) if size >= 12 else b""
         length = int.from_bytes(end[:4], "little")
         if end[4:] != b"PAR1" or length > min(_MAX_FOOTER, size - 12):
             raise self.wrong(f"{size:,} bytes that are no Parquet file")
@@ -149,6 +150,9 @@ class Index:
         for group in range(metadata.num_row_groups):
             for number in leaves:
                 chunk = metadata.row_group(group).column(number)
+                if chunk.num_values == 0:
+                    # Nothing is read of it, and where it begins is not said.
+                    continue
                 start = chunk.data_page_offset
                 if chunk.dictionary_page_offset is not None:
                     start = min(start, chunk.dictionary_page_offset)
@@ -162,8 +166,17 @@ class Index:
         schema, count = self._parquet.metadata.schema, self._parquet.metadata.num_columns
         return [number for number in range(count) if f"{schema.column(number).path}.".startswith(f"{name}.")]
 
-    def _ranges(self, names: Sequence[str]) -> list[tuple[int, int]]:
-        return [place for name in names for place, _, _ in self._chunks(name)]
+    def _fetch(self, names: Sequence[str]) -> None:
+        """Bring columns into memory, packed; refuse pages that say other than the footer."""
+        chunks = [(name, *chunk) for name in names for chunk in self._chunks(name)]
+        self._bytes.prefetch([place for _, place, _, _ in chunks])
+        for name, (start, stop), count, unpacked in chunks:
+            try:
+                pages = read_pages(memoryview(self._bytes.at(start, stop - start)))
+            except DatasetFormatError as error:
+                raise self.wrong(f"column {name!r}: {error}") from None
+            if pages.values != count or pages.largest > max(unpacked, stop - start):
+                raise self.wrong(f"column {name!r} has pages that say other than its footer")
 
     def _decoded(self, work: Any) -> Any:
         import pyarrow as pa
@@ -210,13 +223,13 @@ class _Bytes(io.RawIOBase):
         with ThreadPoolExecutor(min(len(wanted), self._source.concurrency)) as pool:
             self._parts += zip([start for start, _ in wanted], pool.map(self._fetch, wanted), strict=True)
 
-    def at(self, start: int, count: int) -> bytes:
+    def at(self, start: int, count: int) -> bytes | memoryview:
         """`count` bytes at `start`, which must lie inside the file."""
         part = self._part(start, start + count)
         if part is None:
             return self._fetch((start, start + count))
         first, data = part
-        return data[start - first : start - first + count]
+        return memoryview(data)[start - first : start - first + count]
 
     def _part(self, start: int, stop: int) -> tuple[int, bytes] | None:
         return next((part for part in self._parts if part[0] <= start and stop <= part[0] + len(part[1])), None)
@@ -227,7 +240,7 @@ class _Bytes(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         left = max(0, self.size - self._at)
-        data = self.at(self._at, left if size < 0 else min(size, left))
+        data = bytes(self.at(self._at, left if size < 0 else min(size, left)))
         self._at += len(data)
         return data
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -202,8 +203,10 @@ def _gathered(reader: ShardReader, layers: Layers, runs: Runs, width: int, *, as
     reader.read(runs, [(layer, reader.group.key(layer), arrays[layer]) for layer in layers])
     if pooled:
         return arrays if as_dict else whole
-    cuts = runs.row_offset[1:-1]
-    return {layer: np.split(array, cuts) for layer, array in arrays.items()} if as_dict else np.split(whole, cuts)
+    spans = list(pairwise(runs.row_offset.tolist()))
+    if not as_dict:
+        return [whole[a:b] for a, b in spans]
+    return {layer: [array[a:b] for a, b in spans] for layer, array in arrays.items()}
 
 
 def _room(rows: int, layers: Layers, width: int, *, as_dict: bool) -> tuple[dict[int | None, Array], Array]:

@@ -70,8 +70,16 @@ def one_row(index: Index, group: TensorGroup, *, first: bool = False) -> Runs:
 
 def every_row(index: Index, group: TensorGroup) -> Runs:
     """The rows of all tokens of each prompt, of a dataset of full sequences."""
-    if _is_split(index, group):
-        return _split(index, group)
+    runs = _split(index, group) if _is_split(index, group) else _together(index, group)
+    wanted, held = int(runs.length.sum()), sum(shard.rows for shard in group.shards)
+    if wanted > held:
+        # Each token has a row of its own; shared, a few rows could become any number.
+        raise index.wrong(f"its prompts have {wanted:,} tokens, and the shards of {group.name} {held:,} rows")
+    return runs
+
+
+def _together(index: Index, group: TensorGroup) -> Runs:
+    """Full sequences whose tokens lie together."""
     shard_column, _ = _place_columns(index, group)
     shard, start, length = _columns(index, (shard_column, "token_offset", "num_tokens"))
     _check(group, shard, np.zeros_like(shard), np.ones_like(shard), len(group.shards))
