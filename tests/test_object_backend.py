@@ -368,7 +368,8 @@ def test_a_url_may_be_written_in_several_ways() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"deadline_s": 0}, {"timeout_s": -1}, {"deadline_s": float("nan")}, {"endpoint": "host:9000"},
+    [{"deadline_s": 0}, {"timeout_s": -1}, {"deadline_s": float("nan")}, {"deadline_s": float("inf")},
+     {"timeout_s": "5"}, {"endpoint": "host:9000"},
      {"endpoint": "https://host?x=1"}, {"endpoint": "ftp://host"}, {"endpoint": ""}],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -164,6 +165,22 @@ def test_a_listing_that_broke_off_is_whole(google: Cloud, azure: Cloud, scheme: 
 
     cloud.server.answer = failing
     assert sorted(o.name for o in ac.ObjectBackend(f"{scheme}://bucket/x").list("v1/")) == names
+
+
+@pytest.mark.parametrize("scheme", ["gs", "az"])
+def test_a_listing_that_always_breaks_off_ends(google: Cloud, azure: Cloud, scheme: str) -> None:
+    cloud = {"gs": google, "az": azure}[scheme]
+    cloud.objects = {f"x/v1/{i:03d}": b"0" for i in range(25)}
+
+    def failing(request: Asked) -> Answer:
+        later = "marker" in request.path or "continuation" in request.path
+        return refusal(503, "ServerBusy") if later else cloud.answer(request)
+
+    cloud.server.answer = failing
+    began = time.monotonic()
+    with pytest.raises(BackendError, match="503 ServerBusy"):
+        ac.ObjectBackend(f"{scheme}://bucket/x", deadline_s=1).list("v1/")
+    assert time.monotonic() - began < 5
 
 
 def test_accounts_and_servers_are_apart(google: Cloud, azure: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
+
+import pytest
 
 import actcache as ac
 from servers import S3Server
@@ -34,6 +38,17 @@ def test_a_child_goes_on_and_so_does_its_parent(bucket: str) -> None:
 
     assert wait_for(in_child(child)) == 0
     check(backend, "parent")
+
+
+def test_a_child_needs_no_nameless_files(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Which not every system has."""
+    backend = ac.ObjectBackend(bucket)
+    check(backend, "parent")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delattr(os, "memfd_create")
+    before = sorted(tmp_path.iterdir())
+    assert wait_for(in_child(lambda: check(backend, "child"))) == 0
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_fork_in_the_middle_of_requests(bucket: str) -> None:

@@ -32,6 +32,7 @@ _ONE_REQUEST = 4 << 30
 _PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 8.0
 _PATIENCE_S = 10.0
+_ENDLESS_S = 1e8
 _GRANTS = {
     "read": "s3:GetObject and s3:ListBucket",
     "list": "s3:ListBucket",
@@ -82,7 +83,7 @@ class ObjectBackend(CacheBackend):
         if self._scheme != "s3" and (unfit := [name for name, value in given.items() if value is not None]):
             raise OptionError(f"{unfit[0]}= is for s3:// alone, not for {self.url}.")
         for name, value in (("deadline_s", deadline_s), ("timeout_s", timeout_s)):
-            if value is not None and not value > 0:
+            if value is not None and not (isinstance(value, int | float) and 0 < value < _ENDLESS_S):
                 raise OptionError(f"{name} is {value!r}: expected a number of seconds above 0.")
         checked_endpoint(endpoint)
         library()
@@ -117,14 +118,15 @@ class ObjectBackend(CacheBackend):
         check_prefix(prefix)
         top = self._prefix + "/" if self._prefix else ""
         below = (top + prefix).rstrip("/") or None
+        ordered = self._scheme == "s3"
         seen: list[ObjectInfo] = []
         last: str | None = None
 
         def go_on(_: int) -> bool:
             nonlocal last
             clients = self._ready()
-            # S3 and Google list in the order of the names: what was listed before an error need not be listed again.
-            if self._scheme == "az":
+            # S3 lists in the order of the names, and from any on: what came before an error need not come again.
+            if not ordered:
                 last = None
                 seen.clear()
             got = len(seen)
@@ -136,7 +138,7 @@ class ObjectBackend(CacheBackend):
                         if last.startswith(top) and name.startswith(prefix) and is_name(name):
                             seen.append(ObjectInfo(name, item["size"], _nanoseconds(item["last_modified"])))
             except Exception as error:
-                if len(seen) > got:
+                if ordered and len(seen) > got:
                     raise _ProgressError(understand(error)) from None
                 raise
             return True

@@ -14,6 +14,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import tempfile
 import threading
 from typing import Any
 
@@ -53,10 +54,14 @@ def never_free(item: Any) -> None:
 
 def _copy(path: str) -> Any:
     # Two libraries of one file, or of one path, would be one. The path has this process in it, as its child forks too.
-    fd = os.memfd_create("obstore", os.MFD_CLOEXEC)
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("obstore", os.MFD_CLOEXEC)
+        name = f"/proc/{os.getpid()}/fd/{fd}"
+    else:
+        fd, name = tempfile.mkstemp(prefix=f"obstore-{os.getpid()}-", suffix=".so")
     with open(path, "rb") as file, open(fd, "wb", closefd=False) as copy:
         shutil.copyfileobj(file, copy)
-    loader = importlib.machinery.ExtensionFileLoader(_NAME, f"/proc/{os.getpid()}/fd/{fd}")
+    loader = importlib.machinery.ExtensionFileLoader(_NAME, name)
     spec = importlib.util.spec_from_file_location(_NAME, loader.path, loader=loader)
     assert spec is not None
     # It puts its submodules where those of the original are.
@@ -67,6 +72,8 @@ def _copy(path: str) -> Any:
     finally:
         sys.modules.update(before)
         os.close(fd)
+        if not name.startswith("/proc/"):
+            os.unlink(name)
     return module
 
 
