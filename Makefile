@@ -10,10 +10,14 @@ PEERS ?= transformer-lens==3.9.0 sae-lens==6.54.12 nnsight==0.8.1
 # A server of objects that checks signatures, for slow tests.
 SWIFT ?= swift==2.38.3
 
+# The library whose users read our datasets, as we do theirs.
+LMPROBE ?= lmprobe==0.10.3
+
 VENV := .venv
 VENV_TF4 := .venv-tf4
 VENV_PEERS := .venv-peers
 VENV_SWIFT := .venv-swift
+VENV_LMPROBE := .venv-lmprobe
 PY := $(VENV)/bin/python
 PY_TF4 := $(VENV_TF4)/bin/python
 
@@ -29,7 +33,7 @@ offline := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTEST = -m pytest -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-tf4 venv-peers venv-swift demo test test-all lint types bench format clean
+.PHONY: help venv venv-tf4 venv-peers venv-lmprobe venv-swift demo test test-all lint types bench format clean
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3] [TORCH=torch==2.13.0]"
@@ -45,6 +49,9 @@ venv-tf4:
 venv-peers: ## make .venv-peers, in which slow tests compare with other libraries
 	@scripts/make_venv.sh $(VENV_PEERS) "$(TORCH)" $(PEERS) -e .
 
+venv-lmprobe: ## make .venv-lmprobe, in which slow tests read our datasets with lmprobe
+	@scripts/make_venv.sh $(VENV_LMPROBE) "$(TORCH)" "$(LMPROBE)" "pyarrow>=15"
+
 venv-swift: ## make .venv-swift, whose object store (OpenStack Swift) slow tests talk to
 	@scripts/make_venv.sh $(VENV_SWIFT) "--only-binary=:all: $(SWIFT)"
 
@@ -56,7 +63,7 @@ test: venv ## the fast tests (under 10 minutes)
 	@echo "==> fast tests"
 	@$(offline) $(PY) $(PYTEST) -q -m "not slow"
 
-test-all: venv venv-tf4 venv-peers venv-swift ## all tests, and once more those that depend on transformers with 4.57 (under 60 minutes)
+test-all: venv venv-tf4 venv-peers venv-lmprobe venv-swift ## all tests, and once more those that depend on transformers with 4.57 (under 60 minutes)
 	@status=0; \
 	echo "==> tests that depend on transformers, with $(TF4)"; \
 	$(offline) $(PY_TF4) $(PYTEST) -q -m "not slow" $(TF4_TESTS) || status=1; \
@@ -79,4 +86,4 @@ bench: venv ## run the benchmarks: tables of ratios against a reference in the s
 	@status=0; for file in $(BENCHMARKS); do echo "==> $$file"; $(offline) $(PY) $$file || status=1; done; exit $$status
 
 clean: ## remove the virtual environments and what tools left behind
-	rm -rf $(VENV) $(VENV_TF4) $(VENV_PEERS) $(VENV_SWIFT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_PEERS) $(VENV_LMPROBE) $(VENV_SWIFT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
