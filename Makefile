@@ -38,7 +38,7 @@ PYTEST = -m pytest -n auto --dist loadfile
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3] [TORCH=torch==2.13.0]"
 	@echo
-	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s%s\n", $$1, $$2}'
 
 venv: ## make the virtual environment .venv (quick when it is up to date)
 	@scripts/make_venv.sh $(VENV) "$(TORCH)" -e ".[dev]"

@@ -67,7 +67,19 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 def test_make_alone_lists_what_there_is() -> None:
     done = make()
     assert done.returncode == 0
-    for target in ("venv", "venv-peers", "venv-lmprobe", "venv-swift", "demo", "test", "test-all", "lint", "types", "bench", "format"):
+    for target in (
+        "venv",
+        "venv-peers",
+        "venv-lmprobe",
+        "venv-swift",
+        "demo",
+        "test",
+        "test-all",
+        "lint",
+        "types",
+        "bench",
+        "format",
+    ):
         assert f"\n  {target} " in done.stdout
 
 

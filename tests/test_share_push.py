@@ -553,14 +553,18 @@ class TestCard:
         if form == "tokens":
             assert torch.equal(torch.stack([torch.as_tensor(t) for t in names["tokens"]]), wanted)
 
-    def test_what_it_says_for_actcache_works(self, pooled, tmp_path, monkeypatch):
-        found = push(pooled, tmp_path / "set")
+    @pytest.mark.parametrize("site", ["resid_post.1", "attn_out.1", "final_norm"])
+    @pytest.mark.parametrize("layout", ["last_token", "mean"])
+    def test_what_it_says_for_actcache_works(self, store, space, tmp_path, monkeypatch, site, layout):
+        fill_pooled(store, space, N, (site,), layout=layout)
+        found = push(store, tmp_path / "set")
         snippet, _ = re.findall(r"```python\n(.*?)```", (found.folder / "README.md").read_text(), re.DOTALL)
         monkeypatch.chdir(tmp_path)
         names: dict = {}
         exec(snippet, names)
-        wanted = [rows(int(row["text"].split()[1]), "resid_post.1")[-1] for row in found.index]
-        assert np.array_equal(names["vectors"], np.stack(wanted))
+        assert np.array_equal(
+            names["vectors"], np.stack([rows(int(r["text"].split()[1]), site)[-1] for r in found.index])
+        )
 
     def test_says_what_it_is(self, pooled, tmp_path):
         found = push(pooled, tmp_path / "set", license="mit", description="About *cats*.")

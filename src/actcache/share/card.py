@@ -116,15 +116,20 @@ def _layers(layers: list[int]) -> str:
 
 
 def _with_actcache(repo_id: str, described: Mapping[str, Any]) -> str:
-    told = described.get(HIDDEN)
+    name = next((key for key in described if key not in (LOGITS, ROUTER)), None)
+    told = described.get(name or "")
     if told is None:
         return _code(f"import actcache as ac\n\ntensors, about = ac.load_activation_dataset({repo_id!r})")
-    layer = told["layers"][len(told["layers"]) // 2]
+    site = "" if name == HIDDEN else f", site={name!r}"
     pooling = "" if told.get("pooling", "last_token") == "last_token" else f", pooling={told['pooling']!r}"
+    which, key, only = "", "None", "it"
+    if told["layers"]:
+        layer = told["layers"][len(told["layers"]) // 2]
+        which, key, only = f", layers=[{layer}]", str(layer), "that layer"
     return _code(
         f"import actcache as ac\n\n"
-        f"vectors = ac.load_activations({repo_id!r}, layers=[{layer}]{pooling})[{layer}]   "
-        f"# [prompts, {told['dim']}]; only that layer is downloaded"
+        f"vectors = ac.load_activations({repo_id!r}{which}{site}{pooling})[{key}]   "
+        f"# [prompts, {told['dim']}]; only {only} is downloaded"
     )
 
 

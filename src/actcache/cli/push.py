@@ -1,0 +1,116 @@
+"""`actcache push`: publish what is stored for a model as a dataset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from actcache.cli.options import debug_option, json_option, store_option
+from actcache.cli.prompts import prompt_arguments, read_labelled
+
+_POSITIVE = click.IntRange(min=1)
+
+
+def _names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[str] | None:
+    return None if value is None else [part.strip() for part in value.split(",") if part.strip()]
+
+
+@click.command("push")
+@click.argument("repo")
+@click.argument("model")
+@prompt_arguments
+@click.option("--label-column", metavar="NAME", help="Column or field of FILES that holds the label of each prompt.")
+@click.option(
+    "--tensors",
+    metavar="NAMES",
+    callback=_names,
+    help="hidden_layers, logits_topk, perplexity, router_logits, other sites, or single layers such as attn_out.3. "
+    "[default: all that the prompts have in common]",
+)
+@click.option(
+    "--pooling", metavar="NAME", help="Which stored form, `tokens` for full sequences. [default: most prompts']"
+)
+@click.option("--shard-max-bytes", type=_POSITIVE, metavar="N", help="The size that a file reaches. [default: 1 GB]")
+@click.option("--private", is_flag=True, help="Make a new repository a private one.")
+@click.option("--exist-ok", is_flag=True, help="Replace the dataset that is there.")
+@click.option(
+    "--skip-missing/--no-skip-missing",
+    default=True,
+    show_default=True,
+    help="Leave out prompts that lack something, or refuse.",
+)
+@click.option("--description", metavar="TEXT", help="For the card, Markdown.")
+@click.option("--license", metavar="NAME", default="cc-by-4.0", show_default=True, help="As the Hub calls it.")
+@click.option("--num-workers", type=_POSITIVE, metavar="N", help="Files that are made, and sent, at the same time.")
+@click.option("--commit-batch-size", type=_POSITIVE, metavar="N", help="Files per commit. [default: all in one]")
+@click.option("--stream", is_flag=True, help="Keep only a few files on this disk at a time.")
+@click.option("--stream-batch-size", type=_POSITIVE, metavar="N", default=10, show_default=True, help="How many.")
+@click.option(
+    "--preload",
+    type=click.Choice(["none", "per_layer", "full"]),
+    default="none",
+    show_default=True,
+    help="What is read into memory before files are made.",
+)
+@click.option("--preload-workers", type=_POSITIVE, metavar="N", default=8, show_default=True, help="Threads for that.")
+@click.option("--shuffle/--no-shuffle", default=True, show_default=True, help="Bring the rows in a random order.")
+@click.option("--revision", metavar="NAME", help="Of the model, where several are stored.")
+@click.option("--dtype", metavar="NAME", help="The dtype the model computed in, where several are stored.")
+@click.option("--space", metavar="ID", help="The id of one variant of the model (see `info`), or its beginning.")
+@store_option
+@json_option
+@debug_option
+def command(
+    repo: str,
+    model: str,
+    files: tuple[str, ...],
+    texts: tuple[str, ...],
+    column: str | None,
+    label_column: str | None,
+    file_format: str | None,
+    shard_max_bytes: int | None,
+    space: str | None,
+    store: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Publish what is stored for the prompts in FILES (default: for all) of MODEL as the dataset REPO.
+
+    REPO is org/name on the Hugging Face Hub, where a token that may write is needed (`hf auth login`, or HF_TOKEN), or
+    a folder, written ./folder. Run again, a push that was stopped goes on where it was.
+    """
+    from actcache.cli.lookup import stored_name, variants_of
+    from actcache.cli.output import print_json
+    from actcache.errors import AmbiguousVariantError
+    from actcache.share.push import DEFAULT_SHARD_BYTES, push_dataset
+    from actcache.store.default import store_at
+
+    prompts, labels = None, None
+    if files or texts:
+        prompts, labels = read_labelled(files, texts, column=column, label_column=label_column, file_format=file_format)
+    elif label_column is not None:
+        raise click.UsageError("--label-column needs FILES, in which the labels are.")
+    where = store_at(store)
+    if space is not None:
+        variants = variants_of(where, model, space)
+        if len(variants) > 1:
+            raise AmbiguousVariantError(f"--space {space}: {len(variants)} variants of {model!r} begin so. Write more.")
+        space = variants[0][0].space
+    try:
+        url = push_dataset(
+            repo,
+            stored_name(where, model),
+            prompts,
+            labels=labels,
+            shard_max_bytes=shard_max_bytes or DEFAULT_SHARD_BYTES,
+            space=space,
+            store=where,
+            **options,
+        )
+    except KeyboardInterrupt:
+        raise click.ClickException("stopped. The same command goes on from there.") from None
+    if as_json:
+        print_json({"dataset": url})
+        return
+    click.echo(url)
