@@ -55,12 +55,22 @@ class Appender:
     def append(self, given: Sequence[Records]) -> None:
         """Store `given`, of one signature, all or nothing."""
         with self._lock:
+            group = self._prepare(given)
             if self._uploader is not None:
                 self._uploader.make_room(self._index().folder.name)
-            self._append(given)
+            while group:
+                count = self._filling(group)
+                self._append(group[:count])
+                group = group[count:]
 
-    def _append(self, given: Sequence[Records]) -> None:
-        group = self._prepare(given)
+    def _filling(self, group: list[Records]) -> int:
+        """How many records of `group` go together: where they are uploaded no more than fill a file."""
+        file = self._files.get(group[0].signature)
+        if self._uploader is None or file is None or file.fits(group):
+            return len(group)
+        return next((k for k in range(len(group) - 1, 0, -1) if file.fits(group[:k])), len(group))
+
+    def _append(self, group: list[Records]) -> None:
         signature = group[0].signature
         size = sum(part.stored_bytes for part in group)
         # What is larger is not merged in any case.

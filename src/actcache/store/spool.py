@@ -272,7 +272,8 @@ class Spool:
         if not SEGMENT_NAME.fullmatch(path.name):
             if TOMB_NAME.fullmatch(path.name) or path.name == FILE:
                 self.backend.delete(self._copy.name_of(path))
-                self.described.discard(path.parent.name) if path.name == FILE else None
+            if path.name == FILE:
+                self.described.discard(path.parent.name)
             return remove(path)
         with claim(path, PATIENCE_S) as mine:
             if not mine:

@@ -182,7 +182,8 @@ class Uploader:
                     now = time.monotonic()
                     if not self._due and now - idle_since >= _IDLE_S:
                         self._thread = None
-                        _at_work.discard(self)
+                        if not self._waiting():
+                            _at_work.discard(self)
                         return
                     self._changed.wait(min([_IDLE_S, *(due - now for due in self._due.values())]))
                 ready, grown = self._ready(), self._grown
@@ -230,6 +231,7 @@ class Uploader:
         self._changed = threading.Condition()
         self._due, self._grown, self._thread, self._error = {}, set(), None, None
         self.has_written = False
+        self._appenders = weakref.WeakSet()
         _at_work.discard(self)
 
 
