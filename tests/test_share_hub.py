@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
 import numpy as np
 import pytest
 
@@ -198,6 +202,27 @@ def test_an_answer_that_was_cut_goes_on_where_it_ended(hub, client, tmp_path):
     assert hub.sent(before, origin="storage") < 4_800_000 + 1_200_000, "what had come by then is not sent again"
 
 
+def test_a_stop_does_not_wait_for_the_hub(hub, tmp_path):
+    made = make(tmp_path / "set")
+    publish(hub, made, "org/slow")
+    code = """
+import signal, threading, time, os, actcache as ac
+threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+begin = time.time()
+try:
+    ac.load_activations(repo, show_progress=False)
+    ended = "read"
+except KeyboardInterrupt:
+    ended = "stopped"
+[ended, time.time() - begin]
+"""
+    with Client(hub, tmp_path / "client") as client:
+        client.run(METADATA, repo="org/slow", options={})
+        hub.inject(Fault(path="hidden_layer", status=429, retry_after=60, times=None))
+        ended, seconds = client.run(code, repo="org/slow")
+    assert ended == "stopped" and seconds < 15
+
+
 def test_what_stays_wrong_is_an_error_that_tells_nothing_secret(hub, client, tmp_path):
     made = make(tmp_path / "set")
     publish(hub, made, "org/broken")
@@ -225,6 +250,31 @@ def test_offline_what_the_client_has_in_its_cache_is_read(hub, tmp_path):
         with pytest.raises(ClientError, match="HF_HUB_OFFLINE is set"):
             offline.run(LOAD, repo="org/other", options={})
     assert len(hub.requests) == before
+
+
+class _WithoutRanges(SimpleHTTPRequestHandler):
+    """A mirror of the Hub that knows no ranges, and no commits."""
+
+    def translate_path(self, path):
+        return f"{self.directory}/{path.split('/resolve/main/')[-1]}"
+
+    def log_message(self, format, *args):
+        pass
+
+
+def test_a_mirror_without_ranges(hub, tmp_path):
+    made = make(tmp_path / "set", n=40, dim=50)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_WithoutRanges, directory=str(made.folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        with Client(hub, tmp_path / "client", HF_ENDPOINT=endpoint) as client:
+            assert same(client.run(LOAD, repo="org/set", options={}), made.expected())
+            with pytest.raises(ClientError, match=r"DatasetAccessError: .*other bytes than were asked for"):
+                client.run(LOAD, repo="org/set", options={"prompts": made.texts[3]})
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_nothing_is_left_on_disk(hub, tmp_path):

@@ -101,9 +101,7 @@ def test_a_pooling_that_cannot_be_had_is_refused_by_name(tmp_path, pooling):
         ac.load_activations(made.folder)
 
 
-def test_wrong_arguments_are_refused_before_anything_is_read(tmp_path):
-    with pytest.raises(OptionError, match="Did you mean 'last_token'"):
-        ac.load_activations(tmp_path, pooling="last_tokn")
+def test_what_is_no_dataset(tmp_path):
     with pytest.raises(DatasetNotFoundError, match="no folder of a dataset"):
         ac.load_activations(tmp_path)
     with pytest.raises(DatasetNotFoundError, match="no folder of a dataset"):
@@ -113,6 +111,36 @@ def test_wrong_arguments_are_refused_before_anything_is_read(tmp_path):
     (tmp_path / "README.md").write_text("hello")
     with pytest.raises(DatasetNotFoundError, match="no dataset of activations"):
         ac.load_activations(tmp_path)
+
+
+def test_poolings_of_other_names(tmp_path):
+    made = make(tmp_path / "set")
+    for wrong in ("last_tokn", 3, ["mean"]):
+        with pytest.raises(OptionError, match="unknown pooling"):
+            ac.load_activations(made.folder, pooling=wrong)
+    with pytest.raises(OptionError, match="Did you mean 'last_token'"):
+        ac.load_activations(made.folder, pooling="last_tokn")
+    made.hidden["pooling"] = "attention_weighted"
+    made.write()
+    assert ac.load_activations(made.folder, pooling="attention_weighted")[0].shape == (11, 6)
+    with pytest.raises(OptionError, match="pooled with 'attention_weighted'"):
+        ac.load_activations(made.folder)
+
+
+def test_an_index_that_packs_well_is_no_bomb(tmp_path):
+    n = 200_000
+    made = make(tmp_path / "set", n=2, layers=(0,), dim=2, k=0)
+    made.files = {"tensors/hidden_layer000_shard000.safetensors": {"hidden.layer_0": np.ones((n, 2), np.float32)}}
+    made.hidden["shards"], made.metadata["num_prompts"] = [{"num_prompts": n}], n
+    made.columns = {"text": [str(i) for i in range(n)], "label": ["positive"] * n, "source": ["a"] * n}
+    made.columns |= {"shard_index": np.zeros(n, np.int32), "row_offset": np.arange(n)}
+    made.write()
+    for options in ({}, {"compression": "zstd"}, {"compression": "zstd", "use_dictionary": False}):
+        table = pq.read_table(made.folder / INDEX)
+        pq.write_table(table, made.folder / INDEX, **options)
+        found, labels = ac.load_activations(made.folder, return_labels=True)
+        assert found[0].shape == (n, 2) and labels[-1] == "positive"
+        assert ac.fetch_dataset_metadata(made.folder).prompts[7] == "7"
 
 
 def test_layers_and_prompts_that_are_not_there_are_named(tmp_path):

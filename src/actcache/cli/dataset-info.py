@@ -58,8 +58,8 @@ def command(repo: str, revision: str | None, as_json: bool) -> None:
         whole = said.get("storage") == "full_sequence"
         rows.add_row(
             one_line(name, 60),
-            ranges(said.get("layers", [])),
-            str(width),
+            ranges(sorted(said.get("layers", []))),
+            one_line(str(width), 20),
             "every token" if whole else one_line(f"one per prompt, {said.get('pooling')}", 60),
             str(len(said["shards"])),
         )

@@ -50,6 +50,7 @@ class Folder(Source):
     concurrency = 4
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.folder = folder
         self.name = str(folder)
 

@@ -29,6 +29,8 @@ _NUMBERS_PER_BYTE = 8
 """Most numbers that one byte of an index can stand for: each row and each token has a place of its own to name."""
 _MAX_RATIO = 100
 """Most bytes that one byte of a column can become: texts that follow a template compress well."""
+_FEW_BYTES = 32
+"""Bytes of a value that may recur, such as a short label, packed to next to nothing."""
 _SOME = 1 << 16
 _BATCH_NUMBERS = 1 << 20
 
@@ -131,17 +133,17 @@ class Index:
 
     def _check(self, names: Sequence[str]) -> None:
         """Refuse columns that would become more than so many bytes can hold."""
-        most = _SOME + _NUMBERS_PER_BYTE * self._bytes.size
-        if self.num_rows > most:
+        most, metadata = _SOME + _NUMBERS_PER_BYTE * self._bytes.size, self._parquet.metadata
+        rows = sum(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
+        if max(rows, self.num_rows) > most or rows != self.num_rows:
             raise self.wrong(f"{self._bytes.size:,} bytes cannot hold the {self.num_rows:,} rows that it promises")
         for name in names:
             self.kind(name)
-            rows = sum(self._parquet.metadata.row_group(i).num_rows for i in range(self._parquet.num_row_groups))
             chunks = list(self._chunks(name))
-            if rows != self.num_rows or sum(count for _, count, _ in chunks) > most:
+            if sum(count for _, count, _ in chunks) > most:
                 raise self.wrong(f"{self._bytes.size:,} bytes cannot hold what it promises of column {name!r}")
-            for (start, stop), _, unpacked in chunks:
-                if unpacked > _SOME * 16 + _MAX_RATIO * (stop - start):
+            for (start, stop), count, unpacked in chunks:
+                if unpacked > _SOME * 16 + _MAX_RATIO * (stop - start) + _FEW_BYTES * count:
                     raise self.wrong(f"column {name!r} would unpack from {stop - start:,} bytes to {unpacked:,}")
 
     def _chunks(self, name: str) -> Iterator[tuple[tuple[int, int], int, int]]:

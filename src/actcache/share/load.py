@@ -79,19 +79,10 @@ def load_activations(
         NotCachedError: a prompt that it does not have.
         OptionError: a pooling that cannot be had from what is stored, and other wrong arguments.
     """
-    if pooling is not None and not callable(pooling) and pooling not in POOLINGS:
-        hint = did_you_mean(pooling, POOLINGS) if isinstance(pooling, str) else ""
-        raise OptionError(
-            f"unknown pooling {pooling!r}: expected one of {', '.join(map(repr, POOLINGS))}, a function, or None.{hint}"
-        )
     index = Index(open_source(dataset, token=token, revision=revision))
     group = _site(index, site)
     chosen = _layers(group, layers, index.source.name)
-    if group.pooling is not None and pooling != group.pooling:
-        raise OptionError(
-            f"{index.source.name} holds one vector for each prompt, pooled with {group.pooling!r}; "
-            f"{pooling!r} needs those of every token: pass pooling={group.pooling!r}."
-        )
+    _check_pooling(pooling, group, index.source.name)
     selection = find_prompts(index, prompts)
     labels = label_values(index, selection) if return_labels else None
     single = group.pooling is not None or pooling in ("last_token", "first_token")
@@ -101,7 +92,7 @@ def load_activations(
     rows = int(runs.length.sum())
     with progress(rows * len(chosen), "load", unit="row", show=None if show_progress else False) as bar:
         reader = ShardReader(index.source, group, notice=bar.update)
-        width = _width(reader, chosen, rows)
+        width = _width(reader, chosen, runs)
         if single or pooling is None:
             values = _gathered(reader, chosen, runs, width, as_dict=as_dict, pooled=single)
         else:
@@ -154,6 +145,23 @@ def load_activation_dataset(
     return found, dict(index.description.metadata)
 
 
+def _check_pooling(pooling: Any, group: TensorGroup, where: str) -> None:
+    """Refuse what cannot be had of a dataset; one that was pooled elsewhere may call it by any name."""
+    if group.pooling is not None and pooling == group.pooling:
+        return
+    if pooling is not None and not callable(pooling) and pooling not in POOLINGS:
+        known = list(dict.fromkeys([*POOLINGS, *([group.pooling] if group.pooling else [])]))
+        hint = did_you_mean(pooling, known) if isinstance(pooling, str) else ""
+        raise OptionError(
+            f"unknown pooling {pooling!r:.80}: expected one of {', '.join(map(repr, known))}, a function or None.{hint}"
+        )
+    if group.pooling is not None:
+        raise OptionError(
+            f"{where} holds one vector for each prompt, pooled with {group.pooling!r}; {pooling!r} needs those of "
+            f"every token: pass pooling={group.pooling!r}."
+        )
+
+
 def _site(index: Index, site: str) -> TensorGroup:
     sites = {g.site: g for g in index.description.tensors.values() if g.key_pattern}
     if site not in sites:
@@ -184,15 +192,15 @@ def _layers(group: TensorGroup, layers: int | Sequence[int] | None, where: str) 
     return [int(layer) for layer in asked]
 
 
-def _width(reader: ShardReader, layers: Layers, rows: int) -> int:
-    """Numbers in a row. Before much memory is taken every file is looked at."""
-    group = reader.group
+def _width(reader: ShardReader, layers: Layers, runs: Runs) -> int:
+    """Numbers in a row. Before much memory is taken every file is looked at that will be read."""
+    group, rows = reader.group, int(runs.length.sum())
     first = next((number for number, shard in enumerate(group.shards) if shard.rows), None)
     width = group.dim
     if width is None:
         width = 1 if first is None else reader.placed(first, layers[0], group.key(layers[0])).width
     if rows * len(layers) * width * 4 > _LARGE:
-        reader.verify(layers, lambda layer: [group.key(layer)])
+        reader.verify(np.unique(runs.shard), [(layer, group.key(layer)) for layer in layers])
     return width
 
 
@@ -269,7 +277,7 @@ def _all_rows(index: Index, group: TensorGroup, layers: Layers) -> dict[str, Arr
         return {key: np.empty((0, group.dim or 0), np.float32) for layer in layers for key in keys[layer]}
     places = {(layer, key): reader.placed(filled[0], layer, key) for layer in layers for key in keys[layer]}
     if sum(int(rows.sum()) * place.row_bytes for place in places.values()) > _LARGE:
-        reader.verify(layers, lambda layer: keys[layer])
+        reader.verify(filled, places)
     arrays = {at: np.empty((int(rows.sum()), place.width), place.dtype) for at, place in places.items()}
     reader.read(runs, [(layer, key, array) for (layer, key), array in arrays.items()])
     return {key: array for (_, key), array in arrays.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -85,7 +84,6 @@ class ShardReader:
         self._checked = checked
         self._notice = notice
         self._headers: dict[str, dict[str, container.Tensor]] = {}
-        self._stop = threading.Event()
 
     def keys(self, shard: int, layer: int | None = None) -> list[str]:
         """The names of all tensors of a file."""
@@ -96,10 +94,11 @@ class ShardReader:
         path = self.group.file(shard, layer)
         return self._placed(path, shard, key, self._header(path))
 
-    def verify(self, layers: Iterable[int | None], keys: Callable[[int | None], Sequence[str]]) -> None:
-        """Check the header of every file; `DatasetFormatError` where one is not what the dataset says."""
-        filled = [number for number, shard in enumerate(self.group.shards) if shard.rows]
-        self.run([partial(self.placed, s, layer, key) for layer in layers for key in keys(layer) for s in filled])
+    def verify(self, shards: Iterable[int], keys: Iterable[tuple[int | None, str]]) -> None:
+        """Check the headers of files that hold `keys` (layer, key); `DatasetFormatError` where one is not what the
+        dataset says."""
+        chosen = [int(shard) for shard in shards]
+        self.run([partial(self.placed, shard, layer, key) for layer, key in keys for shard in chosen])
 
     def read(self, runs: Runs, into: Iterable[tuple[int | None, str, Array]]) -> None:
         """Fill arrays ``[rows, D]`` with the rows of `runs`, one after the other; `into`: layer, key, array."""
@@ -137,7 +136,7 @@ class ShardReader:
                 for future in as_completed(futures):
                     future.result()
             except BaseException:
-                self._stop.set()
+                self.source.stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
@@ -189,7 +188,7 @@ class ShardReader:
         most = max(1, PIECE // place.row_bytes)
         buffer = np.empty(0, place.dtype)
         begin = 0
-        while begin < len(rows) and not self._stop.is_set():
+        while begin < len(rows) and not self.source.stop.is_set():
             first = int(rows[begin])
             end = int(np.searchsorted(rows, first + most))
             count = int(rows[end - 1]) + 1 - first

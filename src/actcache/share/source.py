@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -49,6 +50,7 @@ class Source(ABC):
     Attributes:
         name: what people call it.
         commit: which commit of a repository is read, once any file of it was; None for a folder.
+        stop: set when what is read is wanted no more; nobody waits for anything then.
         gap: how many bytes are sooner read in vain than left out by a request of their own.
         concurrency: how many streams are worth having at the same time.
     """
@@ -57,6 +59,9 @@ class Source(ABC):
     commit: str | None = None
     gap: int
     concurrency: int
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
 
     @abstractmethod
     def open(self, path: str, start: int = 0, stop: int | None = None) -> Stream:
