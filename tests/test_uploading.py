@@ -99,6 +99,9 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from elsewhere import Folder, machine
 from store_helpers import pooled
+from actcache.store import uploading
+# So that nothing but the end of the process uploads anything, however slow it is.
+uploading.LINGER_S = 3600.0
 store, space = machine(Folder(Path(sys.argv[1]) / "objects"), Path(sys.argv[1]) / "a")
 for i in range(5):
     store.append(space, pooled([i]))

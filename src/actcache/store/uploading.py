@@ -39,7 +39,7 @@ class Uploader:
 
     def __init__(self, copy: WorkingCopy, index: Callable[[str], SpaceIndex], lock_folder: Path) -> None:
         self._copy, self._index, self._lock_folder = copy, index, lock_folder
-        self._changed = threading.Condition()
+        self._changed, self._merging = threading.Condition(), threading.Lock()
         self._due: dict[str, float] = {}
         """When all of a space is to be uploaded, of `time.monotonic`."""
         self._grown: set[str] = set()
@@ -142,14 +142,17 @@ class Uploader:
     def _upload_all(self, space: str, wait_s: float) -> None:
         """Make few segments of what lies here alone, and upload them."""
         index = self._index(space)
-        try:
-            adoption.adopt(index, self._lock_folder)
-            merging.merge_spooled(index, self._lock_folder, few=2)
-        except (BackendError, StoreAccessError):
-            raise
-        except OSError as error:
-            log.warning("merging before an upload failed: %s", error)
-        if not self._put(space, 0, wait_s) and wait_s:
+        # One after the other: what one merges the other would upload meanwhile.
+        with self._merging:
+            try:
+                adoption.adopt(index, self._lock_folder)
+                merging.merge_spooled(index, self._lock_folder, few=2)
+            except (BackendError, StoreAccessError):
+                raise
+            except OSError as error:
+                log.warning("merging before an upload failed: %s", error)
+            done = self._put(space, 0, wait_s)
+        if wait_s and not done:
             raise BackendError(f"another process goes on uploading to {self._copy.backend.url}: try again later")
 
     def _put(self, space: str, least: int, wait_s: float) -> bool:
@@ -228,7 +231,7 @@ class Uploader:
 
     def after_fork(self) -> None:
         """In a child process: there is no thread, and what waits is the parent's to upload."""
-        self._changed = threading.Condition()
+        self._changed, self._merging = threading.Condition(), threading.Lock()
         self._due, self._grown, self._thread, self._error = {}, set(), None, None
         self.has_written = False
         self._appenders = weakref.WeakSet()
