@@ -16,6 +16,7 @@ import pytest
 import actcache as ac
 from actcache.errors import BackendError, OptionError, StoreAccessError
 from actcache.store.backend import CacheBackend
+from fault_proxy import FaultProxy
 from scripted_server import Answer, Asked, ScriptedServer, ranged, refusal
 from servers import S3Server, only_aws
 
@@ -79,6 +80,24 @@ def test_from_the_files_of_aws(aws: Path, server: ScriptedServer, monkeypatch: p
     monkeypatch.setenv("AWS_PROFILE", "absent")
     with pytest.raises(StoreAccessError, match="absent"):
         ac.ObjectBackend("s3://bucket/x").read("a")
+
+
+def test_a_profile_may_take_a_role(moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket, variables = moto.make_bucket(), moto.environment(tmp_path)
+    (tmp_path / "credentials").write_text(f"[me]\naws_access_key_id = ME\naws_secret_access_key = {SECRET}\n")
+    (tmp_path / "config").write_text(
+        "[profile lab]\nrole_arn = arn:aws:iam::123456789012:role/lab\nsource_profile = me\nregion = us-east-1\n"
+    )
+    variables |= {
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials"), "AWS_CONFIG_FILE": str(tmp_path / "config"),
+        "AWS_PROFILE": "lab",
+    }  # fmt: skip
+    only_aws(monkeypatch, {k: v for k, v in variables.items() if "KEY" not in k})
+    with FaultProxy(moto.endpoint) as proxy:
+        backend = ac.ObjectBackend(f"s3://{bucket}", endpoint=proxy.url)
+        backend.put("a", b"0123456789")
+        assert bytes(backend.read("a", 2, 4)) == b"23"
+        assert all(request.signed for request in proxy.requests) and len(proxy.requests) == 2
 
 
 @pytest.mark.parametrize(
