@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -102,7 +103,7 @@ def test_the_deadline_ends_with_what_happened(proxy: FaultProxy, bucket: str, wa
         began = time.monotonic()
         with proxy.failing(Fault(way)) as seen, pytest.raises(BackendError) as caught:
             call()
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 6
         said = str(caught.value)
         assert f"cannot {what} in {bucket}/x: tried {len(seen)} times in " in said and reason in said
         assert len(seen) > 2
@@ -117,7 +118,7 @@ def test_a_stall_and_a_refused_connection_end_at_the_deadline(nowhere: None) -> 
         began = time.monotonic()
         with pytest.raises(BackendError, match="no answer in time"):
             backend_at(server, deadline_s=1, timeout_s=0.2).read("a")
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 6
         url = server.url
     with pytest.raises(BackendError, match=r"no connection \(Connection refused\).*" + re.escape(url)):
         backend_at(url="s3://bucket", endpoint=url, deadline_s=0.5).put("a", b"0")
@@ -237,6 +238,28 @@ def test_a_listing_goes_on_behind_the_page_that_came(proxy: FaultProxy, bucket: 
     with proxy.failing(Fault("cut", ("list",), first=2, times=1)) as seen:
         assert [o.name for o in backend.list("v1/")] == names
     assert len(seen) == pages + 1
+
+
+def test_a_listing_that_goes_on_behind_a_marker_has_nothing_twice(nowhere: None) -> None:
+    keys = [*(f"x/v1-{i:03d}" for i in range(999)), "x/v1/", "x/v1/a"]
+
+    def page(asked: Asked) -> Answer:
+        query = parse_qs(urlsplit(asked.path).query)
+        after, token = query.get("start-after", [""])[0], query.get("continuation-token", [""])[0]
+        if token and len(server.asked) == 2:
+            return refusal(503, "SlowDown")
+        left = [key for key in keys if key > max(after, token)]
+        items = "".join(
+            f"<Contents><Key>{key}</Key><Size>1</Size><LastModified>2024-01-01T00:00:00Z</LastModified></Contents>"
+            for key in left[:1000]
+        )
+        more = f"<NextContinuationToken>{left[999]}</NextContinuationToken>" if left[1000:] else ""
+        return Answer(200, f"<?xml version='1.0'?><ListBucketResult>{items}{more}</ListBucketResult>".encode())
+
+    with ScriptedServer(page) as server:
+        found = [o.name for o in backend_at(server, "s3://bucket/x").list()]
+        assert len(server.asked) > 2
+    assert len(set(found)) == len(found) and {"v1-998", "v1/a"} <= set(found)
 
 
 def test_a_bucket_may_hold_what_is_not_ours(moto: S3Server, bucket: str) -> None:

@@ -180,7 +180,7 @@ def test_a_machine_that_does_not_answer_is_not_waited_for(
         monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{address[1]}")
         began = time.monotonic()
         assert key_used(server) is None
-        assert time.monotonic() - began < 0.9
+        assert time.monotonic() - began < 1.8
         for waiting in full:
             waiting.close()
 

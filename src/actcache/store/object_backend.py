@@ -119,7 +119,8 @@ class ObjectBackend(CacheBackend):
         top = self._prefix + "/" if self._prefix else ""
         below = (top + prefix).rstrip("/") or None
         ordered = self._scheme == "s3"
-        seen: list[ObjectInfo] = []
+        # By name: a key with "/" at its end loses it here, and what lies before it may come twice.
+        seen: dict[str, ObjectInfo] = {}
         last: str | None = None
 
         def go_on(_: int) -> bool:
@@ -136,7 +137,7 @@ class ObjectBackend(CacheBackend):
                         last = item["path"]
                         name = last.removeprefix(top)
                         if last.startswith(top) and name.startswith(prefix) and is_name(name):
-                            seen.append(ObjectInfo(name, item["size"], _nanoseconds(item["last_modified"])))
+                            seen[name] = ObjectInfo(name, item["size"], _nanoseconds(item["last_modified"]))
             except Exception as error:
                 if ordered and len(seen) > got:
                     raise _ProgressError(understand(error)) from None
@@ -144,7 +145,7 @@ class ObjectBackend(CacheBackend):
             return True
 
         self._persist("list", prefix or "objects", go_on)
-        return iter(seen)
+        return iter(seen.values())
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
         key = self._key(name)
