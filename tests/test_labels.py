@@ -349,6 +349,7 @@ def test_a_kill_leaves_labels_of_what_is_stored_and_of_nothing_else(folder: Path
     [
         ({"labels": [1, 2]}, "labels has 2 values for 4 prompts"),
         ({"labels": "abcd"}, "labels is 'abcd'"),
+        ({"labels": {4, 3, 2, 1}}, "labels is {.*expected a list with one value for each prompt"),
         ({"labels": [1, 2, 3, [4]]}, r"labels\[3\] is \[4\]"),
         ({"labels": [1, 2, float("nan"), 4]}, r"labels\[2\] is nan"),
         ({"metadata": [{"a": 1}] * 3}, "metadata has 3 values for 4 prompts"),

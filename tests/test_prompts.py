@@ -53,6 +53,14 @@ def test_the_list_itself_must_be_one(prompts):
         read_prompts(prompts)
 
 
+def test_a_set_of_prompts_has_no_order_for_rows_and_labels():
+    for prompts in ({"a", "b"}, frozenset({"a", "b"})):
+        with pytest.raises(PromptTypeError, match=r"prompts is a (frozen)?set: expected a list"):
+            read_prompts(prompts)
+    # The keys of a dict have one.
+    assert read_prompts({"b": 1, "a": 2}.keys()).texts == ["b", "a"]
+
+
 def test_ids_as_numpy_and_torch_give_them():
     import torch
 

@@ -49,7 +49,8 @@ def checked(labels: Any, metadata: Any, count: int) -> Said:
 
 
 def _listed(values: Any, what: str, count: int) -> list[Any]:
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+    # A set has an order of its own.
+    if isinstance(values, (str, bytes, Mapping, set, frozenset)) or not isinstance(values, Iterable):
         raise OptionError(f"{what} is {values!r:.60}: expected a list with one value for each prompt.")
     found = list(values)
     if len(found) != count:

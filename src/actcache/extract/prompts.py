@@ -59,7 +59,8 @@ def read_prompts(prompts: Prompt | Iterable[Prompt]) -> PromptList:
     """
     if isinstance(prompts, str):
         prompts = [prompts]
-    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+    # A set has an order of its own, and rows come in that of the prompts.
+    if isinstance(prompts, (Mapping, set, frozenset)) or not isinstance(prompts, Iterable):
         raise PromptTypeError(f"prompts is a {type(prompts).__name__}: expected a list of strings, token ids or chats.")
     given: list[Any] = list(prompts)
     if not given:
