@@ -252,6 +252,23 @@ def test_offline_what_the_client_has_in_its_cache_is_read(hub, tmp_path):
     assert len(hub.requests) == before
 
 
+def test_threads_read_side_by_side(hub, client, tmp_path):
+    made = make(tmp_path / "set", "2.0 split", n=60, dim=20)
+    publish(hub, made, "org/threads")
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+import actcache as ac, numpy as np
+def load(i):
+    pooling = ("last_token", "first_token", "max", None)[i % 4]
+    return ac.load_activations(repo, pooling=pooling, as_dict=False, show_progress=False)
+with ThreadPoolExecutor(8) as pool:
+    found = list(pool.map(load, range(16)))
+alone = [load(i) for i in range(4)]
+all(np.array_equal(mine, theirs) for i in range(16) for mine, theirs in zip(found[i], alone[i % 4], strict=True))
+"""
+    assert client.run(code, repo="org/threads") is True
+
+
 class _WithoutRanges(SimpleHTTPRequestHandler):
     """A mirror of the Hub that knows no ranges, and no commits."""
 

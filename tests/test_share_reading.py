@@ -20,6 +20,7 @@ from actcache.errors import (
     DatasetFormatError,
     DatasetLayerError,
     DatasetNotFoundError,
+    MissingExtraError,
     NotCachedError,
     OptionError,
     PromptError,
@@ -375,6 +376,14 @@ def test_a_snapshot_of_the_hub_client_is_a_folder(tmp_path):
         blob.write_bytes(file.read_bytes())
         link.symlink_to(os.path.relpath(blob, link.parent))
     assert np.array_equal(ac.load_activations(snapshot, as_dict=False), np.stack(made.expected()))
+
+
+def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch):
+    made = make(tmp_path / "set")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    for function in (ac.load_activations, ac.load_activation_dataset, ac.fetch_dataset_metadata):
+        with pytest.raises(MissingExtraError, match=r"pip install 'actcache\[hub\]'"):
+            function(made.folder)
 
 
 def test_importing_the_functions_imports_no_pyarrow():
