@@ -11,6 +11,7 @@ import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -430,6 +431,19 @@ class TestColumns:
     def test_metadata_that_cannot_be(self, metadata, message):
         with pytest.raises(OptionError, match=message):
             metadata_columns(metadata, 2)
+
+    def test_a_text_that_no_index_can_hold(self, store, space, tmp_path):
+        store.write(space, ["fine", "half of a pair \ud83d"], {"resid_post.0": [torch.ones(8)] * 2}, pooling="mean")
+        with pytest.raises(PromptError, match="no valid Unicode"):
+            ac.push_dataset(tmp_path / "set", MODEL, None, store=store)
+        assert not (tmp_path / "set").exists()
+
+    def test_many_row_groups(self, pooled, space, tmp_path, monkeypatch):
+        monkeypatch.setattr("actcache.share.index_file._ROWS", 3)
+        fill_perplexity(pooled, space, N[:9])
+        found = push(pooled, tmp_path / "set", labels=list(N))
+        assert pq.ParquetFile(found.folder / INDEX).num_row_groups == 7
+        assert [found.by_text[text(i)]["label"] for i in N] == list(N)
 
     def test_what_is_stored_with_prompts_goes_along(self, pooled, space, tmp_path):
         from actcache.store import given as said

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actcache.derive.results import exponentials
-from actcache.errors import MissingExtraError
+from actcache.errors import MissingExtraError, PromptError
 from actcache.share import ours
 from actcache.share.format import PREFIX
 from actcache.share.stored_rows import Rows
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from actcache.share.shard_files import Shards
 
 # A row group is in memory at once, on either side.
-_ROWS, _TOKENS = 20_000, 1_000_000
+_ROWS, _TOKENS = 4_000, 250_000
 
 
 def require_pyarrow() -> Any:
@@ -54,11 +54,11 @@ class Index:
         if selection.token_nll is not None:
             self._has_losses = selection.token_nll.found[order, 0]
         if self._has_losses.any() and selection.token_nll is not None:
-            self._losses = Rows(selection.token_nll, "token_nll", order, whole=True)
+            self._losses = Rows(selection.token_nll.select(order), "token_nll", whole=True)
         if selection.perplexity is not None:
             self._has_perplexity = selection.perplexity.found[order, 0]
         if self._has_perplexity.any() and selection.perplexity is not None:
-            self._perplexity = Rows(selection.perplexity, "perplexity", order, whole=False)
+            self._perplexity = Rows(selection.perplexity.select(order), "perplexity", whole=False)
         kinds = self._table.kind
         self.all_texts = bool((kinds == TEXT).all())
         known = [ids is not None for ids in self._table.ids]
@@ -81,7 +81,7 @@ class Index:
         if self._perplexity is not None:
             fields += [(f"perplexity_{name}", pa.float64()) for name in ("mean", "min", "max")]
         fields += [(column.name, self._type(column.type)) for column in self._metadata]
-        fields += [(name, pa.int32()) for name in self._shards.locations()]
+        fields += [(name, pa.int32()) for name in self._shards.locations]
         if self._shards.lengths is not None:
             fields.append(("token_offset", pa.int64()))
         if self._has_ids.any():
@@ -99,9 +99,17 @@ class Index:
         return {"double": pa.float64(), "bool": pa.bool_()}.get(name) or getattr(pa, name)()
 
     def check(self) -> None:
-        """Make the first row group and throw it away: what cannot be written shows before anything is sent."""
-        start, stop = next(self._groups())
-        self._batch(self.schema(), start, stop)
+        """Make a few rows and throw them away, and look at all texts: what cannot be written shows before anything is
+        sent."""
+        for start, stop in self._groups():
+            for i, text in enumerate(self._table.select(np.arange(start, stop)).texts, start):
+                try:
+                    (text or "").encode()
+                except UnicodeEncodeError:
+                    raise PromptError(
+                        f"a prompt is no valid Unicode text: {text!r:.60} (row {i}). Leave it out."
+                    ) from None
+        self._batch(self.schema(), 0, min(100, len(self._order)))
 
     def write(self, path: Path, described: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         """Write the file, with metadata under the keys of the format and of this library."""
@@ -163,7 +171,7 @@ class Index:
             found["token_perplexity"] = [
                 exponentials(self._losses.all_of(i)[:-1, 0]) if self._has_losses[i] else None for i in rows
             ]
-        found |= {name: values[start:stop] for name, values in shards.locations().items()}
+        found |= {name: values[start:stop] for name, values in shards.locations.items()}
         if shards.lengths is not None:
             found["token_offset"] = found["row_offset"]
             found["token_shard_ids"], found["token_shard_offsets"] = shards.token_locations(start, stop)

@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -102,10 +102,11 @@ class Shards:
         if shuffle:
             random.Random(_seed(name)).shuffle(order)
         self.order: Ints = np.array(order, np.int64)
-        self.groups: list[tuple[Group, dict[int | None, Rows]]] = [
-            (group, {layer: self._rows(group, site) for layer, site in group.sites.items()})
-            for group in selection.groups
-        ]
+        self.groups: list[tuple[Group, dict[int | None, Rows]]] = []
+        for group in selection.groups:
+            located = group.located.select(self.order)
+            rows = {layer: Rows(located, site, whole=group.whole) for layer, site in group.sites.items()}
+            self.groups.append((group, rows))
         sites = [rows for _, by_layer in self.groups for rows in by_layer.values()]
         # All groups lie in shards of the same prompts, so that one column says for all of them where a prompt is.
         widest = max((rows.row_bytes for rows in sites), default=1)
@@ -127,14 +128,12 @@ class Shards:
         self.logits_shards: list[tuple[int, int]] = []
         if selection.logits is not None:
             k, group = selection.logits
-            values, indices = (self._rows(group, site) for site in group.sites.values())
+            located = group.located.select(self.order)
+            values, indices = (Rows(located, site, whole=group.whole) for site in group.sites.values())
             self.logits = k, values, indices
             per_shard = max(1, shard_max_bytes // (values.row_bytes + indices.row_bytes))
             self.logits_shards = [(a, min(a + per_shard, count)) for a in range(0, count, per_shard)]
         self.files = [*self._group_files(), *self._logits_files()]
-
-    def _rows(self, group: Group, site: str) -> Rows:
-        return Rows(group.located, site, self.order, whole=group.whole)
 
     @property
     def nbytes(self) -> int:
@@ -233,6 +232,7 @@ class Shards:
         ]
         return placed + rest
 
+    @cached_property
     def locations(self) -> dict[str, Ints]:
         """The columns of the index that say where a prompt's row is, int64 ``[n]`` each."""
         own = _located(self.logits_shards, len(self.order))
@@ -247,7 +247,6 @@ class Shards:
     def token_locations(self, start: int, stop: int) -> tuple[list[Ints], list[Ints]]:
         """Shard and row of every token of the prompts in rows `start` to `stop`; the last is in the shards in front."""
         assert self.lengths is not None
-        locations = self.locations()
         if self._rest_shard is None:
             self._rest_shard = _located(self.rest, len(self.order))[0]
             before = np.concatenate([[0], np.cumsum(self.lengths - 1)])
@@ -258,8 +257,8 @@ class Shards:
             length = int(self.lengths[i])
             in_rest = int(self._rest_row[i]) + np.arange(length - 1)
             of_rest = np.full(length - 1, len(self.placed) + int(self._rest_shard[i]))
-            shards.append(np.append(of_rest, locations["shard_index"][i]))
-            rows.append(np.append(in_rest, locations["row_offset"][i]))
+            shards.append(np.append(of_rest, self.locations["shard_index"][i]))
+            rows.append(np.append(in_rest, self.locations["row_offset"][i]))
         return shards, rows
 
     _rest_shard: Ints | None = None

@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 
 Ints = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 2 << 20
 
 
 class Rows:
     """The rows of one stored site, by number of prompt in the order of the dataset."""
 
-    def __init__(self, located: Located, site: str, order: Ints, *, whole: bool) -> None:
+    def __init__(self, located: Located, site: str, *, whole: bool) -> None:
+        """`located`: the prompts in the order of the dataset."""
         self.site, self.whole = site, whole
         self._placements = [placement.of_site(site) for placement in located.placements]
-        self._owner, self._local = located.owner[order], located.local[order]
+        # Of all sites the same arrays: there are many of these, and of prompts more.
+        self._owner, self._local = located.owner, located.local
         used = [p for number, p in enumerate(self._placements) if (self._owner == number).any()]
         self.dtype = common_dtype(p.dtype for p in used)
         self.width = next(iter(width for p in used for width in p.widths))

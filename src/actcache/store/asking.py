@@ -127,6 +127,10 @@ class Located:
     local: Ints
     found: npt.NDArray[np.bool_]
 
+    def select(self, order: Ints) -> Located:
+        """The prompts at `order`."""
+        return Located(self.placements, self.owner[order], self.local[order], self.found[order])
+
 
 def locate_sites(
     index: SpaceIndex, prompts: Sequence[Any], sites: Sequence[str], layout: str, *, check: bool

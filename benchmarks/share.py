@@ -1,0 +1,162 @@
+"""Sharing on the Hub: pushing against a plain upload of the same bytes with the same client, and memory.
+
+    python benchmarks/share.py [--quick] [--json FILE] [--folder DIR]
+
+The Hub is the loopback one, in a process of its own: the network costs nothing, so that what is done beside it shows.
+Each push goes to a new repository, of a store that is opened anew, to a Hub that has none of its files.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from _hub_server import forget, hub
+from _measure import Tables, arguments, compare, reporting
+
+PROMPTS, LAYERS, WIDTH = 2000, 12, 768
+PER_PROMPT = 2500
+"""Bytes of memory that one more prompt may take, of 37,000 that its vectors have."""
+PUSH = 0.5
+"""At least this speed, as a share of that of a plain upload."""
+_names = (f"user/set{uuid.uuid4().hex}" for _ in itertools.count())
+
+
+def make_store(folder: Path, prompts: int) -> Path:
+    """A store with pooled vectors of all layers, in segments of the size that merging makes of them."""
+    from actcache.store.prompts import PromptTable
+    from actcache.store.records import Records
+    from actcache.store.store import Store
+
+    rng = np.random.default_rng(0)
+    with Store(folder / "store", index_dir=folder / "index") as store:
+        space = store.open_space({"benchmark": True}, {"model_name": "benchmark", "dtype": "float32"})
+        for start in range(0, prompts, 5000):
+            numbers = range(start, min(start + 5000, prompts))
+            ids = [[number, *range(15)] for number in numbers]
+            table = PromptTable.build(ids, [f"prompt {number}" for number in numbers], text_context="benchmark")
+            shape = len(ids), WIDTH
+            data = {f"resid_post.{layer}": rng.standard_normal(shape, np.float32) for layer in range(LAYERS)}
+            store.append(space, Records.pooled(table, "last_token", data))
+    return folder / "store"
+
+
+def push(store: Path, **options: Any) -> None:
+    import actcache as ac
+
+    ac.push_dataset(next(_names), "benchmark", None, store=store, **options)
+
+
+def plain_upload(folder: Path) -> None:
+    from huggingface_hub import HfApi
+
+    api, name = HfApi(), next(_names)
+    api.create_repo(name, repo_type="dataset")
+    api.upload_folder(folder_path=folder, repo_id=name, repo_type="dataset")
+
+
+def pushing(folder: Path, root: Path, rounds: int) -> Tables:
+    """A push of everything that is stored."""
+    import actcache as ac
+
+    store = make_store(folder, PROMPTS)
+    made = folder / "made"
+    ac.push_dataset(made, "benchmark", None, store=store)
+    nbytes = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
+    candidates = {
+        "push_dataset": lambda: push(store),
+        "... stream=True": lambda: push(store, stream=True),
+        "... in 10 MB": lambda: push(store, shard_max_bytes=10 << 20),
+    }
+    rows = compare(
+        lambda: plain_upload(made), candidates, rounds, reference_name="upload_folder", warmup=1,
+        before=lambda _: forget(root),
+    )  # fmt: skip
+    title = f"push {PROMPTS} prompts x {LAYERS} layers x {WIDTH}, {nbytes / 1e6:.0f} MB"
+    return [(title, rows, {"show": "speed", "nbytes": nbytes, "bounds": {"push_dataset": PUSH}})]
+
+
+def peak_of(store: Path, **options: Any) -> dict[str, int]:
+    """Anonymous memory of a process that pushes, in bytes: the most of it while it does, less what it had before."""
+    ran = subprocess.run(
+        [sys.executable, __file__, "--peak", str(store), json.dumps(options)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: dict[str, int] = json.loads(ran.stdout.splitlines()[-1])
+    return found
+
+
+def anonymous() -> int:
+    """Of this process, now."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
+def measure_peak(store: Path, options: dict[str, Any]) -> None:
+    """What `peak_of` runs: a push that warms up what is loaded once, and one that is looked at."""
+    small = make_store(store.parent / "warm", 10)
+    push(small)
+    before, most, done = anonymous(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    push(store, **options)
+    done.set()
+    watcher.join()
+    print(json.dumps({"peak": most - before}))
+
+
+def memory(folder: Path, root: Path, sizes: tuple[int, int]) -> bool:
+    """Peak memory of pushes of two sizes; whether it is that of the smaller one, but for the index."""
+    held = True
+    print(f"\nmemory of a push, anonymous, beyond what the process had before ({LAYERS} layers x {WIDTH})")
+    stores = {size: make_store(folder / str(size), size) for size in sizes}
+    for name, options in (("push_dataset", {}), ("... stream=True", {"stream": True})):
+        peaks = {}
+        for size, store in stores.items():
+            forget(root)
+            peaks[size] = peak_of(store, **options)["peak"]
+        small, large = peaks.values()
+        # Where each prompt is and what is said of it grows with their number; the vectors, 37 kB each, do not count.
+        each = (large - small) / (sizes[1] - sizes[0])
+        held &= each <= PER_PROMPT
+        told = ", ".join(f"{size:,} prompts {peak / 2**20:.0f} MB" for size, peak in peaks.items())
+        data = sizes[1] * LAYERS * WIDTH * 4 / 2**20
+        print(
+            f"{name:16} {told} (data {data:.0f} MB): {each:,.0f} bytes a prompt  "
+            f"<= {PER_PROMPT:,} {'ok' if each <= PER_PROMPT else 'MISSED'}"
+        )
+    return held
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("--peak", nargs=2, help="measure memory in this process")
+    options = parser.parse_args()
+    if options.peak:
+        measure_peak(Path(options.peak[0]), json.loads(options.peak[1]))
+        return 0
+    rounds = 3 if options.quick else 15
+    with reporting(options) as report, hub(report.folder) as root:
+        report.add(pushing(report.folder, root, rounds), show="speed")
+        held = memory(report.folder / "memory", root, (4000, 16_000) if options.quick else (8000, 32_000))
+    return 0 if report.held and held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
