@@ -463,6 +463,38 @@ def test_what_was_read_longest_ago_goes_when_there_is_too_much(backend: Strange,
     assert backend.reads != []
 
 
+def test_a_host_that_only_writes_keeps_to_its_size_too(backend: Strange, tmp_path: Path) -> None:
+    limit = 1 << 20
+    store = Store(backend, index_dir=tmp_path / "writer", local_gb=limit / 2**30)
+    for part in range(4):
+        numbers = range(300 * part, 300 * part + 300)
+        store.write(SPACE, prompts(numbers), {s: list(v[numbers]) for s, v in VALUES.items()}, pooling="last_token")
+        store.flush()
+        assert on_disk(store) <= limit
+    assert len(segment_names(backend)) == 4
+    for site in SITES:
+        check(Store(backend, index_dir=tmp_path / "reader"), site=site)
+
+
+def test_writing_on_a_full_disk_makes_room_of_what_was_read(
+    reader: Store, backend: Strange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for site in SITES:
+        check(reader, site=site)
+    real = segments.write
+
+    def write_there(folder: Path, *args: object, **options: object) -> object:
+        if on_disk(reader) > 1 << 20:
+            raise DiskFullError("no room")
+        return real(folder, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(segments, "write", write_there)
+    reader.write(SPACE, ["another"], {SITES[0]: [torch.ones(WIDTH)]}, pooling="last_token")
+    reader.flush()
+    assert reader.contains(SPACE, ["another"]).all()
+    check(reader)
+
+
 def test_a_full_disk_makes_room_first_and_is_told_then(
     reader: Store, backend: Strange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -623,6 +655,29 @@ def test_describing_fetches_no_rows(reader: Store, backend: Strange) -> None:
     assert placement.found.all()
     assert backend.reads == []
     assert np.array_equal(placement.take(), torch.stack(list(VALUES.values()), 1).numpy())
+
+
+def test_what_belongs_together_lists_once(reader: Store, backend: Strange) -> None:
+    check(reader)
+    lists = backend.lists
+    with reader.looking_once():
+        for asked in ("not there", "nor there"):
+            assert not reader.contains(SPACE, [asked]).any()
+            assert not reader.locate_sites(SPACE, [asked], SITES, "last_token").found.any()
+    assert backend.lists == lists + 1
+    assert not reader.contains(SPACE, ["not there"]).any()
+    assert backend.lists == lists + 2
+
+
+def test_prompts_of_a_tokenizer_that_is_new_are_found(backend: Strange, tmp_path: Path) -> None:
+    reader = Store(backend, index_dir=tmp_path / "reader")
+    given = {SITES[0]: [torch.ones(WIDTH)]}
+    for context in ("one", "two"):
+        with Store(backend, index_dir=tmp_path / "writer") as writer:
+            writer.write(SPACE, [f"of {context}"], given, pooling="last_token", text_context=context)
+        assert reader.locate_sites(SPACE, [f"of {context}"], SITES[:1], "last_token").found.all()
+        assert reader.contains(SPACE, [f"of {context}"]).all()
+        assert torch.equal(reader.read(SPACE, [f"of {context}"], SITES[0], pooling="last_token")[0], given[SITES[0]][0])
 
 
 def test_everything_is_read_in_stored_order(reader: Store, backend: Strange) -> None:

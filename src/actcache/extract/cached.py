@@ -185,11 +185,12 @@ class CachedExtractor:
         # An import is of the model as it is.
         trusted = self.store.imports_of(source.name) if self.trust_names and not self.extractor.edits else ()
         question = Question(self.store, space, names, self.layout, check, trusted)
-        lookup = look_up(question, read, source, context, add_special_tokens=special)
-        of = np.arange(len(read)) if of_all else np.flatnonzero(~lookup.found)
-        results = find_results(
-            replace(question, trusted=()), asked, read, of, source, context, add_special_tokens=special
-        )
+        with self.store.looking_once():
+            lookup = look_up(question, read, source, context, add_special_tokens=special)
+            of = np.arange(len(read)) if of_all else np.flatnonzero(~lookup.found)
+            results = find_results(
+                replace(question, trusted=()), asked, read, of, source, context, add_special_tokens=special
+            )
         absent = np.flatnonzero(~(lookup.found & results.found)).tolist()
         if absent:
             check_tokens(read, absent, source)

@@ -136,6 +136,14 @@ def locate_sites(
     index: SpaceIndex, prompts: Sequence[Any], sites: Sequence[str], layout: str, *, check: bool
 ) -> Located:
     """Where `prompts` (texts, token ids, chats) are. A text of several contexts counts in the one that knows most."""
+    began = time.monotonic()
+    located = _locate_sites(index, prompts, sites, layout, check)
+    if not located.found.all() and pulled(index, began):
+        return _locate_sites(index, prompts, sites, layout, check)
+    return located
+
+
+def _locate_sites(index: SpaceIndex, prompts: Sequence[Any], sites: Sequence[str], layout: str, check: bool) -> Located:
     index.refresh()
     kind, texts = _kinds_and_texts(prompts)
     queries = []
@@ -148,7 +156,7 @@ def locate_sites(
     count = len(prompts)
     located = Located([], np.full(count, -1), np.zeros(count, np.int64), np.zeros((count, len(sites)), bool))
     for query, members in queries:
-        placement = locate(index, query, list(sites), layout, check)
+        placement = locate(index, query, list(sites), layout, check, pull=False)
         better = placement.found_each.sum(axis=1) > located.found[members].sum(axis=1)
         located.owner[members[better]] = len(located.placements)
         located.local[members[better]] = np.flatnonzero(better)

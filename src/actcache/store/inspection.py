@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from actcache import config
 from actcache.errors import NotCachedError
-from actcache.store import reports
+from actcache.store import reports, trimming
 from actcache.store.asking import Located, locate_sites, why_absent
+from actcache.store.catalog import Catalog
 from actcache.store.discovered import CachedPromptInfo, agreeing, prompt_info, variant_of
 from actcache.store.eviction import bytes_on_disk
 from actcache.store.index import SpaceIndex
+from actcache.store.indexes import Indexes
 from actcache.store.prompts import PromptTable
 from actcache.store.records import TOKENS
 from actcache.store.reports import CacheInfo
@@ -26,14 +29,18 @@ from actcache.store.summaries import SiteSummary, summarise
 from actcache.store.variants import by_preference, variant_names
 from actcache.store.working_copy import WorkingCopy
 
+_Found = TypeVar("_Found")
+
 
 class Inspection(ABC):
     """The part of `Store` that describes; nothing here changes anything."""
 
     location: str | Path
     folder: Path
-    _copy: WorkingCopy | None
     root: Path
+    _catalog: Catalog
+    _copy: WorkingCopy | None
+    _indexes: Indexes
 
     @property
     @abstractmethod
@@ -55,6 +62,14 @@ class Inspection(ABC):
     def disk(self) -> Path | None:
         """The folder on whose disk all that is stored must have room; None where that lies elsewhere."""
         return self.folder if self._copy is None else None
+
+    def _keeping_room(self, work: Callable[[], _Found]) -> _Found:
+        """What `work` gives; a working copy is kept to its size around it."""
+        return work() if self._copy is None else trimming.within(self._copy, self._catalog, self._indexes, work)
+
+    def looking_once(self) -> AbstractContextManager[None]:
+        """For what this thread asks in the block, what lies elsewhere is listed once where something is missing."""
+        return nullcontext() if self._copy is None else self._copy.looking_once()
 
     def spaces(self) -> list[SpaceInfo]:
         """Every space, oldest first, with its number of prompts and its size on disk."""
@@ -106,7 +121,8 @@ class Inspection(ABC):
         self, space: str | SpaceInfo, prompts: Sequence[Any], sites: Sequence[str], layout: str, *, check: bool = True
     ) -> Located:
         """Where `prompts` (texts, token ids, chats) have their rows at `sites`; `check` verifies what would be read."""
-        return locate_sites(self._index(self._space(space)), prompts, sites, layout, check=check)
+        index = self._index(self._space(space))
+        return self._keeping_room(lambda: locate_sites(index, prompts, sites, layout, check=check))
 
     def sites_of(self, space: str | SpaceInfo, prompt: PromptTable) -> dict[str, list[str]]:
         """The sites at which the first prompt of a table is stored, by layout."""
@@ -181,7 +197,7 @@ class Inspection(ABC):
         index = self._index(self._space(space))
         if why := why_absent(index, site, pooling or TOKENS):
             raise NotCachedError(why)
-        return reports.statistics(index, site, pooling or TOKENS)
+        return self._keeping_room(lambda: reports.statistics(index, site, pooling or TOKENS))
 
     def summaries(self, space: str | SpaceInfo) -> list[SiteSummary]:
         """Of every site of a space, in every layout: rows, size, statistics, and what storing changed."""

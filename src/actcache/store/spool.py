@@ -113,6 +113,7 @@ class Spool:
             self._mark(segment, path)
             with contextlib.suppress(FileNotFoundError):
                 begun.unlink()
+            self._copy.note(size)
             log.info("uploaded %s, %d bytes, to %s", path.name, size, self.backend.url)
         return True
 

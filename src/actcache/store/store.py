@@ -6,10 +6,10 @@ import contextlib
 import math
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -57,9 +57,6 @@ __all__ = [
 ]
 
 
-_Found = TypeVar("_Found")
-
-
 class Store(Maintenance):
     """A durable cache; a context manager. Any number of threads, processes and machines may use the same one.
 
@@ -101,6 +98,8 @@ class Store(Maintenance):
         self._indexes = Indexes(self.root, self._catalog, self._copy)
         self._uploader = None if self._copy is None else Uploader(self._copy, self._indexes.of, place.index_dir)
         self._known: dict[str, SpaceInfo] = {}
+        if self._copy is not None:
+            self._copy.trim = partial(trimming.trim, self._copy, self._catalog, self._indexes, self._copy.local_bytes)
         # Also at exit, while there still is an interpreter to do it with, and never twice.
         weakref.finalize(self, _end, self._indexes, self._uploader)
         _alive.add(self)
@@ -159,7 +158,7 @@ class Store(Maintenance):
         records = self._prepared(space, [records] if isinstance(records, Records) else records)
         index = self._index(space)
         with translated(self.folder):
-            info = segments.write(self.root / space, records, space=space)
+            info = self._keeping_room(lambda: segments.write(self.root / space, records, space=space))
         # Without its description, which someone may have cleared just now, nobody would find or delete it.
         self._ensure(space)
         index.add(info)
@@ -223,11 +222,7 @@ class Store(Maintenance):
         if (texts is None) == (table is None):
             raise ValueError("locate() takes either texts or a table of token ids")
         query = Query.by_tokens(table) if table is not None else Query.by_text(texts or (), kinds, text_context)
-        return self._reading(lambda: locate(self._index(space), query, list(sites), layout, check))
-
-    def _reading(self, work: Callable[[], _Found]) -> _Found:
-        """What `work` gives; a working copy is kept to its size around it."""
-        return work() if self._copy is None else trimming.within(self._copy, self._catalog, self._indexes, work)
+        return self._keeping_room(lambda: locate(self._index(space), query, list(sites), layout, check))
 
     # -- for people: texts in, tensors out ---------------------------------------------------------------
 
@@ -282,7 +277,7 @@ class Store(Maintenance):
             ValueOverflowError: a finite value would become inf; prompt, site and value are named.
         """
         index = self._index(self._space(space))
-        return self._reading(
+        return self._keeping_room(
             lambda: reading.read(
                 index, prompts, site, pooling=pooling, positions=positions, dtype=dtype, out=out, allow_inf=allow_inf
             )

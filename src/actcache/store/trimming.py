@@ -42,8 +42,7 @@ def within(copy: WorkingCopy, catalog: Catalog, indexes: Mapping[str, SpaceIndex
         if not trim(copy, catalog, indexes, 0):
             raise
         found = work()
-    if copy.is_trim_due:
-        trim(copy, catalog, indexes, copy.local_bytes)
+    copy.keep_size()
     return found
 
 

@@ -158,7 +158,10 @@ class Uploader:
     def _put(self, space: str, least: int, wait_s: float) -> bool:
         """Upload the spooled segments of at least `least` bytes; False where some are left to others, who are at it."""
         paths = [path for path, size in self._copy.spool.spooled(space) if size >= least]
-        return self._copy.spool.put_all(paths, wait_s=wait_s, superseded=lambda name: self._superseded(space, name))
+        done = self._copy.spool.put_all(paths, wait_s=wait_s, superseded=lambda name: self._superseded(space, name))
+        # What is uploaded can be read again, and need not stay.
+        self._copy.keep_size()
+        return done
 
     def _superseded(self, space: str, name: str) -> bool:
         index = self._index(space)

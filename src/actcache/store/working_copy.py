@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from actcache.store import mirror
@@ -58,6 +58,9 @@ class WorkingCopy:
         self._fetched: float = math.inf
         self._pulling = threading.Lock()
         self._pulled: dict[str | None, float] = {}
+        self._scope = threading.local()
+        self.trim: Callable[[], object] = lambda: None
+        """Brings mirrors below their limit; who knows when each was read says how."""
 
     def name_of(self, path: Path) -> str:
         """The name of the object that the file at `path` stands for, or will be put as."""
@@ -78,7 +81,20 @@ class WorkingCopy:
 
     def pulled_since(self, space: str | None, moment: float) -> bool:
         """Whether a pull of `space` has begun after `moment` (of `time.monotonic`), and is done."""
+        moment = min(moment, getattr(self._scope, "began", moment))
         return max(self._pulled.get(space, 0.0), self._pulled.get(None, 0.0)) > moment
+
+    @contextlib.contextmanager
+    def looking_once(self) -> Iterator[None]:
+        """For this thread, what has been pulled since the beginning of the block is fresh enough in it."""
+        if hasattr(self._scope, "began"):
+            yield
+            return
+        self._scope.began = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._scope.began
 
     def begin(self, space: str | None) -> None:
         """`pull` unless this was done since the store was opened."""
@@ -109,10 +125,10 @@ class WorkingCopy:
         """Count anew."""
         self._fetched = 0
 
-    @property
-    def is_trim_due(self) -> bool:
-        """Whether mirrors may have grown beyond their limit since that was looked at last."""
-        return self.local_bytes is not None and self._fetched > self.local_bytes // _LOOKS
+    def keep_size(self) -> None:
+        """`trim`, when mirrors may have grown beyond their limit since that was looked at last."""
+        if self.local_bytes is not None and self._fetched > self.local_bytes // _LOOKS:
+            self.trim()
 
     def drop(self, path: Path) -> None:
         """Forget the mirror at `path`, whose object is gone; what was mapped of it stays readable."""
