@@ -627,6 +627,31 @@ def test_verification_sees_damage_to_heads_and_tombs(reader: Store, backend: Str
     assert [Path(d.segment).name for d in reader.verify().damaged] == [Path(name).name]
 
 
+@pytest.mark.parametrize("host", ["reader", "fresh"])
+@pytest.mark.parametrize("failing", range(4))
+def test_a_repair_that_cannot_read_removes_nothing(
+    reader: Store, backend: Strange, tmp_path: Path, failing: int, host: str
+) -> None:
+    reader.invalidate(SPACE, prompts(range(3)))
+    reader.flush()
+    before = dict(backend._objects)
+    left = [failing]
+
+    def fail(name: str, start: int, size: int, data: Bytes) -> Bytes:
+        left[0] -= 1
+        if left[0] < 0:
+            raise BackendError("the network is gone")
+        return data
+
+    backend.on_read = fail
+    with pytest.raises(BackendError, match="the network is gone"):
+        Store(backend, index_dir=tmp_path / host).verify(repair=True)
+    assert backend._objects == before
+    backend.on_read = None
+    assert Store(backend, index_dir=tmp_path / "fresh").verify(repair=True).damaged == []
+    assert backend._objects == before
+
+
 def test_statistics_of_what_is_left_are_exact(reader: Store, backend: Strange, tmp_path: Path) -> None:
     whole = reader.statistics(SPACE, SITES[0], pooling="last_token")
     assert np.allclose(whole.mean, VALUES[SITES[0]].double().mean(0).numpy())

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from actcache.errors import DiskFullError, FormatError, StoreAccessError
+from actcache.errors import BackendError, DiskFullError, FormatError, StoreAccessError
 
 log = logging.getLogger("actcache.store")
 
@@ -35,6 +35,9 @@ SIGNATURE = b'{"__metadata__":{"format":"actcache-'
 
 TRANSIENT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
 """Errors that say nothing of the file in question."""
+
+ELSEWHERE = (BackendError, StoreAccessError, DiskFullError)
+"""Errors of reading that say nothing of the object in question: of the way to it, or of the disk it is to come to."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Errors of a disk that has no room."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actcache.errors import BackendError, FormatError, NewerFormatError, StoreAccessError
-from actcache.store.files import TRANSIENT, log, named
+from actcache.errors import FormatError, NewerFormatError
+from actcache.store.files import ELSEWHERE, TRANSIENT, log, named
 from actcache.store.keys import Mask
 from actcache.store.records import SegmentInfo
 from actcache.store.tombs import Keys, is_member, read_tomb
@@ -38,7 +38,7 @@ class Graves:
                 found[tomb] = self._read(self.folder / tomb)
             except FileNotFoundError:
                 continue
-            except (BackendError, StoreAccessError):
+            except ELSEWHERE:
                 raise
             except (FormatError, OSError) as error:
                 if isinstance(error, OSError) and error.errno in TRANSIENT:

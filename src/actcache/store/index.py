@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from actcache.errors import BackendError, FormatError, StoreAccessError
+from actcache.errors import FormatError
 from actcache.store.catalog import Catalog
 from actcache.store.damage import KnownDamage
-from actcache.store.files import OPEN_NAME, SEGMENT_NAME, TOMB_NAME, TRANSIENT, log, named
+from actcache.store.files import ELSEWHERE, OPEN_NAME, SEGMENT_NAME, TOMB_NAME, TRANSIENT, log, named
 from actcache.store.graves import Graves, dead
 from actcache.store.keys import Group, Ints, KeyTable, Mask
 from actcache.store.listing import Listing
@@ -120,7 +120,7 @@ class SpaceIndex:
             return None
 
     def _refuse(self, name: str, error: Exception) -> None:
-        if isinstance(error, BackendError | StoreAccessError) or getattr(error, "errno", None) in TRANSIENT:
+        if isinstance(error, ELSEWHERE) or getattr(error, "errno", None) in TRANSIENT:
             raise error
         log.warning("ignoring a segment, what it held counts as absent: %s", named(self.path(name), error))
         self._refused[name] = error

@@ -262,8 +262,11 @@ class Pull:
         for other in _names(folder):
             if SEGMENT_NAME.fullmatch(other):
                 # One that names it among what it was merged from, and was merged before, needs it.
-                with contextlib.suppress(FormatError, OSError):
+                try:
                     kept |= Segment(folder / other).info.replaces.keys()
+                except (FormatError, OSError):
+                    # What it needs is not known.
+                    return False
         gone = [name for name in names if name[:32] not in kept]
         for name in gone:
             remove(folder / name)

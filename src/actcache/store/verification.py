@@ -17,6 +17,7 @@ from actcache.store.catalog import Catalog
 from actcache.store.damage import intact_of, losses
 from actcache.store.eviction import space_folders
 from actcache.store.files import (
+    ELSEWHERE,
     OPEN_NAME,
     SEGMENT_NAME,
     SPACE_FILE,
@@ -228,7 +229,7 @@ class _Space:
             self._refused(path, error, is_ours(path, TOMB_NAME))
 
     def _refused(self, path: Path, error: Exception, ours: bool) -> None:
-        if isinstance(error, OSError) and (isinstance(error, FileNotFoundError) or error.errno in TRANSIENT):
+        if isinstance(error, (*ELSEWHERE, FileNotFoundError)) or getattr(error, "errno", None) in TRANSIENT:
             raise error
         reason = str(error).removeprefix(f"{path}: ")
         if ours:
