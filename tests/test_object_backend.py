@@ -179,10 +179,10 @@ def test_a_bucket_that_does_not_exist_is_named(moto: S3Server, bucket: str) -> N
         Answer(206, DATA[:60], {"Content-Range": "bytes 0-99/300000"}, length=100),
         Answer(206, DATA[:100], {"Content-Range": "bytes 100-199/300000"}),
         Answer(206, DATA[:100]),
-        refusal(429, "TooManyRequests"), refusal(400, "RequestTimeout"), refusal(409, "OperationAborted"),
-        Answer(502, b"<html>bad gateway</html>"),
+        refusal(429, "TooManyRequests"), refusal(400, "RequestTimeout"), refusal(400, "BadDigest"),
+        refusal(409, "OperationAborted"), Answer(502, b"<html>bad gateway</html>"),
     ],
-    ids=["short", "less", "ends early", "elsewhere", "no range", "429", "400", "409", "502"],
+    ids=["short", "less", "ends early", "elsewhere", "no range", "429", "400 late", "400 spoilt", "409", "502"],
 )  # fmt: skip
 def test_a_wrong_answer_is_never_given_out(nowhere: None, wrong: Answer) -> None:
     wrongs = [wrong, wrong]

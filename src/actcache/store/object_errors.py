@@ -41,6 +41,8 @@ _SYSTEM = re.compile(r'message: "([^"]{1,200})"')
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|bucket does not exist")
 _EXPIRED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
 _REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException"}
+# What becomes of a body on its way: it came late, in part, or with other bits.
+_BODY = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "Md5Mismatch"}
 _AGAIN = {408, 409, 425, 429}
 _NEVER = {501, 505}
 _DEBUG = "\n\nDebug source:"
@@ -108,8 +110,7 @@ def _meaning(status: int, code: str, said: str) -> Meaning:
         return Meaning.REGION
     if status in (401, 403) or code in _EXPIRED:
         return Meaning.DENIED
-    # A server that waited in vain for the body says 400.
-    if status in _AGAIN or code == "RequestTimeout" or (status >= 500 and status not in _NEVER):
+    if status in _AGAIN or code in _BODY or (status >= 500 and status not in _NEVER):
         return Meaning.PASSING
     return Meaning.LASTING
 
