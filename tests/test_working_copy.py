@@ -130,9 +130,11 @@ def test_one_layer_costs_the_bytes_of_one_layer_and_the_head(host: Callable[[str
     read(host("b"), range(6000), SITES[2])
     requests = backend.take()
     assert [kind for kind, _, _ in requests].count("list") == 1
-    *heads, rows = [size for kind, name, size in requests if kind == "read" and name.endswith(".safetensors")]
-    assert rows <= 1.1 * 6000 * WIDTH * 4
-    assert len(heads) <= 2 and sum(heads) <= 1 << 20
+    sizes = [size for kind, name, size in requests if kind == "read" and name.endswith(".safetensors")]
+    # The head was longer than could be guessed.
+    heads, rows = sizes[:2], sizes[2:]
+    assert 6000 * WIDTH * 4 <= sum(rows) <= 1.1 * 6000 * WIDTH * 4
+    assert sum(heads) <= 1 << 20
 
 
 def test_a_reader_sees_what_is_written_later_at_its_next_miss_or_after_a_refresh(

@@ -21,8 +21,10 @@ from actcache.store.files import FULL, write_all
 from actcache.store.keys import Ints
 from actcache.store.mirror import Marks
 
-# Neighbours with so little between them come in one read, and no read is longer.
-_GAP, _READ = 64 << 10, 8 << 20
+# Neighbours with so little between them come in one read.
+_GAP = 64 << 10
+# No read is longer, and none is cut into shorter ones, which keep all connections busy where little is wanted.
+_READ, _SHORT_READ = 8 << 20, 2 << 20
 
 
 class Vanished(FileNotFoundError):
@@ -95,16 +97,13 @@ class Wanted:
             self.done,
         )  # fmt: skip
 
-    def runs(self) -> Iterator[Wanted]:
-        """In parts that are one read each."""
+    def runs(self, most: int) -> Iterator[Wanted]:
+        """In parts that are one read each, of at most so many bytes, or one block."""
         mine = self.select(np.argsort(self.starts, kind="stable"))
+        starts, stops = mine.starts.tolist(), mine.stops.tolist()
         first = 0
-        for i in range(1, len(mine.numbers) + 1):
-            if (
-                i == len(mine.numbers)
-                or mine.starts[i] - mine.stops[i - 1] > _GAP
-                or mine.stops[i] - mine.starts[first] > _READ
-            ):
+        for i in range(1, len(starts) + 1):
+            if i == len(starts) or starts[i] - stops[i - 1] > _GAP or stops[i] - starts[first] > most:
                 yield mine.select(slice(first, i))
                 first = i
 
@@ -156,7 +155,9 @@ def _fetch(wanted: list[Wanted], keep: bool) -> None:
                 except FileNotFoundError:
                     replaced[one.fetcher.path] = None
         for last in (False, True):
-            runs = [run for one in wanted if one.fetcher.path not in replaced for run in one.runs()]
+            size = sum(int((one.stops - one.starts).sum()) for one in wanted)
+            most = min(_READ, max(_SHORT_READ, -(-size // concurrency)))
+            runs = [run for one in wanted if one.fetcher.path not in replaced for run in one.runs(most)]
             wanted = _all(runs, files if keep else None, last, gone, concurrency)
     finally:
         for fd in files.values():

@@ -1,0 +1,55 @@
+"""How what is read from elsewhere is cut into requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actcache.store.backend import Bytes, MemoryBackend
+from actcache.store.records import Records
+from bucket_helpers import opened
+from store_helpers import make_table
+
+MB = 1 << 20
+WIDTH = 1024
+
+
+class Counting(MemoryBackend):
+    """Notes how long the ranges of rows are that are read."""
+
+    concurrency = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: list[int] = []
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
+        data = super().read(name, start, stop)
+        if start and name.endswith(".safetensors"):
+            self.lengths.append(len(data))
+        return data
+
+
+@pytest.mark.parametrize(
+    ("size", "requests", "longest"),
+    [(MB // 2, 1, MB // 2), (3 * MB, 2, 2 * MB), (16 * MB, 4, 4 * MB), (48 * MB, 6, 8 * MB)],
+)
+def test_little_is_read_by_few_and_much_by_all_connections(
+    tmp_path: Path, size: int, requests: int, longest: int
+) -> None:
+    backend = Counting()
+    rows = size // (4 * WIDTH)
+    values = np.random.default_rng(0).standard_normal((rows, WIDTH), np.float32)
+    store, space = opened(backend, tmp_path / "writer")
+    with store:
+        store.append(space, Records.pooled(make_table(range(rows)), "mean", {"a": -values, "b": values}))
+    other, _ = opened(backend, tmp_path / "reader")
+    with other:
+        place = other.locate(space, table=make_table(range(rows)), sites=["b"], layout="mean", check=False)
+        assert not backend.lengths, "where something is takes no rows to tell"
+        np.testing.assert_array_equal(place.take()[:, 0], values)
+    assert sum(backend.lengths) == size
+    assert len(backend.lengths) == requests
+    assert max(backend.lengths) == longest
