@@ -155,13 +155,16 @@ def sharing(rows: npt.NDArray[Any], dtype: np.dtype[Any]) -> int:
     # A row without length has nothing to lose.
     allowed = MOST_LOST**2 * np.where(squares > 0, squares, np.inf)
     lost_each = _LOST_EACH[dtype]
-    if lost_each * (largest @ largest) <= allowed.min():
+    # The rows that could lose too much, beside the largest values of all: mostly one or two, or none.
+    at_risk = np.flatnonzero(allowed < lost_each * (largest @ largest))
+    if not len(at_risk):
         return n
 
     def too_many(count: int, largest: npt.NDArray[Any]) -> bool:
+        some = at_risk[: np.searchsorted(at_risk, count)]
         # A value smaller than a step loses itself, and not more.
-        lost = np.minimum(size[:count], lost_each**0.5 * largest)
-        return bool((np.einsum("ij,ij->i", lost, lost) > allowed[:count]).any())
+        lost = np.minimum(size[some], lost_each**0.5 * largest)
+        return bool((np.einsum("ij,ij->i", lost, lost) > allowed[some]).any())
 
     # Mostly it is the first row that is unlike the others, or no row at all, so that there is little to look at.
     for looked_at in (min(_FEW, n), n):

@@ -28,7 +28,7 @@ _FLOAT8_NAN = 0x7F
 # Smaller scales would be subnormal, and their reciprocals too inexact or infinite.
 _LEAST_SCALE = np.float32(2.0**-126)
 _LEAST_NORMAL = np.float32(2.0**-6)
-_CHUNK_BYTES = 512 << 10
+_CHUNK_BYTES = 1 << 20
 _LONG_RUN = 8
 
 
