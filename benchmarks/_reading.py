@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 
 from _measure import Row, compare
 from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable
-from actcache.store.records import Records
+from actcache.store.records import BLOCK, Records
 from actcache.store.store import Store
 
 LAYERS, WIDTH = 24, 1024
@@ -35,6 +36,8 @@ CONTEXT, LAYOUT = "benchmark", "last_token"
 WHOLE = "copy of a mapped .npy"
 TAKEN_APART = "np.take of rows, layer behind layer"
 READ_APART = "read of each segment's part"
+HASHED_APART = "the same, checksums computed"
+ASKED = 1 << 20
 _rng = np.random.default_rng(0)
 _PATTERNS = _rng.standard_normal((4099, WIDTH), np.float32).astype(np.float16)
 
@@ -266,23 +269,26 @@ def cold(folder: Path, n: int, rounds: int) -> list[Table]:
         parts.append((path, segment.start_of(ONE), segment.info.rows * WIDTH * 2))
         del segment
 
-    def apart() -> None:
-        """The same bytes from where they are, without looking for them or at their checksums."""
+    def apart(hashed: bool = False) -> None:
+        """The same bytes from where they are, without looking for them, and without comparing their checksums."""
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open(path, "rb", buffering=0)).fileno() for path, _, _ in parts]
             for fd, (_, start, size) in zip(files, parts, strict=True):
-                os.posix_fadvise(fd, start, size, os.POSIX_FADV_WILLNEED)
+                for at in range(start, start + size, ASKED):
+                    os.posix_fadvise(fd, at, min(ASKED, start + size - at), os.POSIX_FADV_WILLNEED)
             done = 0
             for fd, (_, start, size) in zip(files, parts, strict=True):
                 end = start + size
                 while start < end:
-                    got = os.preadv(fd, [target[done : done + end - start]], start)
+                    got = os.preadv(fd, [target[done : done + min(ASKED, end - start)]], start)
+                    for block in range(done, done + got if hashed else 0, BLOCK):
+                        xxhash.xxh3_64_intdigest(target[block : min(block + BLOCK, done + got)])
                     start, done = start + got, done + got
 
     def read() -> None:
         held[0].read(space_folder.name, None, ONE, pooling=LAYOUT, out=torch.from_numpy(out))
 
-    ways = {READ_APART: apart, "read(None)": read}
+    ways = {READ_APART: apart, HASHED_APART: lambda: apart(True), "read(None)": read}
     found = compare(sequential, ways, rounds, reference_name="sequential read", before=forget)
     # In the order in which they are stored, which is not that in which they were given.
     given = np.fromfile(blob, np.float16).reshape(n, WIDTH)
