@@ -24,21 +24,20 @@ def two_hosts(folder: Path) -> tuple[Store, Store, str]:
 
 
 def merged_at_once(hosts: tuple[Store, Store], space: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both read the same segments before either has merged, and both find them there when they have."""
-    together = threading.Barrier(2, timeout=20)
-    first = threading.local()
-    sources, remove = merging._sources, merging.remove
+    """Both decide on the same segments before either has merged, and both find them there when they have."""
+    together = threading.Barrier(2, timeout=60)
+    met = threading.local()
 
-    def at_once(*args: Any) -> Any:
-        found = sources(*args)
-        together.wait()
-        return found
+    def meeting(name: str) -> Any:
+        original = getattr(merging, name)
 
-    def removing(path: Path) -> int:
-        if not getattr(first, "done", False):
-            first.done = True
-            together.wait()
-        return remove(path)
+        def call(*args: Any) -> Any:
+            if not hasattr(met, name):
+                setattr(met, name, True)
+                together.wait()
+            return original(*args)
+
+        return call
 
     errors: list[BaseException] = []
 
@@ -49,8 +48,9 @@ def merged_at_once(hosts: tuple[Store, Store], space: str, monkeypatch: pytest.M
             errors.append(error)
 
     with monkeypatch.context() as patched:
-        patched.setattr(merging, "_sources", at_once)
-        patched.setattr(merging, "remove", removing)
+        # The last thing before the new one is written, and the first when it is there.
+        for name in ("drop_duplicates", "remove"):
+            patched.setattr(merging, name, meeting(name))
         threads = [threading.Thread(target=merge, args=(host,)) for host in hosts]
         for thread in threads:
             thread.start()
