@@ -184,6 +184,9 @@ def test_the_thread_tries_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert soon(lambda: backend.count("put", ".safetensors") > 1)
     backend.before = lambda *_: None
     assert soon(lambda: objects(backend))
+    assert soon(lambda: not store._uploader._errors)  # type: ignore[union-attr]
+    # It is there after all.
+    store.append(space, pooled([2]))
 
 
 def test_an_error_that_comes_when_all_is_done_is_none(tmp_path: Path) -> None:

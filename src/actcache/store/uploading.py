@@ -43,8 +43,7 @@ class Uploader:
         self._due: dict[str, float] = {}
         """When all of a space is to be uploaded, of `time.monotonic`."""
         self._grown: set[str] = set()
-        self._working = False
-        self._error: Exception | None = None
+        self._errors: dict[str, Exception] = {}
         self._thread: threading.Thread | None = None
         self._appenders: weakref.WeakSet[Appender] = weakref.WeakSet()
         self._begun = False
@@ -80,7 +79,7 @@ class Uploader:
     def hurry(self) -> None:
         """Nobody will ask for it any more: whatever waits is uploaded now, in the background."""
         with self._changed:
-            for space in self._due.keys() | self._grown:
+            for space in self._waiting() if self.has_written else ():
                 self._due[space] = 0.0
             if self._due:
                 self._start()
@@ -88,9 +87,10 @@ class Uploader:
     def check(self) -> None:
         """Raise the error of the thread, if there is one."""
         with self._changed:
-            error, self._error = self._error, None
-        if error is not None:
-            raise error
+            errors = list(self._errors.values())
+            self._errors.clear()
+        if errors:
+            raise errors[0]
 
     def make_room(self, space: str) -> None:
         """Return when not too much waits in a space, after uploading some of it where that is needed."""
@@ -107,8 +107,8 @@ class Uploader:
             appender.seal()
         wanted = self._waiting() if spaces is None else list(spaces)
         with self._changed:
-            self._error = None
             for space in wanted:
+                self._errors.pop(space, None)
                 self._due.pop(space, None)
                 self._grown.discard(space)
         errors = []
@@ -202,8 +202,13 @@ class Uploader:
                         self._upload_all(space, 0.0)
                     elif self._has_gathered(space):
                         self._put(space, _LEAST, 0.0)
+                    else:
+                        continue
                 except Exception as error:
                     self._failed(space, error)
+                else:
+                    with self._changed:
+                        self._errors.pop(space, None)
 
     def _ready(self) -> list[str]:
         now = time.monotonic()
@@ -217,7 +222,7 @@ class Uploader:
         log.warning("uploading to %s failed, what is stored stays on this host: %s", self._copy.backend.url, error)
         with self._changed:
             if self.has_written:
-                self._error = error
+                self._errors[space] = error
             self._due.setdefault(space, time.monotonic() + _AGAIN_S)
 
     # -- at the end ----------------------------------------------------------------------------------------
@@ -235,7 +240,7 @@ class Uploader:
     def after_fork(self) -> None:
         """In a child process: there is no thread, and what waits is the parent's to upload."""
         self._changed, self._merging = threading.Condition(), threading.Lock()
-        self._due, self._grown, self._thread, self._error = {}, set(), None, None
+        self._due, self._grown, self._thread, self._errors = {}, set(), None, {}
         self.has_written = False
         self._appenders = weakref.WeakSet()
         _at_work.discard(self)
