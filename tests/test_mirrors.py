@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import random
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -576,6 +577,23 @@ def test_processes_share_a_working_copy(tmp_path: Path) -> None:
 
     children = [in_child(lambda seed=seed: work(seed)) for seed in range(4)]  # type: ignore[misc]
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
+
+
+def test_there_may_be_more_segments_than_files_can_be_open(tmp_path: Path) -> None:
+    # A store on files, copied to a bucket, is a store.
+    local = Store(tmp_path / "bucket", index_dir=tmp_path / "index")
+    for n in range(300):
+        local.write(SPACE, [f"prompt {n}"], {SITES[0]: [VALUES[SITES[0]][n]]}, pooling="last_token")
+    local.close()
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        store = Store(Remote(tmp_path / "bucket"), index_dir=tmp_path / "reader")
+        check(store, range(300), SITES[0])
+        assert torch.equal(store.read(SPACE, None, SITES[0], pooling="last_token"), VALUES[SITES[0]][:300])
+        assert store.verify().ok
+
+    assert os.waitpid(in_child(work), 0)[1] == 0
 
 
 def test_a_forked_child_reads_on(tmp_path: Path) -> None:

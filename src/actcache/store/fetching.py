@@ -19,6 +19,7 @@ from actcache.store import mirror
 from actcache.store.backend import CacheBackend
 from actcache.store.files import FULL, write_all
 from actcache.store.keys import Ints
+from actcache.store.locks import is_ending
 from actcache.store.mirror import Marks
 
 # Neighbours with so little between them come in one read.
@@ -36,6 +37,10 @@ class Vanished(FileNotFoundError):
     def __init__(self, gone: Sequence[Path], replaced: Sequence[Path]) -> None:
         super().__init__(f"gone since it was listed: {', '.join(map(str, [*gone, *replaced]))}")
         self.gone, self.replaced = list(gone), list(replaced)
+
+
+class _Replaced(FileNotFoundError):
+    """A mirror is not the file any more that was mapped."""
 
 
 class Fetcher:
@@ -57,12 +62,15 @@ class Fetcher:
         mirror.mark(self.path, blocks, there=there)
 
     def open(self) -> int:
-        """A descriptor to write to the very file that is mapped. FileNotFoundError where it is another by now."""
-        fd = os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        """A descriptor to write to the very file that is mapped. `_Replaced` where it is another by now."""
+        try:
+            fd = os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise _Replaced(str(self.path)) from None
         status = os.fstat(fd)
         if (status.st_dev, status.st_ino) != self._file or not stat.S_ISREG(status.st_mode):
             os.close(fd)
-            raise FileNotFoundError(str(self.path))
+            raise _Replaced(str(self.path))
         return fd
 
     def read(self, start: int, stop: int) -> memoryview:
@@ -144,43 +152,39 @@ def translated_local(folder: Path, backend: CacheBackend) -> Iterator[None]:
 
 def _fetch(wanted: list[Wanted], keep: bool) -> None:
     concurrency = max(1, int(wanted[0].fetcher.backend.concurrency))
-    files: dict[int, int] = {}
-    gone: dict[Path, None] = {}
-    replaced: dict[Path, None] = {}
-    try:
-        for one in wanted if keep else ():
-            if id(one.fetcher) not in files:
-                try:
-                    files[id(one.fetcher)] = one.fetcher.open()
-                except FileNotFoundError:
-                    replaced[one.fetcher.path] = None
-        for last in (False, True):
-            size = sum(int((one.stops - one.starts).sum()) for one in wanted)
-            most = min(_READ, max(_SHORT_READ, -(-size // concurrency)))
-            runs = [run for one in wanted if one.fetcher.path not in replaced for run in one.runs(most)]
-            wanted = _all(runs, files if keep else None, last, gone, concurrency)
-    finally:
-        for fd in files.values():
-            os.close(fd)
-    if gone or replaced:
-        raise Vanished(list(gone), list(replaced))
+    lost = _Lost({}, {})
+    for last in (False, True):
+        size = sum(int((one.stops - one.starts).sum()) for one in wanted)
+        most = min(_READ, max(_SHORT_READ, -(-size // concurrency)))
+        runs = [run for one in wanted if one.fetcher.path not in lost.replaced for run in one.runs(most)]
+        wanted = _all(runs, keep, last, lost, concurrency)
+    if lost.gone or lost.replaced:
+        raise Vanished(list(lost.gone), list(lost.replaced))
 
 
-def _all(
-    runs: Sequence[Wanted], files: dict[int, int] | None, last: bool, gone: dict[Path, None], concurrency: int
-) -> list[Wanted]:
+@dataclass
+class _Lost:
+    """Mirrors of objects that are gone, and mirrors that are other files by now."""
+
+    gone: dict[Path, None]
+    replaced: dict[Path, None]
+
+
+def _all(runs: Sequence[Wanted], keep: bool, last: bool, lost: _Lost, concurrency: int) -> list[Wanted]:
     """Read all `runs`; what of them was wrong."""
 
     def one(run: Wanted) -> Wanted | None:
-        if run.fetcher.path in gone:
+        if run.fetcher.path in lost.gone or run.fetcher.path in lost.replaced:
             return None
         try:
-            return _one(run, None if files is None else files[id(run.fetcher)], last)
+            return _one(run, keep, last)
+        except _Replaced:
+            lost.replaced[run.fetcher.path] = None
         except FileNotFoundError:
-            gone[run.fetcher.path] = None
-            return None
+            lost.gone[run.fetcher.path] = None
+        return None
 
-    if len(runs) < 2 or concurrency < 2:
+    if len(runs) < 2 or concurrency < 2 or is_ending():
         return [wrong for run in runs if (wrong := one(run)) is not None]
     with ThreadPoolExecutor(min(concurrency, len(runs)), thread_name_prefix="actcache-fetch") as pool:
         futures = [pool.submit(one, run) for run in runs]
@@ -192,7 +196,7 @@ def _all(
         return [wrong for future in futures if not future.cancelled() and (wrong := future.result()) is not None]
 
 
-def _one(run: Wanted, fd: int | None, last: bool) -> Wanted | None:
+def _one(run: Wanted, keep: bool, last: bool) -> Wanted | None:
     begin = int(run.starts[0])
     data = run.fetcher.read(begin, int(run.stops[-1]))
     good = np.zeros(len(run.numbers), bool)
@@ -203,13 +207,8 @@ def _one(run: Wanted, fd: int | None, last: bool) -> Wanted | None:
         good[i] = len(part) == stop - start and xxhash.xxh3_64_intdigest(part) == checksum
     if good.any():
         right = np.flatnonzero(good)
-        if fd is not None:
-            # Nothing else is ever written there, so that what others have mapped and checked stays what it is.
-            for some in np.split(right, np.flatnonzero(run.starts[right[1:]] != run.stops[right[:-1]]) + 1):
-                start, stop = int(run.starts[some[0]]), int(run.stops[some[-1]])
-                write_all(fd, [data[start - begin : stop - begin]], start)
-            run.fetcher.mark(np.sort(run.numbers[right]), there=True)
-            run.fetcher.note(int((run.stops[right] - run.starts[right]).sum()))
+        if keep:
+            _keep(run.select(right), data, begin)
         run.done(run.numbers[right], True)
     wrong = np.flatnonzero(~good)
     if not len(wrong):
@@ -217,3 +216,17 @@ def _one(run: Wanted, fd: int | None, last: bool) -> Wanted | None:
     if last:
         run.done(run.numbers[wrong], False)
     return run.select(wrong)
+
+
+def _keep(run: Wanted, data: memoryview, begin: int) -> None:
+    """Write blocks that are right to the mirror; `data` begins at `begin` of the object."""
+    fd = run.fetcher.open()
+    try:
+        # Nothing else is ever written there, so that what others have mapped and checked stays what it is.
+        for some in np.split(np.arange(len(run.numbers)), np.flatnonzero(run.starts[1:] != run.stops[:-1]) + 1):
+            start, stop = int(run.starts[some[0]]), int(run.stops[some[-1]])
+            write_all(fd, [data[start - begin : stop - begin]], start)
+    finally:
+        os.close(fd)
+    run.fetcher.mark(np.sort(run.numbers), there=True)
+    run.fetcher.note(int((run.stops - run.starts).sum()))
