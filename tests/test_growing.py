@@ -582,6 +582,26 @@ def test_damage_of_a_last_batch_that_was_synced_costs_what_is_damaged(tmp_path: 
         assert host.verify().ok
 
 
+def test_a_mark_never_takes_the_place_of_what_stands_at_the_end(tmp_path: Path) -> None:
+    """A journal that is full to the last byte leaves no room for it."""
+    store, space = make_store(tmp_path)
+    writer = growing_writer(store, space)
+    writer.append([pooled([0])])
+    (file,) = writer._files.values()
+    before = file._at
+    writer.append([pooled([0])])
+    length = file._at - before
+    assert any(file.path.read_bytes()[file._at :][:16])
+    # As if the file ended behind the next record.
+    whole, file._size = file._size, file._at + length + 16
+    file.add([pooled([0])])
+    assert file._at + 16 == file._size
+    assert not any(file.path.read_bytes()[file._at :][:16])
+    file._size = whole
+    writer.finish(True)
+    assert check_pooled(store, space, [0]).all()
+
+
 @pytest.mark.parametrize("what", ["rows", "record"])
 def test_damage_before_the_last_batch_is_found_and_repaired(
     tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture

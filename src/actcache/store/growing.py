@@ -179,9 +179,11 @@ class GrowingFile:
             with self._syncing.during(self._fd):
                 self._measured.add_given(group, as_given)
             os.stat(self.path)
-            with contextlib.suppress(OSError):
+            mark = mark_behind(frame)
+            if self._at + len(mark) <= self._size - FRAME.size:
                 # Nothing hangs on it, so that it costs no sync: it gets to the disk with what comes next, or by itself.
-                write_all(self._fd, [mark_behind(frame)], self._at)
+                with contextlib.suppress(OSError):
+                    write_all(self._fd, [mark], self._at)
         self.batches.append(name)
         self._tables.append(prompts)
         self._first_row += rows
