@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from actcache.errors import BackendError
-from actcache.store import given
+from actcache.store import duplicates, given, merging
 from actcache.store.backend import MemoryBackend
 from actcache.store.files import SEGMENT_NAME
 from actcache.store.records import LABEL
@@ -313,6 +313,36 @@ def test_what_is_being_uploaded_is_not_merged_away(tmp_path: Path, backend: Watc
     one.flush()
     assert found(machine(backend, tmp_path / "c")[0], space, range(3)) == [True] * 3
     assert len(objects(backend)) == 1
+
+
+def test_copies_go_only_where_newer_ones_are_still_there(
+    tmp_path: Path, backend: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine evicts the newer ones when both have been read."""
+    one, other, space = two(backend, tmp_path)
+    one.append(space, pooled(range(4)))
+    one.append(space, pooled(range(4, 8), sites=["embed"]))
+    one.flush()
+    one.append(space, pooled(range(4)))
+    one.flush()
+    newest = max(((info.created_ns, info.name) for _, info in one._index(space).segments()), default=None)
+    assert newest is not None
+    other.refresh()
+    drop_duplicates = merging.drop_duplicates
+
+    def late(sources: Any) -> None:
+        backend.inner.delete(f"v1/{space}/{newest[1]}.safetensors")
+        drop_duplicates(sources)
+
+    monkeypatch.setattr(merging, "drop_duplicates", late)
+    assert duplicates.drop_copies(other._index(space), other.index_dir) == 0
+    assert found(machine(backend, tmp_path / "c")[0], space, range(4)) == [True] * 4
+    monkeypatch.undo()
+    one.append(space, pooled(range(4)))
+    one.flush()
+    other.refresh()
+    assert duplicates.drop_copies(other._index(space), other.index_dir) == 1
+    assert found(machine(backend, tmp_path / "d")[0], space, range(4)) == [True] * 4
 
 
 def test_labels_of_late_machines_are_not_overtaken_by_a_merge(tmp_path: Path, backend: Watched) -> None:

@@ -91,9 +91,14 @@ def _drop(index: SpaceIndex, sources: list[Source]) -> int:
     changed = 0
     for k, (source, kept) in enumerate(zip(sources, before, strict=True)):
         # What has newer copies has them in segments that follow; who replaced or evicted one of those decides anew.
-        if not np.array_equal(source.keep, kept) and all(index.path(s.info.name).exists() for s in sources[k:]):
+        if not np.array_equal(source.keep, kept) and _are_there(index, sources[k:]):
             with contextlib.suppress(Overtaken):
                 replace_segments(index, [source])
                 changed += 1
                 log.info("%s: %d prompts have newer copies", source.segment.path, int((kept & ~source.keep).sum()))
     return changed
+
+
+def _are_there(index: SpaceIndex, sources: Sequence[Source]) -> bool:
+    paths = [index.path(source.info.name) for source in sources]
+    return all(path.exists() for path in paths) if index.copy is None else index.copy.spool.are_there(paths)
