@@ -495,6 +495,31 @@ class TestFolders:
         assert small.files == {"README.md", INDEX, *small.ours["files"]} and len(small.files) == 4
         assert np.array_equal(small.tokens(text(1)).numpy(), rows(1, "resid_post.0"))
 
+    def test_a_link_to_a_folder_stays_one(self, pooled, tmp_path):
+        (tmp_path / "real").mkdir()
+        (tmp_path / "set").symlink_to(tmp_path / "real")
+        found = push(pooled, tmp_path / "set")
+        assert (tmp_path / "set").is_symlink() and INDEX in found.files
+
+    @pytest.mark.parametrize("at", [1, 3, 15, 16])
+    def test_killed_while_it_replaces_another_it_shows_neither(self, pooled, space, tmp_path, at):
+        folder = tmp_path / "set"
+        push(pooled, folder, shard_max_bytes=100)
+        pooled.invalidate(space)
+        fill_pooled(pooled, space, N, seed=1)
+        options = {"shard_max_bytes": 100, "num_workers": 1}
+        pid = os.fork()
+        if not pid:
+            _die_at_file(at, within=f"{folder}/", suffix="")
+            ac.push_dataset(folder, MODEL, TEXTS, store=new_store(tmp_path), exist_ok=True, **options)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 77
+        assert not (folder / INDEX).exists()
+        # It was asked for when it began.
+        found = push(pooled, folder, **options)
+        assert not (folder / ".pushing").exists()
+        assert all(np.array_equal(found.row(text(i)).numpy(), rows(i, "resid_post.0", seed=1)[-1]) for i in N)
+
     def test_a_file_is_no_folder(self, pooled, tmp_path):
         (tmp_path / "set").write_text("x")
         with pytest.raises(OptionError, match="is a file"):
@@ -644,12 +669,12 @@ class TestInterrupted:
             assert np.array_equal(found.row(text(i)).numpy(), rows(i, "resid_post.0")[-1])
 
 
-def _die_at_file(number):
+def _die_at_file(number, *, within=".pushing", suffix=".safetensors"):
     """End this process when it would put its file `number` in place."""
     replace, seen = os.replace, []
 
     def dying(source, target):
-        if str(target).endswith(".safetensors") and ".pushing" in str(target):
+        if str(target).endswith(suffix) and within in str(target):
             seen.append(target)
             if len(seen) == number:
                 os._exit(77)

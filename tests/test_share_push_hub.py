@@ -407,6 +407,17 @@ class TestInterrupted:
         assert holds(published(hub, repo, tmp_path / "found"), seed)
 
 
+def test_offline_is_said(hub, home, repo, tmp_path):
+    with Client(hub, tmp_path / "client", HF_HUB_OFFLINE="1") as client, pytest.raises(ClientError) as error:
+        push(client, home, repo)
+    assert error.value.name == "DatasetAccessError" and "HF_HUB_OFFLINE is set" in error.value.message
+
+
+def test_a_name_without_an_owner_is_the_user_s(hub, client, home, tmp_path, seed):
+    assert push(client, home, f"mine{seed}") == f"{hub.url}/datasets/user/mine{seed}"
+    assert holds(published(hub, f"user/mine{seed}", tmp_path / "found"), seed)
+
+
 class TestSecrets:
     def test_the_token_is_nowhere(self, hub, home, repo, tmp_path):
         with Client(hub, tmp_path / "client", ACTCACHE_LOG="debug") as client:

@@ -299,8 +299,12 @@ def _reason(error: Exception, status: int | None) -> str:
 
 def _digests(file: Path) -> tuple[str, str]:
     """What a listing may call the bytes of a file: their SHA-256, or git's name for them."""
-    data = file.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(), hashlib.sha256(data).hexdigest()
+    digests = hashlib.sha1(b"blob %d\0" % file.stat().st_size), hashlib.sha256()
+    with file.open("rb") as data:
+        while piece := data.read(1 << 20):
+            for digest in digests:
+                digest.update(piece)
+    return digests[0].hexdigest(), digests[1].hexdigest()
 
 
 def _digests_of(operation: Any) -> set[str]:

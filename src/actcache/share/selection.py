@@ -109,7 +109,7 @@ def select(
             f"({', '.join(finder.names())}); the first is prompt {missing[0]}, {first}. Warm them up"
             + (", or leave them out with skip_missing=True." if found.any() else " first, or name other tensors.")
         )
-    if len(missing):
+    if len(missing) and prompts is not None:
         log.warning("%d of %d prompts are left out: they lack what is shared", len(missing), len(given))
     return finder.selection(np.flatnonzero(found))
 

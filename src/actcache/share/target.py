@@ -67,7 +67,8 @@ class Folder(Target):
     """A folder of this machine. What is staged lies beside it, so that it only has to be renamed."""
 
     def __init__(self, folder: Path, *, exist_ok: bool) -> None:
-        self.folder = folder
+        # What a link leads to is what is replaced, not the link.
+        self.folder = folder.resolve()
         self.name = str(folder)
         self.shown = f"./{folder.name}"
         self.url = str(folder)

@@ -190,7 +190,7 @@ class Api(Exchange):
         inside = {path: blob for path, blob in sorted(commit.files.items()) if path.startswith(prefix)}
         if folder and not inside:
             raise Refusal(404, "EntryNotFound", f"no folder {folder}")
-        deep = self.query.get("recursive") == "true"
+        deep = self.asked_for("recursive")
         entries: dict[str, dict[str, Any]] = {}
         for path, blob in inside.items():
             steps = path[len(prefix) :].split("/")
@@ -199,7 +199,7 @@ class Api(Exchange):
                 entries.setdefault(directory, {"type": "directory", "path": directory, "oid": "0" * 40, "size": 0})
             if deep or len(steps) == 1:
                 entries[path] = _entry(path, blob)
-        if self.query.get("expand") == "true":
+        if self.asked_for("expand"):
             last = {"id": commit.id, "title": commit.message, "date": _date(commit)}
             entries = {path: {**entry, "lastCommit": last} for path, entry in entries.items()}
         page = min(int(self.query.get("limit", self.hub.page)), self.hub.page)

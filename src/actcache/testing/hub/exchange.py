@@ -173,6 +173,10 @@ class Exchange(BaseHTTPRequestHandler):
     def query(self) -> dict[str, str]:
         return {key: values[-1] for key, values in parse_qs(urlsplit(self.path).query).items()}
 
+    def asked_for(self, name: str) -> bool:
+        """Whether the query says yes to this, as one client or another writes it."""
+        return self.query.get(name, "").lower() in ("true", "1")
+
     def body(self) -> Iterator[bytes]:
         """The request's body, piece by piece."""
         for piece in self._pieces():
