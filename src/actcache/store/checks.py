@@ -125,6 +125,14 @@ class BlockChecks:
         state = self._check(site, np.arange(sum(count for _, count in self._shape[site])))
         return np.flatnonzero(state == _DAMAGED)
 
+    def intact_here(self) -> npt.NDArray[np.bool_]:
+        """Which of all blocks the file itself holds intact; for one that is whole, of which every byte is read."""
+        assert self.source is None
+        for site, shape in self._shape.items():
+            self._check(site, np.arange(sum(count for _, count in shape)))
+        good: npt.NDArray[np.bool_] = self._state == _GOOD
+        return good
+
     # -- blocks that may not be here yet ---------------------------------------------------------------------
 
     def absent(self, sites: Sequence[str], starts: Ints, stops: Ints) -> Wanted | None:
@@ -144,8 +152,8 @@ class BlockChecks:
             fetch([self._wanted(every)], keep=False)
 
     @lazy
-    def _spans(self) -> tuple[Ints, Ints]:
-        """Where in the file each block begins and ends."""
+    def spans(self) -> tuple[Ints, Ints]:
+        """Where in the file each of all blocks begins and ends."""
         starts, stops = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for tensors in self._parts.values():
             for tensor in tensors:
@@ -172,7 +180,7 @@ class BlockChecks:
 
     def _wanted(self, numbers: Ints) -> Wanted:
         assert self.source is not None
-        starts, stops = self._spans
+        starts, stops = self.spans
         return Wanted(self.source, numbers, starts[numbers], stops[numbers], self._checksum[numbers], self._done)
 
     def _done(self, numbers: Ints, good: bool) -> None:
@@ -197,7 +205,7 @@ class BlockChecks:
         if not len(unknown):
             return
         data, digest = self._file.raw, xxhash.xxh3_64_intdigest
-        starts, stops = self._spans
+        starts, stops = self.spans
         for piece in _pieces(unknown):
             # Neighbours in number lie one behind the other in the file, but for gaps.
             self._file.populate(int(starts[piece[0]]), int(stops[piece[-1]]))

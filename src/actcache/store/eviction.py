@@ -27,8 +27,8 @@ from actcache.store.keys import Mask
 from actcache.store.locks import LOCK_WAIT_S, exclusive
 from actcache.store.merging import Overtaken, open_source, replace_segments, tidy
 from actcache.store.records import LABEL, METADATA, is_result
+from actcache.store.replacing import bury, discard
 from actcache.store.spaces import FILE, drop_if_empty
-from actcache.store.spool import bury, discard
 from actcache.store.tombs import Keys, count_distinct, is_member
 from actcache.store.victims import Newer, Victim
 

@@ -23,7 +23,7 @@ from actcache.store.mapping import Segment
 from actcache.store.opening import forget_vanished
 from actcache.store.prompts import PromptTable
 from actcache.store.records import LABEL, METADATA, SegmentInfo
-from actcache.store.spool import Replacing, discard
+from actcache.store.replacing import Replacing, discard
 from actcache.store.writing import write_columns
 
 TARGET = 256 << 20

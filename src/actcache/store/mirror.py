@@ -104,3 +104,17 @@ def mark(path: Path, blocks: Ints, *, there: bool) -> None:
                 os.pwrite(fd, bytes([there]) * len(run), _HEAD + int(run[0]))
         finally:
             os.close(fd)
+
+
+def has_hole(path: Path, starts: Ints, stops: Ints) -> bool:
+    """Whether something in one of these ranges of bytes was never written, as in a mirror.
+
+    False where the file system cannot say.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return any(os.lseek(fd, a, os.SEEK_HOLE) < b for a, b in zip(starts.tolist(), stops.tolist(), strict=True))
+    except OSError:
+        return False
+    finally:
+        os.close(fd)

@@ -23,8 +23,8 @@ from actcache.store.files import (
     translated,
 )
 from actcache.store.index import SpaceIndex
+from actcache.store.replacing import bury, discard
 from actcache.store.spaces import FILE, drop_if_empty
-from actcache.store.spool import bury, discard
 from actcache.store.tombs import count_distinct, is_member
 
 if TYPE_CHECKING:

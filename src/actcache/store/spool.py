@@ -15,16 +15,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from actcache.errors import BackendError, FormatError, StoreAccessError
 from actcache.store.backend import ObjectInfo
-from actcache.store.files import OPEN_NAME, SEGMENT_NAME, SPACE_FILE, TOMB_NAME, log, named, remove
+from actcache.store.files import OPEN_NAME, SEGMENT_NAME, SPACE_FILE, TOMB_NAME, log, named, remove, sync_folder
 from actcache.store.graves import Graves, dead
 from actcache.store.locks import claim, is_ending
 from actcache.store.mapping import Segment
-from actcache.store.mirror import Sidecar, is_mirror, read_sidecar, sidecar_of, write_sidecar
+from actcache.store.mirror import Marks, Sidecar, has_hole, is_mirror, mark, read_sidecar, sidecar_of, write_sidecar
 from actcache.store.records import SegmentInfo
 from actcache.store.spaces import FILE, ROOT, recovered_space, write_space
-from actcache.store.tombs import Keys, is_member, write_tomb
+from actcache.store.tombs import is_member, write_tomb
 
 if TYPE_CHECKING:
     from actcache.store.working_copy import WorkingCopy
@@ -77,11 +79,19 @@ class Spool:
 
     # -- into the backend ----------------------------------------------------------------------------------
 
-    def put(self, path: Path, *, wait_s: float = 0.0, superseded: Callable[[str], bool] = lambda _: False) -> bool:
+    def put(
+        self,
+        path: Path,
+        *,
+        wait_s: float = 0.0,
+        superseded: Callable[[str], bool] = lambda _: False,
+        damaged: Callable[[Path], object] = lambda _: None,
+    ) -> bool:
         """Upload a spooled segment, what was invalidated of it first; False where another process is at it.
 
         `superseded` says of a segment whether another one, which is not of this host alone, was made of it: what an
-        earlier upload of unknown outcome left behind must not come back then.
+        earlier upload of unknown outcome left behind must not come back then. `damaged` is told of a segment that stays
+        where it is, since blocks of it are wrong; where there is an object of its name it is taken for a mirror.
 
         Raises as the backend does: it stays spooled, and whether there is an object is unknown.
         """
@@ -95,27 +105,46 @@ class Spool:
             except FormatError as error:
                 log.warning("a segment is not uploaded, since it cannot be read: %s", named(path, error))
                 return True
-            size, begun = segment.info.size, _begun(path)
-            if begun.exists() and not self.is_there(path, size):
-                if superseded(path.name[:32]):
+            begun, intact = _begun(path), segment.checks.intact_here()
+            if begun.exists() or not intact.all():
+                if self.is_there(path, segment.info.size):
+                    self._recognise(segment, path, intact)
+                    return True
+                if begun.exists() and superseded(path.name[:32]):
                     log.info("removing %s: what it held was uploaded, and lies in another segment now", path)
                     self._drop(path)
                     return True
-                begun.unlink()
-            if not begun.exists():
-                if _has_holes(path) and any(len(segment.checks.damaged(site)) for site in segment.info.sites):
-                    log.warning("%s is damaged here, and not uploaded: actcache verify --repair keeps the rest", path)
-                    return True
-                begun.touch()
-                self.describe(path.parent)
-                self._bury(segment)
-                self._put(path, path, size)
-            self._mark(segment, path)
-            with contextlib.suppress(FileNotFoundError):
-                begun.unlink()
-            self._copy.note(size)
-            log.info("uploaded %s, %d bytes, to %s", path.name, size, self.backend.url)
+                remove(begun)
+            if intact.all():
+                self._upload(segment, path)
+            elif has_hole(path, *(ends[~intact] for ends in segment.checks.spans)):
+                # What is stored here has none. What it stood for was removed, and must not come back.
+                log.warning("removing %s: it was read from an object that is gone, and is not all there", path)
+                self._drop(path)
+            else:
+                damaged(path)
         return True
+
+    def _upload(self, segment: Segment, path: Path) -> None:
+        begun = _begun(path)
+        begun.touch()
+        # After a loss of power it must be known that there may be an object, which others may have removed by then.
+        sync_folder(path.parent)
+        self.describe(path.parent)
+        self._bury(segment)
+        self._put(path, path, segment.info.size)
+        self._mark(segment, path, time.time_ns())
+        remove(begun)
+        log.info("uploaded %s, %d bytes, to %s", path.name, segment.info.size, self.backend.url)
+
+    def _recognise(self, segment: Segment, path: Path, intact: Marks | None = None) -> None:
+        """Take a segment without a sidecar for a mirror of its object; `intact`: which of its blocks are, if known."""
+        # One whose upload has begun here was put by this host, any other may have been put by anybody.
+        self._mark(segment, path, time.time_ns() if _begun(path).exists() else 0)
+        if intact is not None:
+            mark(path, np.flatnonzero(~intact), there=False)
+        remove(_begun(path))
+        log.info("%s was uploaded before", path)
 
     def put_all(self, paths: Sequence[Path], *, wait_s: float = 0.0, **options: Any) -> bool:
         """`put` each of them, several at a time; whether none is left to others. Raises the first error at the end."""
@@ -126,7 +155,7 @@ class Spool:
         segment = Segment(temporary)
         self.describe(path.parent)
         self._put(temporary, path, segment.info.size)
-        self._mark(segment, path)
+        self._mark(segment, path, time.time_ns())
 
     def publish(self, path: Path) -> None:
         """Put a small file, which is never changed: a tomb, the description of a space."""
@@ -215,18 +244,28 @@ class Spool:
             if name.endswith(".sent") and (f"{name[:32]}.have" in held or f"{name[:32]}.safetensors" not in held):
                 with contextlib.suppress(OSError):
                     remove(folder / name)
+        known = [self._is_known(folder / n, info.size) for n, info in listed.items() if n in held and _alone(n, held)]
         self._unlisted[space] = self._counting(
             {n for n in held - listed.keys() if TOMB_NAME.fullmatch(n)}, folder, held
         )
         with contextlib.suppress(BackendError, StoreAccessError):
             self.republish(space)
         if FILE not in held or FILE in listed or any(p.fullmatch(n) for p in _CONTENT for n in held):
-            return False
+            return any(known)
         with contextlib.suppress(OSError):
             # One that was just written is of a space that is about to get its first segment.
             if was_described or time.time() - (folder / FILE).stat().st_mtime > _FORGOTTEN_S:
                 remove(folder / FILE)
                 folder.rmdir()
+                return True
+        return any(known)
+
+    def _is_known(self, path: Path, size: int) -> bool:
+        """Whether a segment of which there is an object of that size had no sidecar, and has one now."""
+        # Whoever is uploading it has claimed it.
+        with contextlib.suppress(FormatError, OSError), claim(path) as mine:
+            if mine and not is_mirror(path) and (segment := Segment(path)).info.size == size:
+                self._recognise(segment, path)
                 return True
         return False
 
@@ -296,11 +335,11 @@ class Spool:
         """`remove` each of them, several at a time. Raises the first error at the end."""
         at_once(self.remove, paths, self.concurrency)
 
-    def _mark(self, segment: Segment, path: Path) -> None:
+    def _mark(self, segment: Segment, path: Path, put_ns: int) -> None:
         """Let the segment that is or will be at `path` stand for its object, of which everything is here."""
         with self._copy.locked(path.parent.name):
-            said = Sidecar(segment.info.size, segment.checks.blocks, time.time_ns())
-            write_sidecar(path, said, whole=True)
+            write_sidecar(path, Sidecar(segment.info.size, segment.checks.blocks, put_ns), whole=True)
+        self._copy.note(segment.info.size)
 
     def _drop(self, path: Path) -> int:
         """Remove a segment of the working copy, and what lies beside it; the bytes it had."""
@@ -311,70 +350,8 @@ class Spool:
         return size
 
 
-class Replacing:
-    """Segments that are to be replaced by others made of them, to oneself while the block runs.
-
-    `copy`: the working copy that they are in; None for a store on files, of which each is removed by `remove`.
-    """
-
-    def __init__(self, copy: WorkingCopy | None, paths: Sequence[Path], remove: Callable[[Path], int]) -> None:
-        self._spool = None if copy is None else copy.spool
-        self._paths, self._remove = paths, remove
-        self._claims = contextlib.ExitStack()
-        self.publish: Callable[[Path, Path], None] | None = None
-        """What puts a segment that is made of them before it gets its name: where others may know them."""
-
-    def __enter__(self) -> Replacing:
-        if self._spool is not None:
-            try:
-                for path in self._paths:
-                    if not is_mirror(path) and not self._claims.enter_context(claim(path, PATIENCE_S)):
-                        self._spool.check_not_busy(path)
-            except BaseException:
-                self._claims.close()
-                raise
-            # From here on nobody begins to upload one of them.
-            if not all(map(self._spool.is_here_alone, self._paths)):
-                self.publish = self._spool.put_as
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._claims.close()
-
-    def are_there(self) -> bool:
-        """Whether nobody has removed one of them."""
-        if self._spool is None or self.publish is None:
-            return all(path.exists() for path in self._paths)
-        return self._spool.are_there(self._paths)
-
-    def remove(self) -> None:
-        """Remove them."""
-        if self._spool is None:
-            for path in self._paths:
-                self._remove(path)
-        else:
-            at_once(self._spool.remove_claimed, self._paths, 1 if self.publish is None else self._spool.concurrency)
-
-
-def discard(copy: WorkingCopy | None, path: Path) -> int:
-    """Remove a file of ours, and its object first where it may have one; the bytes it had, 0 where it was gone."""
-    return remove(path) if copy is None else copy.spool.remove(path)
-
-
-def bury(copy: WorkingCopy | None, folder: Path, dead_of: Sequence[tuple[str, Keys]]) -> None:
-    """Declare the prompts with these token keys gone from the segments named: everywhere, when this returns.
-
-    Where it raises, it holds on this host.
-    """
-    names = [write_tomb(folder, segment, keys) for segment, keys in dead_of]
-    if copy is not None:
-        at_once(copy.spool.publish, [folder / name for name in names], copy.spool.concurrency)
-
-
-def _has_holes(path: Path) -> bool:
-    """Whether a file takes less room than it has bytes, as a mirror does that has lost its sidecar."""
-    status = path.stat()
-    return 512 * status.st_blocks < status.st_size
+def _alone(name: str, held: set[str]) -> bool:
+    return SEGMENT_NAME.fullmatch(name) is not None and f"{name[:32]}.have" not in held
 
 
 def _names(folder: Path) -> set[str]:

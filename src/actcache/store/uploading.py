@@ -16,6 +16,7 @@ from actcache.errors import BackendError, StoreAccessError
 from actcache.store import adoption, merging
 from actcache.store.files import OPEN_NAME, SEGMENT_NAME, SPACE_NAME, log
 from actcache.store.index import SpaceIndex
+from actcache.store.salvage import salvage
 from actcache.store.spool import PATIENCE_S
 from actcache.store.working_copy import WorkingCopy
 
@@ -157,8 +158,19 @@ class Uploader:
 
     def _put(self, space: str, least: int, wait_s: float) -> bool:
         """Upload the spooled segments of at least `least` bytes; False where some are left to others, who are at it."""
-        paths = [path for path, size in self._copy.spool.spooled(space) if size >= least]
-        done = self._copy.spool.put_all(paths, wait_s=wait_s, superseded=lambda name: self._superseded(space, name))
+        spool = self._copy.spool
+        broken: list[Path] = []
+        paths = [path for path, size in spool.spooled(space) if size >= least]
+
+        def put(paths: list[Path]) -> bool:
+            return spool.put_all(
+                paths, wait_s=wait_s, superseded=lambda name: self._superseded(space, name), damaged=broken.append
+            )
+
+        done = put(paths)
+        for path in broken.copy():
+            index = self._index(space)
+            done &= put([index.path(name) for name in salvage(index, self._lock_folder, path.name[:32])])
         # What is uploaded can be read again, and need not stay.
         self._copy.keep_size()
         return done

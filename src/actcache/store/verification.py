@@ -34,9 +34,9 @@ from actcache.store.locks import LOCK_WAIT_S, exclusive
 from actcache.store.mapping import Segment
 from actcache.store.merging import Overtaken, open_source, replace_segments
 from actcache.store.records import SegmentInfo
+from actcache.store.replacing import bury, discard
 from actcache.store.segment import blocks_of, problems_of_keys, rows_of_blocks
 from actcache.store.spaces import FILE, SpaceInfo, holds_segments, read_space, recovered_space, write_space
-from actcache.store.spool import bury, discard
 from actcache.store.tombs import read_tomb
 from actcache.store.working_copy import WorkingCopy
 
