@@ -356,8 +356,11 @@ def test_a_forked_child_leaves_what_waits_to_its_parent(tmp_path: Path) -> None:
     backend = Folder(tmp_path / "objects")
     store, space = machine(backend, tmp_path / "a")
     store.append(space, pooled([1]))
+    # Nobody has this one any more, but its thread, which the child has not.
+    uploading._at_work.add(Store(backend, index_dir=tmp_path / "x")._uploader)  # type: ignore[arg-type]
 
     def child() -> None:
+        assert not uploading._at_work
         assert check_pooled(store, space, [1]).all()
         store.append(space, pooled([2]))
         store.close()

@@ -255,7 +255,6 @@ class Uploader:
         self._due, self._grown, self._thread, self._errors = {}, set(), None, {}
         self.has_written = False
         self._appenders = weakref.WeakSet()
-        _at_work.discard(self)
 
 
 _at_work: set[Uploader] = set()
@@ -265,3 +264,8 @@ _at_work: set[Uploader] = set()
 def _at_exit() -> None:
     for uploader in list(_at_work):
         uploader.end()
+
+
+if hasattr(os, "register_at_fork"):
+    # Also those of stores that are no more, whose threads the child does not have: they are the parent's.
+    os.register_at_fork(after_in_child=_at_work.clear)
