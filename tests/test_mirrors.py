@@ -7,6 +7,8 @@ import logging
 import os
 import random
 import resource
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -525,7 +527,37 @@ def test_a_host_that_cannot_write_works_in_a_temporary_folder(
     reader = Store(backend, index_dir=Path("/proc/actcache/index"))
     assert "/proc/actcache/index cannot be written" in caplog.text
     check(reader)
-    assert reader.index_dir.is_relative_to(Path(os.environ.get("TMPDIR", "/tmp")))
+    assert reader.index_dir.is_dir()
+    assert Store(backend, index_dir=Path("/proc/actcache/index")).index_dir == reader.index_dir
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_temporary_folder_goes_with_its_process_unless_it_holds_the_only_copy(tmp_path: Path, fails: bool) -> None:
+    (tmp_path / "temporary").mkdir()
+    program = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_mirrors import Remote, Store, write
+from actcache.errors import BackendError
+class Backend(Remote):
+    def put(self, name, source):
+        if {fails}:
+            raise BackendError("down")
+        super().put(name, source)
+try:
+    write(Store(Backend({str(tmp_path / "bucket")!r}), index_dir=Path("/proc/actcache/index")), range(5))
+except BackendError:
+    pass
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    left = list((tmp_path / "temporary").glob("actcache-*"))
+    assert len(left) == fails
+    assert ("lies nowhere else" in told.stderr) == fails
 
 
 # -- several at once ---------------------------------------------------------------------------------------

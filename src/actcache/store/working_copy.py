@@ -7,10 +7,12 @@ Only the latter must not be lost. All processes of the host share the folder.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import math
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -35,12 +37,29 @@ def usable(folder: Path, url: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
             return folder
-    made = Path(tempfile.mkdtemp(prefix="actcache-"))
-    log.warning(
-        "%s cannot be written: what this process reads of %s, and writes before it is put there, is kept in %s, and "
-        "lost with it; choose another folder with index_dir= or XDG_CACHE_HOME", folder, url, made,
-    )  # fmt: skip
-    return made
+    if folder not in _instead:
+        made = _instead[folder] = Path(tempfile.mkdtemp(prefix="actcache-"))
+        atexit.register(_forget, made, os.getpid())
+        log.warning(
+            "%s cannot be written: what this process reads of %s, and writes before it is put there, is kept in %s, "
+            "and goes with it; choose another folder with index_dir= or XDG_CACHE_HOME", folder, url, made,
+        )  # fmt: skip
+    return _instead[folder]
+
+
+_instead: dict[Path, Path] = {}
+"""Temporary folders, by what could not be written."""
+
+
+def _forget(made: Path, process: int) -> None:
+    """At the end of a process: remove its temporary folder, unless something in it was not put."""
+    if process != os.getpid():
+        return
+    alone = [p for p in made.glob(f"{ROOT}/*/*.safetensors") if not mirror.is_mirror(p)]
+    if alone or any(made.glob(f"{ROOT}/*/*.open")):
+        log.warning("%s is kept: what is stored in it lies nowhere else", made)
+    else:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 class WorkingCopy:
