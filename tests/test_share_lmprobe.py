@@ -84,6 +84,7 @@ def test_every_vector(lmprobe, hub, client, tmp_path, form, dtype, limit):
     repo = f"org/{form}-{dtype}-{limit}"
     code = "import actcache as ac\nac.push_dataset(repo, model, prompts, store=store, **options)"
     options = {"shard_max_bytes": limit, "labels": list(N), "metadata": [{"score": i / 4, "flag": True} for i in N]}
+    options["shuffle"] = limit != 100
     client.run(code, repo=repo, model=MODEL, prompts=TEXTS, store=str(tmp_path / "store"), options=options)
 
     told, found = read(lmprobe, hub, tmp_path, repo)

@@ -201,6 +201,19 @@ class TestWhatIsThere:
             push(client, home, repo, private=True)
         assert changes(hub, since) == []
 
+    def test_what_this_token_may_not_see_is_not_guessed_at(self, hub, client, home, repo):
+        # For others it is not there, and it cannot be made.
+        hub.inject(Fault(path="/api/datasets/", status=404, times=None))
+        hub.inject(Fault(path="/repos/create", status=409, times=None))
+        with pytest.raises(ClientError) as error:
+            push(client, home, repo)
+        assert error.value.name in ("OptionError", "DatasetAccessError") and repo in error.value.message
+
+    def test_a_repository_that_goes_meanwhile(self, hub, client, home, repo):
+        hub.inject(Fault(path="/preupload/", then=lambda: hub.repositories.pop(f"datasets/{repo}")))
+        with pytest.raises(ClientError, match="OptionError: pushing to"):
+            push(client, home, repo)
+
     def test_somebody_who_commits_meanwhile_is_not_overwritten(self, hub, client, home, repo):
         push(client, home, repo, TEXTS[:3])
         repository = hub.dataset(repo)

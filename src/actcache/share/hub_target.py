@@ -70,13 +70,10 @@ class HubTarget(Target):
         return store / "pushing"
 
     def look(self, staging: Staging) -> None:
-        from huggingface_hub.errors import RepositoryNotFoundError
-
         if "/" not in self.name:
             self.name = f"{self._patiently(self._api.whoami)['name']}/{self.name}"
-        try:
-            info = self._patiently(lambda: self._api.repo_info(self.name, repo_type="dataset"))
-        except RepositoryNotFoundError:
+        info = self._patiently(self._info)
+        if info is None:
             self.incremental = True
             return
         self._exists = True
@@ -97,6 +94,17 @@ class HubTarget(Target):
         self.incremental = not any(is_stale(path, ()) for path in others) and not any(
             path.startswith("index/") for path in self._tree
         )
+
+    def _info(self) -> Any:
+        """What the Hub says of the repository; None where there is none, for this token."""
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+        try:
+            return self._api.repo_info(self.name, repo_type="dataset")
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            return None
 
     def _list(self) -> dict[str, str]:
         """Path -> digest of its bytes: SHA-256 of a large file, git's name of another."""
@@ -122,7 +130,11 @@ class HubTarget(Target):
                         raise
 
             self._patiently(create)
-            info = self._patiently(lambda: self._api.repo_info(self.name, repo_type="dataset"))
+            info = self._patiently(self._info)
+            if info is None:
+                raise OptionError(
+                    f"{self.name!r} exists on the Hub, and this token may not see it: choose another name."
+                )
             self._head = info.sha
             self._tree = self._list()
             others = [path for path in self._tree if path not in _OWN_FILES]
@@ -219,14 +231,12 @@ class HubTarget(Target):
         self, ask: Callable[[], T], unless: Callable[[], bool] | None = None, *, attempts: int = _ATTEMPTS
     ) -> T:
         """The answer to a request, asked again while the Hub is busy; `unless` it turns out to be done already."""
-        from huggingface_hub.errors import RepositoryNotFoundError
-
         for attempt in range(1, attempts + 1):
             try:
                 if attempt > 1 and unless is not None and unless():
                     return None  # type: ignore[return-value]
                 return ask()
-            except (ActCacheError, RepositoryNotFoundError):
+            except ActCacheError:
                 raise
             except Exception as error:
                 status = _status(error)

@@ -8,7 +8,7 @@ Each is JSON in the schema metadata of the index, beside the format's keys; read
 | ``actcache:space`` | ``space`` (its id), ``identity`` (what makes two activations the same), ``label`` |
 | ``actcache:text_context`` | of which tokenizer and options the token ids are, as a digest; null: of several |
 | ``actcache:files`` | path -> ``[bytes, SHA-256]`` of every file with tensors |
-| ``actcache:provenance`` | versions that extracted and that wrote, time, prompts left out, storage dtypes |
+| ``actcache:provenance`` | versions that extracted and that wrote, time, what was left out |
 
 A tensor's description has ``site`` (its name here) and ``stored_as`` (the dtypes it was stored in). Where not all
 prompts are texts, the column `KIND` says what each is: of a chat, ``text`` is its messages as JSON, of token ids these.

@@ -39,6 +39,7 @@ class Rows:
             }
         )
         self._loaded: Array | None = None
+        self._lengths: Ints | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -46,10 +47,13 @@ class Rows:
 
     def lengths(self) -> Ints:
         """How many rows each prompt has, int64 ``[n]``."""
+        if self._lengths is not None:
+            return self._lengths
         found = np.ones(len(self._owner), np.int64)
         for number, placement in enumerate(self._placements if self.whole else ()):
             mine = np.flatnonzero(self._owner == number)
             found[mine] = placement.row_counts()[self._local[mine]]
+        self._lengths = found
         return found
 
     def load(self, workers: int) -> None:
@@ -96,20 +100,19 @@ class Rows:
 
     def all_but_last(self, start: int, stop: int) -> Iterator[Array]:
         """The rows of all tokens but the last, prompt after prompt, in pieces ``[k, D]``."""
-        held: list[Array] = []
-        size = 0
-        for i in range(start, stop):
+        ends = np.cumsum(self.lengths()[start:stop])
+        step = max(1, _CHUNK_BYTES // max(1, self.row_bytes))
+        a = 0
+        while a < stop - start:
+            before = int(ends[a - 1]) if a else 0
+            b = max(a + 1, int(np.searchsorted(ends, before + step, side="right")))
+            members = np.arange(start + a, start + b)
             if self._loaded is not None:
-                rows = self._loaded[self._ends[i] : self._ends[i + 1] - 1]
+                rows = [self._loaded[self._ends[i] : self._ends[i + 1]] for i in members.tolist()]
             else:
-                rows = self._all(np.array([i]))[0][:-1]
-            held.append(rows)
-            size += rows.nbytes
-            if size >= _CHUNK_BYTES:
-                yield np.concatenate(held).astype(self.dtype, copy=False)
-                held, size = [], 0
-        if size:
-            yield np.concatenate(held).astype(self.dtype, copy=False)
+                rows = self._all(members)
+            yield np.concatenate([one[:-1] for one in rows]).astype(self.dtype, copy=False)
+            a = b
 
     def of(self, members: Ints) -> Array:
         """The rows of some prompts, one each, ``[k, D]``."""
