@@ -280,9 +280,11 @@ class TestChoice:
             (["resid_post.7"], "'resid_post.7' is not stored"),
             (["logits_topk"], "'logits_topk' is not stored"),
             ([], "tensors is empty"),
+            (["perplexity"], "name some of these, too"),
         ],
     )
-    def test_tensors_that_are_not_there(self, pooled, tmp_path, tensors, message):
+    def test_tensors_that_are_not_there(self, pooled, space, tmp_path, tensors, message):
+        fill_perplexity(pooled, space, N)
         with pytest.raises(OptionError, match=message):
             push(pooled, tmp_path / "set", tensors=tensors)
         assert not (tmp_path / "set").exists()

@@ -371,6 +371,24 @@ class TestInterrupted:
         assert sum(r.received for r in uploads) <= sum(sizes.values()) + max(sizes.values())
         assert not (home / "store" / "pushing").exists()
 
+    @pytest.mark.parametrize("labels", [[1] * 20, [2] * 20])
+    def test_what_was_published_is_not_overwritten_by_going_on(self, hub, home, repo, tmp_path, labels):
+        victim = Client(hub, tmp_path / "victim")
+        # Its last commit is made, and it is gone before it knows.
+        hub.inject(Fault(method="POST", path="/commit/", skip=1, lose_answer=True, then=victim.kill))
+        with pytest.raises(ClientError):
+            push(victim, home, repo, labels=[1] * 20, **SMALL)
+        hub.faults.clear()
+        head = hub.dataset(repo).refs["main"]
+        assert INDEX in hub.dataset(repo).files()
+        with Client(hub, tmp_path / "next") as client:
+            if labels[0] == 1:
+                push(client, home, repo, labels=labels, **SMALL)
+            else:
+                with pytest.raises(ClientError, match="DatasetExistsError"):
+                    push(client, home, repo, labels=labels, **SMALL)
+        assert hub.dataset(repo).refs["main"] == head
+
     @pytest.mark.parametrize("stream", [False, True])
     def test_never_publishes_what_is_no_longer_so(self, hub, repo, tmp_path, stream):
         store = new_store(tmp_path)

@@ -15,7 +15,7 @@ from typing import Any
 from actcache._version import __version__
 from actcache.share import card, ours
 from actcache.share.columns import Column
-from actcache.share.format import INDEX
+from actcache.share.format import CARD, INDEX
 from actcache.share.format import VERSION as FORMAT_VERSION
 from actcache.share.index_file import Index
 from actcache.share.selection import Selection
@@ -23,8 +23,6 @@ from actcache.share.shard_files import Shards
 from actcache.share.staging import Staged
 from actcache.share.target import Target
 from actcache.store.files import translated
-
-_CARD = "README.md"
 
 
 class Contents:
@@ -96,11 +94,11 @@ class Contents:
             "files": {staged.path: [staged.size, staged.sha256] for staged in files},
             "provenance": provenance,
         }
-        index, readme = folder / "index.parquet", folder / _CARD
+        index, readme = folder / "index.parquet", folder / CARD
         with translated(folder):
             self._index.write(index, described, own)
             readme.write_text(self._card(provenance), encoding="utf-8")
-        return {_CARD: readme, INDEX: index}
+        return {CARD: readme, INDEX: index}
 
     def _card(self, provenance: Mapping[str, Any]) -> str:
         space = self._found.space

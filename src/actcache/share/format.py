@@ -19,6 +19,7 @@ VERSION = "2.0"
 PREFIX = "lmprobe:"
 INDEX = "index/train-00000-of-00001.parquet"
 INFO = "lmprobe_info.json"
+CARD = "README.md"
 
 HIDDEN, LOGITS, ROUTER = "hidden_layers", "logits_topk", "router_logits"
 """Names of tensors. Any other is a site of its name, in the layout of `HIDDEN`.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actcache.errors import ActCacheError, DatasetAccessError, DatasetExistsError, OptionError
+from actcache.share.format import CARD, INDEX
 from actcache.share.location import check_repo_id
 from actcache.share.staging import Staged, Staging
 from actcache.share.target import Target, is_stale
@@ -81,6 +82,10 @@ class HubTarget(Target):
         self._tree = self._list()
         ours = staging.sent_before
         others = [p for p, digest in self._tree.items() if p not in _OWN_FILES and (p, digest) not in ours]
+        # With its index a dataset is published, whoever did that: of other content it is another one.
+        shown = {path for path in (INDEX, CARD) if path in self._tree}
+        others += [p for p in shown - set(others) if (p, self._tree[p]) not in staging.sent_here]
+        self.finished = shown == {INDEX, CARD} and not shown & set(others)
         if others and not self.exist_ok:
             raise DatasetExistsError(
                 f"dataset {self.name!r} exists on the Hub and holds {len(others)} files, such as {sorted(others)[0]}: "

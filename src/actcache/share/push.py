@@ -147,7 +147,7 @@ def push_dataset(
     index = Index(found, shards, label, columns)
     index.check()
     contents = Contents(found, shards, index, target, license, description, shuffle)
-    with Staging(target.staging_root(where.folder), target.name, contents.digest(label, columns)) as staging:
+    with Staging(target.staging_root(where.folder), target.url, contents.digest(label, columns)) as staging:
         return _push(target, staging, shards, contents, settings)
 
 
@@ -216,6 +216,9 @@ def _push(target: Target, staging: Staging, shards: Shards, contents: Contents, 
             arrived[shard.path] = known
         else:
             left.append(shard)
+    if target.finished and not left:
+        staging.remove()
+        return target.url
     missing = [shard for shard in left if shard.path not in staging.done]
     if settings.stream_batch is None:
         staging.check_room(sum(shard.nbytes for shard in missing))

@@ -230,6 +230,8 @@ class _Finder:
             keep &= self._logits(self.prompts, check=False).found.all(axis=1)
         if self.perplexity and self.wanted is not None:
             keep &= self._located(PERPLEXITY, DERIVED, self.prompts, check=False).found[:, 0]
+        if not self.groups and self.k is None and self.wanted is not None and set(self.wanted) == {PERPLEXITY}:
+            raise OptionError("tensors: perplexity is a column beside vectors or logits: name some of these, too.")
         if not self.groups and self.k is None:
             what = "of the residual stream or any other site" if self.wanted is None else f"of {', '.join(self.wanted)}"
             raise NotCachedError(

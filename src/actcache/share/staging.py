@@ -52,7 +52,9 @@ class Staging:
         self.done: dict[str, Staged] = {}
         self.sent: dict[str, Staged] = {}
         self.sent_before: set[tuple[str, str]] = set()
-        """What earlier pushes to this target have sent, of whatever content: path and SHA-256."""
+        """What earlier pushes to this target have sent, of whatever content: path and digest."""
+        self.sent_here: set[tuple[str, str]] = set()
+        """What earlier pushes of this content have sent."""
         self._target = target
         self._lock = -1
 
@@ -62,7 +64,9 @@ class Staging:
             self._lock = self._locked()
             self.sent_before = {(s.path, s.sha256) for s in self._of_this_target(_SENT)}
             self.files.mkdir(parents=True, exist_ok=True)
-        self.sent = {s.path: s for s in self._read(self.folder / _SENT)}
+        before = list(self._read(self.folder / _SENT))
+        self.sent_here = {(s.path, s.sha256) for s in before}
+        self.sent = {s.path: s for s in before}
         for staged in self._read(self.folder / _DONE):
             file = self.files / staged.path
             if file.is_file() and not file.is_symlink() and file.stat().st_size == staged.size:

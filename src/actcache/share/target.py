@@ -31,6 +31,8 @@ class Target(ABC):
     """As a card has it: a folder's path is nobody else's business."""
     url: str
     exist_ok: bool
+    finished = False
+    """Whether the very dataset that is pushed is there already, since only the answer to its last commit was lost."""
     incremental = False
     """Whether files may be made visible before all of them are there: nothing that is published is changed by them."""
 
