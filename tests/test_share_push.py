@@ -29,6 +29,7 @@ from actcache.errors import (
 )
 from actcache.share.columns import label_column, metadata_columns
 from actcache.share.shard_files import _greedy
+from actcache.store import given as said
 from actcache.store.records import LABEL, METADATA, Records
 from share_helpers import (
     INDEX,
@@ -434,6 +435,13 @@ class TestColumns:
         with pytest.raises(OptionError, match=message):
             metadata_columns(metadata, 2)
 
+    def test_stored_labels_that_no_dataset_holds(self, pooled, space, tmp_path):
+        for records in said.records(LABEL, table(N), [said.encoded(i / 2) for i in N]):
+            pooled.append(space, records)
+        with pytest.raises(OptionError, match=r"labels that are stored.*pass labels="):
+            push(pooled, tmp_path / "set")
+        assert push(pooled, tmp_path / "set", labels=list(N)).by_text[text(3)]["label"] == 3
+
     def test_a_text_that_no_index_can_hold(self, store, space, tmp_path):
         store.write(space, ["fine", "half of a pair \ud83d"], {"resid_post.0": [torch.ones(8)] * 2}, pooling="mean")
         with pytest.raises(PromptError, match="no valid Unicode"):
@@ -448,8 +456,6 @@ class TestColumns:
         assert [found.by_text[text(i)]["label"] for i in N] == list(N)
 
     def test_what_is_stored_with_prompts_goes_along(self, pooled, space, tmp_path):
-        from actcache.store import given as said
-
         for kind, values in ((LABEL, list(N)), (METADATA, [{"score": i / 2} for i in N])):
             for records in said.records(kind, table(N), [said.encoded(v) for v in values]):
                 pooled.append(space, records)

@@ -61,16 +61,9 @@ class Contents:
     def write(self, folder: Path, files: Sequence[Staged]) -> dict[str, Path]:
         """Index and card, in a folder; path in the dataset -> file."""
         space = self._found.space
-        now = datetime.now(UTC).isoformat(timespec="seconds")
         label = {**space.label, "model_name": self.model} if os.path.isabs(space.model_name) else dict(space.label)
-        written = {"actcache": __version__, "python": platform.python_version()}
-        written |= {name: found for name in ("torch", "transformers") if (found := _version(name))}
-        provenance = {
-            "created_at": now,
-            "written_with": written,
-            "extracted_with": space.label.get("provenance"),
-            "left_out": self._found.left_out,
-        }
+        provenance = self._provenance()
+        written, now = provenance["written_with"], provenance["created_at"]
         described = {
             "format_version": FORMAT_VERSION,
             "model": {"name": self.model, "revision": space.revision},
@@ -99,6 +92,20 @@ class Contents:
             self._index.write(index, described, own)
             readme.write_text(self._card(provenance), encoding="utf-8")
         return {CARD: readme, INDEX: index}
+
+    def check(self) -> None:
+        """Make the card and throw it away: nothing of it may fail when everything else has arrived."""
+        self._card(self._provenance())
+
+    def _provenance(self) -> dict[str, Any]:
+        written = {"actcache": __version__, "python": platform.python_version()}
+        written |= {name: found for name in ("torch", "transformers") if (found := _version(name))}
+        return {
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "written_with": written,
+            "extracted_with": self._found.space.label.get("provenance"),
+            "left_out": self._found.left_out,
+        }
 
     def _card(self, provenance: Mapping[str, Any]) -> str:
         space = self._found.space

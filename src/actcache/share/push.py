@@ -147,6 +147,7 @@ def push_dataset(
     index = Index(found, shards, label, columns)
     index.check()
     contents = Contents(found, shards, index, target, license, description, shuffle)
+    contents.check()
     with Staging(target.staging_root(where.folder), target.url, contents.digest(label, columns)) as staging:
         return _push(target, staging, shards, contents, settings)
 
@@ -182,7 +183,10 @@ def _of_selected(
     """Labels and metadata of the prompts that are shared: the caller's, else what is stored with them."""
     order = found.given.tolist()
     if label is None:
-        label = label_column(given.read(store, found.space.space, LABEL, found.table), len(order))
+        try:
+            label = label_column(given.read(store, found.space.space, LABEL, found.table), len(order))
+        except OptionError as error:
+            raise OptionError(f"the labels that are stored: {error} Or pass labels= here.") from None
     else:
         label = label.select(order)
     if columns is not None:
