@@ -15,6 +15,7 @@ from torch import Tensor
 import actcache as ac
 import zoo
 from actcache import errors
+from actcache.demo import model_path
 from actcache.model.head_way import Way
 from actcache.store.appending import Appender
 from actcache.store.records import Records, is_result
@@ -166,6 +167,27 @@ def test_what_was_asked_is_what_is_labelled(folder: Path, tmp_path: Path) -> Non
     check_logits(cache.get_logits(PROMPTS, top_k=48), "llama")
     with pytest.raises(ValueError, match=r"the top 48 logits of every token are not stored.*logit_positions='all'.*"):
         cache.get_logits(PROMPTS, top_k=48, positions="all")
+
+
+def test_stored_results_of_texts_are_found_without_the_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All logits would answer, too, but are not looked for where those that were asked are there."""
+    texts = ["The sky is blue.", "Snow is white."]
+
+    def cache() -> ac.UnifiedCache:
+        return ac.UnifiedCache(str(model_path()), layers=-1, cache_logits=True, logit_top_k=3, store=tmp_path)
+
+    cache().warmup(texts)
+
+    def load_no_tokenizer(*_: object) -> None:
+        pytest.fail("a tokenizer is loaded")
+
+    monkeypatch.setattr("actcache.model.tokenizer.load_tokenizer", load_no_tokenizer)
+    stats = cache().warmup(texts)
+    assert (stats.activations_cached, stats.perplexity_cached, stats.logits_cached) == (2, 2, 2)
+    assert cache().get_logits(texts).top_k == 3
+    assert np.isfinite(cache().get_perplexity(texts)).all()
 
 
 def test_some_prompts_by_their_own_number_and_some_by_all(folder: Path, tmp_path: Path) -> None:

@@ -78,9 +78,12 @@ def find_results(
         return look_up(asked_of, some, source, context, add_special_tokens=add_special_tokens)
 
     if asked.logits is not None:
-        found.logits[of] = np.logical_or.reduce(
-            [stored(names, asked.logits.layout).found for names in answering(asked.logits)]
-        )
+        has = np.zeros(len(of), bool)
+        for names in answering(asked.logits):
+            # What is not found is looked for by its ids, for which the tokenizer is loaded.
+            if not has.all():
+                has |= stored(names, asked.logits.layout).found
+        found.logits[of] = has
     if asked.perplexity:
         has = stored((PERPLEXITY,), DERIVED).found & stored((TOKEN_NLL,), TOKENS).found
         if not has.all() and not source.predicts_next():
