@@ -533,6 +533,32 @@ def test_repairing_rewrites_damaged_objects(tmp_path: Path, backend: Watched) ->
     assert one.verify().ok
 
 
+def test_repairing_takes_what_this_host_has_of_a_damaged_object(tmp_path: Path, backend: Watched) -> None:
+    one, other, space = two(backend, tmp_path)
+    one.append(space, pooled(range(200), dim=512))
+    one.flush()
+    before = one.locate(
+        space, table=make_table(range(200)), sites=["resid_post.0", "resid_post.1"], layout="last_token"
+    )
+    (name,) = objects(backend)
+    data = bytearray(backend.read(name))
+    data[-5] ^= 1
+    backend.inner._objects[name] = bytes(data)  # type: ignore[attr-defined]
+    assert other.verify().lost > 0, "it has read nothing of it"
+    for repair in (False, True):
+        report = one.verify(repair=repair)
+        assert report.damaged
+        assert report.ok == repair
+        assert (report.lost, report.lost_prompts, report.lost_sites) == (0, 0, {})
+    fresh, _ = machine(backend, tmp_path / "c")
+    assert fresh.verify().damaged == []
+    place = fresh.locate(
+        space, table=make_table(range(200)), sites=["resid_post.0", "resid_post.1"], layout="last_token"
+    )
+    assert place.found.all()
+    assert np.array_equal(place.take(), before.take())
+
+
 def test_repairing_removes_what_nobody_can_read(tmp_path: Path, backend: Watched) -> None:
     one, other, space = two(backend, tmp_path)
     one.append(space, pooled(range(3)))

@@ -68,9 +68,9 @@ class VerifyReport:
         segments, blocks, tombs: how many were read and checked.
         damaged: what is wrong with them; empty when all is well.
         newer: files that only a later actcache can read; nothing is said of them, and nothing is done to them.
-        lost: activations that are damaged and have no other copy, one for each prompt and site: they read as not
-            stored, with `repair` as without. Of a file that does not tell what it held, and is not known to this host,
-            they are not counted.
+        lost: activations that are damaged and have no other copy, here neither, one for each prompt and site: they
+            read as not stored, with `repair` as without. Of a file that does not tell what it held, and is not known
+            to this host, they are not counted.
         lost_prompts: the different prompts, in all spaces, that lost one or more of them.
         lost_sites: how many were lost at each site.
     """
@@ -188,6 +188,10 @@ class _Space:
     def _hold(self, segment: Segment, *, lost: bool = False) -> None:
         """Note what of a segment whose blocks have been read is intact; nothing, where it is `lost`."""
         intact = intact_of(segment, np.full(segment.info.prompts, not lost))
+        broken: Mask = np.logical_not(intact.all(axis=0))
+        if self.index.copy is not None and broken.any() and not lost and segment.info.name in self.rotten:
+            # Of what is wrong in the object this host may have read the right bytes before: repair takes these.
+            intact |= intact_of(Segment(segment.path, self.index.copy), broken)
         sites = zip(segment.info.sites, intact, strict=True)
         self.held.append((segment.info, {site: good for site, good in sites if not good.all()}))
 
