@@ -43,13 +43,39 @@ class _Replaced(FileNotFoundError):
     """A mirror is not the file any more that was mapped."""
 
 
+class Threads:
+    """Threads that read from `backend`, as many as may do so at a time.
+
+    They are kept: to start some takes as long as to read a few MB. Who lets go of them needs not wait for their end.
+    """
+
+    def __init__(self, backend: CacheBackend) -> None:
+        self.backend = backend
+        self._pool: ThreadPoolExecutor | None = None
+
+    @property
+    def number(self) -> int:
+        return max(1, int(self.backend.concurrency))
+
+    def pool(self) -> ThreadPoolExecutor:
+        found = self._pool
+        if found is None:
+            # Where two make one at the same time, one of them is used once, and ends.
+            found = self._pool = ThreadPoolExecutor(self.number, thread_name_prefix="actcache-fetch")
+        return found
+
+    def forget(self) -> None:
+        """Let them end with their work; in a forked child there are none."""
+        self._pool = None
+
+
 class Fetcher:
     """The object behind one mirror that is mapped; `path` is the mirror, `name` the object."""
 
     def __init__(
-        self, backend: CacheBackend, name: str, path: Path, status: os.stat_result, note: Callable[[int], None]
+        self, threads: Threads, name: str, path: Path, status: os.stat_result, note: Callable[[int], None]
     ) -> None:
-        self.backend, self.name, self.path = backend, name, path
+        self.threads, self.backend, self.name, self.path = threads, threads.backend, name, path
         self.note = note
         """Told how many bytes were written here."""
         self._file = status.st_dev, status.st_ino
@@ -151,13 +177,13 @@ def translated_local(folder: Path, backend: CacheBackend) -> Iterator[None]:
 
 
 def _fetch(wanted: list[Wanted], keep: bool) -> None:
-    concurrency = max(1, int(wanted[0].fetcher.backend.concurrency))
+    threads = wanted[0].fetcher.threads
     lost = _Lost({}, {})
     for last in (False, True):
         size = sum(int((one.stops - one.starts).sum()) for one in wanted)
-        most = min(_READ, max(_SHORT_READ, -(-size // concurrency)))
+        most = min(_READ, max(_SHORT_READ, -(-size // threads.number)))
         runs = [run for one in wanted if one.fetcher.path not in lost.replaced for run in one.runs(most)]
-        wanted = _all(runs, keep, last, lost, concurrency)
+        wanted = _all(runs, keep, last, lost, threads)
     if lost.gone or lost.replaced:
         raise Vanished(list(lost.gone), list(lost.replaced))
 
@@ -170,7 +196,7 @@ class _Lost:
     replaced: dict[Path, None]
 
 
-def _all(runs: Sequence[Wanted], keep: bool, last: bool, lost: _Lost, concurrency: int) -> list[Wanted]:
+def _all(runs: Sequence[Wanted], keep: bool, last: bool, lost: _Lost, threads: Threads) -> list[Wanted]:
     """Read all `runs`; what of them was wrong."""
 
     def one(run: Wanted) -> Wanted | None:
@@ -184,16 +210,16 @@ def _all(runs: Sequence[Wanted], keep: bool, last: bool, lost: _Lost, concurrenc
             lost.gone[run.fetcher.path] = None
         return None
 
-    if len(runs) < 2 or concurrency < 2 or is_ending():
+    if len(runs) < 2 or threads.number < 2 or is_ending():
         return [wrong for run in runs if (wrong := one(run)) is not None]
-    with ThreadPoolExecutor(min(concurrency, len(runs)), thread_name_prefix="actcache-fetch") as pool:
-        futures = [pool.submit(one, run) for run in runs]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            for future in futures:
-                future.cancel()
-        return [wrong for future in futures if not future.cancelled() and (wrong := future.result()) is not None]
+    pool = threads.pool()
+    futures = [pool.submit(one, run) for run in runs]
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:
+        begun = [future for future in futures if not future.cancel()]
+        wait(begun)
+    return [wrong for future in begun if (wrong := future.result()) is not None]
 
 
 def _one(run: Wanted, keep: bool, last: bool) -> Wanted | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from actcache.store import mirror
 from actcache.store.backend import CacheBackend
-from actcache.store.fetching import Fetcher
+from actcache.store.fetching import Fetcher, Threads
 from actcache.store.files import log, remove
 from actcache.store.pulling import MOST_SMALL, Pull, begin_mirror, bring, same_head
 from actcache.store.spaces import ROOT
@@ -77,6 +77,7 @@ class WorkingCopy:
         self._fetched: float = math.inf
         self._pulling = threading.Lock()
         self._pulled: dict[str | None, float] = {}
+        self._threads = Threads(backend)
         self._scope = threading.local()
         self.trim: Callable[[], object] = lambda: None
         """Brings mirrors below their limit; who knows when each was read says how."""
@@ -123,6 +124,7 @@ class WorkingCopy:
     def forget(self) -> None:
         """What was pulled is to be looked at again at its next use."""
         self._pulled.clear()
+        self._threads.forget()
 
     def fetcher(self, path: Path, fd: int) -> Fetcher | None:
         """What fetches the rows of the file at `path`, opened as `fd`; None for one that is whole.
@@ -130,7 +132,7 @@ class WorkingCopy:
         FileNotFoundError when it has gone in the meantime.
         """
         if mirror.is_mirror(path):
-            return Fetcher(self.backend, self.name_of(path), path, os.fstat(fd), self.note)
+            return Fetcher(self._threads, self.name_of(path), path, os.fstat(fd), self.note)
         # A mirror that is removed goes before its sidecar: this may be one, full of holes.
         if not os.path.samestat(os.fstat(fd), os.stat(path)):
             raise FileNotFoundError(str(path))
@@ -210,6 +212,7 @@ class WorkingCopy:
     def after_fork(self) -> None:
         """In a child process: what a thread of the parent held is free."""
         self._pulling = threading.Lock()
+        self._threads.forget()
 
 
 _held: set[int] = set()
