@@ -67,10 +67,13 @@ class BlockChecks:
     def good(self, sites: Sequence[str], starts: Ints, stops: Ints) -> bool:
         """Whether the rows ``starts[i]:stops[i]`` of all `sites` have been checked and are good; reads nothing."""
         for shape, alike in self._by_shape(sites).items():
-            blocks = _marked(self._touched(shape, starts, stops), sum(count for _, count in shape))
+            every = sum(count for _, count in shape)
+            blocks = _marked(self._touched(shape, starts, stops), every)
             first = np.array([self._first[site] for site in alike])
             if (self._state[first[:, None] + blocks] != _GOOD).any():
                 return False
+            if len(blocks) == every:
+                self._clean.update(alike)
         return True
 
     def verify(self, sites: Sequence[str], starts: Ints, stops: Ints) -> npt.NDArray[np.bool_]:
@@ -149,6 +152,7 @@ class BlockChecks:
         every = np.arange(len(self._state))
         if self.source is not None and len(every):
             self._state[:] = _UNKNOWN
+            self._clean.clear()
             fetch([self._wanted(every)], keep=False)
 
     @lazy
