@@ -227,7 +227,7 @@ class Layer:
             kept.clear()
             if name in machines:
                 machines[name].forget()
-            recycle(self.folder, 3 * self.nbytes)
+            recycle(self.folder, max(128 << 20, 3 * self.nbytes))
 
         def one(what: tuple[str, int, int]) -> Any:
             name, start, stop = what
