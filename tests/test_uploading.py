@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -408,6 +409,22 @@ def test_a_mirror_that_lost_its_sidecar_is_one_again(tmp_path: Path, found: str)
     backend.calls.clear()
     check_large(backend, tmp_path / "b", range(2000))
     assert len(objects(backend)) == 1
+    assert check_large(backend, tmp_path / "c", range(2000)).verify().damaged == []
+
+
+@pytest.mark.parametrize("left", [0, 1000, 10**6])
+def test_a_mirror_without_a_sidecar_that_cannot_be_read_does_not_hide_its_object(tmp_path: Path, left: int) -> None:
+    """Whoever copied it was interrupted."""
+    backend = Watched(MemoryBackend())
+    store, space = machine(backend, tmp_path / "a")
+    store.append(space, large(range(2000)))
+    store.flush()
+    _, _, path = without_sidecar(backend, tmp_path / "b", range(2000))
+    os.truncate(path, left)
+    backend.calls.clear()
+    check_large(backend, tmp_path / "b", range(2000)).flush()
+    assert backend.count("put") == 0
+    assert path.with_suffix(".have").exists()
     assert check_large(backend, tmp_path / "c", range(2000)).verify().damaged == []
 
 

@@ -62,6 +62,8 @@ class _Space:
     tombs: set[str] = field(default_factory=set)
     """Tombs that are here and not listed."""
     listed: dict[str, ObjectInfo] = field(default_factory=dict)
+    recognised: bool = False
+    """Whether there were mirrors without a sidecar."""
 
 
 @dataclass
@@ -153,7 +155,7 @@ class Pull:
         for name in sorted({folder.name for folder in self._folders()} | listed.keys()):
             there = listed.get(name, {})
             space = _Space(self.copy.root / name, listed=there)
-            held = _names(space.folder)
+            held = self._held(space)
             for other, info in there.items():
                 if other not in held:
                     (space.segments if SEGMENT_NAME.fullmatch(other) else space.small)[other] = info.size
@@ -161,6 +163,14 @@ class Pull:
             space.tombs = {other for other in held - there.keys() if TOMB_NAME.fullmatch(other)}
             work.append(space)
         return work
+
+    def _held(self, space: _Space) -> set[str]:
+        """The names of the files in its folder; those of what is listed, and has lost its sidecar, are put right."""
+        held = _names(space.folder)
+        for name in held & space.listed.keys():
+            if SEGMENT_NAME.fullmatch(name) and f"{name[:32]}.have" not in held:
+                space.recognised |= self.copy.spool.recognise(space.folder / name, space.listed[name].size)
+        return _names(space.folder) if space.recognised else held
 
     # -- what is to be done ----------------------------------------------------------------------------
 
@@ -189,7 +199,7 @@ class Pull:
         for space in work:
             for name in space.vanished:
                 self.copy.drop(space.folder / name)
-            changed |= bool(space.vanished) | self._drop_tombs(space)
+            changed |= space.recognised | bool(space.vanished) | self._drop_tombs(space)
             changed |= self.copy.spool.settle(space.folder, space.listed)
         return changed, None in brought
 

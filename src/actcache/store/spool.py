@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actcache.errors import BackendError, FormatError, StoreAccessError
+from actcache.errors import BackendError, FormatError, NewerFormatError, StoreAccessError
 from actcache.store.backend import ObjectInfo
 from actcache.store.files import OPEN_NAME, SEGMENT_NAME, SPACE_FILE, TOMB_NAME, log, named, remove, sync_folder
 from actcache.store.graves import Graves, dead
@@ -244,27 +244,36 @@ class Spool:
             if name.endswith(".sent") and (f"{name[:32]}.have" in held or f"{name[:32]}.safetensors" not in held):
                 with contextlib.suppress(OSError):
                     remove(folder / name)
-        known = [self._is_known(folder / n, info.size) for n, info in listed.items() if n in held and _alone(n, held)]
         self._unlisted[space] = self._counting(
             {n for n in held - listed.keys() if TOMB_NAME.fullmatch(n)}, folder, held
         )
         with contextlib.suppress(BackendError, StoreAccessError):
             self.republish(space)
         if FILE not in held or FILE in listed or any(p.fullmatch(n) for p in _CONTENT for n in held):
-            return any(known)
+            return False
         with contextlib.suppress(OSError):
             # One that was just written is of a space that is about to get its first segment.
             if was_described or time.time() - (folder / FILE).stat().st_mtime > _FORGOTTEN_S:
                 remove(folder / FILE)
                 folder.rmdir()
                 return True
-        return any(known)
+        return False
 
-    def _is_known(self, path: Path, size: int) -> bool:
-        """Whether a segment of which there is an object of that size had no sidecar, and has one now."""
+    def recognise(self, path: Path, size: int) -> bool:
+        """Whether a segment without a sidecar, of which an object of that size is listed, has one now, or is gone."""
         # Whoever is uploading it has claimed it.
-        with contextlib.suppress(FormatError, OSError), claim(path) as mine:
-            if mine and not is_mirror(path) and (segment := Segment(path)).info.size == size:
+        with contextlib.suppress(OSError), claim(path) as mine:
+            if not mine or is_mirror(path):
+                return False
+            try:
+                segment = Segment(path)
+            except NewerFormatError:
+                return False
+            except FormatError as error:
+                log.warning("removing what is here of an object, which is looked at again: %s", named(path, error))
+                self._drop(path)
+                return True
+            if segment.info.size == size:
                 self._recognise(segment, path)
                 return True
         return False
@@ -348,10 +357,6 @@ class Spool:
             for beside in (sidecar_of(path), _begun(path)):
                 remove(beside)
         return size
-
-
-def _alone(name: str, held: set[str]) -> bool:
-    return SEGMENT_NAME.fullmatch(name) is not None and f"{name[:32]}.have" not in held
 
 
 def _names(folder: Path) -> set[str]:
