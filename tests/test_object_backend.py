@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import random
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -125,19 +127,23 @@ def test_a_stall_and_a_refused_connection_end_at_the_deadline(nowhere: None) -> 
 
 
 def test_pauses_grow_and_differ(nowhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    pauses: list[float] = []
+    every: list[list[float]] = []
     with ScriptedServer(lambda asked: refusal(503, "SlowDown")) as server:
-        monkeypatch.setattr(object_backend.time, "sleep", pauses.append)
         backend = backend_at(server)
-        for _ in range(20):
-            left = iter([0.0] * 12)
-            monkeypatch.setattr(object_backend.time, "monotonic", lambda left=left: next(left, 1e9))
+        for seed in range(20):
+            left, pauses = iter([0.0] * 12), []
+            # A clock of its own: that of the whole process is also other threads'.
+            clock = SimpleNamespace(sleep=pauses.append, monotonic=lambda left=left: next(left, 1e9))
+            monkeypatch.setattr(object_backend, "time", clock)
+            monkeypatch.setattr(object_backend, "_chance", random.Random(seed))
             with pytest.raises(BackendError):
                 backend.read("a")
-    turns = [pauses[at :: len(pauses) // 20] for at in range(len(pauses) // 20)]
+            every.append(pauses)
+    assert len({len(pauses) for pauses in every}) == 1
+    turns = list(zip(*every, strict=True))
     assert len(turns) >= 8 and all(len(set(turn)) > 10 for turn in turns)
     means = [sum(turn) / len(turn) for turn in turns]
-    assert means[5] > 4 * means[1] and max(pauses) <= 8
+    assert means[5] > 4 * means[1] and max(map(max, every)) <= 8
 
 
 @pytest.mark.parametrize("verb", ["list", "read", "put", "delete"])

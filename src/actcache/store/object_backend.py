@@ -31,6 +31,8 @@ _PIECE = 16 << 20
 _ONE_REQUEST = 4 << 30
 _PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 8.0
+# Not the generator of the process, which the caller may have seeded, for every worker alike.
+_chance: random.Random = random.SystemRandom()
 _PATIENCE_S = 10.0
 _ENDLESS_S = 1e8
 _GRANTS = {
@@ -268,7 +270,7 @@ class ObjectBackend(CacheBackend):
             if failure.meaning is not Meaning.PASSING:
                 self._refuse(verb, name, failure)
             # Full jitter: many who were turned away at once do not come back at once.
-            pause = random.uniform(0, min(_LONGEST_PAUSE_S, _PAUSE_S * 2**failed))
+            pause = _chance.uniform(0, min(_LONGEST_PAUSE_S, _PAUSE_S * 2**failed))
             now = time.monotonic()
             if now + pause >= end + (size / SLOWEST if failure.timed_out else 0):
                 raise BackendError(
