@@ -367,7 +367,11 @@ def test_trouble_that_goes_on_is_told(
     caplog.set_level(logging.WARNING, logger="actcache.store")
     wrongs = [refusal(503, "SlowDown")] * 4
     with ScriptedServer(lambda asked: wrongs.pop() if wrongs else ranged(asked, DATA)) as server:
-        monkeypatch.setattr(object_backend.random, "uniform", lambda low, high: 0.15)
+        monkeypatch.setattr(object_backend, "_chance", SimpleNamespace(uniform=lambda low, high: 0.15))
+        # A clock that only pauses move: a slow moment of the machine would be told, too.
+        now = [100.0]
+        clock = SimpleNamespace(sleep=lambda pause: now.append(now[-1] + pause), monotonic=lambda: now[-1])
+        monkeypatch.setattr(object_backend, "time", clock)
         backend_at(server).read("a", 0, 10)
     (record,) = caplog.records
     assert "s3://bucket: read a failed" in record.getMessage() and "503 SlowDown" in record.getMessage()
