@@ -388,10 +388,15 @@ class TestColumns:
         assert str(found.table.schema.field("label").type) == type_
         assert [found.by_text[t]["label"] for t in TEXTS[:3]] == values
 
-    @pytest.mark.parametrize("labels", [[1.5, 1, 2], [1, 2], [[1], 1, 1], "abc", [2**70, 1, 1], {"a": 1}, 5])
+    @pytest.mark.parametrize("labels", [[1.5, 1, 2], [1, 2], [[1], 1, 1], "abc", [2**70, 1, 1], {"a": 1}, {1, 2, 3}, 5])
     def test_labels_that_cannot_be(self, labels):
         with pytest.raises(OptionError, match="labels"):
             label_column(labels, 3)
+
+    def test_prompts_without_an_order_are_refused(self, pooled, tmp_path):
+        with pytest.raises(PromptTypeError, match="prompts is a set"):
+            push(pooled, tmp_path / "set", set(TEXTS[:3]), labels=[1, 2, 3])
+        assert not (tmp_path / "set").exists()
 
     def test_metadata_keeps_its_types(self, pooled, tmp_path):
         given = [

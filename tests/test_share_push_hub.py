@@ -289,11 +289,9 @@ class TestAHubThatFails:
         push(client, home, repo)
         assert time.monotonic() - start >= 2
 
-    @pytest.mark.parametrize("path", ["/repos/create", "/commit/"])
-    @pytest.mark.parametrize("skip", [0, 1])
+    # A repository is asked for once.
+    @pytest.mark.parametrize(("path", "skip"), [("/repos/create", 0), ("/commit/", 0), ("/commit/", 1)])
     def test_and_loses_an_answer(self, hub, client, home, repo, tmp_path, path, skip, seed):
-        if path == "/repos/create" and skip:
-            pytest.skip("it is asked for once")
         fault = hub.inject(Fault(method="POST", path=path, lose_answer=True, skip=skip))
         push(client, home, repo, **SMALL)
         assert fault.struck == 1 and holds(published(hub, repo, tmp_path / "found"), seed)

@@ -392,10 +392,8 @@ def activations(
                 "or UnifiedCache.get_activations, which puts them side by side."
             )
         labels = label_array(said_of(cache.store, request, LABEL)) if return_labels else None
-        if cached:
-            values: Any = request.lookup.pooled()
-        else:
-            import numpy as np
+        import numpy as np
 
-            values = [np.stack(parts, axis=1) for parts in request.lookup.rows()]
+        lookup = request.lookup
+        values: Any = lookup.pooled() if cached else [np.stack(parts, axis=1) for parts in lookup.rows()]
         return values if labels is None else (values, labels)

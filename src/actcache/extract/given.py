@@ -30,7 +30,7 @@ def checked(labels: Any, metadata: Any, count: int) -> Said:
     """`labels` and `metadata` of `count` prompts, where they are not None; `OptionError` for what cannot be kept."""
     said: Said = {}
     if labels is not None:
-        said[LABEL] = [given.encoded(_plain(v, f"labels[{i}]")) for i, v in enumerate(_listed(labels, "labels", count))]
+        said[LABEL] = [given.encoded(plain(v, f"labels[{i}]")) for i, v in enumerate(one_each(labels, "labels", count))]
     if metadata is not None:
         rows = _rows(metadata, count)
         for i, row in enumerate(rows):
@@ -48,7 +48,8 @@ def checked(labels: Any, metadata: Any, count: int) -> Said:
     return said
 
 
-def _listed(values: Any, what: str, count: int) -> list[Any]:
+def one_each(values: Any, what: str, count: int) -> list[Any]:
+    """`values` as a list, one for each of `count` prompts; `OptionError` where they are not, naming `what` they are."""
     # A set has an order of its own.
     if isinstance(values, (str, bytes, Mapping, set, frozenset)) or not isinstance(values, Iterable):
         raise OptionError(f"{what} is {values!r:.60}: expected a list with one value for each prompt.")
@@ -61,12 +62,13 @@ def _listed(values: Any, what: str, count: int) -> list[Any]:
 def _rows(metadata: Any, count: int) -> list[Any]:
     """Metadata as one dict for each prompt, also where columns were given."""
     if not isinstance(metadata, Mapping):
-        return _listed(metadata, "metadata", count)
-    columns = {key: _listed(values, f"metadata[{key!r}]", count) for key, values in metadata.items()}
+        return one_each(metadata, "metadata", count)
+    columns = {key: one_each(values, f"metadata[{key!r}]", count) for key, values in metadata.items()}
     return [{key: values[i] for key, values in columns.items()} for i in range(count)]
 
 
-def _plain(value: Any, what: str) -> Any:
+def plain(value: Any, what: str) -> Any:
+    """A string, a finite number, a boolean or None, arrays of no dimension among them; `OptionError` for all else."""
     if hasattr(value, "item") and getattr(value, "shape", None) == ():
         value = value.item()
     if value is not None and not isinstance(value, (str, int, float)):
@@ -80,8 +82,8 @@ def _value(value: Any, what: str) -> Any:
     if hasattr(value, "tolist") and getattr(value, "shape", None) != ():
         value = value.tolist()
     if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{what}[{i}]") for i, item in enumerate(value)]
-    return _plain(value, what)
+        return [plain(item, f"{what}[{i}]") for i, item in enumerate(value)]
+    return plain(value, what)
 
 
 class Unsaid:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from actcache.errors import OptionError
+from actcache.extract.given import one_each, plain
 
 _FIXED = (
     "text", "label", "num_tokens", "shard_index", "row_offset", "token_offset", "token_ids", "token_strings",
@@ -44,7 +44,7 @@ def label_column(labels: Any, count: int) -> Column:
     Raises:
         OptionError: not one for each prompt, or of other types.
     """
-    values = [_plain(value, f"labels[{i}]") for i, value in enumerate(_listed(labels, "labels", count))]
+    values = [_plain(value, f"labels[{i}]") for i, value in enumerate(one_each(labels, "labels", count))]
     for i, value in enumerate(values):
         if isinstance(value, float) or (isinstance(value, int) and not -_LARGE <= value < _LARGE):
             raise OptionError(
@@ -66,9 +66,9 @@ def metadata_columns(metadata: Any, count: int) -> list[Column]:
             are no strings, numbers, booleans, or lists of these.
     """
     if isinstance(metadata, Mapping):
-        by_name = {name: _listed(values, f"metadata[{name!r}]", count) for name, values in metadata.items()}
+        by_name = {name: one_each(values, f"metadata[{name!r}]", count) for name, values in metadata.items()}
     else:
-        rows = _listed(metadata, "metadata", count)
+        rows = one_each(metadata, "metadata", count)
         for i, row in enumerate(rows):
             if not isinstance(row, Mapping):
                 raise OptionError(f"metadata[{i}] is {row!r:.60}: expected a dict, or a list of values for each name.")
@@ -125,22 +125,8 @@ def _as(kind: str, value: Any) -> Any:
     return float(value) if kind == "double" and value is not None else value
 
 
-def _listed(values: Any, what: str, count: int) -> list[Any]:
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise OptionError(f"{what} is {values!r:.60}: expected one value for each prompt.")
-    found = list(values)
-    if len(found) != count:
-        raise OptionError(f"{what} has {len(found)} values for {count} prompts.")
-    return found
-
-
 def _plain(value: Any, what: str) -> Any:
-    if hasattr(value, "item") and getattr(value, "shape", None) == ():
-        value = value.item()
-    if value is not None and not isinstance(value, (str, int, float)):
-        raise OptionError(f"{what} is {value!r:.60}: expected a string, a number, a boolean or None.")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise OptionError(f"{what} is {value!r}: expected a finite number, None where there is none.")
+    value = plain(value, what)
     if isinstance(value, str):
         try:
             value.encode()

@@ -116,7 +116,8 @@ def select(
 
 def as_prompts(prompts: Any) -> list[Any]:
     """Prompts as a list, each looked at; `PromptError` or `PromptTypeError` for one that is none."""
-    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
+    # A set has an order of its own, and rows and labels come in that of the prompts.
+    if isinstance(prompts, (bytes, Mapping, set, frozenset)) or not isinstance(prompts, Iterable):
         raise PromptTypeError(f"prompts is a {type(prompts).__name__}: expected a list of texts, token ids or chats.")
     given = [prompts] if isinstance(prompts, str) else list(prompts)
     if not given:

@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -100,7 +101,7 @@ class _Broken(Exception):
     """The connection is to break now."""
 
 
-class Exchange(BaseHTTPRequestHandler):
+class Exchange(BaseHTTPRequestHandler, ABC):
     """Answers with what `route` does; `route` reads the body with `body` or `message`."""
 
     protocol_version = "HTTP/1.1"
@@ -110,8 +111,8 @@ class Exchange(BaseHTTPRequestHandler):
     hub: LoopbackHub
     origin = "hub"
 
-    def route(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def route(self) -> None: ...
 
     def do_GET(self) -> None:
         self._answer()
