@@ -207,6 +207,7 @@ def test_a_stop_does_not_wait_for_the_hub(hub, tmp_path):
     publish(hub, made, "org/slow")
     code = """
 import signal, threading, time, os, actcache as ac
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 begin = time.time()
 try:
