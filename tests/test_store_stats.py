@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from actcache.config import STORAGE_DTYPES
-from actcache.errors import NotCachedError
+from actcache.errors import NotCachedError, OptionError
 from actcache.store import segment
 from actcache.store.prompts import PromptTable
 from actcache.store.records import Records
-from actcache.store.statistics import Moments, as_float
+from actcache.store.statistics import Moments, SiteStatistics, as_float
 from actcache.store.store import Store
 from store_helpers import make_table, segment_files
 
@@ -27,13 +27,14 @@ def new_store(folder: Path, dtype: str | None) -> tuple[Store, str]:
     return store, store.open_space({"weights": "abc"}, {"model_name": "org/model"})
 
 
-def same_as_numpy(found: Moments, rows: np.ndarray) -> None:
+def same_as_numpy(found: SiteStatistics, rows: np.ndarray) -> None:
     exact = rows.astype(np.float64)
     assert found.count == len(exact)
     np.testing.assert_allclose(found.mean, exact.mean(axis=0), rtol=1e-12, atol=1e-13 * exact.std())
     # Of equal numbers numpy itself finds no variance of zero, but what rounding leaves.
     rounding = (1e-15 * np.abs(exact).max(axis=0)) ** 2
     assert (np.abs(found.variance - exact.var(axis=0)) <= 1e-12 * exact.var(axis=0) + rounding).all()
+    np.testing.assert_array_equal(found.std, np.sqrt(found.variance))
     assert found.mean_norm == pytest.approx(np.linalg.norm(exact, axis=1).mean(), rel=1e-12)
 
 
@@ -143,3 +144,36 @@ def test_validate_holds_moments_and_scales_against_the_rows(tmp_path: Path, monk
         (problem,) = segment.validate(segment_files(store, space)[0])
         assert "moments" in problem
         assert "column 3" in problem
+
+
+def test_statistics_of_parts_merge_into_those_of_the_whole() -> None:
+    rows = np.random.default_rng(3).standard_normal((1000, 6)) * [1, 30, 1e-2, 1, 1, 0] + [0, 500, 0, -40, 9, 3]
+    found = []
+    for part in np.split(rows, [1, 400, 400, 993]):
+        moments = Moments.empty(6)
+        moments.update(part)
+        found.append(SiteStatistics.of(moments))
+    total = found[0]
+    for other in found[1:]:
+        before = total.mean.copy()
+        merged = total.merge(other)
+        np.testing.assert_array_equal(total.mean, before)
+        total = merged
+    same_as_numpy(total, rows)
+    with pytest.raises(OptionError, match="6 and of 5"):
+        total.merge(SiteStatistics(0, np.zeros(5), np.zeros(5), 0.0))
+
+
+def test_statistics_follow_what_eviction_leaves(tmp_path: Path) -> None:
+    store, space = new_store(tmp_path, "float8_e4m3")
+    rng = np.random.default_rng(0)
+    for start in (0, 300):
+        rows = rng.standard_normal((300, 16)).astype(np.float32) + start
+        store.append(space, Records.pooled(make_table(range(start, start + 300)), "mean", {SITE: rows}))
+    before = store.statistics(space, SITE, pooling="mean")
+    assert before.count == 600
+    store.evict(0.6 * store.info().total_size_gb)
+    left = store.read(space, None, SITE, pooling="mean").numpy()
+    assert 0 < len(left) < 600
+    same_as_numpy(store.statistics(space, SITE, pooling="mean"), left)
+    assert before.count == 600, "what was asked before does not change"

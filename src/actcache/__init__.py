@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from actcache.store.object_backend import ObjectBackend
     from actcache.store.reports import CacheInfo, ModelCacheInfo
     from actcache.store.spaces import SpaceInfo, new_space
+    from actcache.store.statistics import SiteStatistics
     from actcache.store.store import Store
     from actcache.store.transformer_lens import import_transformer_lens
     from actcache.store.verification import VerifyReport
@@ -132,6 +133,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "CacheInfo": ("store.reports", "CacheInfo"),
     "ModelCacheInfo": ("store.reports", "ModelCacheInfo"),
     "EvictionReport": ("store.eviction", "EvictionReport"),
+    "SiteStatistics": ("store.statistics", "SiteStatistics"),
     "SpaceInfo": ("store.spaces", "SpaceInfo"),
     "VerifyReport": ("store.verification", "VerifyReport"),
     "clear_cache": ("store.default", "clear_cache"),
@@ -185,6 +187,7 @@ __all__ = [
     "SavedCache",
     "SelftestReport",
     "Site",
+    "SiteStatistics",
     "SpaceInfo",
     "Store",
     "UnifiedCache",

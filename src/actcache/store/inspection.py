@@ -24,7 +24,7 @@ from actcache.store.records import TOKENS
 from actcache.store.reports import CacheInfo
 from actcache.store.site_names import in_order
 from actcache.store.spaces import SpaceInfo, list_spaces
-from actcache.store.statistics import Moments
+from actcache.store.statistics import SiteStatistics
 from actcache.store.summaries import SiteSummary, summarise
 from actcache.store.variants import by_preference, variant_names
 from actcache.store.working_copy import WorkingCopy
@@ -188,16 +188,16 @@ class Inspection(ABC):
         hidden = variants[0].edits and chosen["space"] is None
         return prompt_info(*(({}, None) if hidden else answers[0]), variants)
 
-    def statistics(self, space: str | SpaceInfo, site: str, *, pooling: str | None = None) -> Moments:
+    def statistics(self, space: str | SpaceInfo, site: str, *, pooling: str | None = None) -> SiteStatistics:
         """Count, mean and spread of every dimension of a site, over all live prompts of the space.
 
-        Exact, and without reading data except where prompts are tombed or stored twice. NotCachedError when no prompt
-        has the site.
+        Exact, and merged from what segments say of themselves, without reading data except where prompts are tombed or
+        stored twice. NotCachedError when no prompt has the site, or it holds integers.
         """
         index = self._index(self._space(space))
         if why := why_absent(index, site, pooling or TOKENS):
             raise NotCachedError(why)
-        return self._keeping_room(lambda: reports.statistics(index, site, pooling or TOKENS))
+        return self._keeping_room(lambda: SiteStatistics.of(reports.statistics(index, site, pooling or TOKENS)))
 
     def summaries(self, space: str | SpaceInfo) -> list[SiteSummary]:
         """Of every site of a space, in every layout: rows, size, statistics, and what storing changed."""

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from actcache.errors import OptionError
+
 Floats = npt.NDArray[np.float64]
 
 _CHUNK_BYTES = 1 << 20
@@ -71,6 +73,46 @@ class Moments:
             return
         mean, m2, norms = _moments([rows])
         self.merge(Moments(n, mean[0], m2[0], float(norms[0])))
+
+
+@dataclass(frozen=True, eq=False)
+class SiteStatistics:
+    """Exact statistics of all rows of a site, computed in float64: of exactly the values that a reader gets.
+
+    Attributes:
+        count: how many rows: tokens, or prompts where they are pooled.
+        mean: float64 ``[D]``.
+        variance: of each dimension over all rows (population variance), float64 ``[D]``.
+        mean_norm: mean length of a row.
+    """
+
+    count: int
+    mean: Floats
+    variance: Floats
+    mean_norm: float
+
+    @classmethod
+    def of(cls, moments: Moments) -> SiteStatistics:
+        """What `moments` say; nothing that happens to them later changes it."""
+        return cls(moments.count, moments.mean.copy(), moments.variance, moments.mean_norm)
+
+    @property
+    def std(self) -> Floats:
+        """Standard deviation of each dimension, float64 ``[D]``."""
+        return np.sqrt(self.variance)
+
+    def merge(self, other: SiteStatistics) -> SiteStatistics:
+        """The statistics of the rows of both. OptionError where they are of different widths."""
+        if self.mean.shape != other.mean.shape:
+            raise OptionError(
+                f"statistics of {len(self.mean)} and of {len(other.mean)} dimensions: expected those of the same site."
+            )
+        moments = self._moments()
+        moments.merge(other._moments())
+        return SiteStatistics.of(moments)
+
+    def _moments(self) -> Moments:
+        return Moments(self.count, self.mean.copy(), self.variance * self.count, self.mean_norm * self.count)
 
 
 class JointMoments:
