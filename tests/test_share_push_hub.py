@@ -324,7 +324,7 @@ class TestAHubThatFails:
 class TestInterrupted:
     """A process that is gone in the middle, at any point: the next push goes on."""
 
-    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
     @pytest.mark.parametrize(
         "at",
         [
