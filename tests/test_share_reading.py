@@ -81,6 +81,20 @@ def test_full_sequences_are_pooled_as_asked(tmp_path, version, pooling):
         assert np.array_equal(by_layer[0][i], prompt[..., 1, :])
 
 
+@pytest.mark.usefixtures("small_reads")
+@pytest.mark.parametrize("version", VERSIONS)
+def test_prompts_asked_for_twice_are_those(tmp_path, version):
+    """Also where as many rows are wanted as lie between the first and the last of them."""
+    made = make(tmp_path / "set", version)
+    wanted = np.stack(made.expected())
+    for order in ([0, 0, 2], [1, 1, 1], [2, 0, 0], [4, 6, 4, 4], [3, 3, 4, 6, 6], [10, 9, 10, 8, 8]):
+        found = ac.load_activations(made.folder, prompts=[made.texts[i] for i in order], as_dict=False)
+        assert np.array_equal(found, wanted[order]), order
+    order = np.random.default_rng(8).integers(0, 11, 200)
+    found = ac.load_activations(made.folder, prompts=[made.texts[i] for i in order], layers=[2])
+    assert np.array_equal(found[2], wanted[order, 1])
+
+
 def test_a_function_pools(tmp_path):
     made = make(tmp_path / "set", "2.0 split")
     found = ac.load_activations(made.folder, pooling=lambda rows: np.median(rows, axis=0), layers=2)
