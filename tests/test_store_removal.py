@@ -66,9 +66,10 @@ def test_an_invalidated_prompt_can_be_written_again(tmp_path: Path) -> None:
 
 def test_a_tomb_holds_every_key(tmp_path: Path) -> None:
     keys = np.random.default_rng(0).integers(0, 256, (1000, 16), np.uint8)
-    name = tombs.write_tomb(tmp_path, "a" * 32, keys)
-    np.testing.assert_array_equal(tombs.read_tomb(tmp_path / name), keys)
-    raw = (tmp_path / name).read_bytes()
+    path, data = tombs.write_tomb(tmp_path, "a" * 32, keys)
+    np.testing.assert_array_equal(tombs.read_tomb(path), keys)
+    raw = path.read_bytes()
+    assert raw == data
     target = tmp_path / ("a" * 32 + "-" + "0" * 16 + ".tomb")
     for at in (*range(600), len(raw) - 1):
         target.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
@@ -77,7 +78,7 @@ def test_a_tomb_holds_every_key(tmp_path: Path) -> None:
     target.write_bytes(raw[:-16])
     with pytest.raises(FormatError):
         tombs.read_tomb(target)
-    other = tmp_path / name.replace("a" * 32, "b" * 32)
+    other = tmp_path / path.name.replace("a" * 32, "b" * 32)
     other.write_bytes(raw)
     with pytest.raises(FormatError, match="named after"):
         tombs.read_tomb(other)

@@ -277,7 +277,10 @@ class Pull:
                 except (FormatError, OSError):
                     # What it needs is not known.
                     return False
-        gone = [name for name in names if name[:32] not in kept]
+        unneeded = [name for name in names if name[:32] not in kept]
+        # One that another process has brought since this listing began is there, and so is what it is for.
+        still = self._together([partial(self._is_there, folder, name) for name in unneeded])
+        gone = [name for name, there in zip(unneeded, still, strict=True) if not there]
         for name in gone:
             remove(folder / name)
         return bool(gone)

@@ -72,6 +72,9 @@ def bury(copy: WorkingCopy | None, folder: Path, dead_of: Sequence[tuple[str, Ke
 
     Where it raises, it holds on this host.
     """
-    names = [write_tomb(folder, segment, keys) for segment, keys in dead_of]
+    written = dict(write_tomb(folder, segment, keys) for segment, keys in dead_of)
     if copy is not None:
-        at_once(copy.spool.publish, [folder / name for name in names], copy.spool.concurrency)
+        spool = copy.spool
+        # Not what lies there by now: another process that has merged its segment since removes a tomb that is not
+        # listed yet. But another host may have read the segment before, and need the tomb for what it makes of it.
+        at_once(lambda path: spool.publish(path, written[path]), list(written), spool.concurrency)

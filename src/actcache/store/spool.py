@@ -157,9 +157,12 @@ class Spool:
         self._put(temporary, path, segment.info.size)
         self._mark(segment, path, time.time_ns())
 
-    def publish(self, path: Path) -> None:
-        """Put a small file, which is never changed: a tomb, the description of a space."""
-        self.backend.put(self._copy.name_of(path), path.read_bytes())
+    def publish(self, path: Path, data: bytes | None = None) -> None:
+        """Put a small file, which is never changed: a tomb, the description of a space. `data`: what it holds.
+
+        FileNotFoundError where that is not given, and the file is gone.
+        """
+        self.backend.put(self._copy.name_of(path), path.read_bytes() if data is None else data)
 
     def describe(self, folder: Path) -> None:
         """See to it that the space of a folder is described in the backend."""
@@ -222,7 +225,7 @@ class Spool:
                 if fresh and name[:32] == info.name and keys is not None and is_member(gone, keys).all():
                     self.publish(folder / name)
                     return
-        self.publish(folder / write_tomb(folder, info.name, gone))
+        self.publish(*write_tomb(folder, info.name, gone))
 
     # -- beside what others do -----------------------------------------------------------------------------
 

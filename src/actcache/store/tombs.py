@@ -23,8 +23,11 @@ _MAX_BYTES = 1 << 30
 Keys = npt.NDArray[np.uint8]
 
 
-def write_tomb(folder: Path, segment: str, keys: Keys) -> str:
-    """Durably declare the prompts with these token keys uint8 ``[k, 16]`` gone from `segment`; the tomb's name."""
+def write_tomb(folder: Path, segment: str, keys: Keys) -> tuple[Path, bytes]:
+    """Durably declare the prompts with these token keys uint8 ``[k, 16]`` gone from `segment`; the tomb, and its bytes.
+
+    Another process may remove it as soon as nothing here needs it any more.
+    """
     keys = np.ascontiguousarray(keys)
     metadata = {"format": FORMAT, "version": VERSION, "segment": segment, "created_ns": str(time.time_ns())}
     head, placed = container.encode(
@@ -36,9 +39,10 @@ def write_tomb(folder: Path, segment: str, keys: Keys) -> str:
     digests = [xxhash.xxh3_64_intdigest(head), xxhash.xxh3_64_intdigest(memoryview(body)[16:])]
     body[:16] = np.array(digests, "<u8").tobytes()
     name = f"{segment}-{uuid.uuid4().hex[:16]}.tomb"
-    with atomic_file(folder, name, needed=len(head) + len(body)) as fd:
-        write_all(fd, [head, body], 0)
-    return name
+    data = head + bytes(body)
+    with atomic_file(folder, name, needed=len(data)) as fd:
+        write_all(fd, [data], 0)
+    return folder / name, data
 
 
 def read_tomb(path: Path) -> Keys:
