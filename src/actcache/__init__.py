@@ -71,6 +71,8 @@ if TYPE_CHECKING:
     from actcache.store.transformer_lens import import_transformer_lens
     from actcache.store.verification import VerifyReport
     from actcache.store.wrapped_backends import LoggingBackend
+    from actcache.stream.stream import ActivationStream, stream_activations
+    from actcache.stream.tokens import TokenBatch
     from actcache.unified import UnifiedCache, activations
 
 # Public name -> (module, name there; "" for the module itself).
@@ -117,6 +119,10 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     # Is it right here?
     "selftest": ("selftest", ""),  # as with capture
     "SelftestReport": ("selftest.report", "SelftestReport"),
+    # For training
+    "stream_activations": ("stream.stream", "stream_activations"),
+    "ActivationStream": ("stream.stream", "ActivationStream"),
+    "TokenBatch": ("stream.tokens", "TokenBatch"),
     # What is shared
     "DEFAULT_SHARD_BYTES": ("share.push", "DEFAULT_SHARD_BYTES"),
     "push_dataset": ("share.push", "push_dataset"),
@@ -162,6 +168,7 @@ __all__ = [
     "ActCacheError",
     "ActivationCache",
     "ActivationExtractor",
+    "ActivationStream",
     "AttentionBlocks",
     "CacheBackend",
     "CacheInfo",
@@ -190,6 +197,7 @@ __all__ = [
     "SiteStatistics",
     "SpaceInfo",
     "Store",
+    "TokenBatch",
     "UnifiedCache",
     "ValueWithInfo",
     "VerifyReport",
@@ -229,6 +237,7 @@ __all__ = [
     "sites",
     "steer",
     "steer_attention",
+    "stream_activations",
     "text_positions",
     "tokens_of",
     "verify_cache",

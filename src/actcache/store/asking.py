@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actcache.errors import OptionError, did_you_mean, nearest
+from actcache.errors import NotCachedError, OptionError, did_you_mean, nearest
 from actcache.model.sites import POOLINGS, SITE_NAMES, Site
 from actcache.store import tensors
 from actcache.store.index import SpaceIndex
@@ -163,6 +163,32 @@ def _locate_sites(index: SpaceIndex, prompts: Sequence[Any], sites: Sequence[str
         located.found[members[better]] = placement.found_each[better]
         located.placements.append(placement)
     return located
+
+
+def given_prompts(index: SpaceIndex, prompts: Any, sites: Sequence[str], layout: str) -> PromptTable:
+    """What is stored of `prompts` (texts, token ids, chats), each different one once, in their order.
+
+    Raises:
+        NotCachedError: one of them is not stored at all `sites`.
+    """
+    given = tensors.as_list(prompts)
+    located = locate_sites(index, given, sites, layout, check=False)
+    missing = np.flatnonzero(~located.found.all(axis=1))
+    if len(missing):
+        raise NotCachedError(
+            f"{len(missing)} of {len(given)} prompts have no {' and '.join(map(repr, sites))} in the store (the first "
+            f"is prompt {int(missing[0])}): extract them first, or leave them out"
+        )
+    tables, order = [], []
+    for number, placement in enumerate(located.placements):
+        members = np.flatnonzero(located.owner == number)
+        if len(members):
+            local, back = np.unique(located.local[members], return_inverse=True)
+            tables.append(placement.prompts(local).select(back))
+            order.append(members)
+    table = PromptTable.concatenate(tables, mixed=True).select(np.argsort(np.concatenate(order), kind="stable"))
+    first = np.unique(np.ascontiguousarray(table.token_key).view("V16").reshape(-1), return_index=True)[1]
+    return table if len(first) == len(table) else table.select(np.sort(first))
 
 
 def _kinds_and_texts(given: Sequence[Any]) -> tuple[npt.NDArray[np.uint8], Sequence[Any]]:

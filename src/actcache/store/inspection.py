@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actcache import config
-from actcache.errors import NotCachedError
+from actcache.errors import NotCachedError, OptionError
 from actcache.store import reports, trimming
-from actcache.store.asking import Located, locate_sites, why_absent
+from actcache.store.asking import Located, given_prompts, locate_sites, why_absent
 from actcache.store.catalog import Catalog
 from actcache.store.discovered import CachedPromptInfo, agreeing, prompt_info, variant_of
 from actcache.store.eviction import bytes_on_disk
 from actcache.store.index import SpaceIndex
 from actcache.store.indexes import Indexes
+from actcache.store.lookup import Query, locate
+from actcache.store.numbered import NumberedRows, numbered
 from actcache.store.prompts import PromptTable
 from actcache.store.records import TOKENS
 from actcache.store.reports import CacheInfo
@@ -128,6 +130,62 @@ class Inspection(ABC):
         """The sites at which the first prompt of a table is stored, by layout."""
         found = reports.sites_of(self._index(self._space(space)), prompt.token_key[:1])
         return {layout: in_order(sites) for layout, sites in sorted(found.items())}
+
+    @property
+    def place(self) -> tuple[Path, Path]:
+        """What opens this store in another process, with `Store(location, index_dir=...)`.
+
+        Raises:
+            OptionError: its objects are no files of this host, so that only their backend knows how.
+        """
+        if self._copy is not None:
+            raise OptionError(
+                f"{self.location} cannot be opened by name in another process: start workers by fork, or open the "
+                "store there."
+            )
+        return self.folder, self._catalog.path.parent
+
+    def common_prompts(
+        self, space: str | SpaceInfo, sites: Sequence[str], *, pooling: str | None = None, prompts: Any = None
+    ) -> PromptTable:
+        """The distinct prompts that have all `sites`, oldest first; with `prompts` (texts, token ids, chats) these, in
+        their order.
+
+        Raises:
+            NotCachedError: no prompt has them, or one of `prompts` has not.
+        """
+        index, layout = self._index(self._space(space)), pooling or TOKENS
+        self._look()
+        for site in sites:
+            if why := why_absent(index, site, layout):
+                raise NotCachedError(why)
+        if prompts is not None:
+            return self._keeping_room(lambda: given_prompts(index, prompts, list(sites), layout))
+        table = reports.stored_prompts(index, sites[0], layout)
+        if len(sites) > 1 and len(table):
+            query = Query.by_tokens(table)
+            found = self._keeping_room(lambda: locate(index, query, list(sites), layout, False)).found
+            table = table if found.all() else table.select(found)
+        if not len(table):
+            raise NotCachedError(f"no prompt has {' and '.join(map(repr, sites))} in space {index.folder.name}.")
+        return table
+
+    def numbered(
+        self, space: str | SpaceInfo, table: PromptTable, sites: Sequence[str], *, pooling: str | None = None
+    ) -> NumberedRows:
+        """The rows of the prompts of `table`, each with a number, at `sites`; nothing of them is read yet.
+
+        Raises:
+            NotCachedError: a prompt is not stored at one of the sites.
+        """
+        index = self._index(self._space(space))
+        query = Query.by_tokens(table)
+        placement = self._keeping_room(lambda: locate(index, query, list(sites), pooling or TOKENS, False))
+        rows = numbered(placement, sites)
+        with index.lock:
+            for segment, prompts in placement.held():
+                index.reads.note(segment.info, prompts)
+        return rows
 
     def info(self) -> CacheInfo:
         """What the store holds: one `ModelCacheInfo` per space, sizes, times."""

@@ -193,6 +193,24 @@ class Placement:
         parts = [Part((0,), part.segment, part.prompt) for part in self._parts if j in part.sites]
         return Placement(self._n, [site], self.layout, parts, self._segments)
 
+    @property
+    def segments(self) -> list[Segment]:
+        """The segments in which prompts were found."""
+        return self._segments
+
+    def where(self, site: str) -> tuple[npt.NDArray[np.int32], Ints]:
+        """For each prompt the segment that holds it at `site` (its number in `segments`; -1: absent), and which prompt
+        of that segment it is. Sites that lie together have the very same arrays."""
+        j = self.sites.index(site)
+        part = next(part for part in self._parts if j in part.sites)
+        return part.segment, part.prompt
+
+    def held(self) -> Iterator[tuple[Segment, Ints]]:
+        """Every segment in which something was found, with the prompts of it that were."""
+        for part in self._parts:
+            for number, members in by_segment(part.segment, np.flatnonzero(part.segment >= 0)):
+                yield self._segments[number], part.prompt[members]
+
     def fingerprint(self) -> bytes:
         """Digest of where everything is. Segments never change, so that what has the same is the same."""
         digest = hashlib.sha256(repr([self.layout, self.sites, [s.path.name for s in self._segments]]).encode())

@@ -1,0 +1,1 @@
+"""Streams of token vectors for training, out of what is stored."""

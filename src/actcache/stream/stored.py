@@ -1,0 +1,151 @@
+"""Tokens out of a store: which there are at the moment a stream is made, and reading them in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from actcache.errors import NotCachedError, OptionError
+from actcache.store.records import TOKENS
+from actcache.store.statistics import Moments
+from actcache.stream.permutation import Ints, Permutation
+from actcache.stream.tokens import Exclusion
+
+if TYPE_CHECKING:
+    from actcache.store.prompts import PromptTable
+    from actcache.store.store import Store
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the tokens of a source are: in which space of a store, at which sites, in which layout."""
+
+    space: str
+    sites: tuple[str, ...]
+    layout: str
+
+    @property
+    def pooling(self) -> str | None:
+        return None if self.layout == TOKENS else self.layout
+
+
+class StoredTokens:
+    """The tokens (or pooled vectors) of `table`, all of which are stored, in its order; those of `leave_out` are not.
+
+    They have numbers from 0 on. What was mapped for them stays readable, whatever is stored or removed meanwhile.
+    """
+
+    def __init__(self, store: Store, address: Address, table: PromptTable, leave_out: Exclusion) -> None:
+        self.address, self.prompts, self.leave_out = address, table, leave_out
+        self._store = store
+        self._rows = store.numbered(address.space, table, address.sites, pooling=address.pooling)
+        self._kept: Ints | None = None
+        if leave_out:
+            kept = leave_out.kept(table)
+            # Four bytes for each token where that is enough.
+            self._kept = kept.astype(np.uint32) if len(self._rows) < 1 << 32 else kept
+        if not len(self):
+            raise OptionError(f"nothing is left of {len(self._rows)} tokens when those of exclude= are left out.")
+
+    def __len__(self) -> int:
+        return len(self._rows) if self._kept is None else len(self._kept)
+
+    def column(self, site: str) -> tuple[np.dtype[Any], int]:
+        """The dtype of the values of `site`, and its width."""
+        return self._rows.column(site)
+
+    def order(self, key: Sequence[int] | None) -> TokenOrder:
+        """All tokens in the order that `key` decides; None: as they are stored."""
+        return TokenOrder(self, None if key is None else Permutation(len(self), key))
+
+    def rows(self, numbers: Ints) -> Ints:
+        """The rows in which these tokens lie."""
+        return numbers if self._kept is None else self._kept[numbers].astype(np.int64)
+
+    def tokens(self, numbers: Ints) -> tuple[Ints, Ints, Ints]:
+        """Prompt, position and id of each of these tokens."""
+        rows = self.rows(numbers)
+        prompt = self._rows.prompt_of(rows)
+        if self.address.layout != TOKENS:
+            return prompt, np.full(len(rows), -1), np.full(len(rows), -1)
+        ids = self.prompts.token_ids[rows].astype(np.int64)
+        return prompt, rows - self._rows.starts[prompt], np.maximum(ids, -1)
+
+    def moments(self, site: str) -> Moments:
+        """The moments of all these tokens."""
+        return self._rows.moments(site, None if self._kept is None else self._kept.astype(np.int64))
+
+    def first(self, number: int) -> StoredTokens:
+        """The same of the first `number` prompts."""
+        if number == len(self.prompts):
+            return self
+        return StoredTokens(self._store, self.address, self.prompts.select(np.arange(number)), self.leave_out)
+
+    def fingerprint(self, number: int) -> str:
+        """What the first `number` prompts are, and which of their tokens are left out."""
+        digest = xxhash.xxh3_128(self.prompts.token_key[:number].tobytes())
+        digest.update(repr((self.address.sites, self.address.layout, self.leave_out)).encode())
+        return digest.hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "place": self._store.place,
+            "address": self.address,
+            "keys": self.prompts.token_key.tobytes(),
+            "leave_out": self.leave_out,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        store, address = _opened(*state["place"]), state["address"]
+        table = store.prompts(address.space, site=address.sites[0], layout=address.layout)
+        keys = np.frombuffer(state["keys"], np.uint8).reshape(-1, 16)
+        self.__init__(store, address, picked(table, keys), state["leave_out"])  # type: ignore[misc]
+
+
+class TokenOrder:
+    """All tokens of a source in one order, by their place in it."""
+
+    def __init__(self, tokens: StoredTokens, permutation: Permutation | None) -> None:
+        self._tokens, self._permutation = tokens, permutation
+
+    def take(self, start: int, stop: int, outs: dict[str, npt.NDArray[Any]], at: Ints | None) -> Ints:
+        """``outs[site][at[i]] =`` the vector of the token at place ``start + i``; the numbers of these tokens."""
+        tokens = self._tokens
+        numbers = np.arange(start, stop)
+        if self._permutation is not None:
+            numbers = self._permutation(numbers)
+        rows = tokens.rows(numbers)
+        for site, out in outs.items():
+            if at is None and rows is numbers and self._permutation is None:
+                tokens._rows.copy(start, stop, site, out)
+            else:
+                tokens._rows.take(rows, site, out, at)
+        return numbers
+
+
+@lru_cache(maxsize=8)
+def _opened(location: Any, index_dir: Any) -> Store:
+    """The store of a stream that has come from another process."""
+    from actcache.store.store import Store
+
+    return Store(location, index_dir=index_dir)
+
+
+def picked(table: PromptTable, keys: npt.NDArray[np.uint8]) -> PromptTable:
+    """The prompts of `table` that have these `keys`, in their order; NotCachedError where one has gone."""
+    if np.array_equal(table.token_key[: len(keys)], keys):
+        return table if len(table) == len(keys) else table.select(np.arange(len(keys)))
+    have, want = (np.ascontiguousarray(k).view("V16").reshape(-1) for k in (table.token_key, keys))
+    place = {key: i for i, key in enumerate(have.tolist())}
+    found = [place.get(key, -1) for key in want.tolist()]
+    if -1 in found:
+        raise NotCachedError(
+            f"{found.count(-1)} of {len(keys)} prompts of this stream are not in the store any more: make a new stream"
+        )
+    return table.select(found)
