@@ -429,6 +429,8 @@ class TestColumns:
             ([{"a": float("nan")}] * 2, "finite"),
             ([{"a": {"b": 1}}] * 2, "expected a string"),
             ([{"a": 2**64}] * 2, "64 bits"),
+            ([{"a": 2**53 + 1}, {"a": 0.5}], r"metadata\['a'\] has .*9007199254740993, which becomes another"),
+            ([{"a": [0.5, 10**400]}] * 2, "becomes another"),
             ([{"a": "\ud800"}] * 2, "Unicode"),
             ([{"": 1}] * 2, "name of a column"),
             ([{"a": 1}], "1 values for 2 prompts"),

@@ -436,6 +436,35 @@ class TestInterrupted:
         assert holds(published(hub, repo, tmp_path / "found"), seed)
 
 
+class TestWithoutXet:
+    """The client sends by Xet where that is installed, whatever the Hub knows."""
+
+    @pytest.fixture
+    def xet_client(self, hub, tmp_path):
+        pytest.importorskip("hf_xet")
+        with Client(hub, tmp_path / "client", HF_HUB_DISABLE_XET="0") as client:
+            yield client
+
+    def test_a_hub_without_it_is_sent_plain_requests(self, hub, xet_client, home, repo, tmp_path, seed):
+        hub.inject(Fault(method="PUT", path="/blobs/", cut_upload=50, skip=3))
+        push(xet_client, home, repo, TEXTS[:5], **SMALL)
+        push(xet_client, home, repo, exist_ok=True, stream=True, labels=list(N), **SMALL)
+        found = published(hub, repo, tmp_path / "found")
+        assert holds(found, seed) and found.by_text[text(7)]["label"] == 7
+        code = "import os, huggingface_hub.constants as c; [c.HF_HUB_DISABLE_XET, len(os.listdir('/proc/self/fd'))]"
+        off, files = xet_client.run(code)
+        assert off is False
+        push(xet_client, home, f"{repo}b", **SMALL)
+        assert xet_client.run(code) == [False, files]
+
+    def test_a_hub_with_it_is_not(self, hub, xet_client, repo):
+        ask = "from actcache.share.transfer import needs_plain_requests; needs_plain_requests(repo, True)"
+        assert xet_client.run(ask, repo=repo) is True
+        for status in (200, 401, 403, 500):
+            hub.inject(Fault(path="/xet-write-token/", status=status))
+            assert xet_client.run(ask, repo=repo) is False
+
+
 def test_offline_is_said(hub, home, repo, tmp_path):
     with Client(hub, tmp_path / "client", HF_HUB_OFFLINE="1") as client, pytest.raises(ClientError) as error:
         push(client, home, repo)

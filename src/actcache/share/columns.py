@@ -109,16 +109,31 @@ def _column(name: str, given: list[Any]) -> Column:
 
 
 def _type_of(values: Iterable[Any], where: str) -> str:
-    kinds = {type(value) for value in values if value is not None}
+    values = [value for value in values if value is not None]
+    kinds = {type(value) for value in values}
     if kinds <= {int, float} and float in kinds:
+        for value in values:
+            if isinstance(value, int) and not _is_exact(value):
+                raise OptionError(
+                    f"{where} has numbers with fractions beside {value}, which becomes another number among them: give "
+                    "it as text, or as a float."
+                )
         return "double"
     if len(kinds) > 1:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise OptionError(f"{where} has values of several types ({names}): a column has one. Convert them.")
     kind = kinds.pop() if kinds else str
-    if kind is int and not all(-_LARGE <= value < _LARGE for value in values if value is not None):
+    if kind is int and not all(-_LARGE <= value < _LARGE for value in values):
         raise OptionError(f"{where} has integers of more than 64 bits: give them as text.")
     return {int: "int64", bool: "bool", str: "string"}[kind]
+
+
+def _is_exact(value: int) -> bool:
+    """Whether a float can be the integer `value`."""
+    try:
+        return float(value) == value
+    except OverflowError:
+        return False
 
 
 def _as(kind: str, value: Any) -> Any:

@@ -18,6 +18,7 @@ from actcache.share.format import CARD, INDEX
 from actcache.share.location import check_repo_id
 from actcache.share.staging import Staged, Staging
 from actcache.share.target import Target, is_stale
+from actcache.share.transfer import Additions, needs_plain_requests
 from actcache.store.files import log
 
 T = TypeVar("T")
@@ -53,6 +54,7 @@ class HubTarget(Target):
         self._head: str | None = None
         self._tree: dict[str, str] = {}
         self._pending: list[Any] = []
+        self._additions = Additions()
 
     def keep_out(self, text: str | None, what: str) -> None:
         """`OptionError` where the token is part of what would be published."""
@@ -146,16 +148,16 @@ class HubTarget(Target):
             if others or (self._private and not info.private):
                 raise DatasetExistsError(f"somebody else has just made {self.name!r} on the Hub: look at it first.")
             self._exists = True
+        self._additions.plain = self._patiently(lambda: needs_plain_requests(self.name, self._token))
 
     def has(self, staged: Staged) -> bool:
         return self._tree.get(staged.path) == staged.sha256
 
     def send(self, batch: Sequence[Staged]) -> list[Staged]:
-        from huggingface_hub import CommitOperationAdd
-
         operations = []
         for staged in batch:
-            operation = CommitOperationAdd(path_in_repo=staged.path, path_or_fileobj=str(staged.file))
+            assert staged.file is not None
+            operation = self._additions.make(staged.path, staged.file)
             if staged.fresh:
                 # Known from writing it; else the client reads the file for it, which shows what a crash did to it.
                 operation.upload_info.sha256 = bytes.fromhex(staged.sha256)
@@ -167,6 +169,7 @@ class HubTarget(Target):
             # Each of its requests the client tries several times by itself.
             attempts=2,
         )
+        self._additions.close(sent_only=True)
         damaged = []
         for staged, operation in zip(batch, operations, strict=True):
             if operation.upload_info.sha256.hex() == staged.sha256:
@@ -184,11 +187,11 @@ class HubTarget(Target):
         return gone
 
     def finish(self, small: Mapping[str, Path], wanted: Sequence[str], staging: Staging) -> None:
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+        from huggingface_hub import CommitOperationDelete
 
         operations = list(self._pending)
         for path, file in small.items():
-            operations.append(CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(file)))
+            operations.append(self._additions.make(path, file))
             # Known before: when the answer is lost, the next look still knows whose files these are.
             for digest in _digests(file):
                 staging.note_sent(Staged(path, file.stat().st_size, digest))
@@ -225,6 +228,7 @@ class HubTarget(Target):
         self._patiently(attempt, unless=was_made)
         for path, operation in wanted.items():
             self._tree[path] = operation.upload_info.sha256.hex()
+        self._additions.close()
 
     def _overtaken(self) -> ActCacheError:
         return DatasetAccessError(
@@ -325,5 +329,6 @@ def _digests(file: Path) -> tuple[str, str]:
 def _digests_of(operation: Any) -> set[str]:
     found = {operation.upload_info.sha256.hex()}
     if operation.path_or_fileobj != b"" and operation.upload_info.size <= _ORDINARY:
-        found.update(_digests(Path(operation.path_or_fileobj)))
+        file = operation.path_or_fileobj
+        found.update(_digests(Path(getattr(file, "name", file))))
     return found

@@ -21,6 +21,7 @@ from actcache.store.tensors import kind_of
 TEXTS, LABEL = "text", "label"
 _FEW = 5_000
 _LONG = 1 << 28
+_INT64 = 1 << 63
 
 
 def find_prompts(index: Index, prompts: Sequence[Any] | str | None) -> Ints | None:
@@ -100,15 +101,18 @@ def label_values(index: Index, selection: Ints | None) -> npt.NDArray[Any] | Non
     kinds = {type(label) for label in chosen}
     if kinds <= {type(None)}:
         return None
-    if kinds == {int}:
+    if kinds == {int} and all(-_INT64 <= label < _INT64 for label in chosen if isinstance(label, int)):
         return np.array(chosen, np.int64)
-    longest = max(len(label) for label in chosen if isinstance(label, str)) if str in kinds else 0
-    # As an array of str each label would take the room of the longest one.
-    if kinds == {str} and 4 * longest * len(chosen) <= _LONG:
+    if kinds == {str} and _fit_array([label for label in chosen if isinstance(label, str)]):
         return np.array(chosen, np.str_)
     values = np.empty(len(chosen), object)
     values[:] = chosen
     return values
+
+
+def _fit_array(texts: list[str]) -> bool:
+    """Whether texts can be an array of str: each takes the room of the longest there, and loses zeros at its end."""
+    return 4 * max(map(len, texts)) * len(texts) <= _LONG and not any(text.endswith("\0") for text in texts)
 
 
 def _refuse_contradictions(index: Index, labels: list[int | str | None], selection: Ints | None) -> None:
