@@ -74,7 +74,8 @@ class CacheBackend(ABC):
         """Bytes `start` to `stop` of an object (None: to its end), never those of another one.
 
         ``stop - start`` of them, or as many as there are where the object ends before: none where it ends before
-        `start`, or where `stop` is not above it. Neither is negative.
+        `start`, or where `stop` is not above it. Neither is negative. What is given is not written to afterwards:
+        answers are views of it.
 
         Raises FileNotFoundError: there is no such object.
         """

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from actcache.store import behind
 from actcache.store.container import Tensor
 from actcache.store.fetching import Fetcher, Wanted, fetch
 from actcache.store.lazy import lazy
 from actcache.store.mapped import MappedFile
+from actcache.store.receiving import Received
 from actcache.store.records import BLOCK
 
 Ints = npt.NDArray[np.int64]
@@ -21,6 +23,8 @@ Ranges = list[tuple[Ints, Ints]]
 _UNKNOWN, _GOOD, _DAMAGED = 0, 1, 2
 # Blocks that are mapped and hashed in one go, and for how many such pieces the disk is asked ahead of that.
 _PIECE, _AHEAD = 8, 32
+# Less than that is written to its mirror before a thread has begun to.
+_LEAST_BEHIND = 1 << 20
 
 
 class BlockChecks:
@@ -151,6 +155,7 @@ class BlockChecks:
         """
         every = np.arange(len(self._state))
         if self.source is not None and len(every):
+            self.source.settle()
             self._state[:] = _UNKNOWN
             self._clean.clear()
             fetch([self._wanted(every)], keep=False)
@@ -176,6 +181,7 @@ class BlockChecks:
 
     def _absent(self, numbers: Ints) -> Wanted | None:
         assert self.source is not None
+        self.source.settle()
         unknown = numbers[self._state[numbers] == _UNKNOWN]
         if not len(unknown):
             return None
@@ -227,6 +233,18 @@ class BlockChecks:
         for site in sites:
             found.setdefault(self._shape[site], []).append(site)
         return found
+
+    def missing(self, sites: Sequence[str], starts: Ints, stops: Ints) -> tuple[Wanted | None, bool]:
+        """`absent`, and whether an answer can be made of that alone: nothing is here, and little more is read."""
+        if self.source is None or self.all_good(sites):
+            return None, False
+        numbers = self._numbers(sites, starts, stops)
+        found = self._absent(numbers)
+        if found is None or len(found.numbers) < len(numbers) or any(len(self._shape[site]) > 1 for site in sites):
+            return found, False
+        # Rows that somebody keeps keep all that came with them.
+        asked = int((stops - starts).sum()) * sum(self._shape[site][0][0] for site in sites)
+        return found, 2 * asked >= found.nbytes
 
     def _touched(self, shape: Shape, starts: Ints, stops: Ints) -> Ranges:
         """The blocks that hold these rows, and those that hold their scales: first and one behind the last of each."""
@@ -311,3 +329,28 @@ def fetch_together(wanted: Iterable[tuple[BlockChecks, Sequence[str], Ints, Ints
     """
     absent = [checks.absent(sites, starts, stops) for checks, sites, starts, stops in wanted]
     fetch([one for one in absent if one is not None])
+
+
+def receive_together(
+    wanted: Iterable[tuple[BlockChecks, Sequence[str], Ints, Ints]], meanwhile: Callable[[], object] = bool
+) -> dict[BlockChecks, Received]:
+    """`fetch_together` for whoever reads these rows now: of some segments all of them, which may be in no file yet.
+
+    They are written to the mirrors behind it. Of segments that are not named all is in the file. `meanwhile` is called
+    where there is time for it.
+    """
+    found = [(checks, *checks.missing(sites, starts, stops)) for checks, sites, starts, stops in wanted]
+    absent = [one for _, one, _ in found if one is not None]
+    partly = {checks for checks, one, alone in found if one is not None and not alone}
+    received = {checks: Received() for checks, one, _ in found if one is not None and checks not in partly}
+    size = sum(one.nbytes for one in absent)
+    if size < _LEAST_BEHIND or not behind.has_room(size):
+        received = {}
+    expected = dict.fromkeys(received, 0)
+    for checks, one, _ in found:
+        if one is not None and checks in received:
+            one.into = received[checks]
+            expected[checks] += one.nbytes
+    fetch(absent, meanwhile=meanwhile)
+    # What is wrong in the object is not there: whoever asks the file for it is told so.
+    return {checks: mine for checks, mine in received.items() if mine.nbytes == expected[checks]}

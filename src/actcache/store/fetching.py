@@ -15,12 +15,13 @@ import numpy.typing as npt
 import xxhash
 
 from actcache.errors import BackendError, DiskFullError, StoreAccessError
-from actcache.store import mirror
+from actcache.store import behind, mirror
 from actcache.store.backend import CacheBackend
-from actcache.store.files import FULL, write_all
+from actcache.store.files import FULL, log, write_all
 from actcache.store.keys import Ints
 from actcache.store.locks import is_ending
 from actcache.store.mirror import Marks
+from actcache.store.receiving import Received
 
 # Neighbours with so little between them come in one read.
 _GAP = 64 << 10
@@ -51,6 +52,8 @@ class Threads:
 
     def __init__(self, backend: CacheBackend) -> None:
         self.backend = backend
+        self.lacks_room = False
+        """Whether the disk had no room lately for what was to be written behind an answer."""
         self._pool: ThreadPoolExecutor | None = None
 
     @property
@@ -87,6 +90,19 @@ class Fetcher:
     def mark(self, blocks: Ints, *, there: bool) -> None:
         mirror.mark(self.path, blocks, there=there)
 
+    def settle(self) -> None:
+        """Return when all that this process has received for the mirror is written there."""
+        behind.settle(self.path)
+
+    def check_place(self) -> None:
+        """`_Replaced` where the mirror is another file by now than the one that is mapped."""
+        try:
+            status = os.lstat(self.path)
+        except FileNotFoundError:
+            raise _Replaced(str(self.path)) from None
+        if (status.st_dev, status.st_ino) != self._file:
+            raise _Replaced(str(self.path))
+
     def open(self) -> int:
         """A descriptor to write to the very file that is mapped. `_Replaced` where it is another by now."""
         try:
@@ -116,6 +132,7 @@ class Wanted:
     """Blocks of one object: their numbers, where they lie in it, and what they hash to.
 
     `done(numbers, good)` is told what was found: blocks that are good are in the mirror when it is called.
+    `into`: what takes the blocks that are good; they are written to the mirror behind it.
     """
 
     fetcher: Fetcher
@@ -124,11 +141,16 @@ class Wanted:
     stops: Ints
     checksums: npt.NDArray[np.uint64]
     done: Callable[[Ints, bool], None]
+    into: Received | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return int((self.stops - self.starts).sum())
 
     def select(self, chosen: Ints | slice) -> Wanted:
         return Wanted(
             self.fetcher, self.numbers[chosen], self.starts[chosen], self.stops[chosen], self.checksums[chosen],
-            self.done,
+            self.done, self.into,
         )  # fmt: skip
 
     def runs(self, most: int) -> Iterator[Wanted]:
@@ -142,10 +164,10 @@ class Wanted:
                 first = i
 
 
-def fetch(wanted: Sequence[Wanted], *, keep: bool = True) -> None:
+def fetch(wanted: Sequence[Wanted], *, keep: bool = True, meanwhile: Callable[[], object] = bool) -> None:
     """Read what is `wanted`, several reads at a time, and write what is right to the mirrors; without `keep` nowhere.
 
-    What is wrong is read once more before it is said to be so.
+    What is wrong is read once more before it is said to be so. `meanwhile` is called where there is time for it.
 
     Raises:
         Vanished: objects are gone, or their mirrors; all else has been read.
@@ -156,7 +178,7 @@ def fetch(wanted: Sequence[Wanted], *, keep: bool = True) -> None:
     if not wanted:
         return
     with translated_local(wanted[0].fetcher.path.parent, wanted[0].fetcher.backend):
-        _fetch(wanted, keep)
+        _Fetch(wanted[0].fetcher.threads, keep, meanwhile).run(wanted)
 
 
 @contextlib.contextmanager
@@ -176,83 +198,133 @@ def translated_local(folder: Path, backend: CacheBackend) -> Iterator[None]:
         raise
 
 
-def _fetch(wanted: list[Wanted], keep: bool) -> None:
-    threads = wanted[0].fetcher.threads
-    lost = _Lost({}, {})
-    for last in (False, True):
-        size = sum(int((one.stops - one.starts).sum()) for one in wanted)
-        most = min(_READ, max(_SHORT_READ, -(-size // threads.number)))
-        runs = [run for one in wanted if one.fetcher.path not in lost.replaced for run in one.runs(most)]
-        wanted = _all(runs, keep, last, lost, threads)
-    if lost.gone or lost.replaced:
-        raise Vanished(list(lost.gone), list(lost.replaced))
+class _Fetch:
+    """One `fetch`."""
+
+    def __init__(self, threads: Threads, keep: bool, meanwhile: Callable[[], object]) -> None:
+        self._threads, self._keep, self._meanwhile = threads, keep, meanwhile
+        self._gone: dict[Path, None] = {}
+        self._replaced: dict[Path, None] = {}
+        self._behind: list[_Right] = []
+
+    def run(self, wanted: Sequence[Wanted]) -> None:
+        try:
+            for last in (False, True):
+                size = sum(one.nbytes for one in wanted)
+                most = min(_READ, max(_SHORT_READ, -(-size // self._threads.number)))
+                runs = [run for one in wanted if one.fetcher.path not in self._replaced for run in one.runs(most)]
+                wanted = self._all(runs, last)
+        finally:
+            # Not before all has come, which it would slow down.
+            for right in self._behind:
+                right.write_behind()
+        if self._gone or self._replaced:
+            raise Vanished(list(self._gone), list(self._replaced))
+
+    def _all(self, runs: Sequence[Wanted], last: bool) -> list[Wanted]:
+        """Read all `runs`; what of them was wrong."""
+        if len(runs) < 2 or self._threads.number < 2 or is_ending():
+            return [wrong for run in runs if (wrong := self._one(run, last)) is not None]
+        pool = self._threads.pool()
+        futures = [pool.submit(self._one, run, last) for run in runs]
+        try:
+            if not last:
+                self._meanwhile()
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            begun = [future for future in futures if not future.cancel()]
+            wait(begun)
+        return [wrong for future in begun if (wrong := future.result()) is not None]
+
+    def _one(self, run: Wanted, last: bool) -> Wanted | None:
+        path = run.fetcher.path
+        if path in self._gone or path in self._replaced:
+            return None
+        try:
+            return self._read(run, last)
+        except _Replaced:
+            self._replaced[path] = None
+        except FileNotFoundError:
+            self._gone[path] = None
+        return None
+
+    def _read(self, run: Wanted, last: bool) -> Wanted | None:
+        if run.into is not None:
+            run.fetcher.check_place()
+        begin = int(run.starts[0])
+        data = run.fetcher.read(begin, int(run.stops[-1]))
+        good = np.zeros(len(run.numbers), bool)
+        for i, (start, stop, checksum) in enumerate(
+            zip(run.starts.tolist(), run.stops.tolist(), run.checksums.tolist(), strict=True)
+        ):
+            part = data[start - begin : stop - begin]
+            good[i] = len(part) == stop - start and xxhash.xxh3_64_intdigest(part) == checksum
+        if good.any():
+            right = _Right(run.select(np.flatnonzero(good)), data, begin)
+            if run.into is not None:
+                for start, part in right.parts():
+                    run.into.add(start, part)
+                self._behind.append(right)
+            else:
+                if self._keep:
+                    right.write()
+                run.done(right.blocks.numbers, True)
+        wrong = np.flatnonzero(~good)
+        if not len(wrong):
+            return None
+        if last:
+            run.done(run.numbers[wrong], False)
+        return run.select(wrong)
 
 
 @dataclass
-class _Lost:
-    """Mirrors of objects that are gone, and mirrors that are other files by now."""
+class _Right:
+    """Blocks that were read and are right; `data` begins at `begin` of the object."""
 
-    gone: dict[Path, None]
-    replaced: dict[Path, None]
+    blocks: Wanted
+    data: memoryview
+    begin: int
 
+    def parts(self) -> Iterator[tuple[int, memoryview]]:
+        """Where neighbours begin in the object, and their bytes; what lies between was not asked for."""
+        starts, stops = self.blocks.starts, self.blocks.stops
+        for some in np.split(np.arange(len(starts)), np.flatnonzero(starts[1:] != stops[:-1]) + 1):
+            start, stop = int(starts[some[0]]), int(stops[some[-1]])
+            yield start, self.data[start - self.begin : stop - self.begin]
 
-def _all(runs: Sequence[Wanted], keep: bool, last: bool, lost: _Lost, threads: Threads) -> list[Wanted]:
-    """Read all `runs`; what of them was wrong."""
+    def write(self) -> None:
+        """Write them to the mirror."""
+        self._write()
+        self.blocks.fetcher.note(self.blocks.nbytes)
 
-    def one(run: Wanted) -> Wanted | None:
-        if run.fetcher.path in lost.gone or run.fetcher.path in lost.replaced:
-            return None
+    def write_behind(self) -> None:
+        """Write them to the mirror in the background, and tell then that they are there."""
+        size = self.blocks.nbytes
+        # Counted now: whoever keeps mirrors to their size waits for what is under way.
+        self.blocks.fetcher.note(size)
+        behind.write(self.blocks.fetcher.path, size, self._write_late)
+
+    def _write(self) -> None:
+        fd = self.blocks.fetcher.open()
         try:
-            return _one(run, keep, last)
+            # Nothing else is ever written there, so that what others have mapped and checked stays what it is.
+            for start, part in self.parts():
+                write_all(fd, [part], start)
+        finally:
+            os.close(fd)
+        self.blocks.fetcher.mark(np.sort(self.blocks.numbers), there=True)
+
+    def _write_late(self) -> None:
+        threads = self.blocks.fetcher.threads
+        try:
+            self._write()
         except _Replaced:
-            lost.replaced[run.fetcher.path] = None
-        except FileNotFoundError:
-            lost.gone[run.fetcher.path] = None
-        return None
-
-    if len(runs) < 2 or threads.number < 2 or is_ending():
-        return [wrong for run in runs if (wrong := one(run)) is not None]
-    pool = threads.pool()
-    futures = [pool.submit(one, run) for run in runs]
-    try:
-        wait(futures, return_when=FIRST_EXCEPTION)
-    finally:
-        begun = [future for future in futures if not future.cancel()]
-        wait(begun)
-    return [wrong for future in begun if (wrong := future.result()) is not None]
-
-
-def _one(run: Wanted, keep: bool, last: bool) -> Wanted | None:
-    begin = int(run.starts[0])
-    data = run.fetcher.read(begin, int(run.stops[-1]))
-    good = np.zeros(len(run.numbers), bool)
-    for i, (start, stop, checksum) in enumerate(
-        zip(run.starts.tolist(), run.stops.tolist(), run.checksums.tolist(), strict=True)
-    ):
-        part = data[start - begin : stop - begin]
-        good[i] = len(part) == stop - start and xxhash.xxh3_64_intdigest(part) == checksum
-    if good.any():
-        right = np.flatnonzero(good)
-        if keep:
-            _keep(run.select(right), data, begin)
-        run.done(run.numbers[right], True)
-    wrong = np.flatnonzero(~good)
-    if not len(wrong):
-        return None
-    if last:
-        run.done(run.numbers[wrong], False)
-    return run.select(wrong)
-
-
-def _keep(run: Wanted, data: memoryview, begin: int) -> None:
-    """Write blocks that are right to the mirror; `data` begins at `begin` of the object."""
-    fd = run.fetcher.open()
-    try:
-        # Nothing else is ever written there, so that what others have mapped and checked stays what it is.
-        for some in np.split(np.arange(len(run.numbers)), np.flatnonzero(run.starts[1:] != run.stops[:-1]) + 1):
-            start, stop = int(run.starts[some[0]]), int(run.stops[some[-1]])
-            write_all(fd, [data[start - begin : stop - begin]], start)
-    finally:
-        os.close(fd)
-    run.fetcher.mark(np.sort(run.numbers), there=True)
-    run.fetcher.note(int((run.stops - run.starts).sum()))
+            return
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            if not threads.lacks_room:
+                log.warning("no room in %s to keep what was read: it is read again", self.blocks.fetcher.path.parent)
+            threads.lacks_room = True
+            return
+        self.blocks.done(self.blocks.numbers, True)

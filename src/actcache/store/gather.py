@@ -16,6 +16,7 @@ import numpy.typing as npt
 from actcache.errors import NotCachedError
 from actcache.store import quantize
 from actcache.store.mapping import Segment
+from actcache.store.receiving import Received
 from actcache.store.statistics import as_float, is_float
 
 Ints = npt.NDArray[np.int64]
@@ -36,7 +37,7 @@ THREAD_BYTES = 8 << 20
 class Piece:
     """What of one segment is wanted: its sites `names[j]` for j in `columns`, their `rows`, and where each goes.
 
-    `straight`: rows and places both go up one by one.
+    `straight`: rows and places both go up one by one. `received`: where the rows are, if not in the segment's file.
     """
 
     segment: Segment
@@ -44,6 +45,7 @@ class Piece:
     rows: Ints
     at: Ints
     straight: bool = False
+    received: Received | None = None
 
     def cut(self, start: int, stop: int) -> Piece:
         return replace(self, rows=self.rows[start:stop], at=self.at[start:stop])
@@ -96,6 +98,10 @@ def _gather(piece: Piece, sites: Sequence[str], out: npt.NDArray[Any]) -> None:
         raise NotCachedError(
             f"row {low if low < 0 else high} of a segment of {length} rows: the file is shorter than its index says"
         )
+    if piece.received is not None:
+        for site, j in zip(sites, piece.columns, strict=True):
+            piece.received.rows(segment.parts(site)[0]).gather(rows, out[:, j], at)
+        return
     if segment.source is not None:
         segment.require(sites, rows, rows + 1)
     grid = segment.grid(sites)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from actcache.store.checks import fetch_together
+from actcache.store.checks import BlockChecks, receive_together
 from actcache.store.fetching import Vanished
 from actcache.store.files import log
 from actcache.store.gather import THREAD_BYTES, allowed_threads
@@ -20,6 +20,7 @@ from actcache.store.lazy import lazy
 from actcache.store.mapping import Segment
 from actcache.store.placement import Part, Placement, by_segment
 from actcache.store.prompts import PromptTable, encode_texts, text_digest, text_digests
+from actcache.store.receiving import Received
 
 _ATTEMPTS = 16
 _AHEAD_BYTES = 128 << 20
@@ -198,16 +199,16 @@ def _locate_all(index: SpaceIndex, site: str, layout: str) -> Placement | None:
             np.arange(i.prompts) if m is None else np.flatnonzero(m) for (_, i, _), m in zip(held, live, strict=True)
         ]
         segments = [segment for _, _, segment in held]
-        if index.copy is not None:
-            _fetch_together(list(zip(segments, [[site]] * len(held), rows, strict=True)))
-        _check_together(list(zip(segments, [[site]] * len(held), rows, strict=True)))
+        wanted = list(zip(segments, [[site]] * len(held), rows, strict=True))
+        received = _received_together(wanted) if index.copy is not None else {}
+        _check_together(wanted, received)
         slots = [np.empty(0, np.int32)]
         for slot, ((number, _, segment), prompts) in enumerate(zip(held, rows, strict=True)):
-            intact = _intact(index, number, segment, [site], prompts)
+            intact = _intact(index, number, segment, [site], prompts, received)
             slots.append(np.where(intact, np.int32(slot), np.int32(-1)))
             index.note_read(number, prompts if intact.all() else prompts[intact])
         part = Part((0,), np.concatenate(slots), np.concatenate([np.empty(0, np.int64), *rows]))
-        return Placement(len(part.segment), [site], layout, [part], segments)
+        return Placement(len(part.segment), [site], layout, [part], segments, received)
 
 
 def _ask_together(index: SpaceIndex, site: str, layout: str) -> None:
@@ -225,21 +226,24 @@ def _ask_together(index: SpaceIndex, site: str, layout: str) -> None:
             left -= segment.checks.ask([site], segment.row_offset[:-1], segment.row_offset[1:], left)
 
 
-def _fetch_together(wanted: Sequence[tuple[Segment, Sequence[str], Ints]]) -> None:
-    """Fetch prompts of several segments that are not here, all at the same time."""
-    fetch_together(
+def _received_together(wanted: Sequence[tuple[Segment, Sequence[str], Ints]]) -> dict[BlockChecks, Received]:
+    """Fetch prompts of several segments that are not here, all at the same time; those that are right, and in no file
+    yet."""
+    return receive_together(
         (segment.checks, sites, segment.row_offset[prompts], segment.row_offset[prompts + 1])
         for segment, sites, prompts in wanted
         if segment.source is not None
     )
 
 
-def _check_together(wanted: Sequence[tuple[Segment, Sequence[str], Ints]]) -> None:
+def _check_together(
+    wanted: Sequence[tuple[Segment, Sequence[str], Ints]], received: Mapping[BlockChecks, Received]
+) -> None:
     """Check prompts of several segments, of which the disk is asked at once; what is found is kept for `_intact`."""
     left = _AHEAD_BYTES
     jobs = []
     for segment, sites, prompts in wanted:
-        if left <= 0 or segment.checks.all_good(sites):
+        if left <= 0 or segment.checks in received or segment.checks.all_good(sites):
             continue
         starts, stops = segment.row_offset[prompts], segment.row_offset[prompts + 1]
         if not segment.checks.good(sites, starts, stops):
@@ -308,18 +312,19 @@ def _locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, 
         opened = [(n, segment, members) for n, members in found if (segment := index.open(n)) is not None]
         changed = changed or len(opened) < len(found)
         chosen.append((columns, [sites[j] for j in columns], prompt, opened))
+    received: dict[BlockChecks, Received] = {}
     if check and index.copy is not None:
-        _fetch_together(
+        received = _received_together(
             [(s, named, prompt[members]) for _, named, prompt, opened in chosen for _, s, members in opened]
         )
     for columns, named, prompt, opened in chosen:
         slot = np.full(len(query), -1, np.int32)
         if check and len(opened) > 1:
-            _check_together([(segment, named, prompt[members]) for _, segment, members in opened])
+            _check_together([(segment, named, prompt[members]) for _, segment, members in opened], received)
         for n, segment, members in opened:
             right = query.matches(segment, members, prompt[members])
             if check:
-                intact = _intact(index, n, segment, named, prompt[members])
+                intact = _intact(index, n, segment, named, prompt[members], received)
                 changed = changed or not intact.all()
                 right &= intact
             if n not in slots:
@@ -329,11 +334,18 @@ def _locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, 
             if check:
                 index.note_read(n, prompt[members[right]])
         parts.append(Part(tuple(columns), slot, prompt))
-    return Placement(len(query), sites, layout, parts, segments), changed
+    return Placement(len(query), sites, layout, parts, segments, received), changed
 
 
-def _intact(index: SpaceIndex, number: int, segment: Segment, sites: list[str], prompts: Ints) -> npt.NDArray[np.bool_]:
-    if segment.checks.all_good(sites):
+def _intact(
+    index: SpaceIndex,
+    number: int,
+    segment: Segment,
+    sites: list[str],
+    prompts: Ints,
+    received: Mapping[BlockChecks, Received],
+) -> npt.NDArray[np.bool_]:
+    if segment.checks in received or segment.checks.all_good(sites):
         return np.ones(len(prompts), bool)
     starts, stops = segment.row_offset[prompts], segment.row_offset[prompts + 1]
     if segment.checks.good(sites, starts, stops):

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import NotCachedError
-from actcache.store.checks import fetch_together
+from actcache.store.checks import BlockChecks, receive_together
 from actcache.store.dtypes import common_dtype, name_of
 from actcache.store.gather import Piece, gather_pieces
 from actcache.store.keys import Ints
 from actcache.store.lazy import lazy
 from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable
+from actcache.store.receiving import Received
 from actcache.store.records import TOKENS
 
 # So many neighbours are copied faster on their own than rows are looked at.
 _LONG_RUN = 64
+_PAGE = 4096
+
+_Received = Mapping[BlockChecks, Received]
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,20 @@ class Placement:
     """
 
     def __init__(
-        self, n: int, sites: Sequence[str], layout: str, parts: Sequence[Part], segments: Sequence[Segment]
+        self,
+        n: int,
+        sites: Sequence[str],
+        layout: str,
+        parts: Sequence[Part],
+        segments: Sequence[Segment],
+        received: _Received | None = None,
     ) -> None:
+        """`received`: of some segments all that the prompts have, where it was fetched just now; used once."""
         self.sites = tuple(sites)
         self.layout = layout
         self._parts = list(parts)
         self._segments = list(segments)
+        self._received = received or {}
         self._n = n
         self.found: npt.NDArray[np.bool_] = np.zeros(n, bool) if sites else np.ones(n, bool)
         for k, part in enumerate(parts):
@@ -95,12 +107,15 @@ class Placement:
         if self.layout == TOKENS:
             raise ValueError("take() reads pooled layouts; use rows() or take_padded() for every token")
         chosen = self._require(index)
-        self._bring(chosen)
         shape = (len(chosen), len(self.sites), self._dim())
         if out is None:
             out = np.empty(shape, self.dtype)
+            fresh = out
+            received = self._bring(chosen, lambda: _touch(fresh))
         elif out.shape[1:] != shape[1:] or (at is None and len(out) != len(chosen)):
             raise ValueError(f"out has shape {out.shape}, expected {shape}")
+        else:
+            received = self._bring(chosen)
         if index is None and at is None:
             pieces = self._everything
         else:
@@ -108,6 +123,8 @@ class Placement:
                 Piece(segment, part.sites, part.prompt[chosen[members]], members if at is None else at[members])
                 for part, segment, members in self._by_segment(chosen)
             ]
+        if received:
+            pieces = [replace(piece, received=received.get(piece.segment.checks)) for piece in pieces]
         gather_pieces(pieces, self.sites, out)
         return out
 
@@ -137,12 +154,12 @@ class Placement:
     def all_rows(self, index: npt.ArrayLike | None = None) -> list[list[npt.NDArray[Any]]]:
         """`rows` of the prompts `index` (default all), in that order."""
         chosen = self._require(index)
-        self._bring(chosen)
+        received = self._bring(chosen)
         found: list[list[npt.NDArray[Any]]] = [[np.empty(0)] * len(self.sites) for _ in range(len(chosen))]
         for part, segment, members in self._by_segment(chosen):
             prompts = part.prompt[chosen[members]]
             starts, stops = segment.row_offset[prompts], segment.row_offset[prompts + 1]
-            readers = list(zip(part.sites, segment.readers(self._names(part), starts, stops), strict=True))
+            readers = list(zip(part.sites, self._readers(part, segment, starts, stops, received), strict=True))
             for at, start, stop in zip(members.tolist(), starts.tolist(), stops.tolist(), strict=True):
                 for j, read in readers:
                     found[at][j] = read(start, stop)
@@ -155,18 +172,32 @@ class Placement:
             for number, members in by_segment(part.segment[chosen], everything):
                 yield part, self._segments[number], members
 
-    def _bring(self, chosen: Ints) -> None:
-        """Fetch what is not here of the prompts `chosen`, where it was located without being checked."""
+    def _readers(
+        self, part: Part, segment: Segment, starts: Ints, stops: Ints, received: _Received
+    ) -> Sequence[Callable[[int, int], npt.NDArray[Any]]]:
+        """`Segment.readers` of what was brought."""
+        here = received.get(segment.checks)
+        if here is None:
+            return segment.readers(self._names(part), starts, stops)
+        return [here.rows(segment.parts(site)[0]).between for site in self._names(part)]
+
+    def _bring(self, chosen: Ints, meanwhile: Callable[[], object] = bool) -> _Received:
+        """Fetch what is not here of the prompts `chosen`, where it was located without being checked.
+
+        Of the segments that are given back all that is wanted was received, and may not be in their files yet.
+        """
         if not any(segment.source is not None for segment in self._segments):
-            return
+            return {}
+        # Let go of now: by the next time it is in the files.
+        received, self._received = self._received, {}
         wanted = []
         for part, segment, members in self._by_segment(chosen):
-            if segment.source is not None:
+            if segment.source is not None and segment.checks not in received:
                 prompts = part.prompt[chosen[members]]
                 rows = segment.row_offset[prompts], segment.row_offset[prompts + 1]
                 wanted.append((segment.checks, self._names(part), *rows))
         try:
-            fetch_together(wanted)
+            return {**received, **receive_together(wanted, meanwhile)}
         except FileNotFoundError as error:
             raise NotCachedError(f"some of what was found has gone since: look for it again ({error})") from error
 
@@ -225,7 +256,7 @@ class Placement:
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """All rows, right-padded with zeros: ``[n, S, sites * D]`` and the mask bool ``[n, S]``; S the longest."""
         chosen = self._require(index)
-        self._bring(chosen)
+        received = self._bring(chosen)
         dim, width = self._dim(), len(self.sites)
         counts = self.row_counts()[chosen]
         longest = int(counts.max(initial=0))
@@ -238,14 +269,21 @@ class Placement:
         if split.size and not np.shares_memory(split, out):
             raise ValueError("out must be contiguous")
         for part, segment, members in self._by_segment(chosen):
-            self._fill(split, part, segment, part.prompt[chosen[members]], members, counts)
+            self._fill(split, part, segment, part.prompt[chosen[members]], members, counts, received)
         real = np.arange(longest) < counts[:, None]
         for at, length in enumerate(counts.tolist()):
             split[at, length:] = 0
         return out, real
 
     def _fill(
-        self, out: npt.NDArray[Any], part: Part, segment: Segment, prompts: Ints, members: Ints, counts: Ints
+        self,
+        out: npt.NDArray[Any],
+        part: Part,
+        segment: Segment,
+        prompts: Ints,
+        members: Ints,
+        counts: Ints,
+        received: _Received,
     ) -> None:
         """``out[members[k], :, j] = rows of prompts[k]`` for the sites `j` of `part`, `counts` in number."""
         starts, stops = segment.row_offset[prompts], segment.row_offset[prompts + 1]
@@ -256,7 +294,7 @@ class Placement:
                 f"prompt {members[k]}: {self.sites[part.sites[0]]!r} has {stops[k] - starts[k]} rows and "
                 f"{self.sites[0]!r} has {counts[members[k]]}: ask for them one by one"
             )
-        readers = segment.readers(self._names(part), starts, stops)
+        readers = self._readers(part, segment, starts, stops, received)
         for at, start, stop in zip(members.tolist(), starts.tolist(), stops.tolist(), strict=True):
             for j, read in zip(part.sites, readers, strict=True):
                 out[at, : stop - start, j] = read(start, stop)
@@ -315,6 +353,11 @@ class Placement:
 
     def _names(self, part: Part) -> list[str]:
         return [self.sites[j] for j in part.sites]
+
+
+def _touch(fresh: npt.NDArray[Any]) -> None:
+    """Have memory given to a new array, which takes as long as to write to it."""
+    fresh.reshape(-1).view(np.uint8)[::_PAGE] = 0
 
 
 _ABSENT, _FIRST = np.array([-1], np.int32), np.array([0], np.int32)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from actcache.errors import DiskFullError, FormatError
-from actcache.store import mirror
+from actcache.store import behind, mirror
 from actcache.store.catalog import Catalog
 from actcache.store.eviction import space_folders
 from actcache.store.files import SEGMENT_NAME, log, open_locked, write_all
@@ -36,6 +36,9 @@ class _Mirror:
 
 def within(copy: WorkingCopy, catalog: Catalog, indexes: Mapping[str, SpaceIndex], work: Callable[[], Found]) -> Found:
     """What `work` gives, which may fetch; where the disk is full, or the limit passed, mirrors make room."""
+    if copy.lacks_room:
+        copy.lacks_room = False
+        trim(copy, catalog, indexes, 0)
     try:
         found = work()
     except DiskFullError:
@@ -54,6 +57,8 @@ def trim(copy: WorkingCopy, catalog: Catalog, indexes: Mapping[str, SpaceIndex],
     copy.note_trimmed()
     if limit is None:
         return 0
+    # What is still to be written to them counts, too.
+    behind.settle()
     held = _mirrors(copy, catalog, indexes)
     total = sum(one.size for one in held)
     freed = 0

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from actcache.store import mirror
+from actcache.store import behind, mirror
 from actcache.store.backend import CacheBackend
 from actcache.store.fetching import Fetcher, Threads
 from actcache.store.files import log, remove
@@ -125,6 +125,17 @@ class WorkingCopy:
         """What was pulled is to be looked at again at its next use."""
         self._pulled.clear()
         self._threads.forget()
+        # Another process is to find what this one has read.
+        behind.settle()
+
+    @property
+    def lacks_room(self) -> bool:
+        """Whether the disk had no room lately for what was read, which was answered all the same."""
+        return self._threads.lacks_room
+
+    @lacks_room.setter
+    def lacks_room(self, there: bool) -> None:
+        self._threads.lacks_room = there
 
     def fetcher(self, path: Path, fd: int) -> Fetcher | None:
         """What fetches the rows of the file at `path`, opened as `fd`; None for one that is whole.

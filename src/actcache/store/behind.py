@@ -1,0 +1,94 @@
+"""What is written behind the answers that were given from it: bytes received from elsewhere, on their way to a disk.
+
+Nothing hangs on them: where the process is killed first, or the disk is full, they are read once more.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from actcache.store.files import log
+from actcache.store.locks import is_ending
+
+MOST = 128 << 20
+"""Bytes that may wait: what comes beyond them is written before it is used."""
+
+# For as long an answer is left alone with the processors.
+_LINGER_S = 0.01
+
+
+class _Writing:
+    """One thread that writes, and how much waits for it."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.waiting: dict[Path, int] = {}
+        self.nbytes = 0
+        self.awaited = threading.Event()
+        """Set when somebody has waited for it to be written."""
+        self.pool: ThreadPoolExecutor | None = None
+
+
+_state = _Writing()
+
+
+def has_room(size: int) -> bool:
+    """Whether so many bytes more may wait."""
+    return _state.nbytes + size <= MOST and not is_ending()
+
+
+def write(path: Path, size: int, job: Callable[[], object]) -> None:
+    """Let `job` write `size` bytes to the file at `path` soon. What it raises is logged."""
+    state = _state
+    with state.changed:
+        state.waiting[path] = state.waiting.get(path, 0) + 1
+        state.nbytes += size
+        if state.pool is None:
+            state.pool = ThreadPoolExecutor(1, thread_name_prefix="actcache-behind")
+    try:
+        state.pool.submit(_do, state, path, size, job, time.monotonic() + _LINGER_S)
+    except RuntimeError:
+        # No thread can be started any more, as at the end of a process.
+        _do(state, path, size, job, 0.0)
+
+
+def settle(path: Path | None = None) -> None:
+    """Return when nothing waits to be written to the file at `path`; None: to any."""
+    state = _state
+    # Looked at without the lock first: mostly there is nothing, and what matters was put there by the same thread.
+    if state.waiting and (path is None or path in state.waiting):
+        state.awaited.set()
+        with state.changed:
+            state.changed.wait_for(lambda: not state.waiting if path is None else path not in state.waiting)
+
+
+def _do(state: _Writing, path: Path, size: int, job: Callable[[], object], begin: float) -> None:
+    try:
+        state.awaited.wait(max(0.0, begin - time.monotonic()))
+        job()
+    except Exception as error:
+        log.warning("what was read is not kept in %s, and is read again: %s", path, error)
+    finally:
+        with state.changed:
+            state.nbytes -= size
+            state.waiting[path] -= 1
+            if not state.waiting[path]:
+                del state.waiting[path]
+            if not state.waiting:
+                state.awaited.clear()
+            state.changed.notify_all()
+
+
+def _after_fork() -> None:
+    # What waits is the parent's, and so is the thread.
+    global _state
+    _state = _Writing()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,130 @@
+"""Rows out of the very bytes that came from elsewhere, before these are in any file."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actcache.errors import NotCachedError
+from actcache.store.container import Tensor
+from actcache.store.keys import Ints
+from actcache.store.statistics import as_float, is_float
+
+
+@dataclass
+class Received:
+    """Bytes of one object that have come and are right: where each run of them begins, and the run. Threads fill it."""
+
+    runs: list[tuple[int, memoryview]] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(data) for _, data in self.runs)
+
+    def add(self, start: int, data: memoryview) -> None:
+        self.runs.append((start, data.toreadonly()))
+
+    def rows(self, tensor: Tensor) -> ReceivedRows:
+        """What is here of a matrix."""
+        return ReceivedRows(self, tensor)
+
+
+class ReceivedRows:
+    """The rows ``[*, D]`` of one matrix that were received, as read-only views wherever a row is in one run."""
+
+    def __init__(self, received: Received, tensor: Tensor) -> None:
+        self._dtype, self._dim = tensor.dtype, tensor.shape[1]
+        width = self._dim * tensor.dtype.itemsize
+        runs = sorted(
+            (
+                (start - tensor.start, data)
+                for start, data in received.runs
+                if start < tensor.stop and start + len(data) > tensor.start
+            ),
+            key=lambda run: run[0],
+        )
+        self._firsts: list[int] = []
+        self._parts: list[npt.NDArray[Any]] = []
+        rest = np.empty(0, np.uint8)
+        behind = 0
+        for start, data in runs:
+            begin, end = max(start, 0), min(start + len(data), tensor.nbytes)
+            some = np.frombuffer(data, np.uint8)[begin - start : end - start]
+            if begin != behind:
+                rest = rest[:0]
+            # The row that begins in what came before, if there is one.
+            behind = end
+            if len(rest):
+                missing = width - len(rest)
+                rest = np.concatenate([rest, some[:missing]])
+                if len(rest) < width:
+                    continue
+                self._add((begin + missing) // width - 1, rest)
+                begin, some = begin + missing, some[missing:]
+            begin, some = begin + -begin % width, some[-begin % width :]
+            count = len(some) // width
+            if count:
+                self._add(begin // width, some[: count * width])
+            rest = some[count * width :]
+
+    def _add(self, first: int, data: npt.NDArray[np.uint8]) -> None:
+        # A backend may give bytes that begin anywhere.
+        part = np.require(data.view(self._dtype).reshape(-1, self._dim), requirements="A")
+        part.flags.writeable = False
+        self._firsts.append(first)
+        self._parts.append(part)
+
+    def between(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows `start` to `stop`, a view where they lie in one run. NotCachedError where some are not here."""
+        k = bisect_right(self._firsts, start) - 1
+        if k >= 0:
+            first, part = self._firsts[k], self._parts[k]
+            if stop - first <= len(part):
+                return part[start - first : stop - first]
+        if start == stop:
+            return np.empty((0, self._dim), self._dtype)
+        found = []
+        at = start
+        while k >= 0 and k < len(self._parts) and at < stop:
+            first, part = self._firsts[k], self._parts[k]
+            if not first <= at < first + len(part):
+                break
+            found.append(part[at - first : stop - first])
+            at += len(found[-1])
+            k += 1
+        if at < stop:
+            raise NotCachedError(f"row {at} was not received: ask again")
+        whole = np.concatenate(found)
+        whole.flags.writeable = False
+        return whole
+
+    def gather(self, rows: Ints, out: npt.NDArray[Any], at: Ints) -> None:
+        """``out[at] = rows``; NotCachedError where some are not here."""
+        if not len(rows):
+            return
+        firsts = np.array(self._firsts, np.int64)
+        part_of = np.searchsorted(firsts, rows, "right") - 1
+        stops = firsts + np.array([len(part) for part in self._parts], np.int64)
+        if part_of.min() < 0 or (rows >= stops[part_of]).any():
+            raise NotCachedError("rows that are asked for were not received: ask again")
+        # Neighbours that go to neighbours in one copy.
+        cuts = np.flatnonzero((np.diff(part_of) != 0) | (np.diff(rows) != 1) | (np.diff(at) != 1)) + 1
+        if 4 * len(cuts) < len(rows):
+            for a, b in pairwise([0, *cuts.tolist(), len(rows)]):
+                k = int(part_of[a])
+                low, place = int(rows[a]) - self._firsts[k], int(at[a])
+                out[place : place + b - a] = self._as(self._parts[k][low : low + b - a], out.dtype)
+            return
+        order = np.argsort(part_of, kind="stable")
+        for mine in np.split(order, np.flatnonzero(np.diff(part_of[order])) + 1):
+            k = int(part_of[mine[0]])
+            out[at[mine]] = self._as(self._parts[k][rows[mine] - self._firsts[k]], out.dtype)
+
+    @staticmethod
+    def _as(part: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        return as_float(part) if part.dtype != dtype and is_float(part.dtype) else part
