@@ -525,3 +525,11 @@ def test_spaces_are_named(two: list[ac.Store], tmp_path: Path) -> None:
         ac.stream_activations(store, SITE)
     with pytest.raises(ac.errors.OptionError, match="source is 'nowhere'"):
         ac.stream_activations("nowhere", SITE)
+
+
+@pytest.mark.parametrize("wrong", [-1, len(ALL), 1 << 40])
+def test_rows_that_there_are_not_are_never_read(made: tuple[ac.Store, str], wrong: int) -> None:
+    rows = made[0].numbered(made[1], made[0].common_prompts(made[1], SITES), SITES)
+    with pytest.raises(ac.errors.NotCachedError, match=str(wrong)):
+        rows.take(np.array([3, wrong]), SITE)
+    assert rows.take(np.array([], np.int64), SITE).shape == (0, 8)

@@ -64,13 +64,24 @@ class StoredTokens:
         """All tokens in the order that `key` decides; None: as they are stored."""
         return TokenOrder(self, None if key is None else Permutation(len(self), key))
 
-    def rows(self, numbers: Ints) -> Ints:
-        """The rows in which these tokens lie."""
+    def take(
+        self, start: int, stop: int, permutation: Permutation | None, sites: Sequence[str]
+    ) -> tuple[Ints, dict[str, npt.NDArray[Any]]]:
+        """`TokenOrder.take`."""
+        numbers = np.arange(start, stop)
+        if permutation is None and self._kept is None:
+            return numbers, {site: self._rows.copy(start, stop, site) for site in sites}
+        if permutation is not None:
+            numbers = permutation(numbers)
+        rows = self._row_of(numbers)
+        return numbers, {site: self._rows.take(rows, site) for site in sites}
+
+    def _row_of(self, numbers: Ints) -> Ints:
         return numbers if self._kept is None else self._kept[numbers].astype(np.int64)
 
     def tokens(self, numbers: Ints) -> tuple[Ints, Ints, Ints]:
         """Prompt, position and id of each of these tokens."""
-        rows = self.rows(numbers)
+        rows = self._row_of(numbers)
         prompt = self._rows.prompt_of(rows)
         if self.address.layout != TOKENS:
             return prompt, np.full(len(rows), -1), np.full(len(rows), -1)
@@ -114,19 +125,10 @@ class TokenOrder:
     def __init__(self, tokens: StoredTokens, permutation: Permutation | None) -> None:
         self._tokens, self._permutation = tokens, permutation
 
-    def take(self, start: int, stop: int, outs: dict[str, npt.NDArray[Any]], at: Ints | None) -> Ints:
-        """``outs[site][at[i]] =`` the vector of the token at place ``start + i``; the numbers of these tokens."""
-        tokens = self._tokens
-        numbers = np.arange(start, stop)
-        if self._permutation is not None:
-            numbers = self._permutation(numbers)
-        rows = tokens.rows(numbers)
-        for site, out in outs.items():
-            if at is None and rows is numbers and self._permutation is None:
-                tokens._rows.copy(start, stop, site, out)
-            else:
-                tokens._rows.take(rows, site, out, at)
-        return numbers
+    def take(self, start: int, stop: int, sites: Sequence[str]) -> tuple[Ints, dict[str, npt.NDArray[Any]]]:
+        """The numbers of the tokens at the places from `start` to `stop`, and their vectors at each site: new arrays
+        ``[stop - start, D]``."""
+        return self._tokens.take(start, stop, self._permutation, sites)
 
 
 @lru_cache(maxsize=8)

@@ -17,7 +17,7 @@ from actcache.store import tensors
 from actcache.store.dtypes import common_dtype
 from actcache.store.prompts import PromptTable
 from actcache.store.reading import reading_dtype
-from actcache.store.statistics import Moments
+from actcache.store.statistics import Moments, as_float
 from actcache.stream.ahead import ahead
 from actcache.stream.epochs import Epochs, Reader, check_ranks, is_spawning, rank_and_world, share_of
 from actcache.stream.mixture import Mixture
@@ -246,38 +246,39 @@ class ActivationStream(IterableDataset[Any]):
 
     def _made(self, epoch: int, orders: Sequence[TokenOrder], batch: int) -> tuple[Any, torch.cuda.Event | None]:
         """Batch number `batch` of an epoch, and what a stream of the device must wait for before it is used."""
-        size = self._options.batch_size
+        size, sites = self._options.batch_size, self._options.sites
         start, stop = batch * size, min((batch + 1) * size, self._mixture.total)
-        outs = {site: self._empty(stop - start, *column) for site, column in self._columns.items()}
-        places: Ints | None = None
-        key = self._key(epoch, _OF_BATCH, batch)
-        if len(orders) > 1 and key is not None:
-            places = Permutation(stop - start, key)(np.arange(stop - start))
-        tokens = np.empty((3, stop - start), np.int64)
-        at = prompts = 0
-        for part, order, (begin, end) in zip(self._parts, orders, self._mixture.between(start, stop), strict=True):
-            if end > begin:
-                here = slice(at, at + end - begin)
-                if len(orders) == 1:
-                    mine = None
-                else:
-                    mine = np.arange(stop - start)[here] if places is None else places[here]
-                numbers = order.take(begin, end, {site: array for site, (array, _) in outs.items()}, mine)
-                if self._options.with_tokens:
-                    of = part.tokens(numbers)
-                    tokens[:, slice(None) if mine is None else mine] = of[0] + prompts, of[1], of[2]
-                at += end - begin
-            prompts += len(part.prompts)
-        vectors, ready = self._delivered({site: tensor for site, (_, tensor) in outs.items()})
-        found: Any = vectors[self._options.sites[0]] if self._options.single else vectors
+        shares = self._mixture.between(start, stop)
+        if len(orders) == 1:
+            numbers, vectors = orders[0].take(start, stop, sites)
+            tokens = self._parts[0].tokens(numbers) if self._options.with_tokens else ()
+        else:
+            vectors, tokens = self._mixed(orders, shares, self._key(epoch, _OF_BATCH, batch))
+        delivered, ready = self._delivered({site: tensors.to_tensor(array) for site, array in vectors.items()})
+        found: Any = delivered[sites[0]] if self._options.single else delivered
         if self._options.with_tokens:
-            found = found, TokenBatch(*(torch.from_numpy(row) for row in tokens))
+            found = found, TokenBatch(*map(torch.from_numpy, tokens))
         return found, ready
 
-    def _empty(self, number: int, dtype: np.dtype[Any], width: int) -> tuple[npt.NDArray[Any], torch.Tensor]:
-        """Memory for vectors, as an array and as a tensor."""
-        array = np.empty((number, width), dtype)
-        return array, tensors.to_tensor(array)
+    def _mixed(
+        self, orders: Sequence[TokenOrder], shares: Sequence[tuple[int, int]], key: Sequence[int] | None
+    ) -> tuple[dict[str, npt.NDArray[Any]], Sequence[Ints]]:
+        """A batch of several sources, arranged as `key` says (None: source by source)."""
+        total = sum(end - begin for begin, end in shares)
+        places = np.arange(total) if key is None else Permutation(total, key)(np.arange(total))
+        found = {site: np.empty((total, width), dtype) for site, (dtype, width) in self._columns.items()}
+        tokens = np.empty((3, total), np.int64)
+        prompts = 0
+        for part, order, (begin, end) in zip(self._parts, orders, shares, strict=True):
+            mine, places = places[: end - begin], places[end - begin :]
+            numbers, vectors = order.take(begin, end, self._options.sites)
+            for site, rows in vectors.items():
+                found[site][mine] = as_float(rows) if rows.dtype != found[site].dtype else rows
+            if self._options.with_tokens:
+                prompt, position, token_id = part.tokens(numbers)
+                tokens[:, mine] = prompt + prompts, position, token_id
+            prompts += len(part.prompts)
+        return found, list(tokens)
 
     def _delivered(self, vectors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:
         found = {
