@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from actcache.selftest.run import selftest
     from actcache.share.load import load_activation_dataset, load_activations
     from actcache.share.metadata import DatasetMetadata, fetch_dataset_metadata
+    from actcache.share.pull import pull_dataset
     from actcache.share.push import DEFAULT_SHARD_BYTES, push_dataset
     from actcache.store.backend import CacheBackend, LocalBackend, MemoryBackend
     from actcache.store.default import (
@@ -156,6 +157,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "fetch_dataset_metadata": ("share.metadata", "fetch_dataset_metadata"),
     "load_activation_dataset": ("share.load", "load_activation_dataset"),
     "load_activations": ("share.load", "load_activations"),
+    "pull_dataset": ("share.pull", "pull_dataset"),
     "new_space": ("store.spaces", "new_space"),
     "set_cache_backend": ("store.default", "set_cache_backend"),
     "set_cache_dtype": ("config", "set_cache_dtype"),
@@ -228,6 +230,7 @@ __all__ = [
     "new_space",
     "patch",
     "probe_by_layer",
+    "pull_dataset",
     "push_dataset",
     "run_with_cache",
     "selftest",

@@ -26,6 +26,7 @@ VERBS = {
     "stats": "Report norms, spreads and storage errors of every site.",
     "import": "Bring in activations from elsewhere.",
     "push": "Publish what is stored for a model as a dataset.",
+    "pull": "Let a dataset answer for its model, fetched when it is read.",
     "load": "Write activations of a dataset into a file.",
     "dataset-info": "Say what a dataset of the Hub or in a folder holds.",
     "sites": "List the places of a model that can be read.",

@@ -38,6 +38,7 @@ def command(model: str, space: str | None, store: str | None, as_json: bool) -> 
                     "variant": name,
                     "revision": v.revision,
                     "dtype": v.dtype,
+                    "pulled": v.pulled,
                     "num_prompts": v.num_prompts,
                     "size_bytes": v.size_bytes,
                     "prompts": readable(opened.prompts(v.space)),

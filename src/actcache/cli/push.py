@@ -12,7 +12,8 @@ from actcache.cli.prompts import prompt_arguments, read_labelled
 _POSITIVE = click.IntRange(min=1)
 
 
-def _names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[str] | None:
+def names_option(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[str] | None:
+    """Names with commas between them, as a list."""
     return None if value is None else [part.strip() for part in value.split(",") if part.strip()]
 
 
@@ -24,7 +25,7 @@ def _names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> l
 @click.option(
     "--tensors",
     metavar="NAMES",
-    callback=_names,
+    callback=names_option,
     help="hidden_layers, logits_topk, perplexity, router_logits, other sites, or single layers such as attn_out.3. "
     "[default: all that the prompts have in common]",
 )

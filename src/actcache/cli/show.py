@@ -85,6 +85,7 @@ def command(model: str, prompt: str, space: str | None, store: str | None, as_js
                 "perplexity": perplexity,
                 "label": label,
                 "metadata": metadata,
+                "pulled": variant.pulled,
                 "variants": others,
             }
         )
@@ -104,7 +105,7 @@ def command(model: str, prompt: str, space: str | None, store: str | None, as_js
     for what, said_of_it in (("label", label), ("metadata", metadata)):
         if said_of_it is not None:
             out.print(f"{what} {json.dumps(said_of_it, ensure_ascii=False)}", markup=False, soft_wrap=True)
-    if len(holding) > 1:
+    if len(holding) > 1 or variant.pulled:
         out.print(f"of the variant {said}, space {variant.space}", markup=False)
     for other, other_said, _ in holding[1:]:
         out.print(f"also stored: {other_said}, space {other.space}", markup=False)

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,15 +183,13 @@ class CachedExtractor:
         special = self.extractor.add_special_tokens
         context = self.text_context(read)
         space = space_id(source.identity().values)
+        question = self._question(space, names, self.layout, check)
         # An import is of the model as it is.
-        trusted = self.store.imports_of(source.name) if self.trust_names and not self.extractor.edits else ()
-        question = Question(self.store, space, names, self.layout, check, trusted)
+        imports = self.store.imports_of(source.name) if self.trust_names and not self.extractor.edits else ()
         with self.store.looking_once():
-            lookup = look_up(question, read, source, context, add_special_tokens=special)
+            lookup = look_up(replace(question, trusted=imports), read, source, context, add_special_tokens=special)
             of = np.arange(len(read)) if of_all else np.flatnonzero(~lookup.found)
-            results = find_results(
-                replace(question, trusted=()), asked, read, of, source, context, add_special_tokens=special
-            )
+            results = find_results(question, asked, read, of, source, context, add_special_tokens=special)
         absent = np.flatnonzero(~(lookup.found & results.found)).tolist()
         if absent:
             check_tokens(read, absent, source)
@@ -206,16 +205,22 @@ class CachedExtractor:
         log.info("%d of %d prompts are stored, in space %s", len(read) - len(absent), len(read), space)
         return Request(read, lookup, space, context, missing, results)
 
+    def _question(self, space: str, names: Sequence[str], layout: str, check: bool = True) -> Question:
+        source = self.extractor.source
+        by_name = "none" if self.extractor.edits or source.generate else "all" if self.trust_names else "trusted"
+        pulled = partial(self.store.pulled_for, space, source.name, names=by_name)
+        return Question(self.store, space, names, layout, check, pulled=pulled, added=self.note_added)
+
     def look_up(self, prompts: PromptList, names: Sequence[str], layout: str, *, check: bool = True) -> Lookup:
         """Where columns `names` of `layout` are stored for `prompts`."""
         source, special = self.extractor.source, self.extractor.add_special_tokens
-        question = Question(self.store, space_id(self.identity().values), names, layout, check)
+        question = self._question(space_id(self.identity().values), names, layout, check)
         return look_up(question, prompts, source, self.text_context(prompts), add_special_tokens=special)
 
     def find_results(self, prompts: PromptList, asked: Asked) -> ResultsFound:
         """Which of `prompts` have what is `asked`."""
         source, special = self.extractor.source, self.extractor.add_special_tokens
-        question = Question(self.store, space_id(self.identity().values), (), self.layout)
+        question = self._question(space_id(self.identity().values), (), self.layout)
         context, everything = self.text_context(prompts), np.arange(len(prompts))
         return find_results(question, asked, prompts, everything, source, context, add_special_tokens=special)
 

@@ -11,6 +11,7 @@ import numpy as np
 from actcache.errors import NotCachedError, OptionError
 from actcache.store import given
 from actcache.store.prompts import PromptTable
+from actcache.store.pulled import registered
 from actcache.store.records import LABEL, METADATA
 
 if TYPE_CHECKING:
@@ -125,8 +126,21 @@ class Unsaid:
 
 
 def said_of(store: Store, request: Request, kind: str) -> list[Any]:
-    """What is stored of `kind` for the prompts of `request`; None for a prompt of which nothing is."""
-    return given.read(store, request.space, kind, request.tokens())
+    """What is stored of `kind` for the prompts of `request`; None for a prompt of which nothing is.
+
+    Of prompts that were pulled, what their dataset says, where nothing was said here.
+    """
+    table = request.tokens()
+    said = given.read(store, request.space, kind, table)
+    left = [i for i, value in enumerate(said) if value is None]
+    prompts, at = request.prompts, np.array(left, np.intp)
+    ids, texts = [table.tokens(i) for i in left], [prompts.texts[i] for i in left]
+    asked = PromptTable.build(ids, texts, prompts.kinds[at])
+    for pulled in request.lookup.question.pulled() if left else ():
+        for known, theirs in registered(store, pulled, (), asked, at):
+            for i, value in zip(theirs.tolist(), given.read(store, pulled.info.space, kind, known), strict=True):
+                said[i] = value if said[i] is None else said[i]
+    return said
 
 
 def label_array(labels: Sequence[Any]) -> npt.NDArray[Any]:

@@ -13,13 +13,16 @@ from actcache.errors import NotCachedError
 from actcache.extract.prompts import PromptList, prompt_table, tokenize
 from actcache.store.dtypes import common_dtype
 from actcache.store.prompts import CHAT, IDS
+from actcache.store.pulled import fetched, registered
 from actcache.store.records import DERIVED, TOKENS
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from actcache.model.source import ModelSource
-    from actcache.store.store import Placement, Store
+    from actcache.store.prompts import PromptTable
+    from actcache.store.pulled import Pulled
+    from actcache.store.store import Placement, SpaceInfo, Store
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Question:
         check: verify the checksums of all that would be read (damage then counts as missing).
         trusted: spaces known by name only whose values are taken where the model's own are missing, each with its
             text contexts.
+        pulled: gives the datasets that may answer where both have nothing.
+        added: is told when something was fetched of these, and stored.
     """
 
     store: Store
@@ -40,6 +45,8 @@ class Question:
     layout: str
     check: bool = True
     trusted: Sequence[tuple[str, Sequence[str]]] = ()
+    pulled: Callable[[], Sequence[Pulled]] = tuple
+    added: Callable[[], object] = int
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,17 @@ class _Piece:
 
     placement: Placement
     local: npt.NDArray[np.intp]
+    at: npt.NDArray[np.intp]
+    full_rows: bool
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """Some prompts of a request whose rows are to be fetched from a dataset."""
+
+    info: SpaceInfo
+    table: PromptTable
+    layout: str
     at: npt.NDArray[np.intp]
     full_rows: bool
 
@@ -65,6 +83,7 @@ class Lookup:
     found: npt.NDArray[np.bool_]
     missing: dict[int, tuple[str, ...]] = field(default_factory=dict)
     _pieces: list[_Piece] = field(default_factory=list)
+    _waiting: list[_Waiting] = field(default_factory=list)
 
     def add(
         self,
@@ -83,6 +102,23 @@ class Lookup:
             self._pieces.append(_Piece(placement, local, at[local], full_rows))
             self.found[at[local]] = True
 
+    def add_waiting(
+        self, info: SpaceInfo, table: PromptTable, at: npt.NDArray[np.intp], layout: str, *, full_rows: bool
+    ) -> None:
+        """Note prompts (`table` in the dataset `info`, `at` here) whose rows are fetched when they are read."""
+        if len(at):
+            self._waiting.append(_Waiting(info, table, layout, at, full_rows))
+            self.found[at] = True
+
+    def _bring(self) -> None:
+        """Fetch what is in datasets and not here yet."""
+        while self._waiting:
+            one = self._waiting[0]
+            placement = fetched(self.question.store, one.info, one.table, self.question.names, one.layout)
+            self.question.added()
+            self._pieces.append(_Piece(placement, np.arange(len(one.table)), one.at, one.full_rows))
+            del self._waiting[0]
+
     def note_missing(self, placement: Placement, at: npt.NDArray[np.intp]) -> None:
         """For prompts of `placement` still not found: the names that are not there."""
         left = np.flatnonzero(~self.found[at])
@@ -94,6 +130,7 @@ class Lookup:
     @property
     def one_width(self) -> bool:
         """Whether all that was found has one width."""
+        self._bring()
         return len({width for piece in self._pieces for width in piece.placement.widths}) <= 1
 
     def name_at(self, width: int, index: Sequence[int]) -> str:
@@ -134,6 +171,7 @@ class Lookup:
 
     def with_prompts(self, members: Sequence[int]) -> tuple[list[list[npt.NDArray[Any]]], list[npt.NDArray[np.int32]]]:
         """For each of `members`, which were found, one array per site, and the token ids that it is stored with."""
+        self._bring()
         where = {
             int(i): (piece.placement, int(k))
             for piece in self._pieces
@@ -172,7 +210,8 @@ class Lookup:
         return values, mask
 
     def require_all(self) -> None:
-        """Raise `NotCachedError` unless every prompt was found."""
+        """Raise `NotCachedError` unless every prompt was found; what was in datasets is here afterwards."""
+        self._bring()
         if not self.found.all():
             absent = np.flatnonzero(~self.found)
             raise NotCachedError(
@@ -225,6 +264,9 @@ def look_up(
     for space, contexts in question.trusted:
         for layout in layouts:
             _look_among_imports(answer, prompts, left, space, contexts, layout)
+    if not answer.found[left].all():
+        for pulled in question.pulled():
+            _look_among_pulled(answer, prompts, left, pulled, layouts)
     answer.note_missing(asked, left)
     return answer
 
@@ -264,3 +306,25 @@ def _look_among_imports(
             return ids is not None and bool((stored < 0).all()) and (layout != TOKENS or len(stored) == len(ids))
 
         answer.add(placement, at, full_rows=full_rows, accept=fits)
+
+
+def _look_among_pulled(
+    answer: Lookup, prompts: PromptList, left: npt.NDArray[np.intp], pulled: Pulled, layouts: Sequence[str]
+) -> None:
+    """Take what was pulled for prompts that are still missing: what is here of it, and what can be fetched."""
+    question = answer.question
+    names = question.names
+    offered = [layout for layout in layouts if pulled.offers(names, layout)]
+    at = left[~answer.found[left]]
+    if not len(at) or not offered:
+        return
+    table = prompt_table(prompts, at.tolist(), "")
+    for known, theirs in registered(question.store, pulled, names, table, at):
+        for layout in layouts:
+            placement = question.store.locate(
+                pulled.info.space, table=known, sites=names, layout=layout, check=question.check
+            )
+            answer.add(placement, theirs, full_rows=layout == TOKENS and question.layout != TOKENS)
+        rest = ~answer.found[theirs]
+        full_rows = offered[0] == TOKENS and question.layout != TOKENS
+        answer.add_waiting(pulled.info, known.select(rest), theirs[rest], offered[0], full_rows=full_rows)

@@ -13,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from actcache.errors import ActCacheError, DatasetFormatError, DatasetNotFoundError, MissingExtraError
+from actcache.share.checksums import Checksums
 from actcache.share.format import INDEX, INFO, PREFIX, describe
+from actcache.share.ours import PREFIX as OURS
 from actcache.share.pages import read_pages
 from actcache.share.source import Source
 
@@ -42,6 +44,8 @@ class Index:
         description: what the dataset holds.
         num_rows: its prompts.
         columns: the names of the columns.
+        ours: what the dataset says under keys of this library, see `actcache.share.ours`; empty where it says nothing.
+        checksums: what it says of its files.
     """
 
     def __init__(self, source: Source) -> None:
@@ -66,6 +70,8 @@ class Index:
         self.description = describe(self._metadata(schema.metadata or {}), source.name)
         if self.description.num_prompts != self.num_rows:
             raise self.wrong(f"num_prompts is {self.description.num_prompts:,}, and it has {self.num_rows:,} rows")
+        self.ours = self._ours(schema.metadata or {})
+        self.checksums = Checksums(source.name, self.ours.get("files"))
         self._types = {name: schema.field(name).type for name in self.columns}
 
     def read(self, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
@@ -122,6 +128,11 @@ class Index:
                 return self._json(stream.read(stream.size))
         except DatasetNotFoundError:
             raise self.wrong(f"neither its schema nor {INFO} describes a dataset of activations") from None
+
+    def _ours(self, schema: dict[bytes, bytes]) -> dict[str, Any]:
+        prefix = OURS.encode()
+        found = {key: value for key, value in schema.items() if key.startswith(prefix)}
+        return {key[len(prefix) :].decode("utf-8", "replace"): self._json(value) for key, value in found.items()}
 
     def _json(self, text: bytes) -> Any:
         if len(text) > MAX_JSON:

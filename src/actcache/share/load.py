@@ -91,7 +91,7 @@ def load_activations(
         runs = runs.take(selection)
     rows = int(runs.length.sum())
     with progress(rows * len(chosen), "load", unit="row", show=None if show_progress else False) as bar:
-        reader = ShardReader(index.source, group, notice=bar.update)
+        reader = ShardReader(index.source, group, notice=bar.update, checksums=index.checksums)
         width = _width(reader, chosen, runs)
         if single or pooling is None:
             values = _gathered(reader, chosen, runs, width, as_dict=as_dict, pooled=single)
@@ -265,7 +265,7 @@ def _batches(runs: Runs, width: int) -> list[Ints]:
 
 def _all_rows(index: Index, group: TensorGroup, layers: Layers) -> dict[str, Array]:
     """Every tensor of a kind, shards one after the other."""
-    reader = ShardReader(index.source, group, checked=False)
+    reader = ShardReader(index.source, group, checked=False, checksums=index.checksums)
     filled = [number for number, shard in enumerate(group.shards) if shard.rows]
     rows = np.array([group.shards[number].rows for number in filled], np.int64)
     runs = Runs.of_each(np.array(filled, np.int64), np.zeros_like(rows), rows)

@@ -35,7 +35,7 @@ def find_prompts(index: Index, prompts: Sequence[Any] | str | None) -> Ints | No
     if not asked:
         raise PromptError("the list of prompts is empty: expected at least one, or None for all of the dataset.")
     wanted = [_key(prompt, number) for number, prompt in enumerate(asked)]
-    codes, prompts_there = _prompts(index)
+    codes, prompts_there = different_prompts(index)
     different, first = np.unique(codes, return_index=True)
     row_of = {prompts_there[code]: row for code, row in zip(different.tolist(), first.tolist(), strict=True)}
     absent = [number for number, key in enumerate(wanted) if key not in row_of]
@@ -50,7 +50,7 @@ def find_prompts(index: Index, prompts: Sequence[Any] | str | None) -> Ints | No
 
 def prompts_of(index: Index) -> list[Any]:
     """The prompts of a dataset in the order of its index: texts, token ids or chats."""
-    codes, there = _prompts(index)
+    codes, there = different_prompts(index)
     values = [text if kind == TEXT else _parsed(index, kind, text) for kind, text in there]
     return [values[code] for code in codes.tolist()]
 
@@ -116,7 +116,7 @@ def _fit_array(texts: list[str]) -> bool:
 
 
 def _refuse_contradictions(index: Index, labels: list[int | str | None], selection: Ints | None) -> None:
-    codes, there = _prompts(index)
+    codes, there = different_prompts(index)
     asked = None if selection is None else set(codes[selection].tolist())
     first: dict[int, int] = {}
     for row, code in enumerate(codes.tolist()):
@@ -128,7 +128,7 @@ def _refuse_contradictions(index: Index, labels: list[int | str | None], selecti
             )
 
 
-def _prompts(index: Index) -> tuple[Ints, list[tuple[int, str]]]:
+def different_prompts(index: Index) -> tuple[Ints, list[tuple[int, str]]]:
     """Which of the different prompts, kind and text each, every row is of."""
     codes, texts = _codes(index, TEXTS)
     if KIND not in index.columns:

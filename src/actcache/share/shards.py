@@ -13,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import DatasetFormatError, FormatError, ValueOverflowError
+from actcache.share.checksums import Checksums
 from actcache.share.format import TensorGroup
 from actcache.share.rows import Ints, Runs
 from actcache.share.source import Source, Stream
 from actcache.store import container
+from actcache.store.dtypes import common_dtype
 
 Array = npt.NDArray[Any]
 
@@ -68,6 +70,7 @@ class ShardReader:
 
     Args:
         checked: refuse NaN, which is no activation, and convert; otherwise rows are as they are stored.
+        exact: convert only to what holds every value.
         notice: is told how many rows were read.
     """
 
@@ -77,11 +80,15 @@ class ShardReader:
         group: TensorGroup,
         *,
         checked: bool = True,
+        exact: bool = False,
         notice: Callable[[int], object] = lambda rows: None,
+        checksums: Checksums | None = None,
     ) -> None:
         self.source = source
         self.group = group
         self._checked = checked
+        self._exact = exact
+        self._checksums = checksums or Checksums(source.name, {})
         self._notice = notice
         self._headers: dict[str, dict[str, container.Tensor]] = {}
 
@@ -147,16 +154,22 @@ class ShardReader:
         together = 1 if shard.file is None else max(1, len(group.layers))
         wanted = sum(len(w.rows) for w in job.wanted)
         size = together * shard.rows * (group.dim or 0) * 4
-        if job.path in self._headers or not 0 < size <= _AT_ONCE or wanted < _NEARLY_ALL * together * shard.rows:
+        # What can be checked is read from its beginning to its end, however large it is.
+        small = job.path not in self._headers and size <= _AT_ONCE
+        if not (small or self._checksums.knows(job.path)) or wanted < _NEARLY_ALL * together * shard.rows or not size:
             self._header(job.path)
             rest.append(job)
             return
-        with self.source.open(job.path) as stream:
+        with self._checksums.around(job.path, self.source.open(job.path)) as stream:
             header = self._parsed(job.path, stream)
             places = [(self._placed(job.path, job.shard, w.key, header), w) for w in job.wanted]
             at = min(place.start for place in header.values())
             for place, w in sorted(places, key=lambda found: found[0].start):
                 at = self._scatter(stream, at, place, w)
+            if not self.source.stop.is_set():
+                if self._checksums.knows(job.path):
+                    _skip(stream, stream.size - at)
+                self._checksums.finish(stream)
 
     def _parts(self, job: _Job) -> list[Callable[[], object]]:
         """Ranges of a file, each to be read by a request of its own."""
@@ -177,8 +190,9 @@ class ShardReader:
 
     def _range(self, place: Placed, wanted: Wanted) -> None:
         start, stop = (place.start + int(row) * place.row_bytes for row in (wanted.rows[0], wanted.rows[-1] + 1))
-        with self.source.open(place.path, start, stop) as stream:
+        with self._checksums.around(place.path, self.source.open(place.path, start, stop), start) as stream:
             self._scatter(stream, start, place, wanted)
+            self._checksums.finish(stream)
 
     def _scatter(self, stream: Stream, at: int, place: Placed, wanted: Wanted) -> int:
         """Read rows from a stream that stands at byte `at`; where it stands then."""
@@ -223,7 +237,7 @@ class ShardReader:
     def _cast(self, rows: Array, dtype: np.dtype[Any], place: Placed) -> Array:
         if rows.dtype == dtype:
             return rows
-        if not self._checked:
+        if not self._checked or (self._exact and common_dtype([rows.dtype, dtype]) != dtype):
             raise self._wrong(place.path, f"{place.key} holds {rows.dtype}, and {dtype} in other shards")
         try:
             with np.errstate(over="raise"):
@@ -237,7 +251,7 @@ class ShardReader:
     def _header(self, path: str) -> dict[str, container.Tensor]:
         found = self._headers.get(path)
         if found is None:
-            with self.source.open(path, 0, _HEAD) as stream:
+            with self._checksums.around(path, self.source.open(path, 0, _HEAD)) as stream:
                 found = self._parsed(path, stream, _HEAD)
             self._headers[path] = found
         return found

@@ -19,7 +19,7 @@ from actcache.store.keys import Ints
 from actcache.store.lookup import Query, locate, locate_all, pulled
 from actcache.store.placement import Placement
 from actcache.store.prompts import IDS, TEXT, PromptTable
-from actcache.store.records import COMPLETION, DERIVED, LABEL, METADATA, TOKENS, is_result
+from actcache.store.records import COMPLETION, DERIVED, LABEL, METADATA, PULLED, TOKENS, is_result
 from actcache.store.reports import stored_prompts
 from actcache.store.site_names import in_order
 
@@ -82,13 +82,17 @@ def locate_here(
     return located, found
 
 
-def stored(index: SpaceIndex, prompts: Any, site: str | None, pooling: str | None) -> npt.NDArray[np.bool_]:
-    """What `Store.contains` gives."""
+def stored(
+    index: SpaceIndex, prompts: Any, site: str | None, pooling: str | None, offered: bool
+) -> npt.NDArray[np.bool_]:
+    """What `Store.contains` gives; `offered`: what is registered at the site can be fetched in that layout."""
     given = prompts if isinstance(prompts, PromptTable) else tensors.as_list(prompts)
     if site is None:
         found = contains_any(index, given, pooling)
     else:
         found = locate_any(index, given, site, pooling or TOKENS, check=False)[1]
+        if offered and not found.all():
+            found = found | locate_any(index, given, f"{PULLED}.{site}", PULLED, check=False)[1]
     if not found.any():
         require_known(index, site, pooling)
     return found

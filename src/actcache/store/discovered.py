@@ -22,6 +22,7 @@ class CachedVariant:
         variant: what tells it from the other variants of the model, in words.
         edits: the ready-made edits it was run with, in words; none for the model as it is.
         imported: where it comes from when only its name is known.
+        pulled: the dataset and commit that it was pulled from; `sites` are then also those that can be fetched.
         num_prompts, size_bytes: how many prompts it holds, and bytes on disk of all of them.
         sites: what it holds of this prompt: sites by layout ("tokens" or the pooling).
         layers: the layers of these sites.
@@ -40,6 +41,7 @@ class CachedVariant:
     attn_implementation: str | None = None
     edits: list[str] = field(default_factory=list)
     imported: str | None = None
+    pulled: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,10 @@ class CachedPromptInfo:
         pooled: pooling -> layers whose residual stream is there.
         sites: every stored site by layout ("tokens" or the pooling).
         num_tokens: of the prompt, None where unknown.
-        variants: every variant of that model that holds it: the model as it is, then what was imported, then what was
-            computed with edits, of these the newest first. The other fields describe the first of them; where only
-            variants with edits hold the prompt, and none was asked for by its space, they are empty, since that is
-            not what the model gives.
+        variants: every variant of that model that holds it: the model as it is, then what was pulled, then what was
+            imported, then what was computed with edits, of these the newest first. The other fields describe the first
+            of them; where only variants with edits hold the prompt, and none was asked for by its space, they are
+            empty, since that is not what the model gives.
         has_logits: whether all logits are there, of some positions: then `UnifiedCache.get_logits` answers any `top_k`.
         logits_top_k: the largest k of which the k largest logits are there; None where there are none.
         logits_positions: the positions for which either is there: "all", "last".
@@ -86,7 +88,7 @@ def variant_of(space: SpaceInfo, name: str, sites: Sites, tokens: int | None) ->
         space.space, space.revision, space.dtype, name, space.num_prompts, space.size_bytes,
         {layout: in_order(names) for layout, names in sorted(sites.items())},
         layers_of({site for names in sites.values() for site in names}), tokens, space.attn_implementation,
-        [edit_text(e) for e in space.edits], space.imported,
+        [edit_text(e) for e in space.edits], space.imported, space.pulled,
     )  # fmt: skip
 
 

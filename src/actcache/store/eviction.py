@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from actcache.store.index import SpaceIndex
 from actcache.store.keys import Mask
 from actcache.store.locks import LOCK_WAIT_S, exclusive
 from actcache.store.merging import Overtaken, open_source, replace_segments, tidy
-from actcache.store.records import LABEL, METADATA, is_result
+from actcache.store.records import LABEL, METADATA, PULLED, is_result
 from actcache.store.replacing import bury, discard
 from actcache.store.spaces import FILE, drop_if_empty
 from actcache.store.tombs import Keys, count_distinct, is_member
@@ -184,8 +184,9 @@ class _Eviction:
                 medians = index.reads.medians()
                 held = list(index.sealed())
             for number, info in held:
-                if info.layout in _SAID:
-                    # Nobody can compute them again: they go when all else of their prompts has gone.
+                if info.layout in _SAID or (info.layout == PULLED and self.limit):
+                    # Nobody can compute them again: they go when all else of their prompts has gone. And where prompts
+                    # are in a dataset takes next to nothing, without which nothing could be fetched again.
                     continue
                 yield Victim(index, number, info, medians.get(info.name, info.created_ns))
             for name, error in index.refused.items():
@@ -275,11 +276,11 @@ class _Eviction:
         with index.lock:
             groups = index.all_groups()
             # What of a segment is left of damaged prompts goes, or stays, with it.
-            derived = [number for number, info in index.segments() if _is_derived(frozenset(info.sites))]
+            derived = [number for number, info in index.segments() if _is_derived(info.layout, info.sites)]
             if not derived:
                 return
             for group in groups:
-                if not _is_derived(group.sites):
+                if not _is_derived(group.layout, group.sites):
                     keys = keys[index.find(group, "token", keys)[0] < 0]
             hits = []
             for number in derived:
@@ -297,8 +298,9 @@ class _Eviction:
                     bury(index.copy, index.folder, [(info.name, info.prompt_key[hit])])
 
 
-def _is_derived(sites: frozenset[str]) -> bool:
-    return all(map(is_result, sites))
+def _is_derived(layout: str, sites: Iterable[str]) -> bool:
+    # What was said of a prompt stays while its vectors can be fetched again.
+    return layout != PULLED and all(map(is_result, sites))
 
 
 def evict(indexes: Sequence[SpaceIndex], lock_folder: Path, limit: int) -> EvictionReport:

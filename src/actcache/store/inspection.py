@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actcache import config
-from actcache.errors import NotCachedError, OptionError
+from actcache.errors import FormatError, NotCachedError, OptionError
 from actcache.store import reports, trimming
 from actcache.store.asking import Located, given_prompts, locate_sites, why_absent
 from actcache.store.catalog import Catalog
@@ -22,10 +23,11 @@ from actcache.store.indexes import Indexes
 from actcache.store.lookup import Query, locate
 from actcache.store.numbered import NumberedRows, numbered
 from actcache.store.prompts import PromptTable
+from actcache.store.pulled import Pulled, bring, expanded, forms_of, pulled_for
 from actcache.store.records import TOKENS
 from actcache.store.reports import CacheInfo
 from actcache.store.site_names import in_order
-from actcache.store.spaces import SpaceInfo, list_spaces
+from actcache.store.spaces import SpaceInfo, list_spaces, read_space
 from actcache.store.statistics import SiteStatistics
 from actcache.store.summaries import SiteSummary, summarise
 from actcache.store.variants import by_preference, variant_names
@@ -43,6 +45,7 @@ class Inspection(ABC):
     _catalog: Catalog
     _copy: WorkingCopy | None
     _indexes: Indexes
+    _known: dict[str, SpaceInfo]
 
     @property
     @abstractmethod
@@ -104,6 +107,36 @@ class Inspection(ABC):
         for _, index in indexes:
             index.refresh()
         return [(space, index.contexts()) for space, index in indexes]
+
+    def pulled_for(self, space: str, model_name: str, *, names: str) -> list[Pulled]:
+        """The spaces of pulled datasets that may answer for the model of `space`: see `actcache.store.pulled`."""
+        self._look(begin=True)
+
+        def contexts(pulled: str) -> list[str]:
+            index = self._index(pulled)
+            index.refresh()
+            return index.contexts()
+
+        return pulled_for(self.root, contexts, space, model_name, names=names)
+
+    def _pulled(self, space: str | SpaceInfo) -> Pulled | None:
+        """A space as a dataset that was pulled; None where it is none."""
+        name = self._space(space)
+        if name not in self._known:
+            with contextlib.suppress(FormatError, OSError):
+                self._known[name] = read_space(self.root / name)
+        info = self._known.get(name)
+        return Pulled(info, forms_of(info), ()) if info is not None and info.pulled else None
+
+    def _is_offered(self, space: str | SpaceInfo, site: str | None, pooling: str | None) -> bool:
+        pulled = None if site is None else self._pulled(space)
+        return pulled is not None and pulled.offers([str(site)], pooling or TOKENS)
+
+    def _fetched(self, space: str | SpaceInfo, prompts: Any, site: str, pooling: str | None) -> str:
+        """The id of a space; what can be fetched of `prompts` is there."""
+        if (pulled := self._pulled(space)) is not None:
+            bring(self, pulled, prompts, site, pooling or TOKENS)
+        return self._space(space)
 
     def find_prompt(self, space: str | SpaceInfo, prompt: Any) -> PromptTable | None:
         """One stored prompt, given as text, token ids or chat, as a table of its own; None when it is not there."""
@@ -238,6 +271,7 @@ class Inspection(ABC):
         for one in by_preference(agree):
             found = reports.describe_prompt(self._index(one.space), prompt)
             if found is not None:
+                found = (expanded(one, found[0]), found[1]) if one.pulled else found
                 variants.append(variant_of(self._measured(one), names[one.space], *found))
                 answers.append(found)
         if not variants:

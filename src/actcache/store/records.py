@@ -29,7 +29,9 @@ COMPLETION = "completion"
 """The layout of what a model said after a prompt."""
 LABEL, METADATA = "label", "metadata"
 """The layouts, and the sites, of what people said of prompts."""
-RESULTS = frozenset({"perplexity", "token_nll", "logits", "completion", LABEL, METADATA})
+PULLED = "pulled"
+"""The layout, and what the names of sites begin with, of where in a dataset the rows of pulled prompts are."""
+RESULTS = frozenset({"perplexity", "token_nll", "logits", "completion", LABEL, METADATA, PULLED})
 """What the names of results begin with, before a dot; other sites hold activations."""
 
 _INDEX_DTYPES = {

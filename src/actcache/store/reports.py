@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from actcache.store.index import SpaceIndex
 from actcache.store.keys import Mask
 from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable, text_keys
+from actcache.store.pulled import expanded
 from actcache.store.records import COMPLETION, DERIVED, TOKENS, SegmentInfo, is_result
 from actcache.store.site_names import layers_of, logits_of
 from actcache.store.spaces import SpaceInfo
@@ -41,6 +42,7 @@ class ModelCacheInfo:
         edits: the ready-made edits it was run with, in words; none for the model as it is.
         imported: where it comes from when only its name is known; such entries are used only with `trust_names`.
         stored_dtypes: the dtypes in which vectors are stored.
+        pulled: the dataset and commit that it was pulled from; what can be fetched of it counts as held.
     """
 
     model_name: str
@@ -58,6 +60,7 @@ class ModelCacheInfo:
     edits: list[str] = field(default_factory=list)
     imported: str | None = None
     stored_dtypes: list[str] = field(default_factory=list)
+    pulled: str | None = None
 
     @property
     def size_gb(self) -> float:
@@ -88,15 +91,21 @@ def describe_model(space: SpaceInfo, infos: Sequence[SegmentInfo], variant: str)
     by_layout: dict[str, set[str]] = {}
     for info in infos:
         by_layout.setdefault(info.layout, set()).update(info.sites)
+    if space.pulled:
+        by_layout = expanded(space, by_layout)
     sites = {site for names in by_layout.values() for site in names}
     vectors = [(i.layout, code) for i in infos for site, code, _ in i.columns if not is_result(site)]
     return ModelCacheInfo(
         space.model_name, space.space, space.revision, space.dtype, space.size_bytes, space.num_prompts,
-        len(layers_of(sites)), any(layout != TOKENS for layout, _ in vectors),
+        len(layers_of(sites)), _has_pooled(by_layout),
         "perplexity" in by_layout.get(DERIVED, ()), bool(logits_of(by_layout)), variant, space.attn_implementation,
         [edit_text(e) for e in space.edits], space.imported,
-        sorted({name_of(code) for _, code in vectors}),
+        sorted({name_of(code) for _, code in vectors}), space.pulled,
     )  # fmt: skip
+
+
+def _has_pooled(by_layout: Mapping[str, set[str]]) -> bool:
+    return any(layout != TOKENS and not all(map(is_result, sites)) for layout, sites in by_layout.items())
 
 
 def count_prompts(index: SpaceIndex) -> int:

@@ -76,6 +76,12 @@ class SpaceInfo:
         """Where it was imported from, when all that is known of the model is a name."""
         return _text(self.identity.get("imported"))
 
+    @property
+    def pulled(self) -> str | None:
+        """The dataset that it was pulled from, as "org/name@commit" (of a folder the digest of its files)."""
+        found = self.identity.get("pulled")
+        return f"{found.get('dataset')}@{found.get('commit')}" if isinstance(found, Mapping) else None
+
 
 def new_space(model_name: str, **identity: Any) -> SpaceInfo:
     """A space for activations that come from outside: `model_name` and whatever else makes them what they are.

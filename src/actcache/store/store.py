@@ -263,7 +263,7 @@ class Store(Maintenance):
         out: Any = None,
         allow_inf: bool = False,
     ) -> Any:
-        """What is stored at `site`: a tensor ``[B, D]`` with `pooling`, else a list of tensors ``[T, D]``.
+        """What is at `site` (of a pulled dataset: fetched), a tensor ``[B, D]`` with `pooling`, else a list ``[T, D]``.
 
         `prompts`: texts, token ids, chats, or None for all that have the site, in stored order. `positions`
         cuts rows: "last", "first", an int (negative from the end), a ``(start, stop)`` pair, or a list of these.
@@ -276,7 +276,7 @@ class Store(Maintenance):
             NotCachedError: a prompt is not stored, or turns out damaged.
             ValueOverflowError: a finite value would become inf; prompt, site and value are named.
         """
-        index = self._index(self._space(space))
+        index = self._index(self._fetched(space, prompts, site, pooling))
         return self._keeping_room(
             lambda: reading.read(
                 index, prompts, site, pooling=pooling, positions=positions, dtype=dtype, out=out, allow_inf=allow_inf
@@ -293,7 +293,7 @@ class Store(Maintenance):
         Raises:
             OptionError: nothing is stored at that site, or with that pooling, and it is the name of none.
         """
-        return stored(self._index(self._space(space)), prompts, site, pooling)
+        return stored(self._index(self._space(space)), prompts, site, pooling, self._is_offered(space, site, pooling))
 
     def _space(self, space: str | SpaceInfo) -> str:
         if isinstance(space, str):

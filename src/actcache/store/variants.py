@@ -18,6 +18,7 @@ _TOLD = {
     "revision",
     "source",
     "generate",
+    "pulled",
 }
 _SHORT = 12
 
@@ -31,7 +32,7 @@ def variant_names(spaces: Sequence[SpaceInfo]) -> dict[str, str]:
         alike = [s for s in spaces if s.model_name == model]
         facets = {s.space: _facets(s) for s in alike}
         differing = {key for one in facets.values() for key in one if len({f.get(key) for f in facets.values()}) > 1}
-        differing |= {"dtype", "edits", "generate", "imported"}
+        differing |= {"dtype", "edits", "generate", "imported", "pulled"}
         told = {
             space: ", ".join(text for key, text in own.items() if key in differing and text)
             for space, own in facets.items()
@@ -57,6 +58,9 @@ def _facets(space: SpaceInfo) -> dict[str, str]:
     found["generate"] = generation_text(identity["generate"]) if identity.get("generate") else ""
     found["edits"] = f"edited: {'; '.join(map(edit_text, space.edits))}" if space.edits else ""
     found["imported"] = f"imported from {space.imported}" if space.imported else ""
+    if space.pulled:
+        dataset, _, commit = space.pulled.rpartition("@")
+        found["pulled"] = f"pulled from {dataset}@{commit[:_SHORT]}"
     return found
 
 
@@ -89,7 +93,7 @@ def edit_text(edit: Mapping[str, Any]) -> str:
 
 
 def by_preference(spaces: Sequence[SpaceInfo]) -> list[SpaceInfo]:
-    """Variants in the order in which one is taken for all: run as the model is, then imported, then edited or with
-    prompts it continued; of these the newest first."""
+    """Variants in the order in which one is taken for all: run as the model is, then pulled, then imported, then edited
+    or with prompts it continued; of these the newest first."""
     newest = sorted(spaces, key=lambda s: (s.created_ns, s.space), reverse=True)
-    return sorted(newest, key=lambda s: (bool(s.edits or s.identity.get("generate")), bool(s.imported)))
+    return sorted(newest, key=lambda s: (bool(s.edits or s.identity.get("generate")), bool(s.imported), bool(s.pulled)))

@@ -1,0 +1,272 @@
+"""`pull_dataset`: what a dataset holds answers for its model, fetched when it is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actcache.errors import DatasetAccessError, DatasetFormatError, OptionError
+from actcache.progress import progress
+from actcache.share.fetching import Dataset, fetch, fingerprint, remember
+from actcache.share.folder import Folder
+from actcache.share.index import Index
+from actcache.share.index_prompts import first_rows, lengths_of, results_of, said_of, table_of
+from actcache.share.offered import Column, Offered
+from actcache.share.prompts import find_prompts
+from actcache.share.rows import Ints
+from actcache.share.source import open_source
+from actcache.store.default import store_at
+from actcache.store.files import log
+from actcache.store.locks import exclusive
+from actcache.store.prompts import PromptTable
+from actcache.store.pulled import CONTEXT, PROMPT, TRUSTED
+from actcache.store.records import PULLED, Records
+from actcache.store.spaces import SpaceInfo, space_id
+from actcache.store.tombs import is_member
+
+if TYPE_CHECKING:
+    from actcache.store.store import Store
+
+_WAIT_S = 60.0
+# Prompts that are fetched, and become durable, together.
+_STEP_BYTES = 256 << 20
+_LONGEST_NAME = 500
+
+
+def pull_dataset(
+    repo_id: str | os.PathLike[str],
+    *,
+    tensors: Sequence[str] | str | None = None,
+    layers: int | Sequence[int] | None = None,
+    target_prompts: Sequence[Any] | str | None = None,
+    overwrite: bool = False,
+    token: str | bool | None = None,
+    materialize: bool = False,
+    num_workers: int = 0,
+    show_progress: bool = False,
+    trust_names: bool = False,
+    revision: str | None = None,
+    store: Store | str | Path | None = None,
+) -> int:
+    """Let a dataset of the Hub (``"org/name"``), or in a folder, answer for its model.
+
+    Its prompts, labels, other columns and perplexities are stored; vectors are fetched when they are first read, of the
+    prompts and layers that are read, and are stored from then on. They answer `UnifiedCache` and `ac.activations` where
+    nothing was computed here, and never instead of what was. That they are of just this model (weights, dtype and all)
+    is known of what this library has pushed; of other datasets a name alone, which must be trusted.
+
+    Args:
+        tensors: some of "hidden_layers", "logits_topk", "router_logits", "perplexity", names of sites, or single layers
+            of these; None: all.
+        layers: block numbers; None: every layer.
+        target_prompts: texts (token ids, chats) of the dataset; None: all.
+        overwrite: forget what was pulled of this dataset before, at whichever commit, and fetch it anew.
+        token: of the Hub, for a private dataset; None: the one that is logged in, False: none. It is not stored: what
+            is fetched later, in another process, is fetched with the one that is logged in there.
+        materialize: fetch all of it now. Cut short, it goes on from there when it is called again.
+        num_workers: streams at the same time; 0: as many as suit the place.
+        show_progress: a bar, where standard error is a terminal.
+        trust_names: a dataset that only claims a model's name answers for every model of that name. Without, it does so
+            in `UnifiedCache(trust_names=True)` alone.
+        revision: a branch, a tag or a commit of the repository. The commit that it means now is what is pulled.
+        store: an `ac.Store`, a folder, or None for the default store.
+
+    Returns:
+        How many different prompts can be read.
+
+    Raises:
+        DatasetNotFoundError, DatasetAccessError: there is no such dataset, or it cannot be reached.
+        DatasetFormatError: it is damaged, or says what it may not; NewerFormatError: it needs a later version.
+        DatasetLayerError: a layer that it does not have.
+        NotCachedError: a prompt that it does not have.
+        OptionError: other tensors than it has; a store whose limit is 0.
+        ValueOverflowError: with `materialize`, a value that does not fit the dtype of the store.
+        DiskFullError, StoreAccessError: the store cannot take it.
+    """
+    where = store_at(store)
+    return pull(
+        where, repo_id, tensors=tensors, layers=layers, target_prompts=target_prompts, overwrite=overwrite, token=token,
+        materialize=materialize, num_workers=num_workers, show=None if show_progress else False,
+        trust_names=trust_names, revision=revision,
+    )[1]  # fmt: skip
+
+
+def pull(
+    where: Store,
+    repo_id: str | os.PathLike[str],
+    *,
+    tensors: Sequence[str] | str | None,
+    layers: int | Sequence[int] | None,
+    target_prompts: Sequence[Any] | str | None,
+    overwrite: bool,
+    token: str | bool | None,
+    materialize: bool,
+    num_workers: int,
+    show: bool | None,
+    trust_names: bool,
+    revision: str | None,
+) -> tuple[SpaceInfo, int]:
+    """What `pull_dataset` does: the space that the dataset is in, and how many prompts can be read."""
+    if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 0:
+        raise OptionError(f"num_workers is {num_workers!r}: expected a whole number, 0 for as many as suit.")
+    if where.limit.value == 0:
+        raise OptionError("the limit of the store is 0, so that it keeps nothing: raise it (set_cache_limit) and pull.")
+    source = open_source(repo_id, token=token, revision=revision)
+    source.concurrency = num_workers or source.concurrency
+    index = Index(source)
+    dataset = Dataset(index)
+    columns = dataset.offered.choose(tensors, layers)
+    rows = first_rows(index) if target_prompts is None else _unique(find_prompts(index, target_prompts))
+    info = _space(index, dataset.offered)
+    lengths = _lengths(index, dataset.offered)
+    context = str(info.label["pulled"]["context"])
+    table = table_of(index, rows, lengths, context)
+    for column in columns:
+        # What lies outside the shards is refused before anything is stored.
+        if column.group is not None:
+            dataset.runs(column.group, column.layout)
+    if index.num_rows and not len(table):
+        raise OptionError(f"{source.name} has no prompts.")
+    said, results = said_of(index, rows, table), results_of(index, rows, table)
+    where.check_writable()
+    where.open_space(info.identity, info.label)
+    with exclusive(where.index_dir, f"pull-{info.space}", wait_s=_WAIT_S):
+        if overwrite:
+            _forget(where, info)
+            where.open_space(info.identity, info.label)
+        _register(where, info, columns, rows, table, said, results, trust_names=trust_names)
+    remember(info.space, dataset, token)
+    if materialize:
+        _materialize(where, info, dataset, columns, table, rows, show=show)
+    where.merge(info)
+    return info, len(table)
+
+
+def _unique(rows: Ints | None) -> Ints:
+    assert rows is not None
+    return np.unique(rows)
+
+
+def _lengths(index: Index, offered: Offered) -> Ints | None:
+    """How many tokens each prompt has, where the dataset has full sequences: of all its tensors the same."""
+    found: Ints | None = None
+    for group in {c.group.name: c.group for c in offered.columns.values() if c.group is not None}.values():
+        lengths = lengths_of(index, group)
+        if lengths is not None and found is not None and not np.array_equal(found, lengths):
+            raise DatasetFormatError(f"{index.source.name}: {group.name} has other numbers of tokens than others.")
+        found = found if lengths is None else lengths
+    return found
+
+
+def _space(index: Index, offered: Offered) -> SpaceInfo:
+    """The space of a dataset at this commit, and what is said of it there."""
+    source, described = index.source, index.description
+    commit = fingerprint(source, offered) if isinstance(source, Folder) else source.commit
+    if not commit:
+        raise DatasetAccessError(f"the Hub does not say which commit of {source.name} it gave: it cannot be pulled.")
+    space = index.ours.get("space")
+    own: Mapping[str, Any] = space if isinstance(space, Mapping) else {}
+    given, label, identity = own.get("space"), own.get("label"), own.get("identity")
+    label = label if isinstance(label, Mapping) else {}
+    claims = given if isinstance(identity, Mapping) and _is_id(given, identity) else None
+    if own and claims is None:
+        log.warning("%s does not say of which model it is in a way that can be checked: its name is all", source.name)
+    context = index.ours.get("text_context")
+    name = _plain(label.get("model_name") if claims else None) or _plain(described.model_name) or source.name
+    full = {
+        "model_name": name, "source": "external", "pulled": {"dataset": source.name, "commit": commit},
+    }  # fmt: skip
+    said = {
+        "claims": claims, "forms": offered.forms, "format": described.version,
+        "context": context if claims and isinstance(context, str) and _plain(context) else CONTEXT,
+    }  # fmt: skip
+    shown = {"revision": _plain(described.revision), "dtype": _plain(label.get("dtype"))}
+    return SpaceInfo(space_id(full), full, {"model_name": name, **shown, "pulled": said})
+
+
+def _is_id(given: Any, identity: Mapping[str, Any]) -> bool:
+    try:
+        return bool(given == space_id(identity))
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
+def _plain(text: Any) -> str | None:
+    """A text that may be shown; None for anything else."""
+    return text if isinstance(text, str) and 0 < len(text) <= _LONGEST_NAME and text.isprintable() else None
+
+
+def _forget(store: Store, info: SpaceInfo) -> None:
+    """Drop what was pulled of this dataset before."""
+    dataset = info.identity["pulled"]["dataset"]
+    for other in store.spaces():
+        if other.pulled and other.identity["pulled"]["dataset"] == dataset:
+            store.clear(other.space)
+
+
+def _register(
+    store: Store,
+    info: SpaceInfo,
+    columns: Sequence[Column],
+    rows: Ints,
+    table: PromptTable,
+    said: Sequence[Records],
+    results: Sequence[Records],
+    *,
+    trust_names: bool,
+) -> None:
+    """Store where prompts are, and what the index says of them, as far as that is not there."""
+    sites = [PROMPT, *([TRUSTED] if trust_names else [])]
+    sites += [f"{PULLED}.{column.site}" for column in columns if column.group is not None]
+    has = np.zeros((len(table), 0), bool)
+    of_index: list[str] = []
+    for records in results if any(column.group is None for column in columns) else ():
+        # They are of some prompts only, and become readable with their registration.
+        (site,) = records.data
+        there = is_member(table.token_key, records.prompts.token_key)
+        has = np.column_stack([has, there])
+        of_index.append(f"{PULLED}.{site}")
+    kinds, which = np.unique(has, axis=0, return_inverse=True) if len(table) else (has, np.zeros(0, np.int64))
+    for number, kind in enumerate(kinds):
+        members = np.flatnonzero(which.ravel() == number)
+        named = [*sites, *(site for site, there in zip(of_index, kind.tolist(), strict=True) if there)]
+        placement = store.locate(info.space, table=table.select(members), sites=named, layout=PULLED)
+        new = members[~placement.found]
+        if not len(new):
+            continue
+        keys = table.select(new).token_key
+        for records in (*said, *(results if of_index else ())):
+            part = records.select(is_member(records.prompts.token_key, keys))
+            if len(part.prompts):
+                store.append(info.space, part)
+        own = rows[new][:, None]
+        made = Records.pooled(table.select(new), PULLED, dict.fromkeys(named, own))
+        made.screened = True
+        # Last, so that whoever finds the prompts finds what is said of them.
+        store.append(info.space, made)
+
+
+def _materialize(
+    store: Store,
+    info: SpaceInfo,
+    dataset: Dataset,
+    columns: Sequence[Column],
+    table: PromptTable,
+    rows: Ints,
+    *,
+    show: bool | None,
+) -> None:
+    """Fetch everything, tensor by tensor, from the front of its files to their end."""
+    groups: dict[str, list[Column]] = {}
+    for column in columns:
+        if column.group is not None:
+            groups.setdefault(column.group.name, []).append(column)
+    with progress(len(groups) * len(table), "pull", unit="row", show=show) as bar:
+        for some in groups.values():
+            layout, sites = some[0].layout, [column.site for column in some]
+            for members in dataset.in_order(rows, some, layout, _STEP_BYTES):
+                fetch(store, info, table.select(members), sites, layout, told=bar.update)
