@@ -32,10 +32,12 @@ if TYPE_CHECKING:
     from actcache.capture.saved import SavedCache
     from actcache.capture.texts import text_positions
     from actcache.config import enable_cache_logging, set_cache_dtype, set_cache_limit
+    from actcache.derive.features import Features
     from actcache.errors import ActCacheError
     from actcache.extract.cached import CachedExtractor
     from actcache.extract.completions import Completion
     from actcache.extract.extractor import ActivationExtractor
+    from actcache.extract.features import encode_store
     from actcache.extract.plan import Plan
     from actcache.extract.reading import CachedLogits
     from actcache.extract.stats import WarmupStats
@@ -114,6 +116,8 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "CachedLogits": ("extract.reading", "CachedLogits"),
     "Completion": ("extract.completions", "Completion"),
     "Plan": ("extract.plan", "Plan"),
+    "encode_store": ("extract.features", "encode_store"),
+    "Features": ("derive.features", "Features"),
     "mean_difference": ("probing.difference", "mean_difference"),
     "probe_by_layer": ("probing.probe", "probe_by_layer"),
     "ProbeReport": ("probing.report", "ProbeReport"),
@@ -182,6 +186,7 @@ __all__ = [
     "DatasetMetadata",
     "Entry",
     "EvictionReport",
+    "Features",
     "FullActivationCache",
     "ImportReport",
     "LocalBackend",
@@ -215,6 +220,7 @@ __all__ = [
     "edit",
     "enable_cache_logging",
     "encode",
+    "encode_store",
     "errors",
     "evict",
     "extract_batches",

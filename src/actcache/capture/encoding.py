@@ -219,7 +219,7 @@ def encode(
         if value is None:
             raise OptionError(f"{found} is held in several parts, joined without padding: encode them one by one")
         real = values._mask_of(str(found), value)
-        encoder = _Encoder(sae, trained, top_k, known)
+        encoder = Encoder(sae, trained, top_k, known)
         return encoder.run(encoder.prepare(value, heads_from=4), real)
     held = _site_of(values, site)
     if held not in _same(trained.site, between_blocks=False):
@@ -229,7 +229,7 @@ def encode(
             f"the SAE was trained on {trained}, and the vector is of {held}, which is another value on this model: "
             f"features of images join the stream between blocks. Capture {trained.site}, and take the vector of that"
         )
-    encoder = _Encoder(sae, trained, top_k, model)
+    encoder = Encoder(sae, trained, top_k, model)
     given = encoder.prepare(values.value() if isinstance(values, ValueWithInfo) else values, heads_from=2)
     shape, last = given.shape[: -encoder.dims], given.shape[-encoder.dims :]
     found = encoder.run(given.reshape(1, -1, *last), None)
@@ -275,7 +275,7 @@ def _refusal(trained: Trained, cache: Parts) -> ActCacheError:
     )
 
 
-class _Encoder:
+class Encoder:
     """One autoencoder, as it is to be called."""
 
     def __init__(self, sae: Any, trained: Trained, top_k: int | None, model: nn.Module | None) -> None:
@@ -341,7 +341,7 @@ class _Encoder:
             # All features of some prompts at a time: there may be millions of them.
             size = max(1, _BYTES // (4 * self._features * columns.shape[1]))
             for some, at in zip(rows.split(size), columns.split(size), strict=True):
-                features = self._encode(value[some[:, None], at])
+                features = self.features(value[some[:, None], at])
                 found = (features,) if self._top_k is None else _strongest(features, self._top_k)
                 if not results:
                     shape = (*value.shape[:2], found[0].shape[-1])
@@ -351,7 +351,8 @@ class _Encoder:
                     result[some[:, None], at] = part.to(value.device)
         return results if len(results) > 1 else results[0]
 
-    def _encode(self, given: Tensor) -> Tensor:
+    def features(self, given: Tensor) -> Tensor:
+        """Features ``[B, T, n]`` of what `prepare` gave, of prompts of one length."""
         if self._like is not None:
             given = given.to(self._like.device, self._like.dtype)
         try:

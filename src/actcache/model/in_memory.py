@@ -109,11 +109,12 @@ _PASSING = frozenset(
 _NUMBERS = (bool, int, float, str)
 
 
-def settings_of(model: nn.Module) -> str:
+def settings_of(model: nn.Module, leave_out: frozenset[str] = frozenset()) -> str:
     """Digest of what decides a model's values beside weights and config: the classes of its modules, the numbers,
     switches, names and functions that they hold (an epsilon, a scale, a causal mask or none, an activation), and the
-    state of their adapters."""
+    state of their adapters; without attributes of the names `leave_out`."""
     found: dict[str, Any] = {}
+    apart = _OF_EVERY_MODULE | _PASSING | leave_out
     for path, module in model.named_modules():
         kind = type(module)
         plain = _is_plain(kind)
@@ -123,7 +124,7 @@ def settings_of(model: nn.Module) -> str:
             settings |= {n: v for n in _SETTINGS if (v := getattr(module, n, None)) is not None and not callable(v)}
         for name, value in vars(module).items():
             # The private ones of known libraries are their bookkeeping.
-            if name in _OF_EVERY_MODULE or name in _PASSING or (name[0] == "_" and plain) or "cache" in name:
+            if name in apart or (name[0] == "_" and plain) or "cache" in name:
                 continue
             told = _told(value, containers=not plain)
             if told is not None:

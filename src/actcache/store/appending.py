@@ -12,7 +12,7 @@ from actcache.store import adoption, duplicates, merging
 from actcache.store.files import log
 from actcache.store.growing import GrowingFile
 from actcache.store.index import SpaceIndex
-from actcache.store.records import Records
+from actcache.store.records import SPARSE, Records
 
 if TYPE_CHECKING:
     from actcache.store.uploading import Uploader
@@ -73,8 +73,9 @@ class Appender:
     def _append(self, group: list[Records]) -> None:
         signature = group[0].signature
         size = sum(part.stored_bytes for part in group)
-        # What is larger is not merged in any case.
-        grows = signature in self._known and not group[0].is_scaled and size <= merging.TARGET // 2
+        # What is larger is not merged in any case, and in a file that grows the prompts say how many rows they have.
+        can_grow = not group[0].is_scaled and group[0].layout != SPARSE
+        grows = signature in self._known and can_grow and size <= merging.TARGET // 2
         self._known.add(signature)
         if not (grows and self._can_lock and self._grown(group, size)):
             self._write(group)

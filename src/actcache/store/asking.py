@@ -19,12 +19,13 @@ from actcache.store.keys import Ints
 from actcache.store.lookup import Query, locate, locate_all, pulled
 from actcache.store.placement import Placement
 from actcache.store.prompts import IDS, TEXT, PromptTable
-from actcache.store.records import COMPLETION, DERIVED, LABEL, METADATA, PULLED, TOKENS, is_result
+from actcache.store.records import COMPLETION, DERIVED, LABEL, METADATA, PULLED, SPARSE, TOKENS, is_result
 from actcache.store.reports import stored_prompts
 from actcache.store.site_names import in_order
+from actcache.store.sparse import SparseSite, sites_among, sparse_name
 
 _SHOWN = 12
-_LAYOUTS = {TOKENS, *POOLINGS, DERIVED, COMPLETION, LABEL, METADATA}
+_LAYOUTS = {TOKENS, SPARSE, *POOLINGS, DERIVED, COMPLETION, LABEL, METADATA}
 _TEXT = np.array(TEXT, np.uint8)
 
 
@@ -93,9 +94,19 @@ def stored(
         found = locate_any(index, given, site, pooling or TOKENS, check=False)[1]
         if offered and not found.all():
             found = found | locate_any(index, given, f"{PULLED}.{site}", PULLED, check=False)[1]
+        for sparse in sparse_sites(index, site, pooling) if not found.all() else ():
+            found = found | locate_any(index, given, sparse.columns[2], SPARSE, check=False)[1]
     if not found.any():
         require_known(index, site, pooling)
     return found
+
+
+def sparse_sites(index: SpaceIndex, name: str, pooling: str | None) -> list[SparseSite]:
+    """The sparse matrices that a space has under `name`, of whatever width."""
+    with index.lock:
+        held = {site for group in index.groups(SPARSE) for site in group.sites}
+    wanted = sparse_name(name, pooling)
+    return [site for site in sites_among(held) if wanted in (site.name, f"{site.name}.of{site.size}")]
 
 
 def contains_any(index: SpaceIndex, given: Any, layout: str | None) -> npt.NDArray[np.bool_]:
@@ -210,6 +221,7 @@ def require_known(index: SpaceIndex, site: str | None, pooling: str | None) -> N
         sites = {name for group in groups for name in group.sites}
     if not sites:
         return
+    sites |= {matrix.name.rpartition(".")[2] for matrix in sites_among(sites)}
     if pooling is not None and pooling not in layouts and pooling not in _LAYOUTS:
         hint = did_you_mean(pooling, (layouts | _LAYOUTS) - {TOKENS})
         raise OptionError(

@@ -11,15 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy.typing as npt
+
 from actcache import config
 from actcache.errors import FormatError, NotCachedError, OptionError
-from actcache.store import reports, trimming
+from actcache.store import reports, sparse_reading, trimming
 from actcache.store.asking import Located, given_prompts, locate_sites, why_absent
 from actcache.store.catalog import Catalog
 from actcache.store.discovered import CachedPromptInfo, agreeing, prompt_info, variant_of
 from actcache.store.eviction import bytes_on_disk
 from actcache.store.index import SpaceIndex
 from actcache.store.indexes import Indexes
+from actcache.store.keys import Ints
 from actcache.store.lookup import Query, locate
 from actcache.store.numbered import NumberedRows, numbered
 from actcache.store.prompts import PromptTable
@@ -28,6 +31,7 @@ from actcache.store.records import TOKENS
 from actcache.store.reports import CacheInfo
 from actcache.store.site_names import in_order
 from actcache.store.spaces import SpaceInfo, list_spaces, read_space
+from actcache.store.sparse import SparseSite
 from actcache.store.statistics import SiteStatistics
 from actcache.store.summaries import SiteSummary, summarise
 from actcache.store.variants import by_preference, variant_names
@@ -294,3 +298,19 @@ class Inspection(ABC):
     def summaries(self, space: str | SpaceInfo) -> list[SiteSummary]:
         """Of every site of a space, in every layout: rows, size, statistics, and what storing changed."""
         return summarise(self._index(self._space(space)))
+
+    def sparse_site(self, space: str | SpaceInfo, name: str, pooling: str | None = None) -> SparseSite | None:
+        """The sparse matrix that is stored under `name`; None where there is none."""
+        return sparse_reading.find_site(self._index(self._space(space)), name, pooling)
+
+    def sparse_column(
+        self, space: str | SpaceInfo, site: SparseSite, prompts: PromptTable, column: int
+    ) -> tuple[Ints, Ints, npt.NDArray[Any]]:
+        """Where `column` of a sparse matrix is not zero: numbers in `prompts`, positions and values, ``[k]`` each."""
+        index = self._index(self._space(space))
+        return self._keeping_room(lambda: sparse_reading.occurrences(index, site, prompts, column))
+
+    def sparse_counts(self, space: str | SpaceInfo, site: SparseSite, prompts: PromptTable) -> Ints:
+        """In how many rows each column of a sparse matrix is not zero, int64 ``[n]``."""
+        index = self._index(self._space(space))
+        return self._keeping_room(lambda: sparse_reading.counts(index, site, prompts))

@@ -28,6 +28,7 @@ from actcache.store.records import (
     INDEX_TENSORS,
     JOURNAL,
     SCALE,
+    SPARSE,
     TOKENS,
     SegmentInfo,
     check_index_tensors,
@@ -151,7 +152,7 @@ class Segment:
         if len(kind) != n or token_key.shape != (n, 16) or text_key.shape != (n, 16) or int(kind.max()) > CHAT:
             raise FormatError("keys or kinds do not match the number of prompts")
         expected = offsets["token_offset"] if self.layout == TOKENS else np.arange(n + 1)
-        if not np.array_equal(offsets["row_offset"], expected):
+        if self.layout != SPARSE and not np.array_equal(offsets["row_offset"], expected):
             raise FormatError(f"row_offset does not fit layout {self.layout!r}")
         self.block_offset: Ints = self._array("block_offset")
         self._check_scales(rows)

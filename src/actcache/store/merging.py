@@ -21,7 +21,7 @@ from actcache.store.keys import Mask
 from actcache.store.locks import exclusive
 from actcache.store.mapping import Segment
 from actcache.store.opening import forget_vanished
-from actcache.store.prompts import PromptTable
+from actcache.store.prompts import PromptTable, offsets
 from actcache.store.records import LABEL, METADATA, SegmentInfo
 from actcache.store.replacing import Replacing, discard
 from actcache.store.writing import write_columns
@@ -264,10 +264,11 @@ def _write_part(
         [s.segment.prompts if keep.all() else s.segment.prompts.select(keep) for s, keep in kept]
     )
     first = kept[0][0].info
+    lengths = np.concatenate([np.diff(s.segment.row_offset)[keep] for s, keep in kept])
     columns, block_offset = copied([(s.segment, keep) for s, keep in kept], sites, told)
     return write_columns(
-        index.folder, prompts, first.layout, columns, space=first.space,
-        created_ns=max(s.info.created_ns for s in sources), block_offset=block_offset,
+        index.folder, prompts, first.layout, columns, row_offset=offsets(lengths),
+        space=first.space, created_ns=max(s.info.created_ns for s in sources), block_offset=block_offset,
         replaces={s.info.name: s.tombs for s in sources}, before=old.publish,
     )  # fmt: skip
 

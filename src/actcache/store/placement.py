@@ -19,7 +19,7 @@ from actcache.store.lazy import lazy
 from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable
 from actcache.store.receiving import Received
-from actcache.store.records import TOKENS
+from actcache.store.records import SPARSE, TOKENS
 
 # So many neighbours are copied faster on their own than rows are looked at.
 _LONG_RUN = 64
@@ -104,7 +104,7 @@ class Placement:
         Written straight into `out` where one is given (any floating dtype, converted on the way), each of them at its
         place `at` in there (default: from the first on). NotCachedError when one of the prompts was not found.
         """
-        if self.layout == TOKENS:
+        if self.layout in (TOKENS, SPARSE):
             raise ValueError("take() reads pooled layouts; use rows() or take_padded() for every token")
         chosen = self._require(index)
         shape = (len(chosen), len(self.sites), self._dim())

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import NotCachedError, OptionError, ValueOverflowError, did_you_mean
-from actcache.store import tensors
+from actcache.store import sparse_reading, tensors
 from actcache.store.asking import locate_any, why_absent
 from actcache.store.dtypes import common_dtype, reaches
 from actcache.store.index import SpaceIndex
@@ -101,6 +101,11 @@ def read(
     if out is not None:
         _check_out(out, pooling, wanted, None if prompts is None else len(prompts))
     layout = pooling or TOKENS
+    sparse = sparse_reading.find_site(index, site, pooling)
+    if sparse is not None:
+        if wanted is not None or out is not None:
+            raise OptionError(f"{site!r} is sparse, and read as it is stored: leave out dtype= and out=.")
+        return sparse_reading.read(index, sparse, prompts, pooled=bool(pooling), positions=positions)
     located, found = locate_any(index, prompts, site, layout, check=True)
     if (not found.all() or not len(found)) and (why := why_absent(index, site, layout)):
         raise NotCachedError(why)

@@ -15,7 +15,7 @@ from actcache.errors import FormatError, NewerFormatError
 from actcache.store import container
 from actcache.store.blocks import least_scales
 from actcache.store.dtypes import code_for, is_scaled, matrix_dtype
-from actcache.store.prompts import PromptTable
+from actcache.store.prompts import PromptTable, offsets
 
 VERSION = "1.0"
 FORMAT = "actcache-segment"
@@ -23,6 +23,8 @@ BLOCK = 128 << 10
 TOKENS = "tokens"
 """The layout with one row per token; every other layout has one row per prompt."""
 
+SPARSE = "sparse"
+"""The layout of matrices that are mostly zero: a row for each number that is not; see `actcache.store.sparse`."""
 DERIVED = "derived"
 """The layout of results that are no vectors, one row per prompt."""
 COMPLETION = "completion"
@@ -51,10 +53,10 @@ _LAYOUT = re.compile(r"\w[\w.:+-]*")
 class Records:
     """What one write stores: prompts, and for each site the rows of all of them.
 
-    `layout` is "tokens" (``row_offset == prompts.token_offset``) or the name of a pooling (one row per
-    prompt). `data`: site name -> ``[rows, D]`` of any dtype that safetensors knows. `storage`: the dtype floating
-    values are stored in, None as they are; `screened`: it has been seen to that they fit. `not_before`: the least
-    `created_ns` it is stored with, whatever the clock says.
+    `layout` is "tokens" (``row_offset == prompts.token_offset``), "sparse" (any number of rows for each prompt), or the
+    name of a pooling (one row per prompt). `data`: site name -> ``[rows, D]`` of any dtype that safetensors knows.
+    `storage`: the dtype floating values are stored in, None as they are; `screened`: it has been seen to that they fit.
+    `not_before`: the least `created_ns` it is stored with, whatever the clock says.
     """
 
     prompts: PromptTable
@@ -111,7 +113,7 @@ class Records:
         """The prompts marked in `keep` bool ``[n]``."""
         rows = np.repeat(keep, np.diff(self.row_offset))
         prompts = self.prompts.select(keep)
-        offset = prompts.token_offset if self.layout == TOKENS else np.arange(len(prompts) + 1, dtype=np.int64)
+        offset = row_offsets(self.layout, prompts, np.diff(self.row_offset)[keep])
         data = {site: matrix[rows] for site, matrix in self.data.items()}
         return replace(self, prompts=prompts, row_offset=offset, data=data)
 
@@ -120,8 +122,13 @@ class Records:
         n = len(self.prompts)
         if not is_layout(self.layout):
             raise ValueError(f"layout {self.layout!r} is not a name")
-        expected = self.prompts.token_offset if self.layout == TOKENS else np.arange(n + 1)
-        if not n or not self.data or not np.array_equal(self.row_offset, expected):
+        lengths = np.diff(self.row_offset)
+        fits = len(lengths) == n and not (lengths < 0).any() and self.row_offset[0] == 0
+        if (
+            not n
+            or not self.data
+            or not (fits and np.array_equal(self.row_offset, row_offsets(self.layout, self.prompts, lengths)))
+        ):
             raise ValueError(f"records of layout {self.layout!r} need prompts, data, and a row offset that fits both")
         for site, rows in self.data.items():
             self.code(site)
@@ -199,6 +206,13 @@ def read_replaces(text: str) -> dict[str, tuple[str, ...]]:
 def flat_bytes(array: npt.NDArray[Any]) -> memoryview:
     """The bytes of a contiguous array."""
     return array.reshape(-1).view(np.uint8).data
+
+
+def row_offsets(layout: str, prompts: PromptTable, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Which rows of `layout` are whose, int64 ``[n + 1]``; `lengths`: how many each prompt has where it is sparse."""
+    if layout == SPARSE:
+        return offsets(lengths)
+    return prompts.token_offset if layout == TOKENS else np.arange(len(prompts) + 1, dtype=np.int64)
 
 
 def is_result(site: str) -> bool:

@@ -17,7 +17,7 @@ from actcache.store.keys import Mask
 from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable, text_keys
 from actcache.store.pulled import expanded
-from actcache.store.records import COMPLETION, DERIVED, TOKENS, SegmentInfo, is_result
+from actcache.store.records import COMPLETION, DERIVED, SPARSE, TOKENS, SegmentInfo, is_result
 from actcache.store.site_names import layers_of, logits_of
 from actcache.store.spaces import SpaceInfo
 from actcache.store.statistics import Moments
@@ -105,7 +105,7 @@ def describe_model(space: SpaceInfo, infos: Sequence[SegmentInfo], variant: str)
 
 
 def _has_pooled(by_layout: Mapping[str, set[str]]) -> bool:
-    return any(layout != TOKENS and not all(map(is_result, sites)) for layout, sites in by_layout.items())
+    return any(layout not in (TOKENS, SPARSE) and not all(map(is_result, sites)) for layout, sites in by_layout.items())
 
 
 def count_prompts(index: SpaceIndex) -> int:

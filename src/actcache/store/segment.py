@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import FormatError
+from actcache.store import sparse
 from actcache.store.blocks import Rows, plan
 from actcache.store.casting import Piece, cast, quantised
 from actcache.store.dtypes import is_scaled, matrix_dtype
@@ -21,7 +22,7 @@ from actcache.store.files import SEGMENT_NAME, is_ours
 from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable
 from actcache.store.prompts import offsets as joined_offsets
-from actcache.store.records import BLOCK, SCALE, TOKENS, Records, SegmentInfo
+from actcache.store.records import BLOCK, SCALE, SPARSE, TOKENS, Records, SegmentInfo
 from actcache.store.spaces import described_by
 from actcache.store.statistics import Moments
 from actcache.store.writing import Column, write_columns
@@ -49,8 +50,8 @@ def write(
     scaled = {
         site: Rows(rows, matrix_dtype(first.code(site))) for site, rows in given.items() if is_scaled(first.code(site))
     }
-    lengths = np.concatenate([np.diff(part.row_offset) for part in parts])
-    offsets = plan(list(scaled.values()), joined_offsets(lengths)) if scaled else np.zeros(1, np.int64)
+    row_offset = joined_offsets(np.concatenate([np.diff(part.row_offset) for part in parts]))
+    offsets = plan(list(scaled.values()), row_offset) if scaled else np.zeros(1, np.int64)
     columns = [
         Column(
             site, first.code(site), rows[0].shape[1],
@@ -59,8 +60,9 @@ def write(
         for site, rows in given.items()
     ]  # fmt: skip
     return write_columns(
-        folder, PromptTable.concatenate([p.prompts for p in parts]), first.layout, columns, space=space,
-        created_ns=created_ns, block_offset=offsets, not_before=max(p.not_before for p in parts),
+        folder, PromptTable.concatenate([p.prompts for p in parts]), first.layout, columns,
+        row_offset=row_offset, space=space, created_ns=created_ns, block_offset=offsets,
+        not_before=max(p.not_before for p in parts),
     )  # fmt: skip
 
 
@@ -102,6 +104,8 @@ def _problems(segment: Segment) -> Iterator[str]:
         else:
             yield from _problems_of_numbers(segment, site)
     yield from problems_of_keys(segment)
+    if segment.layout == SPARSE:
+        yield from sparse.problems(segment)
     for name in segment.pads():
         yield f"{name} is not filled with zeros"
 

@@ -89,6 +89,7 @@ def write_columns(
     layout: str,
     columns: Sequence[Column],
     *,
+    row_offset: npt.NDArray[np.int64],
     space: str,
     created_ns: int | None,
     block_offset: npt.NDArray[np.int64],
@@ -98,11 +99,11 @@ def write_columns(
 ) -> SegmentInfo:
     """Write one segment whose data arrives in pieces; memory stays that of prompts, a site's scales and a few blocks.
 
-    `created_ns`: None for now, or `not_before` where that is later. `before`: as of `atomic_file`.
-    `block_offset`: which rows share a scale, int64 ``[blocks + 1]``; only 0 where no column has scales.
+    `row_offset`: which rows are whose, int64 ``[n + 1]``. `created_ns`: None for now, or `not_before` where that is
+    later. `before`: as of `atomic_file`. `block_offset`: which rows share a scale, int64 ``[blocks + 1]``; only 0 where
+    no column has scales.
     """
     n = len(prompts)
-    row_offset = prompts.token_offset if layout == TOKENS else np.arange(n + 1, dtype=np.int64)
     rows = int(row_offset[-1])
     prefix = "" if layout == TOKENS else f"{layout}/"
     shapes: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = []

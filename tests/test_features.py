@@ -1,0 +1,367 @@
+"""Features of autoencoders over what is stored: what sae.encode gives, stored once, and never those of another one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import actcache as ac
+from actcache.derive.autoencoder import autoencoder_digest
+from actcache.errors import NotCachedError, OptionError, WrongSiteError
+from actcache.extract import features as encoding
+from actcache.store import segment
+from actcache.store.store import Store
+from actcache.testing.tiny import tiny_model, tiny_tokenizer
+
+WIDTH, N, SITE = 8, 32, "resid_post.1"
+PROMPTS = [[i + 1, *range(i % 7)] for i in range(40)]
+SPACE = ac.new_space("org/model", weights="abc")
+
+
+class Sae(nn.Module):
+    """An autoencoder of a few lines, which notes what it was given."""
+
+    def __init__(self, seed: int = 0, width: int = WIDTH, threshold: float = 0.5, dtype: Any = torch.float32) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.encoder = nn.Linear(width, N, dtype=dtype)
+        self.threshold = threshold
+        # Not an attribute that says what it computes, as a list would.
+        self.log = SimpleNamespace(seen=[])
+
+    @property
+    def seen(self) -> list[tuple[int, ...]]:
+        return self.log.seen
+
+    def encode(self, x: Tensor) -> Tensor:
+        assert not self.training and not torch.is_grad_enabled()
+        self.seen.append(tuple(x.shape))
+        return self.encode_of(x)
+
+    def encode_of(self, x: Tensor) -> Tensor:
+        return (self.encoder(x) - self.threshold).relu()
+
+
+def vectors(prompt: list[int]) -> Tensor:
+    return torch.randn(len(prompt), WIDTH, generator=torch.Generator().manual_seed(prompt[0]))
+
+
+def new_store(folder: Path, **options: Any) -> Store:
+    store = Store(folder / "store", index_dir=folder / "index", **options)
+    store.write(SPACE, PROMPTS, {SITE: [vectors(p) for p in PROMPTS]})
+    return store
+
+
+def same(features: ac.Features, sae: Sae, prompts: list[Any] = PROMPTS) -> None:
+    with torch.no_grad():
+        for found, prompt in zip(features.read(prompts), prompts, strict=True):
+            torch.testing.assert_close(found.to_dense(), sae.encode_of(vectors(prompt)), rtol=1e-5, atol=1e-6)
+
+
+def test_they_are_what_encode_gives_and_computed_once(tmp_path: Path) -> None:
+    store, sae = new_store(tmp_path), Sae()
+    features = ac.encode_store(store, sae, SITE, space=SPACE)
+    assert (features.encoded, features.found, features.n_features, features.site) == (40, 0, N, SITE)
+    same(features, sae)
+    assert sae.training, "it is left in the mode in which it came"
+    files = list((store.root / features.space).glob("*.safetensors"))
+    assert files and [segment.validate(p) for p in files] == [[]] * len(files)
+
+    calls = len(sae.seen)
+    again = ac.encode_store(store, Sae(), "blocks.1.hook_resid_post", space=SPACE.space)
+    assert (again.encoded, again.found, again.space) == (0, 40, features.space)
+    assert len(sae.seen) == calls
+    more = [[77, 1, 2], [78]]
+    store.write(SPACE, more, {SITE: [vectors(p) for p in more]})
+    assert ac.encode_store(store, sae, SITE, space=SPACE).encoded == 2
+    assert sum(b * t for b, t, _ in sae.seen[calls:]) <= 2 * 4, "what is stored is not encoded again"
+    same(features, sae, PROMPTS + more)
+    assert len(features.prompts()) == 42
+
+
+def test_where_a_feature_is_active_and_how_often(tmp_path: Path) -> None:
+    store, sae = new_store(tmp_path), Sae()
+    features = ac.Features.open(store, ac.encode_store(store, sae, SITE, space=SPACE, name="mine").space)
+    assert (features.n_features, features.pooling, features.site) == (N, None, SITE)
+    assert ac.Features.open(store, "mine").space == features.space
+    table = features.prompts()
+    dense = [found.to_dense() for found in features.read()]
+    assert torch.equal(features.counts(), torch.stack([(d != 0).sum(0) for d in dense]).sum(0))
+    prompt, position, value = features.where(3)
+    assert len(prompt) == int(features.counts()[3]) > 0
+    for i, t, v in zip(prompt.tolist(), position.tolist(), value.tolist(), strict=True):
+        assert dense[i][t, 3] == v
+        with torch.no_grad():
+            assert sae.encode_of(vectors(table.tokens(i).tolist()))[t, 3] == pytest.approx(v, rel=1e-5)
+    with pytest.raises(NotCachedError, match="Did you mean 'mine'"):
+        ac.Features.open(store, "mime")
+
+
+def test_pooled_vectors_have_one_row_each(tmp_path: Path) -> None:
+    store, sae = Store(tmp_path / "store", index_dir=tmp_path / "index"), Sae()
+    last = torch.stack([vectors(p)[-1] for p in PROMPTS])
+    store.write(SPACE, PROMPTS, {SITE: list(last)}, pooling="last_token")
+    with pytest.raises(NotCachedError, match="last_token"):
+        ac.encode_store(store, sae, SITE, space=SPACE)
+    features = ac.encode_store(store, sae, SITE, space=SPACE, pooling="last_token")
+    found = features.read(PROMPTS)
+    assert found.shape == (40, N)
+    with torch.no_grad():
+        torch.testing.assert_close(found.to_dense(), sae.encode_of(last), rtol=1e-5, atol=1e-6)
+    assert store.contains(features.space, PROMPTS, "features", pooling="last_token").all()
+    assert ac.Features.open(store, features.space).pooling == "last_token"
+
+
+def test_a_cache_of_a_model_by_text(tmp_path: Path) -> None:
+    texts = ["one two three", "one", "something longer than the others"]
+    store = Store(tmp_path / "store", index_dir=tmp_path / "index")
+    cache = ac.UnifiedCache(
+        tiny_model("gpt2"), layers=[1], tokenizer=tiny_tokenizer(), store=store, cache_pooled=False,
+        compute_perplexity=False,
+    )  # fmt: skip
+    sae = Sae(width=32)
+    with pytest.raises(NotCachedError):
+        ac.encode_store(cache, sae, "resid_post.1")
+    cache.warmup(texts)
+    features = ac.encode_store(cache, sae, "resid_post.1")
+    activations, mask = cache.get_activations(texts)
+    with torch.no_grad():
+        for i, found in enumerate(features.read(texts)):
+            expected = sae.encode_of(activations[i][mask[i]])
+            torch.testing.assert_close(found.to_dense(), expected, rtol=1e-4, atol=1e-5)
+    # What is stored of the model is found, and deleted, as if there were no features.
+    names = [one.model_name for one in store.spaces()]
+    assert sum(name == cache.model_name for name in names) == 1 and len(names) == 2
+    with pytest.raises(NotCachedError, match=r"resid_post\.1"):
+        ac.encode_store(cache, sae, "resid_post.2")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+def test_vectors_are_encoded_as_they_are_stored(tmp_path: Path, dtype: str) -> None:
+    store, sae = new_store(tmp_path, dtype=dtype), Sae()
+    features = ac.encode_store(store, sae, SITE, space=SPACE)
+    with torch.no_grad():
+        for found, rows in zip(features.read(PROMPTS), store.read(SPACE, PROMPTS, SITE), strict=True):
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found.to_dense(), sae.encode_of(rows.float()), rtol=1e-5, atol=1e-6)
+
+
+def test_an_autoencoder_of_another_dtype_gives_features_of_that(tmp_path: Path) -> None:
+    store, sae = new_store(tmp_path), Sae(dtype=torch.bfloat16)
+    (found, *_) = ac.encode_store(store, sae, SITE, space=SPACE).read(PROMPTS[5:6])
+    assert found.dtype == torch.bfloat16
+    with torch.no_grad():
+        expected = sae.encode_of(vectors(PROMPTS[5]).bfloat16())
+    torch.testing.assert_close(found.to_dense(), expected, rtol=0.02, atol=0.02)
+
+
+def test_only_the_same_autoencoder_finds_its_features(tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    store.write(SPACE, PROMPTS, {"resid_post.2": [vectors(p) for p in PROMPTS]})
+    one = Sae()
+    moved = Sae()
+    with torch.no_grad():
+        moved.encoder.bias[0] += 1e-6
+    wide = Sae()
+    wide.cfg = {"device": "cpu", "k": 3}
+    other_config = Sae()
+    other_config.cfg = {"device": "cpu", "k": 4}
+    spaces = [ac.encode_store(store, sae, SITE, space=SPACE).space for sae in (one, moved, Sae(threshold=0.4), wide)]
+    spaces.append(ac.encode_store(store, other_config, SITE, space=SPACE).space)
+    spaces.append(ac.encode_store(store, one, "resid_post.2", space=SPACE).space)
+    assert len(set(spaces)) == len(spaces)
+    elsewhere = Sae().eval()
+    elsewhere.cfg = {"device": "cuda:1", "k": 3}
+    assert autoencoder_digest(elsewhere, None) == autoencoder_digest(wide, None)
+
+
+def test_functions_need_a_name(tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    function: Callable[[Tensor], Tensor] = lambda x: (x - 1).relu()  # noqa: E731
+    with pytest.raises(OptionError, match=r"<lambda>.*digest="):
+        ac.encode_store(store, function, SITE, space=SPACE)
+    with pytest.raises(OptionError, match=r"SimpleNamespace.*digest="):
+        ac.encode_store(store, SimpleNamespace(encode=SimpleNamespace), SITE, space=SPACE)
+    with pytest.raises(OptionError, match="digest is ''"):
+        ac.encode_store(store, function, SITE, space=SPACE, digest="")
+    with pytest.raises(OptionError, match=r"Linear has no encode"):
+        ac.encode_store(store, nn.Linear(8, 8), SITE, space=SPACE)
+    assert len(store.spaces()) == 1, "nothing was written"
+    features = ac.encode_store(store, function, SITE, space=SPACE, digest="shifted-1")
+    for found, prompt in zip(features.read(PROMPTS), PROMPTS, strict=True):
+        assert torch.equal(found.to_dense(), (vectors(prompt) - 1).relu())
+    assert ac.encode_store(store, function, SITE, space=SPACE, digest="shifted-2").encoded == 40
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    store, sae = new_store(tmp_path), Sae()
+    wrong = Sae()
+    wrong.cfg = {"metadata": {"hook_name": "blocks.3.hook_resid_post"}}
+    with pytest.raises(WrongSiteError, match=r"blocks\.3"):
+        ac.encode_store(store, wrong, SITE, space=SPACE)
+    with pytest.raises(OptionError, match="vectors of 8 numbers"):
+        ac.encode_store(store, Sae(width=9), SITE, space=SPACE)
+    with pytest.raises(NotCachedError, match=r"resid_post\.1"):
+        ac.encode_store(store, sae, "resid_post.7", space=SPACE)
+    with pytest.raises(OptionError, match="space="):
+        ac.encode_store(store, sae, SITE)
+    with pytest.raises(NotCachedError, match="has no space"):
+        ac.encode_store(store, sae, SITE, space="0" * 32)
+    with pytest.raises(OptionError, match="str"):
+        ac.encode_store("somewhere", sae, SITE)
+    with pytest.raises(OptionError, match="limit of 0"):
+        ac.encode_store(Store(store.folder, limit_gb=0, index_dir=tmp_path / "index"), sae, SITE, space=SPACE)
+
+    class BatchTopK(Sae):
+        def encode(self, x: Tensor) -> Tensor:
+            found = self.encode_of(x)
+            return found * (found >= found.flatten().topk(2 * x.shape[1]).values.min())
+
+    with pytest.raises(OptionError, match="beside it"):
+        ac.encode_store(store, BatchTopK(), SITE, space=SPACE)
+    assert len(store.spaces()) == 1
+
+
+def test_going_on_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "_TOKENS_AT_ONCE", 16)
+    store, sae = new_store(tmp_path), Sae()
+
+    class Breaking(Sae):
+        def encode(self, x: Tensor) -> Tensor:
+            if len(self.seen) > 20:
+                raise MemoryError("no more")
+            return super().encode(x)
+
+    with pytest.raises(MemoryError):
+        ac.encode_store(store, Breaking(), SITE, space=SPACE)
+    # The class is part of what an autoencoder is.
+    features = ac.encode_store(store, sae, SITE, space=SPACE, digest="one")
+    assert features.encoded == 40
+    with pytest.raises(MemoryError):
+        ac.encode_store(store, Breaking(seed=1), SITE, space=SPACE, digest="two")
+    rest = ac.encode_store(store, Sae(seed=1), SITE, space=SPACE, digest="two")
+    assert 0 < rest.found < 40 and rest.encoded == 40 - rest.found
+    same(rest, Sae(seed=1))
+
+
+def test_memory_does_not_grow_with_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "_NUMBERS_AT_ONCE", 10 * N)
+    store, sae = new_store(tmp_path), Sae()
+    same(ac.encode_store(store, sae, SITE, space=SPACE), sae)
+    # All but the trial, which is made before it is known how many features there are.
+    assert max(b * t for b, t, _ in sae.seen[encoding._TRIED + 1 :]) <= 10
+
+
+def test_damaged_vectors_are_told_when_the_others_are_stored(tmp_path: Path) -> None:
+    store, sae = Store(tmp_path / "store", index_dir=tmp_path / "index"), Sae(width=512)
+    rows = torch.randn(600, 512)
+    prompts = [[i + 1] for i in range(600)]
+    store.write(SPACE, prompts, {SITE: list(rows[:, None])})
+    (path,) = (store.root / SPACE.space).glob("*.safetensors")
+    (matrix,) = segment.open(path).parts(SITE)
+    with path.open("r+b") as file:
+        file.seek(matrix.stop - 4)
+        file.write(b"\xff\xff\x7f\x7f")
+    fresh = Store(tmp_path / "store", index_dir=tmp_path / "fresh")
+    with pytest.raises(NotCachedError, match=r"of 600 prompts.*the others are stored"):
+        ac.encode_store(fresh, sae, SITE, space=SPACE)
+    features = ac.encode_store(fresh, sae, SITE, space=SPACE)
+    assert features.encoded == 0 and 0 < features.found < 600
+    with torch.no_grad():
+        (found,) = features.read(prompts[:1])
+        torch.testing.assert_close(found.to_dense(), sae.encode_of(rows[:1]), rtol=1e-4, atol=1e-5)
+
+
+def test_damaged_features_are_encoded_again(tmp_path: Path) -> None:
+    store, sae = new_store(tmp_path), Sae()
+    features = ac.encode_store(store, sae, SITE, space=SPACE)
+    store.close()
+    (path,) = (store.root / features.space).glob("*.safetensors")
+    (matrix,) = segment.open(path).parts(f"features.of{N}.value")
+    with path.open("r+b") as file:
+        file.seek(matrix.start)
+        file.write(b"\xff\xff\x7f\x7f")
+    fresh = Store(tmp_path / "store", index_dir=tmp_path / "fresh")
+    again = ac.encode_store(fresh, sae, SITE, space=SPACE)
+    assert again.encoded > 0
+    same(again, sae)
+
+
+def test_texts_of_several_tokenizers(tmp_path: Path) -> None:
+    store, sae = Store(tmp_path / "store", index_dir=tmp_path / "index"), Sae()
+    for context, words in (("one", ["a", "b"]), ("two", ["c", "d"])):
+        rows = [torch.full((2, WIDTH), float(ord(w))) for w in words]
+        store.write(SPACE, words, {SITE: rows}, text_context=context)
+    features = ac.encode_store(store, sae, SITE, space=SPACE)
+    with torch.no_grad():
+        for found, word in zip(features.read(["d", "a", "c"]), "dac", strict=True):
+            expected = sae.encode_of(torch.full((2, WIDTH), float(ord(word))))
+            torch.testing.assert_close(found.to_dense(), expected, rtol=1e-5, atol=1e-5)
+    for path in (store.root / features.space).glob("*.safetensors"):
+        assert segment.validate(path) == []
+
+
+def test_two_threads_at_once_do_no_harm(tmp_path: Path) -> None:
+    store, sae = new_store(tmp_path), Sae()
+    results: list[Any] = []
+
+    def work(mine: Sae) -> None:
+        results.append(ac.encode_store(store, mine, SITE, space=SPACE))
+
+    # Made here: weights are drawn from a generator that threads have in common.
+    threads = [threading.Thread(target=work, args=(Sae(),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [r.encoded + r.found for r in results] == [40, 40]
+    same(results[0], sae)
+    assert len(results[0].prompts()) == 40
+
+
+_KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+import test_features as t
+from actcache.extract import features as encoding
+import actcache as ac
+encoding._TOKENS_AT_ONCE = 16
+store = t.Store(sys.argv[1] + "/store", index_dir=sys.argv[1] + "/index")
+class Deadly(t.Sae):
+    def encode(self, x):
+        if len(self.seen) == 30:
+            store.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(x)
+ac.encode_store(store, Deadly(), t.SITE, space=t.SPACE, digest="one")
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_what_it_had_done(tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    store.close()
+    child = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(tmp_path), str(Path(__file__).parent)],
+        timeout=120, check=False, env=dict(os.environ),
+    )  # fmt: skip
+    assert child.returncode == -signal.SIGKILL
+    sae = Sae()
+    fresh = Store(tmp_path / "store", index_dir=tmp_path / "fresh")
+    features = ac.encode_store(fresh, sae, SITE, space=SPACE, digest="one")
+    assert features.encoded + features.found == 40 and features.encoded > 0
+    same(features, sae)
+    for path in (fresh.root / features.space).glob("*.safetensors"):
+        assert segment.validate(path) == []
