@@ -61,6 +61,19 @@ def test_every_version_gives_back_what_was_put_in(tmp_path, version):
     assert np.array_equal(stacked, wanted)
 
 
+def test_an_index_in_several_row_groups(tmp_path):
+    """As those of many prompts are, with lists of texts among its columns."""
+    tags = [[f"tag {i % 3}"] * (i % 4) if i % 5 else None for i in range(11)]
+    made = make(tmp_path / "set", "2.0 split", labels=["a", "b", None] * 3 + ["a", "a"], extra={"tags": tags})
+    table = pq.read_table(made.folder / INDEX)
+    pq.write_table(table, made.folder / INDEX, row_group_size=2)
+    about = ac.fetch_dataset_metadata(made.folder)
+    assert about.metadata == {"tags": tags} and about.prompts == made.texts
+    assert about.labels == ["a", "b", None] * 3 + ["a", "a"]
+    found = ac.load_activations(made.folder, pooling="max", as_dict=False)
+    assert np.array_equal(found, np.stack(made.expected("max")))
+
+
 @pytest.mark.usefixtures("small_reads")
 @pytest.mark.parametrize("version", FULL)
 @pytest.mark.parametrize("pooling", [*POOLINGS, None])

@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from actcache.errors import ActCacheError, DatasetFormatError, DatasetNotFoundError, MissingExtraError
@@ -46,6 +47,7 @@ class Index:
         columns: the names of the columns.
         ours: what the dataset says under keys of this library, see `actcache.share.ours`; empty where it says nothing.
         checksums: what it says of its files.
+        nbytes: the size of the file.
     """
 
     def __init__(self, source: Source) -> None:
@@ -67,6 +69,7 @@ class Index:
         self.columns: list[str] = schema.names
         if len(set(self.columns)) != len(self.columns):
             raise self.wrong("two columns have the same name")
+        self.nbytes = self._bytes.size
         self.description = describe(self._metadata(schema.metadata or {}), source.name)
         if self.description.num_prompts != self.num_rows:
             raise self.wrong(f"num_prompts is {self.description.num_prompts:,}, and it has {self.num_rows:,} rows")
@@ -79,26 +82,29 @@ class Index:
         import pyarrow.parquet as pq
 
         self._check(names)
-        leaves = [self._parquet.metadata.schema.column(i) for name in names for i in self._leaves(name)]
-        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        texts = self._texts(names)
         self._fetch(names)
         file = self._decoded(lambda: pq.ParquetFile(self._bytes, pre_buffer=False, read_dictionary=texts))
-        table = self._decoded(lambda: file.read(columns=list(names), use_threads=False))
+        table = self._decoded(lambda: _whole(file, list(names)))
         if table.num_rows != self.num_rows:
             raise self.wrong(f"it promises {self.num_rows:,} rows and has {table.num_rows:,}")
         return {name: table[name] for name in names}
 
-    def batches(self, names: Sequence[str]) -> Iterator[dict[str, pa.Array]]:
-        """Columns of lists, some rows at a time."""
+    def batches(self, names: Sequence[str], *, most_rows: int | None = None) -> Iterator[dict[str, pa.Array]]:
+        """Columns, some rows at a time; texts as dictionaries."""
+        import pyarrow.parquet as pq
+
         self._check(names)
         self._fetch(names)
         most = max((count for name in names for _, count, _ in self._chunks(name)), default=0)
         rows = max(1, min(self.num_rows, _BATCH_NUMBERS * max(1, self.num_rows) // max(1, most)))
-        found = self._decoded(
-            lambda: self._parquet.iter_batches(batch_size=rows, columns=list(names), use_threads=False)
-        )
-        while (batch := self._decoded(lambda: next(found, None))) is not None:
-            yield {name: batch.column(name) for name in names}
+        rows = rows if most_rows is None else min(rows, most_rows)
+        texts = self._texts(names)
+        file = self._decoded(lambda: pq.ParquetFile(self._bytes, pre_buffer=False, read_dictionary=texts))
+        for group in range(file.num_row_groups):
+            found = self._decoded(partial(_some, file, list(names), group, rows))
+            while (batch := self._decoded(partial(next, found, None))) is not None:
+                yield {name: batch.column(name) for name in names}
 
     def kind(self, name: str) -> pa.DataType:
         """The type of a column; `DatasetFormatError` when there is none of that name."""
@@ -179,6 +185,11 @@ class Index:
         schema, count = self._parquet.metadata.schema, self._parquet.metadata.num_columns
         return [number for number in range(count) if f"{schema.column(number).path}.".startswith(f"{name}.")]
 
+    def _texts(self, names: Sequence[str]) -> list[str]:
+        """The parts of columns that are texts."""
+        leaves = [self._parquet.metadata.schema.column(i) for name in names for i in self._leaves(name)]
+        return [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+
     def _fetch(self, names: Sequence[str]) -> None:
         """Bring columns into memory, packed; refuse pages that say other than the footer."""
         chunks = [(name, *chunk) for name in names for chunk in self._chunks(name)]
@@ -205,6 +216,21 @@ class Index:
     def wrong(self, what: str) -> DatasetFormatError:
         """The error for an index of which `what` holds."""
         return DatasetFormatError(f"{INDEX} of {self.source.name}: {what}.")
+
+
+def _whole(file: Any, names: list[str]) -> pa.Table:
+    """Columns of all row groups: read at once, lists of texts cannot be had as dictionaries from several."""
+    import pyarrow as pa
+
+    groups = [file.read_row_group(n, columns=names, use_threads=False) for n in range(file.num_row_groups)]
+    return pa.concat_tables(groups) if groups else file.read(columns=names, use_threads=False)
+
+
+def _some(file: Any, names: list[str], group: int, rows: int) -> Iterator[pa.RecordBatch]:
+    found: Iterator[pa.RecordBatch] = file.iter_batches(
+        batch_size=rows, row_groups=[group], columns=names, use_threads=False
+    )
+    return found
 
 
 class _Bytes(io.RawIOBase):
