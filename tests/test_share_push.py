@@ -28,7 +28,7 @@ from actcache.errors import (
     PromptTypeError,
 )
 from actcache.share.columns import label_column, metadata_columns
-from actcache.share.shard_files import _greedy
+from actcache.share.shard_files import greedy
 from actcache.store import given as said
 from actcache.store.records import LABEL, METADATA, Records
 from share_helpers import (
@@ -211,7 +211,7 @@ class TestFullSequences:
     @settings(max_examples=60, deadline=None)
     @given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(1, 20))
     def test_no_shard_is_empty_and_none_is_too_large_for_nothing(self, sizes, limit):
-        shards = _greedy(np.array(sizes), limit)
+        shards = greedy(np.array(sizes), limit)
         held = [sum(sizes[a:b]) for a, b in shards]
         assert all(held) and sum(held) == sum(sizes)
         if shards:

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from actcache.selftest.run import selftest
     from actcache.share.load import load_activation_dataset, load_activations
     from actcache.share.metadata import DatasetMetadata, fetch_dataset_metadata
+    from actcache.share.migrate import migrate_dataset, upgrade_dataset_format
     from actcache.share.pull import pull_dataset
     from actcache.share.push import DEFAULT_SHARD_BYTES, push_dataset
     from actcache.store.backend import CacheBackend, LocalBackend, MemoryBackend
@@ -130,7 +131,9 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "TokenBatch": ("stream.tokens", "TokenBatch"),
     # What is shared
     "DEFAULT_SHARD_BYTES": ("share.push", "DEFAULT_SHARD_BYTES"),
+    "migrate_dataset": ("share.migrate", "migrate_dataset"),
     "push_dataset": ("share.push", "push_dataset"),
+    "upgrade_dataset_format": ("share.migrate", "upgrade_dataset_format"),
     # What is kept
     "Store": ("store.store", "Store"),
     "CacheBackend": ("store.backend", "CacheBackend"),
@@ -233,6 +236,7 @@ __all__ = [
     "load_activation_dataset",
     "load_activations",
     "mean_difference",
+    "migrate_dataset",
     "new_space",
     "patch",
     "probe_by_layer",
@@ -249,6 +253,7 @@ __all__ = [
     "stream_activations",
     "text_positions",
     "tokens_of",
+    "upgrade_dataset_format",
     "verify_cache",
 ]
 

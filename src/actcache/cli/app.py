@@ -28,6 +28,8 @@ VERBS = {
     "push": "Publish what is stored for a model as a dataset.",
     "pull": "Let a dataset answer for its model, fetched when it is read.",
     "load": "Write activations of a dataset into a file.",
+    "migrate": "Give last tokens of a dataset files of their own.",
+    "upgrade": "Bring a dataset of format 1.x to 2.0.",
     "dataset-info": "Say what a dataset of the Hub or in a folder holds.",
     "sites": "List the places of a model that can be read.",
     "selftest": "Prove on this machine that a model's activations are right.",

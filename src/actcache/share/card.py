@@ -50,22 +50,22 @@ def build(
     description: str | None,
 ) -> str:
     """The text of README.md."""
-    shown = _plain(model)
+    shown = plain(model)
     edited = "(edited: " in model
     link = f"[`{shown}`](https://huggingface.co/{model})" if _HUB_ID.fullmatch(model) else f"`{shown}`"
     parts = [
         _front_matter(model, count, license),
         f"# Activations of {shown}",
-        f"Activations of {link}{f', revision `{_plain(revision)}`' if revision else ''}, for {count:,} prompts.",
+        f"Activations of {link}{f', revision `{plain(revision)}`' if revision else ''}, for {count:,} prompts.",
         "**The model was run with edits: these are not the activations of the model as it is.**" if edited else "",
         (description or "").strip(),
         "## Contents",
-        _table(described),
-        f"`index/` has one row per prompt: {', '.join(f'`{_plain(name)}`' for name in columns)}.",
+        contents(described),
+        f"`index/` has one row per prompt: {', '.join(f'`{plain(name)}`' for name in columns)}.",
         "## Load with actcache",
-        _with_actcache(repo_id, described),
+        with_actcache(repo_id, described),
         "## Load with pyarrow and safetensors",
-        _with_nothing_but(repo_id, described),
+        with_nothing_but(repo_id, described),
         "## Provenance",
         _provenance(provenance),
     ]
@@ -95,7 +95,8 @@ def _front_matter(model: str, count: int, license: str) -> str:
     return "\n".join(lines)
 
 
-def _table(described: Mapping[str, Any]) -> str:
+def contents(described: Mapping[str, Any]) -> str:
+    """What there is, as a table."""
     rows = ["| tensors | site | layers | width | dtype | rows | shards |", "|---|---|---|---|---|---|---|"]
     for name, told in described.items():
         whole = told.get("storage") == FULL_SEQUENCE
@@ -103,7 +104,7 @@ def _table(described: Mapping[str, Any]) -> str:
         width = f"top {told['k']}" if name == LOGITS else str(told["dim"])
         site = told.get("site", "logits")
         cells = [name, site, _layers(told.get("layers", [])), width, told["dtype"], pooling, str(len(told["shards"]))]
-        rows.append(f"| {' | '.join(_plain(cell) for cell in cells)} |")
+        rows.append(f"| {' | '.join(plain(cell) for cell in cells)} |")
     return "\n".join(rows)
 
 
@@ -115,7 +116,8 @@ def _layers(layers: list[int]) -> str:
     return ", ".join(map(str, layers))
 
 
-def _with_actcache(repo_id: str, described: Mapping[str, Any]) -> str:
+def with_actcache(repo_id: str, described: Mapping[str, Any]) -> str:
+    """How this library loads it."""
     name = next((key for key in described if key not in (LOGITS, ROUTER)), None)
     told = described.get(name or "")
     if told is None:
@@ -133,7 +135,8 @@ def _with_actcache(repo_id: str, described: Mapping[str, Any]) -> str:
     )
 
 
-def _with_nothing_but(repo_id: str, described: Mapping[str, Any]) -> str:
+def with_nothing_but(repo_id: str, described: Mapping[str, Any]) -> str:
+    """How it is loaded with pyarrow and safetensors alone."""
     name = next((key for key in described if key not in (LOGITS, ROUTER)), None) or next(iter(described))
     told = described[name]
     # numpy has no bfloat16, for which the library takes torch.
@@ -178,14 +181,14 @@ def _provenance(provenance: Mapping[str, Any]) -> str:
         f"{VERSION} of the lmprobe format",
     ]
     told = provenance.get("identity", {})
-    lines += [f"- {_plain(key.replace('_', ' '))}: `{_plain(value)}`" for key, value in told.items()]
+    lines += [f"- {plain(key.replace('_', ' '))}: `{plain(value)}`" for key, value in told.items()]
     versions = provenance.get("extracted_with") or {}
     lines += [
-        f"- extracted with {_plain(key.removesuffix('_version'))} {_plain(value)}"
+        f"- extracted with {plain(key.removesuffix('_version'))} {plain(value)}"
         for key, value in versions.items()
         if value
     ]
-    lines += [f"- not part of it: {_plain(what)}" for what in provenance.get("left_out", [])]
+    lines += [f"- not part of it: {plain(what)}" for what in provenance.get("left_out", [])]
     lines.append(
         "- the identity of the model, SHA-256 of every file and token ids are in the metadata and columns of the index"
     )
@@ -196,7 +199,7 @@ def _code(text: str) -> str:
     return f"```python\n{text}\n```"
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """Text that means nothing else in Markdown or in a table of it."""
     text = " ".join(str(value).split())
     return text.replace("`", "'").replace("|", "/").replace("<", "(").replace("[", "(").replace("]", ")")[:300]

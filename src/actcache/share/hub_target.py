@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +35,9 @@ _OWN_FILES = (".gitattributes",)
 class HubTarget(Target):
     """`token`: as the Hub's client takes it; it is never part of an error, a log or a commit."""
 
+    doing, do_it_again = "pushing to", "push again"
+    """What errors call it, and how it goes on."""
+
     def __init__(
         self, repo_id: str, *, token: str | bool | None, private: bool, exist_ok: bool, num_threads: int
     ) -> None:
@@ -45,7 +50,7 @@ class HubTarget(Target):
         self._token = check_token(get_token() if token in (None, True) else token)
         if not self._token:
             raise OptionError(
-                f"pushing to {repo_id!r} needs a token of the Hub that may write: log in with `hf auth login`, set "
+                f"{self.doing} {repo_id!r} needs a token of the Hub that may write: log in with `hf auth login`, set "
                 "HF_TOKEN, or pass token=. A folder is written ./folder."
             )
         self._api = HfApi(token=self._token, library_name="actcache")
@@ -266,9 +271,9 @@ class HubTarget(Target):
             401: "the Hub does not know this token: log in again with `hf auth login`, or pass another one.",
             403: f"this token may not write to {self.name!r}: pass one that may, or choose another name.",
             404: "there is no such account, or this token may not see it.",
-        }.get(status or 0, "what has arrived stays there: push again to go on.")
+        }.get(status or 0, f"what has arrived stays there: {self.do_it_again} to go on.")
         kind: type[ActCacheError] = OptionError if status in (401, 403, 404) else DatasetAccessError
-        return kind(f"pushing to {self.name!r} failed ({_reason(error, status)}): {remedy}")
+        return kind(f"{self.doing} {self.name!r} failed ({_reason(error, status)}): {remedy}")
 
 
 def check_token(token: Any) -> Any:
@@ -332,3 +337,20 @@ def _digests_of(operation: Any) -> set[str]:
         file = operation.path_or_fileobj
         found.update(_digests(Path(getattr(file, "name", file))))
     return found
+
+
+@contextmanager
+def quiet_client() -> Iterator[None]:
+    """No bars of the Hub's client beside ours."""
+    from huggingface_hub import constants
+
+    bars: Any = import_module("huggingface_hub.utils")
+
+    if bars.are_progress_bars_disabled() or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None:
+        yield
+        return
+    bars.disable_progress_bars()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bars()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +14,7 @@ from actcache.progress import progress
 from actcache.share import card
 from actcache.share.columns import Column, label_column, metadata_columns
 from actcache.share.contents import Contents
-from actcache.share.hub_target import HubTarget, check_token
+from actcache.share.hub_target import HubTarget, check_token, quiet_client
 from actcache.share.index_file import Index, require_pyarrow
 from actcache.share.location import local_folder
 from actcache.share.selection import Selection, as_prompts, select
@@ -229,7 +227,7 @@ def _push(target: Target, staging: Staging, shards: Shards, contents: Contents, 
     else:
         staging.check_room(sum(sorted(shard.nbytes for shard in left)[-settings.stream_batch :]))
     maker = _Maker(staging, settings)
-    with progress(len(shards.files), f"push {target.name}", unit="file") as bar, _quiet_client():
+    with progress(len(shards.files), f"push {target.name}", unit="file") as bar, quiet_client():
         bar.update(len(arrived))
         if settings.stream_batch is None:
             with progress(len(missing), "prepare", unit="file") as making:
@@ -325,20 +323,3 @@ def _runs(shards: Sequence[ShardFile]) -> Iterator[list[ShardFile]]:
         run.append(shard)
     if run:
         yield run
-
-
-@contextmanager
-def _quiet_client() -> Iterator[None]:
-    """No bars of the Hub's client beside ours."""
-    from huggingface_hub import constants
-
-    bars: Any = import_module("huggingface_hub.utils")
-
-    if bars.are_progress_bars_disabled() or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None:
-        yield
-        return
-    bars.disable_progress_bars()
-    try:
-        yield
-    finally:
-        bars.enable_progress_bars()

@@ -123,7 +123,7 @@ class Shards:
         if self.whole:
             self.lengths = self.whole[0].lengths()
             widest = max(rows.row_bytes for rows in self.whole)
-            self.rest = _greedy(self.lengths - 1, max(1, shard_max_bytes // widest))
+            self.rest = greedy(self.lengths - 1, max(1, shard_max_bytes // widest))
         self.logits: tuple[int, Rows, Rows] | None = None
         self.logits_shards: list[tuple[int, int]] = []
         if selection.logits is not None:
@@ -235,10 +235,10 @@ class Shards:
     @cached_property
     def locations(self) -> dict[str, Ints]:
         """The columns of the index that say where a prompt's row is, int64 ``[n]`` each."""
-        own = _located(self.logits_shards, len(self.order))
+        own = located(self.logits_shards, len(self.order))
         if not self.placed:
             return {"shard_index": own[0], "row_offset": own[1]}
-        shard, offset = _located(self.placed, len(self.order))
+        shard, offset = located(self.placed, len(self.order))
         found = {"shard_index": shard, "row_offset": offset}
         if self.logits is not None:
             found |= {"shard_index_logits": own[0], "row_offset_logits": own[1]}
@@ -248,7 +248,7 @@ class Shards:
         """Shard and row of every token of the prompts in rows `start` to `stop`; the last is in the shards in front."""
         assert self.lengths is not None
         if self._rest_shard is None:
-            self._rest_shard = _located(self.rest, len(self.order))[0]
+            self._rest_shard = located(self.rest, len(self.order))[0]
             before = np.concatenate([[0], np.cumsum(self.lengths - 1)])
             first = np.array([a for a, _ in self.rest] or [0])
             self._rest_row = before[:-1] - before[first[self._rest_shard]]
@@ -289,7 +289,7 @@ def _seed(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 2**31
 
 
-def _greedy(sizes: Ints, limit: int) -> list[tuple[int, int]]:
+def greedy(sizes: Ints, limit: int) -> list[tuple[int, int]]:
     """Neighbours together up to `limit` rows; one that is larger has a shard to itself. Empty without any row."""
     ends = np.cumsum(sizes)
     found: list[tuple[int, int]] = []
@@ -307,7 +307,7 @@ def _greedy(sizes: Ints, limit: int) -> list[tuple[int, int]]:
     return found
 
 
-def _located(shards: Sequence[tuple[int, int]], count: int) -> tuple[Ints, Ints]:
+def located(shards: Sequence[tuple[int, int]], count: int) -> tuple[Ints, Ints]:
     shard = np.zeros(count, np.int64)
     offset = np.zeros(count, np.int64)
     for number, (start, stop) in enumerate(shards):

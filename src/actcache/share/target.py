@@ -96,7 +96,7 @@ class Folder(Target):
 
     def send(self, batch: Sequence[Staged]) -> list[Staged]:
         # They lie where they are needed; what a crash left half written was found by its checksum.
-        return [staged for staged in batch if not staged.fresh and not _intact(staged)]
+        return [staged for staged in batch if not staged.fresh and not intact(staged)]
 
     def commit(self, message: str) -> list[str]:
         return []
@@ -107,7 +107,7 @@ class Folder(Target):
                 if file != staging.files / path:
                     (staging.files / path).parent.mkdir(parents=True, exist_ok=True)
                     os.replace(file, staging.files / path)
-            _sync(staging.files)
+            sync_tree(staging.files)
             if not folder_exists(self.folder):
                 with contextlib.suppress(FileNotFoundError):
                     self.folder.rmdir()
@@ -130,7 +130,7 @@ class Folder(Target):
         for path in self._paths():
             if is_stale(path, {*wanted, *last}):
                 (self.folder / path).unlink(missing_ok=True)
-        _sync(self.folder, files_too=False)
+        sync_tree(self.folder, files_too=False)
         marker.unlink(missing_ok=True)
 
     def _is_half_moved(self) -> bool:
@@ -140,7 +140,8 @@ class Folder(Target):
         return [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if not path.is_dir()]
 
 
-def _intact(staged: Staged) -> bool:
+def intact(staged: Staged) -> bool:
+    """Whether a file that another process made is what it was."""
     import hashlib
 
     assert staged.file is not None
@@ -148,7 +149,7 @@ def _intact(staged: Staged) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == staged.sha256
 
 
-def _sync(folder: Path, *, files_too: bool = True) -> None:
+def sync_tree(folder: Path, *, files_too: bool = True) -> None:
     """Make everything in a folder durable."""
     for place, _, names in os.walk(folder):
         for name in names if files_too else ():
