@@ -622,3 +622,105 @@ def test_a_file_of_another_size_is_named(published, store, tmp_path):
         file.write(b"x")
     with pytest.raises(DatasetFormatError, match=f"{victim.name}.*bytes, and the dataset says"):
         ac.load_activations(tmp_path / "set", layers=[2], show_progress=False)
+
+
+def test_a_label_that_recurs_is_no_bomb(tmp_path, store, monkeypatch):
+    monkeypatch.setattr("actcache.share.index_prompts._LEAST_ROOM", 1 << 20)
+    made = make(tmp_path / "set", labels=["x" * (1 << 20)] * 11, k=0)
+    assert (made.folder / INDEX).stat().st_size < 100_000
+    refused(made, store, "more room than so many bytes can hold")
+    monkeypatch.undo()
+    assert ac.pull_dataset(made.folder, store=store) == 11
+
+
+def test_many_layers_of_many_prompts_are_chosen_from(tmp_path, store, monkeypatch):
+    made = make(tmp_path / "set")
+    monkeypatch.setattr("actcache.share.pull._MOST_BYTES", 4 * 11 * 4)
+    with pytest.raises(OptionError, match=r"promises 5 tensors of 11 prompts.*layers="):
+        ac.pull_dataset(made.folder, store=store)
+    assert not store.root.exists()
+    assert ac.pull_dataset(made.folder, store=store, layers=[0, 2], tensors="hidden_layers") == 11
+
+
+def test_tokens_that_no_file_holds(tmp_path, store, monkeypatch):
+    monkeypatch.setattr("actcache.share.pull._MANY_TOKENS", 20)
+    made = make(tmp_path / "set", "1.1 full", k=0)
+    assert ac.pull_dataset(made.folder, store=store) == 11
+    store.clear()
+    lengths = made.columns["num_tokens"].to_pylist()
+    made.columns["num_tokens"] = [*lengths[:-1], 10**9]
+    made.hidden["shards"][-1]["num_tokens"] += 10**9 - lengths[-1]
+    made.write()
+    refused(made, store, "the dataset says 1,000,000,")
+
+
+def test_whoever_waited_for_what_failed_asks_anew(tmp_path, store, monkeypatch):
+    """Two threads, one dataset: what stops the first must not leave the second with rows that nobody has read."""
+    made = make(tmp_path / "set", n=30)
+    ac.pull_dataset(made.folder, store=store)
+    space = pulled(store)
+    begun, waiting, failed = threading.Event(), threading.Event(), []
+    original = fetching.Dataset.read
+
+    def fails_once(self, *args, **options):
+        if not failed:
+            failed.append(True)
+            begun.set()
+            assert waiting.wait(10)
+            self.index.source.stop.set()
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(fetching.Dataset, "read", fails_once)
+    results: dict[int, object] = {}
+
+    def work(i):
+        try:
+            results[i] = store.read(space, made.texts, "resid_post.0", pooling="last_token").numpy()
+        except ac.ActCacheError as error:
+            results[i] = error
+
+    first = threading.Thread(target=work, args=(0,))
+    first.start()
+    assert begun.wait(10)
+    second = threading.Thread(target=work, args=(1,))
+    second.start()
+    waiting.set()
+    first.join()
+    second.join()
+    assert "reading was stopped" in str(results[0])
+    assert np.array_equal(results[1], np.stack(made.expected())[:, 0])
+
+
+def test_a_store_that_lies_elsewhere(tmp_path):
+    made = make(tmp_path / "set", labels=list(range(11)))
+    backend = ac.MemoryBackend()
+    with ac.Store(backend, index_dir=tmp_path / "one") as one:
+        ac.pull_dataset(made.folder, store=one)
+        one.read(pulled(one), made.texts[:4], "resid_post.0", pooling="last_token")
+    with ac.Store(backend, index_dir=tmp_path / "two") as two:
+        space = pulled(two)
+        assert space.label["pulled"]["forms"]["resid_post"] == "last_token"
+        shutil.move(made.folder, tmp_path / "moved")
+        found = two.read(space, made.texts[:4], "resid_post.0", pooling="last_token")
+        assert np.array_equal(found.numpy(), np.stack(made.expected())[:4, 0])
+        shutil.move(tmp_path / "moved", made.folder)
+        assert two.read(space, made.texts, "resid_post.5", pooling="last_token").shape == (11, 6)
+
+
+def test_statistics_are_of_what_is_here(tmp_path, store):
+    made = make(tmp_path / "set", k=0)
+    ac.pull_dataset(made.folder, store=store)
+    space = pulled(store)
+    assert store.summaries(space) == []
+    store.read(space, made.texts, "resid_post.2", pooling="last_token")
+    (summary,) = store.summaries(space)
+    assert (summary.site, summary.rows) == ("resid_post.2", 11)
+
+
+def test_logits_that_are_no_tokens(tmp_path, store):
+    made = make(tmp_path / "set")
+    made.files["tensors/logits_topk_000.safetensors"]["logits_topk.indices"][5, 0] = -7
+    made.write()
+    ac.pull_dataset(made.folder, store=store)
+    with pytest.raises(DatasetFormatError, match="no token"):
+        store.read(pulled(store), made.texts, "logits.top3.indices", pooling="last_token")

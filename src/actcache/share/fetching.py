@@ -85,10 +85,20 @@ class Dataset:
             count = int(part.length.sum())
             made = {c.site: np.empty((count, width), kind) for c, width, kind in self._shapes(reader, part, columns)}
             reader.read(part, [(c.layer, c.key, made[c.site]) for c in columns])
+            if self.index.source.stop.is_set():
+                # Whoever stopped it left rows that nobody has read.
+                raise DatasetAccessError(f"{self.index.source.name}: reading was stopped.")
             for column in columns:
                 if column.site.endswith(".indices"):
                     made[column.site] = self._indices(column, made[column.site])
             yield members, made
+
+    def verify(self, column: Column) -> None:
+        """Check that the files of a column hold as many rows as the dataset says."""
+        group = column.group
+        assert group is not None
+        filled = [number for number, shard in enumerate(group.shards) if shard.rows]
+        self._reader(group).verify(filled, [(column.layer, column.key)])
 
     def in_order(self, rows: Ints, columns: Sequence[Column], layout: str, most: int) -> list[Ints]:
         """Which of `rows` to ask for together, `most` bytes each time, so that files are read from front to back."""
@@ -165,10 +175,23 @@ def remember(space: str, dataset: Dataset, token: str | bool | None) -> None:
             _open.popitem(last=False)
 
 
-def _forget(space: str) -> None:
+def _forget(space: str, dataset: Dataset) -> None:
     # What went wrong stopped everything that was read of it.
+    dataset.index.source.stop.set()
     with _lock:
-        _open.pop(space, None)
+        if _open.get(space) is dataset:
+            del _open[space]
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+    # Locks of threads that are not here would never be given back.
+    _open.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _opened(info: SpaceInfo) -> Dataset:
@@ -236,22 +259,27 @@ def fetch(
         ValueOverflowError: a value does not fit the dtype of the store.
     """
     missing = _missing(store, info, table, sites, layout)
-    told(len(table) - len(missing))
-    if not len(missing):
+    lacking = _count(missing)
+    told(len(table) - lacking)
+    if not missing:
         return 0
     dataset = _opened(info)
     try:
         with dataset.lock, exclusive(store.index_dir, f"pull-{info.space}", wait_s=_WAIT_S):
+            if dataset.index.source.stop.is_set():
+                # It failed for those who had it before.
+                dataset = _opened(info)
             missing = _missing(store, info, table, sites, layout)
-            if len(missing):
-                _check_unchanged(info, dataset)
-                _fetch(store, info, dataset, table.select(missing), sites, layout, told)
+            told(lacking - _count(missing))
+            _check_unchanged(info, dataset)
+            for members, absent in missing:
+                _fetch(store, info, dataset, table.select(members), absent, layout, told)
     except BaseException as error:
-        _forget(info.space)
+        _forget(info.space, dataset)
         if isinstance(error, DamagedFileError):
             _drop(store, info, dataset.of_file(error.path))
         raise
-    return len(missing)
+    return lacking
 
 
 def _drop(store: Store, info: SpaceInfo, rows: Ints) -> None:
@@ -267,11 +295,22 @@ def _drop(store: Store, info: SpaceInfo, rows: Ints) -> None:
         store.invalidate(info, mine)
 
 
-def _missing(store: Store, info: SpaceInfo, table: PromptTable, sites: Sequence[str], layout: str) -> Ints:
-    """Which of the prompts lack something, each different one once."""
-    first = np.unique(table.token_key, axis=0, return_index=True)[1]
+def _missing(
+    store: Store, info: SpaceInfo, table: PromptTable, sites: Sequence[str], layout: str
+) -> list[tuple[Ints, list[str]]]:
+    """Which of the prompts, each different one once, lack which sites."""
+    first = np.sort(np.unique(table.token_key, axis=0, return_index=True)[1])
     placement = store.locate(info.space, table=table, sites=sites, layout=layout)
-    return np.sort(first[~placement.found[first]])
+    kinds, which = np.unique(placement.found_each[first], axis=0, return_inverse=True)
+    return [
+        (first[which.ravel() == number], [site for site, found in zip(sites, kind.tolist(), strict=True) if not found])
+        for number, kind in enumerate(kinds)
+        if not kind.all()
+    ]
+
+
+def _count(missing: Sequence[tuple[Ints, Sequence[str]]]) -> int:
+    return sum(len(members) for members, _ in missing)
 
 
 def _check_unchanged(info: SpaceInfo, dataset: Dataset) -> None:

@@ -30,6 +30,7 @@ PERPLEXITIES = ("perplexity_mean", "perplexity_min", "perplexity_max")
 # What a pooled prompt of unknown length stands for; the number means nothing.
 _SOME_TOKENS = 4
 _MOST_TOKENS = 1 << 31
+_LEAST_ROOM, _MAX_RATIO = 64 << 20, 100
 
 
 def first_rows(index: Index) -> Ints:
@@ -142,22 +143,38 @@ def lengths_of(index: Index, group: TensorGroup | None) -> Ints | None:
 def said_of(index: Index, rows: Ints, table: PromptTable) -> list[Records]:
     """Labels and other columns of the prompts `rows`, as a store keeps them. A prompt that the dataset says two things
     of has no label."""
-    made = []
+    made: list[Records] = []
+    room = _Room(index)
     labels = labels_of(index)
     if labels is not None:
         contradicted = _contradicted(index, labels)
         chosen = [i for i, row in enumerate(rows.tolist()) if labels[row] is not None and row not in contradicted]
         if chosen:
-            values = [given.encoded(labels[rows[i]]) for i in chosen]
+            values = [room.take(given.encoded(labels[rows[i]])) for i in chosen]
             made += given.records(LABEL, table.select(chosen), values)
     names = [name for name in index.columns if not is_fixed(name) and is_plain(index.kind(name))]
     if names:
         columns = {name: values_of(index, name) for name in names}
         values = []
         for row in rows.tolist():
-            values.append(given.encoded({name: _finite(columns[name][row]) for name in names}))
+            values.append(room.take(given.encoded({name: _finite(columns[name][row]) for name in names})))
         made += given.records(METADATA, table, values)
     return made
+
+
+class _Room:
+    """Counts what is said of prompts: a text that recurs is in an index once, and would be stored with each of them."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._left = _LEAST_ROOM + _MAX_RATIO * index.nbytes
+
+    def take(self, value: bytes) -> bytes:
+        """`value`, where there is room for it."""
+        self._left -= len(value)
+        if self._left < 0:
+            raise self._index.wrong("its labels and columns would take more room than so many bytes can hold")
+        return value
 
 
 def _finite(value: Any) -> Any:

@@ -35,6 +35,8 @@ _WAIT_S = 60.0
 # Prompts that are fetched, and become durable, together.
 _STEP_BYTES = 256 << 20
 _LONGEST_NAME = 500
+_MOST_BYTES = 1 << 30
+_MANY_TOKENS = 1 << 22
 
 
 def pull_dataset(
@@ -121,8 +123,9 @@ def pull(
     dataset = Dataset(index)
     columns = dataset.offered.choose(tensors, layers)
     rows = first_rows(index) if target_prompts is None else _unique(find_prompts(index, target_prompts))
+    _check_size(source.name, len(columns), len(rows))
     info = _space(index, dataset.offered)
-    lengths = _lengths(index, dataset.offered)
+    lengths = _lengths(index, dataset)
     context = str(info.label["pulled"]["context"])
     table = table_of(index, rows, lengths, context)
     for column in columns:
@@ -151,13 +154,25 @@ def _unique(rows: Ints | None) -> Ints:
     return np.unique(rows)
 
 
-def _lengths(index: Index, offered: Offered) -> Ints | None:
+def _check_size(name: str, sites: int, prompts: int) -> None:
+    """Refuse to write much for what may be next to nothing: a small index can promise many prompts and layers."""
+    if sites * prompts * 4 > _MOST_BYTES:
+        raise OptionError(
+            f"{name} promises {sites:,} tensors of {prompts:,} prompts: to say where these are takes more than "
+            f"{_MOST_BYTES:,} bytes. Choose some of them with layers=, tensors= or target_prompts=."
+        )
+
+
+def _lengths(index: Index, dataset: Dataset) -> Ints | None:
     """How many tokens each prompt has, where the dataset has full sequences: of all its tensors the same."""
     found: Ints | None = None
-    for group in {c.group.name: c.group for c in offered.columns.values() if c.group is not None}.values():
-        lengths = lengths_of(index, group)
+    for column in {c.group.name: c for c in dataset.offered.columns.values() if c.group is not None}.values():
+        lengths = lengths_of(index, column.group)
+        if lengths is not None and int(lengths.sum()) > _MANY_TOKENS:
+            # So many are taken for what the files hold, not for what the index promises.
+            dataset.verify(column)
         if lengths is not None and found is not None and not np.array_equal(found, lengths):
-            raise DatasetFormatError(f"{index.source.name}: {group.name} has other numbers of tokens than others.")
+            raise DatasetFormatError(f"{index.source.name}: {column.site} has other numbers of tokens than others.")
         found = found if lengths is None else lengths
     return found
 
@@ -243,7 +258,7 @@ def _register(
             part = records.select(is_member(records.prompts.token_key, keys))
             if len(part.prompts):
                 store.append(info.space, part)
-        own = rows[new][:, None]
+        own = rows[new].astype(np.int32)[:, None]
         made = Records.pooled(table.select(new), PULLED, dict.fromkeys(named, own))
         made.screened = True
         # Last, so that whoever finds the prompts finds what is said of them.

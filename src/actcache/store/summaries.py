@@ -9,6 +9,7 @@ import numpy as np
 from actcache.store.casting import CastError
 from actcache.store.dtypes import FLOATING, name_of
 from actcache.store.index import SpaceIndex
+from actcache.store.records import PULLED
 from actcache.store.reports import counted, statistics
 from actcache.store.site_names import site_order
 
@@ -65,7 +66,7 @@ def summarise(index: SpaceIndex) -> list[SiteSummary]:
     errors: dict[tuple[str, str], dict[str, CastError]] = {}
     sizes: dict[tuple[str, str], int] = {}
     widths: dict[tuple[str, str], int] = {}
-    for _, info, segment in index.open_all(lambda number, info: not index.is_remnant(number)):
+    for _, info, segment in index.open_all(lambda n, info: not index.is_remnant(n) and info.layout != PULLED):
         for site, code, width in info.columns:
             key = info.layout, site
             errors.setdefault(key, {}).setdefault(name_of(code), CastError()).add(segment.error(site))
