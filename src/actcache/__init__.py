@@ -75,7 +75,8 @@ if TYPE_CHECKING:
     from actcache.store.transformer_lens import import_transformer_lens
     from actcache.store.verification import VerifyReport
     from actcache.store.wrapped_backends import LoggingBackend
-    from actcache.stream.stream import ActivationStream, stream_activations
+    from actcache.stream.batches import ActivationStream
+    from actcache.stream.stream import stream_activations
     from actcache.stream.tokens import TokenBatch
     from actcache.unified import UnifiedCache, activations
 
@@ -127,7 +128,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "SelftestReport": ("selftest.report", "SelftestReport"),
     # For training
     "stream_activations": ("stream.stream", "stream_activations"),
-    "ActivationStream": ("stream.stream", "ActivationStream"),
+    "ActivationStream": ("stream.batches", "ActivationStream"),
     "TokenBatch": ("stream.tokens", "TokenBatch"),
     # What is shared
     "DEFAULT_SHARD_BYTES": ("share.push", "DEFAULT_SHARD_BYTES"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -307,10 +307,13 @@ class CachedExtractor:
                 unsaid.put(writer, unsaid.of_stored)
         return unsaid
 
-    def fill(self, request: Request, unsaid: Unsaid | None = None) -> Filled:
+    def fill(
+        self, request: Request, unsaid: Unsaid | None = None, taken: Callable[[Records], object] | None = None
+    ) -> Filled:
         """Compute and store what `request` lacks; a batch that fails is noted and the rest goes on.
 
-        `unsaid`: what is to be stored with the prompts that were not.
+        `unsaid`: what is to be stored with the prompts that were not. `taken` is given the records of every batch that
+        is to be stored, and ends the run by what it raises.
 
         Raises:
             DiskFullError, StoreAccessError: what was finished before stays stored.
@@ -356,6 +359,8 @@ class CachedExtractor:
                         filled.failed += [(members[batch.indices[r.prompt]], f"{r}") for r in refused]
                         if kept is not None:
                             vectors = writer.put(kept)
+                            if taken is not None:
+                                taken(kept)
                             filled.extracted += len(kept.prompts)
                             filled.bytes_written += kept.stored_bytes + kept.scale_bytes
                             if unsaid is not None:

@@ -53,7 +53,8 @@ class _Field:
         size = self._width * self._dtype.itemsize
         low, high = int(addresses.min()), max(int(a) + m.nbytes for a, m in zip(addresses, matrices, strict=True))
         step = math.gcd(size, *(int(address) - low for address in addresses))
-        memory = np.frombuffer((ctypes.c_ubyte * (high - low)).from_address(low), np.uint8)
+        buffer = memoryview((ctypes.c_ubyte * (high - low)).from_address(low)).cast("B")
+        memory = np.frombuffer(buffer, np.uint8)
         one: npt.NDArray[np.void] = memory[:size].view(np.dtype((np.void, size)))
         self._rows = as_strided(one, ((high - low - size) // step + 1,), (step,), writeable=False)
         self._apart = size // step

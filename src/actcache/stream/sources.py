@@ -12,7 +12,7 @@ from actcache.store.records import TOKENS
 from actcache.store.spaces import SpaceInfo, space_id
 from actcache.store.store import Store
 from actcache.stream.stored import Address, StoredTokens
-from actcache.stream.tokens import exclusion
+from actcache.stream.tokens import asks_for_bos, exclusion
 
 
 def opened(
@@ -62,16 +62,12 @@ def _of_cache(
         raise OptionError(f"{given}= is for an ac.Store: a UnifiedCache has its own.")
     source = cached.extractor.source
     own = None if cached.layout == TOKENS else cached.layout
-    bos = getattr(source.tokenizer(), "bos_token_id", None) if _asks_for_bos(exclude) else None
+    bos = getattr(source.tokenizer(), "bos_token_id", None) if asks_for_bos(exclude) else None
     leave_out = exclusion(exclude, bos, known=True)
     _check_pooled(leave_out, own)
     address = Address(space_id(source.identity().values), sites, cached.layout)
     table = cached.store.common_prompts(address.space, sites, pooling=own, prompts=prompts)
     return StoredTokens(cached.store, address, table, leave_out)
-
-
-def _asks_for_bos(exclude: Any) -> bool:
-    return exclude == "bos" or (isinstance(exclude, list | tuple | set) and "bos" in exclude)
 
 
 def _check_pooled(leave_out: object, pooling: str | None) -> None:

@@ -81,6 +81,16 @@ def exclusion(exclude: Any, bos: int | None, known: bool) -> Exclusion:
     return Exclusion(tuple(sorted(set(ids))), "first" in [one for one in given if isinstance(one, str)])
 
 
+def asks_for_bos(exclude: Any) -> bool:
+    """Whether `exclusion` needs to know which token begins prompts."""
+    named = [exclude] if isinstance(exclude, str) else _several(exclude)
+    return "bos" in [one for one in named if isinstance(one, str)]
+
+
+def _several(exclude: Any) -> list[Any]:
+    return [] if isinstance(exclude, str | int) or exclude is None else list(exclude)
+
+
 def _listed(exclude: Any) -> list[Any]:
     if exclude is None:
         return []
