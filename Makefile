@@ -7,6 +7,9 @@ TORCH ?= torch==2.13.0
 TF4 ?= transformers==4.57.6
 # The libraries that some slow tests compare with.
 PEERS ?= transformer-lens==3.9.0 sae-lens==6.54.12 nnsight==0.8.1
+# One of them that asks for an nnsight which the others have left behind. Nothing that trains needs it, and all else that it
+# asks for comes with the others.
+PEERS_ALONE ?= dictionary-learning==0.1.0
 # A server of objects that checks signatures, for slow tests.
 SWIFT ?= swift==2.38.3
 
@@ -48,6 +51,7 @@ venv-tf4:
 
 venv-peers: ## make .venv-peers, in which slow tests compare with other libraries
 	@scripts/make_venv.sh $(VENV_PEERS) "$(TORCH)" $(PEERS) -e .
+	@$(VENV_PEERS)/bin/python -m pip install -qq --disable-pip-version-check --no-deps $(PEERS_ALONE)
 
 venv-lmprobe: ## make .venv-lmprobe, in which slow tests read our datasets with lmprobe
 	@scripts/make_venv.sh $(VENV_LMPROBE) "$(TORCH)" "$(LMPROBE)" "pyarrow>=15"

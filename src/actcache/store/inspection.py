@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 
 from actcache import config
@@ -27,11 +28,12 @@ from actcache.store.lookup import Query, locate
 from actcache.store.numbered import NumberedRows, numbered
 from actcache.store.prompts import PromptTable
 from actcache.store.pulled import Pulled, bring, expanded, forms_of, pulled_for
-from actcache.store.records import TOKENS
+from actcache.store.records import SPARSE, TOKENS
 from actcache.store.reports import CacheInfo
 from actcache.store.site_names import in_order
 from actcache.store.spaces import SpaceInfo, list_spaces, read_space
 from actcache.store.sparse import SparseSite
+from actcache.store.sparse_numbered import SparseNumbered
 from actcache.store.statistics import SiteStatistics
 from actcache.store.summaries import SiteSummary, summarise
 from actcache.store.variants import by_preference, variant_names
@@ -193,6 +195,8 @@ class Inspection(ABC):
         """
         index, layout = self._index(self._space(space)), pooling or TOKENS
         self._look()
+        if (sparse := _sparse(index, sites, pooling)) is not None:
+            sites, layout = sparse.columns, SPARSE
         for site in sites:
             if why := why_absent(index, site, layout):
                 raise NotCachedError(why)
@@ -209,20 +213,26 @@ class Inspection(ABC):
 
     def numbered(
         self, space: str | SpaceInfo, table: PromptTable, sites: Sequence[str], *, pooling: str | None = None
-    ) -> NumberedRows:
-        """The rows of the prompts of `table`, each with a number, at `sites`; nothing of them is read yet.
+    ) -> NumberedRows | SparseNumbered:
+        """The rows of the prompts of `table`, each with a number, at `sites`; nothing of them is read yet (of a sparse
+        matrix the positions are).
 
         Raises:
             NotCachedError: a prompt is not stored at one of the sites.
         """
         index = self._index(self._space(space))
         query = Query.by_tokens(table)
-        placement = self._keeping_room(lambda: locate(index, query, list(sites), pooling or TOKENS, False))
+        sparse = _sparse(index, sites, pooling)
+        columns, layout = (sites, pooling or TOKENS) if sparse is None else (sparse.columns, SPARSE)
+        placement = self._keeping_room(lambda: locate(index, query, list(columns), layout, False))
         rows = numbered(placement, sites)
         with index.lock:
             for segment, prompts in placement.held():
                 index.reads.note(segment.info, prompts)
-        return rows
+        if sparse is None:
+            return rows
+        starts = np.arange(len(table) + 1) if pooling else table.token_offset
+        return self._keeping_room(lambda: SparseNumbered(rows, sparse, starts))
 
     def info(self) -> CacheInfo:
         """What the store holds: one `ModelCacheInfo` per space, sizes, times."""
@@ -314,3 +324,8 @@ class Inspection(ABC):
         """In how many rows each column of a sparse matrix is not zero, int64 ``[n]``."""
         index = self._index(self._space(space))
         return self._keeping_room(lambda: sparse_reading.counts(index, site, prompts))
+
+
+def _sparse(index: SpaceIndex, sites: Sequence[str], pooling: str | None) -> SparseSite | None:
+    """The sparse matrix that is meant, where one site alone is named, and it is one."""
+    return sparse_reading.find_site(index, sites[0], pooling) if len(sites) == 1 else None

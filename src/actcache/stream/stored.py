@@ -114,7 +114,7 @@ class StoredTokens:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         store, address = _opened(*state["place"]), state["address"]
-        table = store.prompts(address.space, site=address.sites[0], layout=address.layout)
+        table = store.common_prompts(address.space, address.sites[:1], pooling=address.pooling)
         keys = np.frombuffer(state["keys"], np.uint8).reshape(-1, 16)
         self.__init__(store, address, picked(table, keys), state["leave_out"])  # type: ignore[misc]
 
