@@ -33,7 +33,8 @@ export PYTHON
 offline := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 # As many processes as there are processors; a file's tests stay together, with what they share.
-PYTEST = -m pytest -n auto --dist loadfile
+# When one of them ends in a test, the others finish what they have: its next one would begin with that test again.
+PYTEST = -m pytest -n auto --dist loadfile --max-worker-restart=0
 
 .DEFAULT_GOAL := help
 .PHONY: help venv venv-tf4 venv-peers venv-lmprobe venv-swift demo test test-all lint types bench format clean

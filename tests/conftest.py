@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import children
 from actcache import config
 from actcache.model import host_memo
 from actcache.store import default
@@ -24,6 +25,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Before torch is imported. Models of 32 dimensions have no work to share out: threads that wait for one another make
 # these tests several times slower on a machine that is busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Hooks of this very file are not called for what lasts as long as the session.
+    config.pluginmanager.register(children)
 
 
 @pytest.fixture(autouse=True)

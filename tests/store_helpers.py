@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+import children  # noqa: F401  # they end with this process
 from actcache.store.appending import Appender
 from actcache.store.prompts import PromptTable
 from actcache.store.quantize import BLOCK_ROWS
@@ -105,7 +106,7 @@ def segment_files(store: Store, space: str) -> list[Path]:
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """Run `work` in a forked child; its process id."""
+    """Run `work` in a forked child, which ends with this process at the latest; its process id."""
     with warnings.catch_warnings():
         # From Python 3.12 a fork beside idle threads of a numerical library warns.
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import random
 import resource
@@ -24,6 +23,7 @@ from actcache.store import fetching, mirror
 from actcache.store import segment as segments
 from actcache.store.backend import Bytes, LocalBackend, MemoryBackend, ObjectInfo
 from actcache.store.store import Store
+from store_helpers import in_child, wait_for
 
 SPACE = ac.new_space("org/model", revision="r1")
 SITES = [f"resid_post.{layer}" for layer in range(3)]
@@ -579,20 +579,6 @@ class Remote(LocalBackend):
     """Objects in a folder, taken for what lies elsewhere."""
 
 
-def in_child(work: Callable[[], None]) -> int:
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException:
-            logging.exception("in a child")
-        finally:
-            os._exit(status)
-    return pid
-
-
 def test_processes_share_a_working_copy(tmp_path: Path) -> None:
     for part in range(4):
         write(Store(Remote(tmp_path / "bucket"), index_dir=tmp_path / "writer"), range(300 * part, 300 * part + 300))
@@ -608,7 +594,7 @@ def test_processes_share_a_working_copy(tmp_path: Path) -> None:
                 store.close()
 
     children = [in_child(lambda seed=seed: work(seed)) for seed in range(4)]  # type: ignore[misc]
-    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
+    assert [wait_for(pid) for pid in children] == [0] * 4
 
 
 def test_there_may_be_more_segments_than_files_can_be_open(tmp_path: Path) -> None:
@@ -625,7 +611,7 @@ def test_there_may_be_more_segments_than_files_can_be_open(tmp_path: Path) -> No
         assert torch.equal(store.read(SPACE, None, SITES[0], pooling="last_token"), VALUES[SITES[0]][:300])
         assert store.verify().ok
 
-    assert os.waitpid(in_child(work), 0)[1] == 0
+    assert wait_for(in_child(work)) == 0
 
 
 def test_a_forked_child_reads_on(tmp_path: Path) -> None:
@@ -641,9 +627,11 @@ def test_a_forked_child_reads_on(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         busy = [pool.submit(go_on) for _ in range(2)]
-        for _ in range(10):
-            assert os.waitpid(in_child(lambda: check(store, site=SITES[2])), 0)[1] == 0
-        stop.set()
+        try:
+            for _ in range(10):
+                assert wait_for(in_child(lambda: check(store, site=SITES[2]))) == 0
+        finally:
+            stop.set()
         for done in busy:
             done.result()
 
