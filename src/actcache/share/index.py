@@ -77,11 +77,6 @@ class Index:
         self.checksums = Checksums(source.name, self.ours.get("files"))
         self._types = {name: schema.field(name).type for name in self.columns}
 
-    @property
-    def nbytes(self) -> int:
-        """The size of the file."""
-        return self._bytes.size
-
     def read(self, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
         """Whole columns; texts as dictionaries, so that a text that recurs is in memory once."""
         import pyarrow.parquet as pq
