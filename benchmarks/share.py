@@ -1,4 +1,5 @@
-"""Sharing on the Hub: pushing against a plain upload of the same bytes with the same client, and memory.
+"""Sharing on the Hub against plain uploads and downloads of the same bytes with the same client; what is transferred;
+memory.
 
     python benchmarks/share.py [--quick] [--json FILE] [--folder DIR]
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,14 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from _hub_server import forget, hub
+from _hub_server import Hub, hub
 from _measure import Tables, arguments, compare, reporting
 
 PROMPTS, LAYERS, WIDTH = 2000, 12, 768
 PER_PROMPT = 2500
 """Bytes of memory that one more prompt may take, of 37,000 that its vectors have."""
-PUSH = 0.5
-"""At least this speed, as a share of that of a plain upload."""
+PUSH = READ = 0.5
+"""At least this speed, as a share of that of a plain upload, or of a download and a read of the files."""
+ONE_LAYER = 1.1
+"""At most so many bytes for one layer, as a share of its own, beside those of the index."""
 _names = (f"user/set{uuid.uuid4().hex}" for _ in itertools.count())
 
 
@@ -63,7 +67,63 @@ def plain_upload(folder: Path) -> None:
     api.upload_folder(folder_path=folder, repo_id=name, repo_type="dataset")
 
 
-def pushing(folder: Path, root: Path, rounds: int) -> Tables:
+def plain_read(name: str, folder: Path) -> dict[str, Any]:
+    """Everything of a dataset, downloaded with the client and read with what its format names."""
+    import pyarrow.parquet as pq
+    from huggingface_hub import snapshot_download
+    from safetensors.numpy import load_file
+
+    snapshot_download(name, repo_type="dataset", local_dir=folder)
+    found: dict[str, Any] = {"index": pq.read_table(folder / "index")}
+    for path in sorted((folder / "tensors").iterdir()):
+        found |= load_file(path)
+    return found
+
+
+def reading(folder: Path, rounds: int) -> Tables:
+    """`load_activations` of everything."""
+    import actcache as ac
+
+    name = next(_names)
+    ac.push_dataset(name, "benchmark", None, store=make_store(folder, PROMPTS))
+    nbytes = PROMPTS * LAYERS * WIDTH * 4
+    rows = compare(
+        lambda: plain_read(name, folder / "plain"),
+        {
+            "load_activations": lambda: ac.load_activations(name),
+            "... of all tensors": lambda: ac.load_activation_dataset(name),
+        },
+        rounds,
+        reference_name="download + read",
+        warmup=1,
+        before=lambda _: shutil.rmtree(folder / "plain", ignore_errors=True),
+    )
+    title = f"read {PROMPTS} prompts x {LAYERS} layers x {WIDTH}, {nbytes / 1e6:.0f} MB"
+    return [(title, rows, {"show": "speed", "nbytes": nbytes, "bounds": {"load_activations": READ}})]
+
+
+def one_layer(folder: Path, running: Hub) -> bool:
+    """What is transferred for one layer of a dataset; whether it is little more than that layer and the index."""
+    import actcache as ac
+
+    made, name = folder / "made", next(_names)
+    store = make_store(folder, PROMPTS)
+    ac.push_dataset(made, "benchmark", None, store=store)
+    ac.push_dataset(name, "benchmark", None, store=store)
+    layer = PROMPTS * WIDTH * 4
+    index = sum(path.stat().st_size for path in (made / "index").iterdir())
+    before = running.sent()
+    ac.load_activations(name, layers=[LAYERS // 2])
+    sent = running.sent() - before
+    share = (sent - index) / layer
+    print(
+        f"\none layer of {LAYERS}: {sent:,} bytes transferred, {layer:,} of the layer, {index:,} of the index: "
+        f"{share:.3f} <= {ONE_LAYER} {'ok' if share <= ONE_LAYER else 'MISSED'}"
+    )
+    return share <= ONE_LAYER
+
+
+def pushing(folder: Path, running: Hub, rounds: int) -> Tables:
     """A push of everything that is stored."""
     import actcache as ac
 
@@ -78,7 +138,7 @@ def pushing(folder: Path, root: Path, rounds: int) -> Tables:
     }
     rows = compare(
         lambda: plain_upload(made), candidates, rounds, reference_name="upload_folder", warmup=1,
-        before=lambda _: forget(root),
+        before=lambda _: running.forget(),
     )  # fmt: skip
     title = f"push {PROMPTS} prompts x {LAYERS} layers x {WIDTH}, {nbytes / 1e6:.0f} MB"
     return [(title, rows, {"show": "speed", "nbytes": nbytes, "bounds": {"push_dataset": PUSH}})]
@@ -121,7 +181,7 @@ def measure_peak(store: Path, options: dict[str, Any]) -> None:
     print(json.dumps({"peak": most - before}))
 
 
-def memory(folder: Path, root: Path, sizes: tuple[int, int]) -> bool:
+def memory(folder: Path, running: Hub, sizes: tuple[int, int]) -> bool:
     """Peak memory of pushes of two sizes; whether it is that of the smaller one, but for the index."""
     held = True
     print(f"\nmemory of a push, anonymous, beyond what the process had before ({LAYERS} layers x {WIDTH})")
@@ -129,7 +189,7 @@ def memory(folder: Path, root: Path, sizes: tuple[int, int]) -> bool:
     for name, options in (("push_dataset", {}), ("... stream=True", {"stream": True})):
         peaks = {}
         for size, store in stores.items():
-            forget(root)
+            running.forget()
             peaks[size] = peak_of(store, **options)["peak"]
         small, large = peaks.values()
         # Where each prompt is and what is said of it grows with their number; the vectors, 37 kB each, do not count.
@@ -152,10 +212,12 @@ def main() -> int:
         measure_peak(Path(options.peak[0]), json.loads(options.peak[1]))
         return 0
     rounds = 3 if options.quick else 15
-    with reporting(options) as report, hub(report.folder) as root:
-        report.add(pushing(report.folder, root, rounds), show="speed")
-        held = memory(report.folder / "memory", root, (4000, 16_000) if options.quick else (8000, 32_000))
-    return 0 if report.held and held else 1
+    with reporting(options) as report, hub(report.folder) as running:
+        report.add(pushing(report.folder / "push", running, rounds), show="speed")
+        report.add(reading(report.folder / "read", rounds), show="speed")
+        little = one_layer(report.folder / "layer", running)
+        held = memory(report.folder / "memory", running, (4000, 16_000) if options.quick else (8000, 32_000))
+    return 0 if report.held and little and held else 1
 
 
 if __name__ == "__main__":
