@@ -24,6 +24,8 @@ from actcache.share.staging import Staged
 from actcache.share.target import Target
 from actcache.store.files import translated
 
+_AT_ONCE = 10_000
+
 
 class Contents:
     """What a dataset says of itself."""
@@ -49,7 +51,10 @@ class Contents:
         found, digest = self._found, hashlib.sha256()
         settings = [__version__, found.space.space, self._ordering, self.tensors, self._license, self._description]
         digest.update(json.dumps(settings, sort_keys=True).encode())
-        digest.update(json.dumps([[c.name, c.type, c.values] for c in (label, *columns)]).encode())
+        for column in (label, *columns):
+            digest.update(json.dumps([column.name, column.type]).encode())
+            for start in range(0, len(column.values), _AT_ONCE):
+                digest.update(json.dumps(column.values[start : start + _AT_ONCE]).encode())
         groups = [group.located for group in found.groups] + ([found.logits[1].located] if found.logits else [])
         for located in [*groups, *filter(None, [found.perplexity, found.token_nll])]:
             digest.update(located.owner.tobytes())
@@ -67,7 +72,7 @@ class Contents:
         described = {
             "format_version": FORMAT_VERSION,
             "model": {"name": self.model, "revision": space.revision},
-            "num_prompts": len(self._found.prompts),
+            "num_prompts": len(self._found.given),
             "prompt_ordering": self._ordering,
             "tensors": self.tensors,
             "provenance": {
@@ -119,7 +124,7 @@ class Contents:
             revision=space.revision,
             described=self.tensors,
             columns=self._index.schema().names,
-            count=len(self._found.prompts),
+            count=len(self._found.given),
             provenance=shown,
             license=self._license,
             description=self._description,

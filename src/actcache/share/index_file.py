@@ -42,7 +42,6 @@ class Index:
 
     def __init__(self, selection: Selection, shards: Shards, label: Column, metadata: Sequence[Column]) -> None:
         order = shards.order
-        self._prompts = selection.prompts
         self._order = order
         self._table = selection.table.select(order)
         self._shards = shards
@@ -61,8 +60,7 @@ class Index:
             self._perplexity = Rows(selection.perplexity.select(order), "perplexity", whole=False)
         kinds = self._table.kind
         self.all_texts = bool((kinds == TEXT).all())
-        known = [ids is not None for ids in self._table.ids]
-        self._has_ids = np.array(known, bool)
+        self._has_ids = self._table.known
 
     @property
     def has_perplexity(self) -> bool:
@@ -102,7 +100,7 @@ class Index:
         """Make a few rows and throw them away, and look at all texts: what cannot be written shows before anything is
         sent."""
         for start, stop in self._groups():
-            for i, text in enumerate(self._table.select(np.arange(start, stop)).texts, start):
+            for i, text in enumerate(self._table.part(start, stop).texts, start):
                 try:
                     (text or "").encode()
                 except UnicodeEncodeError:
@@ -142,7 +140,7 @@ class Index:
     def _columns(self, start: int, stop: int) -> dict[str, Any]:
         table, shards = self._table, self._shards
         rows = range(start, stop)
-        some = table.select(np.arange(start, stop))
+        some = table.part(start, stop)
         ids = some.ids
         lengths = [None if one is None else len(one) for one in ids]
         if shards.lengths is not None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from actcache.errors import DatasetAccessError, OptionError, require_choice
 from actcache.progress import progress
 from actcache.share import card
@@ -182,7 +184,7 @@ def _of_selected(
     order = found.given.tolist()
     if label is None:
         try:
-            label = label_column(given.read(store, found.space.space, LABEL, found.table), len(order))
+            label = label_column(_stored(store, found, LABEL), len(order))
         except OptionError as error:
             raise OptionError(f"the labels that are stored: {error} Or pass labels= here.") from None
     else:
@@ -190,20 +192,37 @@ def _of_selected(
     if columns is not None:
         columns = [column.select(order) for column in columns]
     else:
-        rows = given.read(store, found.space.space, METADATA, found.table)
+        rows = _stored(store, found, METADATA)
         names = sorted({name for row in rows if row for name in row})
         columns = metadata_columns({name: [(row or {}).get(name) for row in rows] for name in names}, len(rows))
-    keys = [key.tobytes() for key in found.table.token_key]
-    first: dict[bytes, int] = {}
-    for i, key in enumerate(keys):
-        j = first.setdefault(key, i)
-        for column in (label, *columns) if j != i else ():
+    said = [column for column in (label, *columns) if any(value is not None for value in column.values)]
+    _refuse_contradictions(found, said)
+    return label, columns
+
+
+def _stored(store: Store, found: Selection, kind: str) -> list[Any]:
+    """What is stored of `kind` with the prompts, in their order."""
+    if kind not in store.held(found.space):
+        return [None] * len(found.given)
+    return [value for _, table in found.table.parts() for value in given.read(store, found.space.space, kind, table)]
+
+
+def _refuse_contradictions(found: Selection, columns: Sequence[Column]) -> None:
+    """Refuse two values for one prompt that is given twice."""
+    if not columns:
+        return
+    keys = np.concatenate([table.token_key for _, table in found.table.parts()])
+    words = np.ascontiguousarray(keys).view(np.uint64)
+    order = np.lexsort((words[:, 1], words[:, 0]))
+    same = np.flatnonzero((words[order[1:]] == words[order[:-1]]).all(axis=1))
+    for j, i in zip(order[same].tolist(), order[same + 1].tolist(), strict=True):
+        for column in columns:
             if column.values[i] != column.values[j]:
+                first, second = found.given[[j, i]].tolist()
                 raise OptionError(
-                    f"prompts {order[j]} and {order[i]} are the same, and their {column.name!r} is not: "
+                    f"prompts {first} and {second} are the same, and their {column.name!r} is not: "
                     f"{column.values[j]!r:.60} and {column.values[i]!r:.60}. Give each prompt one."
                 )
-    return label, columns
 
 
 def _push(target: Target, staging: Staging, shards: Shards, contents: Contents, settings: _Settings) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,10 @@ import numpy.typing as npt
 from actcache.derive.results import PERPLEXITY, TOKEN_NLL
 from actcache.errors import NotCachedError, OptionError, PromptTypeError, did_you_mean
 from actcache.share.format import HIDDEN, LOGITS, ROUTER, is_name
+from actcache.share.stored_prompts import StoredPrompts, StoredTable
 from actcache.store.asking import Located
 from actcache.store.default import model_label, one_variant
 from actcache.store.files import log
-from actcache.store.prompts import CHAT, IDS, PromptTable
 from actcache.store.records import COMPLETION, DERIVED, TOKENS, is_result
 from actcache.store.site_names import LAST, logits_of
 from actcache.store.tensors import kind_of
@@ -60,20 +59,19 @@ class Selection:
 
     Attributes:
         space: the variant of the model.
-        prompts: those that are taken (texts, token ids, chats), in the order given; `given`: which of those given.
+        given: which of the prompts that were given are taken, in their order; `table`: what is stored of them.
         groups: their activations. `logits`: their largest logits, and how many.
         perplexity, token_nll: of those that have them.
         left_out: what was stored and is not taken, in words.
     """
 
     space: SpaceInfo
-    prompts: list[Any]
     given: Ints
     groups: list[Group]
     logits: tuple[int, Group] | None
     perplexity: Located | None
     token_nll: Located | None
-    table: PromptTable
+    table: StoredTable
     left_out: list[str] = field(default_factory=list)
 
 
@@ -97,7 +95,7 @@ def select(
         NotCachedError: nothing is stored of the prompts, or of some of them and `skip_missing` is False.
     """
     chosen = one_variant(store, model_label(model), revision=revision, dtype=dtype, space=space)
-    given = everything(store, chosen.space) if prompts is None else as_prompts(prompts)
+    given = StoredPrompts(store.everything(chosen)) if prompts is None else as_prompts(prompts)
     held = {layout: sites for layout, sites in store.held(chosen).items() if layout != COMPLETION}
     finder = _Finder(store, chosen, given, held, tensors, pooling)
     found = finder.choose()
@@ -127,19 +125,6 @@ def as_prompts(prompts: Any) -> list[Any]:
     return given
 
 
-def everything(store: Store, space: str) -> list[Any]:
-    """All prompts of a space, each once: as texts and chats where these are known, as token ids otherwise."""
-    table = store.prompts(space)
-    found: dict[Any, Any] = {}
-    for i in range(len(table)):
-        text = table.text_of(i)
-        if table.kind[i] == IDS or text is None:
-            found[table.tokens(i).tobytes()] = table.tokens(i).tolist()
-        else:
-            found[int(table.kind[i]), text] = json.loads(text) if table.kind[i] == CHAT else text
-    return list(found.values())
-
-
 def _shown(prompt: Any) -> str:
     text = repr(prompt)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -153,7 +138,7 @@ class _Finder:
         self,
         store: Store,
         space: SpaceInfo,
-        prompts: list[Any],
+        prompts: Sequence[Any],
         held: dict[str, list[str]],
         tensors: Sequence[str] | None,
         pooling: str | None,
@@ -301,18 +286,18 @@ class _Finder:
         self.left_out.append(what)
         log.info("left out of the dataset: %s", what)
 
-    def _logits(self, prompts: list[Any], *, check: bool) -> Located:
+    def _logits(self, prompts: Sequence[Any], *, check: bool) -> Located:
         assert self.k is not None
         k, layout = self.k
         names = [f"logits.top{k}.values", f"logits.top{k}.indices"]
         return self.store.locate_sites(self.space, prompts, names, layout, check=check)
 
-    def _located(self, site: str, layout: str, prompts: list[Any], *, check: bool = True) -> Located:
+    def _located(self, site: str, layout: str, prompts: Sequence[Any], *, check: bool = True) -> Located:
         return self.store.locate_sites(self.space, prompts, [site], layout, check=check)
 
     def selection(self, given: Ints) -> Selection:
         """What is chosen of the prompts `given`, located for good: every byte that will be read is checked."""
-        prompts = [self.prompts[i] for i in given.tolist()]
+        prompts = self.prompts if len(given) == len(self.prompts) else [self.prompts[i] for i in given.tolist()]
         groups = []
         for name, layout, sites in self.groups:
             located = self.store.locate_sites(self.space, prompts, list(sites.values()), layout)
@@ -334,19 +319,8 @@ class _Finder:
             token_nll = self._located(TOKEN_NLL, TOKENS, prompts)
         first = groups[0].located if groups else logits[1].located if logits else None
         assert first is not None
-        table = _table(token_nll if token_nll is not None and token_nll.found.all() else first)
-        return Selection(self.space, prompts, given, groups, logits, perplexity, token_nll, table, self.left_out)
-
-
-def _table(located: Located) -> PromptTable:
-    """What is stored of the prompts themselves, in order."""
-    tables, order = [], []
-    for number, placement in enumerate(located.placements):
-        members = np.flatnonzero(located.owner == number)
-        if len(members):
-            tables.append(placement.prompts(located.local[members]))
-            order.append(members)
-    return PromptTable.concatenate(tables, mixed=True).select(np.argsort(np.concatenate(order), kind="stable"))
+        table = StoredTable(token_nll if token_nll is not None and token_nll.found.all() else first)
+        return Selection(self.space, given, groups, logits, perplexity, token_nll, table, self.left_out)
 
 
 def _by_name(held: dict[str, list[str]]) -> dict[str, dict[str, dict[int | None, str]]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from actcache.share.format import (
     FULL_SEQUENCE,
@@ -31,6 +33,8 @@ from actcache.store.site_names import LAST
 
 if TYPE_CHECKING:
     from actcache.share.selection import Group, Selection
+
+Places = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,12 @@ class Shards:
     """
 
     def __init__(self, selection: Selection, *, name: str, shard_max_bytes: int, shuffle: bool) -> None:
-        count = len(selection.prompts)
-        order = list(range(count))
+        count = len(selection.given)
+        # An array of its own kind: elements of numpy's are slow one at a time, and a list takes four times the room.
+        order = array("q", range(count))
         if shuffle:
             random.Random(_seed(name)).shuffle(order)
-        self.order: Ints = np.array(order, np.int64)
+        self.order: Ints = np.frombuffer(order, np.int64) if count else np.zeros(0, np.int64)
         self.groups: list[tuple[Group, dict[int | None, Rows]]] = []
         for group in selection.groups:
             located = group.located.select(self.order)
@@ -233,8 +238,8 @@ class Shards:
         return placed + rest
 
     @cached_property
-    def locations(self) -> dict[str, Ints]:
-        """The columns of the index that say where a prompt's row is, int64 ``[n]`` each."""
+    def locations(self) -> dict[str, Places]:
+        """The columns of the index that say where a prompt's row is, int32 ``[n]`` each."""
         own = located(self.logits_shards, len(self.order))
         if not self.placed:
             return {"shard_index": own[0], "row_offset": own[1]}
@@ -261,7 +266,7 @@ class Shards:
             rows.append(np.append(in_rest, self.locations["row_offset"][i]))
         return shards, rows
 
-    _rest_shard: Ints | None = None
+    _rest_shard: Places | None = None
 
 
 def _file(
@@ -307,9 +312,9 @@ def greedy(sizes: Ints, limit: int) -> list[tuple[int, int]]:
     return found
 
 
-def located(shards: Sequence[tuple[int, int]], count: int) -> tuple[Ints, Ints]:
-    shard = np.zeros(count, np.int64)
-    offset = np.zeros(count, np.int64)
+def located(shards: Sequence[tuple[int, int]], count: int) -> tuple[Places, Places]:
+    shard = np.zeros(count, np.int32)
+    offset = np.zeros(count, np.int32)
     for number, (start, stop) in enumerate(shards):
         shard[start:stop] = number
         offset[start:stop] = np.arange(stop - start)

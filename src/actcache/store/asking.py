@@ -15,6 +15,7 @@ from actcache.errors import NotCachedError, OptionError, did_you_mean, nearest
 from actcache.model.sites import POOLINGS, SITE_NAMES, Site
 from actcache.store import tensors
 from actcache.store.index import SpaceIndex
+from actcache.store.joined_places import join
 from actcache.store.keys import Ints
 from actcache.store.lookup import Query, locate, locate_all, pulled
 from actcache.store.placement import Placement
@@ -25,6 +26,8 @@ from actcache.store.site_names import in_order
 from actcache.store.sparse import SparseSite, sites_among, sparse_name
 
 _SHOWN = 12
+# Texts are encoded, and their keys made, so many at a time.
+_AT_ONCE = 1 << 13
 _LAYOUTS = {TOKENS, SPARSE, *POOLINGS, DERIVED, COMPLETION, LABEL, METADATA}
 _TEXT = np.array(TEXT, np.uint8)
 
@@ -133,12 +136,12 @@ def _contains(index: SpaceIndex, given: Any, layout: str | None) -> npt.NDArray[
 class Located:
     """Where prompts are, in the placements that know them: those given as ids, and those of each text context.
 
-    `owner` int64 ``[B]``: the placement of each prompt (-1: none), `local`: its number there. `found` bool
+    `owner` int32 ``[B]``: the placement of each prompt (-1: none), `local`: its number there. `found` bool
     ``[B, sites]``.
     """
 
     placements: list[Placement]
-    owner: Ints
+    owner: npt.NDArray[np.int32]
     local: Ints
     found: npt.NDArray[np.bool_]
 
@@ -160,6 +163,26 @@ def locate_sites(
 
 def _locate_sites(index: SpaceIndex, prompts: Sequence[Any], sites: Sequence[str], layout: str, check: bool) -> Located:
     index.refresh()
+    parts = [
+        _locate_some(index, prompts[start : start + _AT_ONCE], sites, layout, check)
+        for start in range(0, len(prompts), _AT_ONCE)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    found = np.concatenate([np.zeros((0, len(sites)), bool), *(part.found for part in parts)])
+    placements, owner_of, begin_of = join([placement for part in parts for placement in part.placements])
+    located = Located(placements, np.full(len(prompts), -1, np.int32), np.zeros(len(prompts), np.int64), found)
+    start, first = 0, 0
+    for part in parts:
+        stop, some = start + len(part.owner), np.flatnonzero(part.owner >= 0)
+        number = first + part.owner[some]
+        located.owner[start + some] = owner_of[number]
+        located.local[start + some] = part.local[some] + begin_of[number]
+        start, first = stop, first + len(part.placements)
+    return located
+
+
+def _locate_some(index: SpaceIndex, prompts: Sequence[Any], sites: Sequence[str], layout: str, check: bool) -> Located:
     kind, texts = _kinds_and_texts(prompts)
     queries = []
     members = np.flatnonzero(kind == IDS)
@@ -169,7 +192,8 @@ def _locate_sites(index: SpaceIndex, prompts: Sequence[Any], sites: Sequence[str
     of_members = [texts[i] for i in members.tolist()]
     queries += [(Query.by_text(of_members, kind[members], c), members) for c in index.contexts() if of_members]
     count = len(prompts)
-    located = Located([], np.full(count, -1), np.zeros(count, np.int64), np.zeros((count, len(sites)), bool))
+    found = np.zeros((count, len(sites)), bool)
+    located = Located([], np.full(count, -1, np.int32), np.zeros(count, np.int64), found)
     for query, members in queries:
         placement = locate(index, query, list(sites), layout, check, pull=False)
         better = placement.found_each.sum(axis=1) > located.found[members].sum(axis=1)

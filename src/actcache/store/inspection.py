@@ -26,6 +26,7 @@ from actcache.store.indexes import Indexes
 from actcache.store.keys import Ints
 from actcache.store.lookup import Query, locate
 from actcache.store.numbered import NumberedRows, numbered
+from actcache.store.placement import Placement
 from actcache.store.prompts import PromptTable
 from actcache.store.pulled import Pulled, bring, expanded, forms_of, pulled_for
 from actcache.store.records import SPARSE, TOKENS
@@ -104,6 +105,10 @@ class Inspection(ABC):
     def prompts(self, space: str | SpaceInfo, *, site: str | None = None, layout: str | None = None) -> PromptTable:
         """The distinct prompts of a space (those that have `site` and `layout`, where given), oldest first."""
         return reports.stored_prompts(self._index(self._space(space)), site, layout)
+
+    def everything(self, space: str | SpaceInfo) -> Placement:
+        """The prompts that `prompts` gives, as where they are: `Placement.prompts` reads some of them."""
+        return reports.stored_places(self._index(self._space(space)))
 
     def imports_of(self, model_name: str) -> list[tuple[str, list[str]]]:
         """The spaces imported under a model's name, newest first, each with the text contexts it has."""

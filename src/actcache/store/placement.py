@@ -52,6 +52,8 @@ class Placement:
         parts: Sequence[Part],
         segments: Sequence[Segment],
         received: _Received | None = None,
+        *,
+        found: npt.NDArray[np.bool_] | None = None,
     ) -> None:
         """`received`: of some segments all that the prompts have, where it was fetched just now; used once."""
         self.sites = tuple(sites)
@@ -61,6 +63,9 @@ class Placement:
         self._received = received or {}
         self._n = n
         self.found: npt.NDArray[np.bool_] = np.zeros(n, bool) if sites else np.ones(n, bool)
+        if found is not None:
+            self.found = found
+            return
         for k, part in enumerate(parts):
             self.found = (part.segment >= 0) if not k else self.found & (part.segment >= 0)
 
@@ -222,7 +227,9 @@ class Placement:
         """The same prompts at one of the sites."""
         j = self.sites.index(site)
         parts = [Part((0,), part.segment, part.prompt) for part in self._parts if j in part.sites]
-        return Placement(self._n, [site], self.layout, parts, self._segments)
+        # Sites that lie together are found together, and there may be many of them.
+        found = self.found if len(self._parts) == 1 else None
+        return Placement(self._n, [site], self.layout, parts, self._segments, found=found)
 
     @property
     def segments(self) -> list[Segment]:

@@ -15,6 +15,7 @@ from actcache.store.dtypes import name_of
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import Mask
 from actcache.store.mapping import Segment
+from actcache.store.placement import Part, Placement
 from actcache.store.prompts import PromptTable, text_keys
 from actcache.store.pulled import expanded
 from actcache.store.records import COMPLETION, DERIVED, SPARSE, TOKENS, SegmentInfo, is_result
@@ -211,6 +212,28 @@ def stored_prompts(index: SpaceIndex, site: str | None, layout: str | None) -> P
     first = np.ones(len(table), bool)
     first[1:] = (words[order[1:]] != words[order[:-1]]).any(axis=1)
     return table.select(np.sort(order[first]))
+
+
+def stored_places(index: SpaceIndex) -> Placement:
+    """`stored_prompts` of a whole space as where they are: texts and ids stay in their segments."""
+    index.refresh()
+    rows, keys, kinds = [np.empty(0, np.int64)], [np.empty((0, 16), np.uint8)], [np.empty(0, np.uint8)]
+    with index.lock:
+        held = index.open_all(lambda _, info: True)
+        held.sort(key=lambda held: (held[1].created_ns, held[1].name))
+        for number, info, segment in held:
+            live = index.live(number)
+            rows.append(np.arange(info.prompts) if live is None else np.flatnonzero(live))
+            keys.append(info.prompt_key[rows[-1]])
+            kinds.append(segment.prompts.kind[rows[-1]])
+    slot = np.repeat(np.arange(len(held), dtype=np.int32), [len(some) for some in rows[1:]])
+    words = np.ascontiguousarray(np.concatenate(keys)).view(np.uint64)
+    order = np.lexsort((np.concatenate(kinds) == 0, words[:, 1], words[:, 0]))
+    first = np.ones(len(order), bool)
+    first[1:] = (words[order[1:]] != words[order[:-1]]).any(axis=1)
+    chosen = np.sort(order[first])
+    part = Part((0,), slot[chosen], np.concatenate(rows)[chosen])
+    return Placement(len(chosen), [""], "", [part], [segment for _, _, segment in held])
 
 
 def statistics(index: SpaceIndex, site: str, layout: str) -> Moments:

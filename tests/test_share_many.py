@@ -1,0 +1,109 @@
+"""Many prompts: looked for, read and written some at a time, what comes out is the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import actcache as ac
+from actcache.errors import OptionError
+from actcache.share.stored_prompts import StoredPrompts
+from actcache.store import given as said
+from actcache.store.prompts import PromptTable
+from actcache.store.records import LABEL, METADATA, Records
+from share_helpers import MODEL, Published, fill_perplexity, fill_pooled, fill_tokens, new_space, new_store, table, text
+
+N = range(23)
+CHATS = [[{"role": "user", "content": f"hé {i}"}] for i in range(5)]
+IDS = [[100 + i, 5, 6] for i in range(6)]
+
+
+@pytest.fixture
+def few_at_once(monkeypatch):
+    monkeypatch.setattr("actcache.store.asking._AT_ONCE", 4)
+    monkeypatch.setattr("actcache.share.stored_prompts._AT_ONCE", 3)
+    monkeypatch.setattr("actcache.share.contents._AT_ONCE", 2)
+    monkeypatch.setattr("actcache.share.index_file._ROWS", 5)
+
+
+def filled(tmp_path, whole):
+    """Texts under two tokenizers, in several segments, one of them twice; chats; token ids; labels and metadata."""
+    store = new_store(tmp_path)
+    space = new_space(store)
+    fill = fill_tokens if whole else fill_pooled
+    for numbers in (N[:9], N[9:10], N[10:]):
+        fill(store, space, numbers)
+    fill(store, space, N[4:7])
+    fill_perplexity(store, space, N[:12])
+    layout = {} if whole else {"pooling": "last_token"}
+    for prompts in (CHATS, IDS):
+        values = [torch.full((3, 8) if whole else (8,), float(i) + len(prompts)) for i in range(len(prompts))]
+        store.write(space, prompts, {"resid_post.0": values, "resid_post.1": values}, **layout)
+    other = PromptTable.build([[200 + i] for i in range(4)], [text(i) for i in range(3)] + ["other"], text_context="b")
+    rows = np.ones((4, 8), np.float32)
+    data = {"resid_post.0": rows, "resid_post.1": rows}
+    store.append(space, Records.tokens(other, data) if whole else Records.pooled(other, "last_token", data))
+    for kind, values in ((LABEL, list(N)), (METADATA, [{"half": i / 2} for i in N])):
+        for records in said.records(kind, table(N), [said.encoded(v) for v in values]):
+            store.append(space, records)
+    return store, space
+
+
+def published(store, folder, prompts, **options):
+    ac.push_dataset(folder / "set", MODEL, prompts, store=store, **options)
+    found = Published(folder / "set")
+    return found.table, {path: (found.folder / path).read_bytes() for path in found.ours["files"]}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_dataset_is_the_same(tmp_path, request, whole, given):
+    store, _ = filled(tmp_path, whole)
+    order = np.random.default_rng(1).permutation(23).tolist()
+    prompts = [*(text(i) for i in order), text(3), text(3), *CHATS, "never seen", *IDS[:3]] if given else None
+    with store:
+        plain = published(store, tmp_path / "a", prompts, shard_max_bytes=100)
+        request.getfixturevalue("few_at_once")
+        found = published(store, tmp_path / "b", prompts, shard_max_bytes=100)
+    # The order in which a group of rows is written is nobody's business.
+    assert found[0].equals(plain[0]) and found[1] == plain[1]
+    assert len(found[0]) == (23 + 2 + 5 + 3 if given else 23 + 5 + 6 + 1)
+
+
+@pytest.mark.usefixtures("few_at_once")
+def test_every_prompt_once(tmp_path):
+    store, space = filled(tmp_path, True)
+    with store:
+        found = StoredPrompts(store.everything(space))
+        texts = [*(text(i) for i in N), "other"]
+        assert sorted(found[:], key=str) == sorted([*texts, *CHATS, *IDS], key=str)
+        assert [found[i] for i in range(len(found))] == found[:] == list(found)
+        assert found[2:7] == found[:][2:7] and found[-1] == found[:][-1]
+        store.invalidate(space, [text(5), IDS[0]])
+        assert len(StoredPrompts(store.everything(space))) == len(found) - 2
+
+
+@pytest.mark.usefixtures("few_at_once")
+def test_prompts_in_parts_are_found_where_they_are(tmp_path):
+    store, space = filled(tmp_path, False)
+    prompts = ["nothing", *(text(i) for i in (*N, 7, 7, 0)), *IDS, "never", *CHATS, text(2), "other"]
+    with store:
+        sites = ["resid_post.0", "resid_post.1"]
+        located = store.locate_sites(space, prompts, sites, "last_token")
+        assert len(located.placements) <= 4, "of each kind one, however many prompts there are"
+        there = np.array([p not in ("nothing", "never") for p in prompts])
+        assert (located.found == there[:, None]).all() and ((located.owner >= 0) == there).all()
+        for i in np.flatnonzero(there).tolist():
+            placement = located.placements[located.owner[i]]
+            wanted = store.read(space, [prompts[i]], "resid_post.1", pooling="last_token")[0].numpy()
+            row = placement.of_site("resid_post.1").take(index=[located.local[i]])[0, 0]
+            assert np.array_equal(row, wanted), prompts[i]
+
+
+@pytest.mark.usefixtures("few_at_once")
+def test_two_values_for_one_prompt_are_found_far_apart(tmp_path):
+    store, _ = filled(tmp_path, False)
+    prompts, labels = [text(i) for i in (*N, 3)], [*map(str, N), "x"]
+    with store, pytest.raises(OptionError, match=r"prompts 3 and 23 are the same, and .*'label' is not: '3' and 'x'"):
+        ac.push_dataset(tmp_path / "set", MODEL, prompts, labels=labels, store=store)
