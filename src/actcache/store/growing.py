@@ -22,6 +22,7 @@ import xxhash
 
 from actcache.store import container
 from actcache.store.batches import BATCH, FRAME, OPEN, blob_of, framed, mark_behind
+from actcache.store.beside import Beside
 from actcache.store.casting import CastError, cast, is_cast
 from actcache.store.dtypes import matrix_dtype
 from actcache.store.files import open_locked, sync_folder, translated, write_all
@@ -33,6 +34,8 @@ from actcache.store.writing import BlockHasher, index_region, index_tensors, joi
 
 _PAGE = 4096
 _SENT_BYTES = 1 << 20
+# A batch of so many bytes is measured beside its writing; for less a thread is not worth its beginning.
+_LARGE = 4 << 20
 _STUB = b'{"__metadata__":{"format":"actcache-open"}}'
 # Prompts to come may have more text and come in smaller batches: holes cost nothing.
 _SPARE = 2
@@ -153,31 +156,24 @@ class GrowingFile:
         FileNotFoundError when the file was removed meanwhile, by whoever evicted or cleared it: the batch is gone, too.
         """
         rows, prompts = _rows(group), PromptTable.concatenate([part.prompts for part in group])
+        given = [c.site for c in self._columns if not any(is_cast(part.data[c.site], c.code) for part in group)]
+
+        def measure() -> None:
+            self._measured.add_given(group, given)
+
         with translated(self.path.parent, _stored(group)):
-            checksums: list[int] = []
-            errors, as_given, unsent = [], list[str](), 0
-            for column in self._columns:
-                start = at = column.start + self._first_row * column.width
-                hasher, matrices = BlockHasher(), [part.data[column.site] for part in group]
-                at, error = column.write(self._fd, at, matrices, hasher, self._measured)
-                if error is None:
-                    as_given.append(column.site)
-                if at != start + rows * column.width:
-                    raise ValueError(f"{column.site}: {at - start} bytes of data for {rows} rows")
-                unsent += at - start
-                if unsent >= _SENT_BYTES:
-                    start_writing(self._fd, 0, 0)
-                    unsent = 0
-                checksums += hasher.finish()
-                errors.append(error or CastError())
-            name, self.created_ns = uuid.uuid4().hex, max(time.time_ns(), *(part.not_before for part in group))
-            metadata = {
-                "format": BATCH, "batch": name, "created_ns": str(self.created_ns), "row": str(self._first_row),
-            }  # fmt: skip
-            frame = framed(blob_of(metadata, self._record(prompts, checksums, errors)))
-            self._at = write_all(self._fd, [frame], self._at)
-            with self._syncing.during(self._fd):
-                self._measured.add_given(group, as_given)
+            large = _stored(group) >= _LARGE and len(given) == len(self._columns)
+            with Beside(measure) if large else contextlib.nullcontext():
+                checksums, errors = self._write_rows(group, rows)
+                name, self.created_ns = uuid.uuid4().hex, max(time.time_ns(), *(part.not_before for part in group))
+                metadata = {
+                    "format": BATCH, "batch": name, "created_ns": str(self.created_ns), "row": str(self._first_row),
+                }  # fmt: skip
+                frame = framed(blob_of(metadata, self._record(prompts, checksums, errors)))
+                self._at = write_all(self._fd, [frame], self._at)
+                with self._syncing.during(self._fd):
+                    if not large:
+                        measure()
             os.stat(self.path)
             mark = mark_behind(frame)
             if self._at + len(mark) <= self._size - FRAME.size:
@@ -190,6 +186,24 @@ class GrowingFile:
         self._rows_left -= rows
         self._index_used += _index_bytes(group) + _PER_NAME
         self._used += _stored(group) + 2 * len(frame)
+
+    def _write_rows(self, group: Sequence[Records], rows: int) -> tuple[list[int], list[CastError]]:
+        """Write the `rows` of `group`: the checksums of their blocks, and what casting changed at each site."""
+        checksums: list[int] = []
+        errors, unsent = [], 0
+        for column in self._columns:
+            start = at = column.start + self._first_row * column.width
+            hasher, matrices = BlockHasher(), [part.data[column.site] for part in group]
+            at, error = column.write(self._fd, at, matrices, hasher, self._measured)
+            if at != start + rows * column.width:
+                raise ValueError(f"{column.site}: {at - start} bytes of data for {rows} rows")
+            unsent += at - start
+            if unsent >= _SENT_BYTES:
+                start_writing(self._fd, 0, 0)
+                unsent = 0
+            checksums += hasher.finish()
+            errors.append(error or CastError())
+        return checksums, errors
 
     def _record(
         self, prompts: PromptTable, checksums: Sequence[int], errors: Sequence[CastError]

@@ -5,6 +5,7 @@ docs/format.md is normative. `write` makes one, `open` maps one, `validate` hold
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,17 +16,19 @@ import numpy.typing as npt
 
 from actcache.errors import FormatError
 from actcache.store import sparse
+from actcache.store.beside import Beside
 from actcache.store.blocks import Rows, plan
-from actcache.store.casting import Piece, cast, quantised
+from actcache.store.casting import CastError, Piece, cast, is_cast, quantised
 from actcache.store.dtypes import is_scaled, matrix_dtype
 from actcache.store.files import SEGMENT_NAME, is_ours
 from actcache.store.mapping import Segment
+from actcache.store.measuring import Measured
 from actcache.store.prompts import PromptTable
 from actcache.store.prompts import offsets as joined_offsets
 from actcache.store.records import BLOCK, SCALE, SPARSE, TOKENS, Records, SegmentInfo
 from actcache.store.spaces import described_by
 from actcache.store.statistics import Moments
-from actcache.store.writing import Column, write_columns
+from actcache.store.writing import Column, Measurements, write_columns
 
 __all__ = ["BLOCK", "TOKENS", "Records", "Segment", "SegmentInfo", "open", "read_info", "validate", "write"]
 
@@ -52,18 +55,33 @@ def write(
     }
     row_offset = joined_offsets(np.concatenate([np.diff(part.row_offset) for part in parts]))
     offsets = plan(list(scaled.values()), row_offset) if scaled else np.zeros(1, np.int64)
-    columns = [
-        Column(
-            site, first.code(site), rows[0].shape[1],
-            quantised(scaled[site], offsets) if site in scaled else _pieces(rows, first.code(site)),
-        )
-        for site, rows in given.items()
-    ]  # fmt: skip
-    return write_columns(
-        folder, PromptTable.concatenate([p.prompts for p in parts]), first.layout, columns,
-        row_offset=row_offset, space=space, created_ns=created_ns, block_offset=offsets,
-        not_before=max(p.not_before for p in parts),
-    )  # fmt: skip
+    # Small pieces that are measured one by one take several times as long.
+    alike = [s for s, rows in given.items() if len(parts) > 1 and not any(is_cast(m, first.code(s)) for m in rows)]
+    measured = Measured([(site, first.code(site), given[site][0].shape[1]) for site in alike])
+
+    def pieces(site: str) -> Iterator[Piece]:
+        if site in scaled:
+            return quantised(scaled[site], offsets)
+        return _unmeasured(given[site]) if site in alike else _pieces(given[site], first.code(site))
+
+    columns = [Column(site, first.code(site), rows[0].shape[1], pieces(site)) for site, rows in given.items()]
+    with Beside(lambda: measured.add_given(parts, alike)) if alike else contextlib.nullcontext() as measuring:
+
+        def found() -> Measurements:
+            if measuring is not None:
+                measuring.wait()
+            return measured.all()
+
+        return write_columns(
+            folder, PromptTable.concatenate([p.prompts for p in parts]), first.layout, columns,
+            row_offset=row_offset, space=space, created_ns=created_ns, block_offset=offsets,
+            not_before=max(p.not_before for p in parts), measured=found,
+        )  # fmt: skip
+
+
+def _unmeasured(parts: Sequence[npt.NDArray[Any]]) -> Iterator[Piece]:
+    for part in parts:
+        yield Piece(np.ascontiguousarray(part), None, None, CastError())
 
 
 def _pieces(parts: Sequence[npt.NDArray[Any]], code: str) -> Iterator[Piece]:

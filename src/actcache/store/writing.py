@@ -29,6 +29,9 @@ from actcache.store.statistics import Moments, is_float
 
 _WRITE_BATCH = 4 << 20
 
+Measurements = Mapping[str, tuple[Moments | None, CastError]]
+"""Of sites, by name: the moments of their rows, and what storing changed."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -96,6 +99,7 @@ def write_columns(
     replaces: Mapping[str, Sequence[str]] | None = None,
     not_before: int = 0,
     before: Callable[[Path, Path], object] | None = None,
+    measured: Callable[[], Measurements] = dict,
 ) -> SegmentInfo:
     """Write one segment whose data arrives in pieces; memory stays that of prompts, a site's scales and a few blocks.
 
@@ -140,6 +144,11 @@ def write_columns(
             digests += _write_column(fd, column, placed[name_in_file], placed.get(name_in_file + SCALE), moment, error)
             index["errors"][k] = error.numbers
         index["checksum"][:] = digests
+        known = measured()
+        for k, column in enumerate(columns):
+            if column.site in known:
+                moments[k], error = known[column.site]
+                index["errors"][k] = error.numbers
         index["moments"][:] = joined_moments(moments)
         region = index_region(head, index, placed, data_start)
         write_all(fd, [region], len(head))
