@@ -22,3 +22,17 @@ def test_an_autoencoder_learns_single_facts_from_what_is_stored(peers: Peers, tm
     assert found["encoded"] == found["found"] == 444
     assert found["again"] == 0
     assert found["apart"] < 1e-4
+
+
+@pytest.mark.slow
+def test_every_kind_of_autoencoder_has_features_of_its_own(peers: Peers, tmp_path: Path) -> None:
+    found = json.loads(peers.run("encoded_kinds.py", tmp_path).splitlines()[-1])
+    refused = {name: said for name, said in found.items() if isinstance(said, str)}
+    assert list(refused) == ["training batchtopk"], refused
+    assert "prompts beside it" in refused["training batchtopk"]
+    stored = {name: said for name, said in found.items() if name not in refused}
+    for name, said in stored.items():
+        assert said["apart"] < 1e-4, name
+        assert said["active"] > 0, name
+        assert said["encoded"] == [50, 0], name
+    assert len({said["space"] for said in stored.values()}) == len(stored)

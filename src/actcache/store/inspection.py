@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from actcache import config
 from actcache.errors import FormatError, NotCachedError, OptionError
-from actcache.store import reports, sparse_reading, trimming
+from actcache.store import reports, sparse_numbered, sparse_reading, trimming
 from actcache.store.asking import Located, given_prompts, locate_sites, why_absent
 from actcache.store.catalog import Catalog
 from actcache.store.discovered import CachedPromptInfo, agreeing, prompt_info, variant_of
@@ -322,13 +322,18 @@ class Inspection(ABC):
         self, space: str | SpaceInfo, site: SparseSite, prompts: PromptTable, column: int
     ) -> tuple[Ints, Ints, npt.NDArray[Any]]:
         """Where `column` of a sparse matrix is not zero: numbers in `prompts`, positions and values, ``[k]`` each."""
-        index = self._index(self._space(space))
-        return self._keeping_room(lambda: sparse_reading.occurrences(index, site, prompts, column))
+        numbers = self._numbers(space, site, prompts)
+        return self._keeping_room(lambda: sparse_numbered.occurrences(numbers, site, column))
 
     def sparse_counts(self, space: str | SpaceInfo, site: SparseSite, prompts: PromptTable) -> Ints:
         """In how many rows each column of a sparse matrix is not zero, int64 ``[n]``."""
-        index = self._index(self._space(space))
-        return self._keeping_room(lambda: sparse_reading.counts(index, site, prompts))
+        numbers = self._numbers(space, site, prompts)
+        return self._keeping_room(lambda: sparse_numbered.counts(numbers, site))
+
+    def _numbers(self, space: str | SpaceInfo, site: SparseSite, prompts: PromptTable) -> NumberedRows:
+        index, query = self._index(self._space(space)), Query.by_tokens(prompts)
+        placement = self._keeping_room(lambda: locate(index, query, list(site.columns), SPARSE, False))
+        return numbered(placement, [site.name])
 
 
 def _sparse(index: SpaceIndex, sites: Sequence[str], pooling: str | None) -> SparseSite | None:

@@ -1,13 +1,14 @@
-"""The rows of a sparse matrix, numbered through many prompts, and read dense in whatever order."""
+"""A sparse matrix over many prompts: its rows dense in whatever order, and where one of its columns is not zero."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from actcache.errors import NotCachedError
+from actcache.errors import LayerRangeError, NotCachedError
 from actcache.store.keys import Ints
 from actcache.store.numbered import NumberedRows
 from actcache.store.sparse import SparseSite
@@ -77,8 +78,7 @@ class SparseNumbered:
             return lengths, np.empty(0, np.int32), np.empty(0, self.column("")[0])
         index = self._numbers.take(numbers, self._site.columns[1])
         value = self._numbers.take(numbers, self._site.columns[2])
-        if not 0 <= index.min() <= index.max() < self._site.size:
-            raise NotCachedError(f"{self._site.name!r} has an index outside of {self._site.size}: encode it again")
+        _check_indices(index, self._site)
         return lengths, index[:, 0], value[:, 0]
 
     def prompt_of(self, rows: Ints) -> Ints:
@@ -104,3 +104,40 @@ class SparseNumbered:
             m2 = np.bincount(index, (value - mean[index]) ** 2, size) + zeros * mean**2
             norms = np.sqrt(np.bincount(np.repeat(np.arange(count), lengths), value**2, count)).sum()
         return Moments(count, mean, m2, float(norms))
+
+
+def occurrences(numbers: NumberedRows, site: SparseSite, column: int) -> tuple[Ints, Ints, npt.NDArray[Any]]:
+    """Where `column` is not zero: the prompt, the position, the value, ``[k]`` each, in that order.
+
+    Raises:
+        LayerRangeError: there is no such column.
+    """
+    if not 0 <= column < site.size:
+        raise LayerRangeError(f"there is no feature {column}: expected 0 to {site.size - 1}")
+    parts = [start + np.flatnonzero(index == column) for start, index in _indices(numbers, site)]
+    hits = np.concatenate([np.empty(0, np.int64), *parts])
+    if not len(hits):
+        return hits, hits, np.empty(0, np.float32)
+    position = numbers.take(hits, site.columns[0])[:, 0].astype(np.int64)
+    return numbers.prompt_of(hits), position, numbers.take(hits, site.columns[2])[:, 0]
+
+
+def counts(numbers: NumberedRows, site: SparseSite) -> Ints:
+    """In how many rows each column is not zero, int64 ``[n]``."""
+    total = np.zeros(site.size, np.int64)
+    for _, index in _indices(numbers, site):
+        np.add(total, np.bincount(index, minlength=site.size), out=total)
+    return total
+
+
+def _indices(numbers: NumberedRows, site: SparseSite) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
+    """The columns of all numbers, in parts, and which number the first of each part is."""
+    for start in range(0, len(numbers), _AT_ONCE):
+        index = numbers.copy(start, min(start + _AT_ONCE, len(numbers)), site.columns[1])[:, 0]
+        _check_indices(index, site)
+        yield start, index
+
+
+def _check_indices(index: npt.NDArray[np.int32], site: SparseSite) -> None:
+    if not 0 <= index.min() <= index.max() < site.size:
+        raise NotCachedError(f"{site.name!r} has an index outside of {site.size}: encode it again")

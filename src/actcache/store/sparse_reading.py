@@ -1,15 +1,15 @@
-"""Sparse matrices out of a store: as tensors for each prompt, and by the column in which something is not zero."""
+"""Sparse matrices out of a store, as tensors for each prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from actcache.errors import LayerRangeError, NotCachedError, OptionError
+from actcache.errors import NotCachedError, OptionError
 from actcache.store import tensors
 from actcache.store.asking import locate_sites, sparse_sites
 from actcache.store.index import SpaceIndex
@@ -23,6 +23,8 @@ from actcache.store.sparse import SparseSite
 
 if TYPE_CHECKING:
     import torch
+
+_PROMPTS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,15 +76,23 @@ def each_prompt(index: SpaceIndex, site: SparseSite, prompts: Any) -> Iterator[S
             f"{int((owner < 0).sum())} of {len(owner)} prompts have no {site.name!r} in the store (the first is prompt "
             f"{int(np.flatnonzero(owner < 0)[0])}): see Store.contains()."
         )
-    for k, i in zip(owner.tolist(), local.tolist(), strict=True):
-        yield _rows_of(placements[k], i, site)
+    for start in range(0, len(owner), _PROMPTS_AT_ONCE):
+        yield from _some(placements, owner[start : start + _PROMPTS_AT_ONCE], local[start:], site)
 
 
-def _rows_of(placement: Placement, i: int, site: SparseSite) -> SparseRows:
-    position, index, value = (rows[:, 0] for rows in placement.rows(i))
-    if not len(position) == len(index) == len(value):
-        raise NotCachedError(f"the columns of {site.name!r} of prompt {i} do not belong together: encode it again.")
-    return SparseRows(int(placement.num_tokens[i]), position, index, value)
+def _some(placements: Sequence[Placement], owner: Ints, local: Ints, site: SparseSite) -> list[SparseRows]:
+    """The numbers of prompts ``local[i]`` of placement ``owner[i]``."""
+    found: dict[int, SparseRows] = {}
+    for k in np.unique(owner).tolist():
+        members, placement = np.flatnonzero(owner == k), placements[k]
+        chosen = local[members]
+        tokens = placement.num_tokens[chosen].tolist()
+        for i, number, columns in zip(members.tolist(), tokens, placement.all_rows(chosen), strict=True):
+            position, index, value = (rows[:, 0] for rows in columns)
+            if not len(position) == len(index) == len(value):
+                raise NotCachedError(f"the columns of {site.name!r} of a prompt do not belong together: encode again.")
+            found[i] = SparseRows(number, position, index, value)
+    return [found[i] for i in range(len(owner))]
 
 
 def read(index: SpaceIndex, site: SparseSite, prompts: Any, *, pooled: bool, positions: Any) -> Any:
@@ -119,35 +129,3 @@ def _tensor(position: Any, index: Any, value: npt.NDArray[Any], size: tuple[int,
 
     at = torch.from_numpy(np.stack([position, index]).astype(np.int64))
     return torch.sparse_coo_tensor(at, tensors.to_tensor(value), size, is_coalesced=True, check_invariants=True)
-
-
-def occurrences(
-    index: SpaceIndex, site: SparseSite, prompts: PromptTable, column: int
-) -> tuple[Ints, Ints, npt.NDArray[Any]]:
-    """Where `column` is not zero: the number in `prompts`, the position, the value, ``[k]`` each, in that order."""
-    if not 0 <= column < site.size:
-        raise LayerRangeError(f"there is no feature {column}: expected 0 to {site.size - 1}")
-    found: list[tuple[Ints, Ints, npt.NDArray[Any]]] = []
-
-    def look(i: int, rows: SparseRows) -> None:
-        hits = np.flatnonzero(rows.index == column)
-        if len(hits):
-            found.append((np.full(len(hits), i), rows.position[hits].astype(np.int64), rows.value[hits]))
-
-    _each(index, site, prompts, look)
-    if not found:
-        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
-    prompt, position, value = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return prompt, position, value
-
-
-def counts(index: SpaceIndex, site: SparseSite, prompts: PromptTable) -> Ints:
-    """In how many rows each column is not zero, int64 ``[n]``."""
-    total = np.zeros(site.size, np.int64)
-    _each(index, site, prompts, lambda _, rows: np.add.at(total, rows.index, 1))
-    return total
-
-
-def _each(index: SpaceIndex, site: SparseSite, prompts: PromptTable, work: Callable[[int, SparseRows], object]) -> None:
-    for i, rows in enumerate(each_prompt(index, site, prompts)):
-        work(i, rows)
