@@ -523,8 +523,8 @@ def test_spaces_are_named(two: list[ac.Store], tmp_path: Path) -> None:
     store.append(other, every_token([2]))
     with pytest.raises(ac.errors.OptionError, match=f"space=.*{space}.*other/model"):
         ac.stream_activations(store, SITE)
-    with pytest.raises(ac.errors.OptionError, match="source is 'nowhere'"):
-        ac.stream_activations("nowhere", SITE)
+    with pytest.raises(ac.errors.OptionError, match="source is a int"):
+        ac.stream_activations(5, SITE)
 
 
 @pytest.mark.parametrize("wrong", [-1, len(ALL), 1 << 40])

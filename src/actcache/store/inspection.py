@@ -217,19 +217,26 @@ class Inspection(ABC):
         return table
 
     def numbered(
-        self, space: str | SpaceInfo, table: PromptTable, sites: Sequence[str], *, pooling: str | None = None
+        self,
+        space: str | SpaceInfo,
+        table: PromptTable,
+        sites: Sequence[str],
+        *,
+        pooling: str | None = None,
+        check: bool = False,
     ) -> NumberedRows | SparseNumbered:
-        """The rows of the prompts of `table`, each with a number, at `sites`; nothing of them is read yet (of a sparse
-        matrix the positions are).
+        """The rows of the prompts of `table`, each with a number, at `sites`; nothing of them is read yet, or with
+        `check` all of them: what lies elsewhere is here then. Of a sparse matrix the positions
+        are read.
 
         Raises:
-            NotCachedError: a prompt is not stored at one of the sites.
+            NotCachedError: a prompt is not stored at one of the sites; with `check` also where it is damaged.
         """
         index = self._index(self._space(space))
         query = Query.by_tokens(table)
         sparse = _sparse(index, sites, pooling)
         columns, layout = (sites, pooling or TOKENS) if sparse is None else (sparse.columns, SPARSE)
-        placement = self._keeping_room(lambda: locate(index, query, list(columns), layout, False))
+        placement = self._keeping_room(lambda: locate(index, query, list(columns), layout, check))
         rows = numbered(placement, sites)
         with index.lock:
             for segment, prompts in placement.held():

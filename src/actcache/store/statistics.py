@@ -107,11 +107,12 @@ class SiteStatistics:
             raise OptionError(
                 f"statistics of {len(self.mean)} and of {len(other.mean)} dimensions: expected those of the same site."
             )
-        moments = self._moments()
-        moments.merge(other._moments())
+        moments = self.moments()
+        moments.merge(other.moments())
         return SiteStatistics.of(moments)
 
-    def _moments(self) -> Moments:
+    def moments(self) -> Moments:
+        """The same as moments that take in others."""
         return Moments(self.count, self.mean.copy(), self.variance * self.count, self.mean_norm * self.count)
 
 

@@ -22,8 +22,11 @@ from actcache.stream.epochs import Epochs, Reader, is_spawning, rank_and_world, 
 from actcache.stream.mixture import Mixture
 from actcache.stream.normalize import Finish
 from actcache.stream.permutation import Ints, Permutation
-from actcache.stream.stored import StoredTokens, TokenOrder
+from actcache.stream.stored import Order, Tokens
 from actcache.stream.tokens import TokenBatch
+
+Copied = tuple[torch.cuda.Event, list[torch.Tensor]]
+"""When tensors are there that are being copied onto a device, and which they are."""
 
 _STATE_VERSION = 1
 # What the keys of permutations are for, besides the seed and the epoch.
@@ -60,7 +63,7 @@ class ActivationStream(IterableDataset[Any]):
     each batch comes from one of them, in the order that it has without.
     """
 
-    def __init__(self, parts: Sequence[StoredTokens], weights: Sequence[float] | None, options: Options) -> None:
+    def __init__(self, parts: Sequence[Tokens], weights: Sequence[float] | None, options: Options) -> None:
         self._prepare(options)
         self._set(parts, weights)
 
@@ -70,7 +73,7 @@ class ActivationStream(IterableDataset[Any]):
         self._start = (0, 0)
         self._taken = 0
 
-    def _set(self, parts: Sequence[StoredTokens], weights: Sequence[float] | None) -> None:
+    def _set(self, parts: Sequence[Tokens], weights: Sequence[float] | None) -> None:
         options = self._options
         self._parts = list(parts)
         self._mixture = Mixture([len(part) for part in parts], weights)
@@ -174,7 +177,7 @@ class ActivationStream(IterableDataset[Any]):
     def _key(self, epoch: int, purpose: int, number: int) -> list[int] | None:
         return [self._options.seed, epoch, purpose, number] if self._options.shuffle else None
 
-    def _made(self, epoch: int, orders: Sequence[TokenOrder], batch: int) -> tuple[Any, torch.cuda.Event | None]:
+    def _made(self, epoch: int, orders: Sequence[Order], batch: int) -> tuple[Any, Copied | None]:
         """Batch number `batch` of an epoch, and what a stream of the device must wait for before it is used."""
         size, sites = self._options.batch_size, self._options.sites
         start, stop = batch * size, min((batch + 1) * size, self._mixture.total)
@@ -191,7 +194,7 @@ class ActivationStream(IterableDataset[Any]):
         return found, ready
 
     def _mixed(
-        self, orders: Sequence[TokenOrder], shares: Sequence[tuple[int, int]], key: Sequence[int] | None
+        self, orders: Sequence[Order], shares: Sequence[tuple[int, int]], key: Sequence[int] | None
     ) -> tuple[dict[str, npt.NDArray[Any]], list[Ints]]:
         """A batch of several sources, arranged as `key` says (None: source by source)."""
         total = sum(end - begin for begin, end in shares)
@@ -210,7 +213,7 @@ class ActivationStream(IterableDataset[Any]):
             prompts += len(part.prompts)
         return found, list(tokens)
 
-    def _delivered(self, vectors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:
+    def _delivered(self, vectors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Copied | None]:
         found = {
             site: self._finish[site](tensor, lambda at, site=site: f"{site}, token {at[0]} of a batch")  # type: ignore[misc]
             for site, tensor in vectors.items()
@@ -221,7 +224,7 @@ class ActivationStream(IterableDataset[Any]):
         stream = _copy_stream(device)
         with torch.cuda.stream(stream):
             found = {site: tensor.pin_memory().to(device, non_blocking=True) for site, tensor in found.items()}
-            return found, stream.record_event()
+            return found, (stream.record_event(), list(found.values()))
 
     # -- where it stands -------------------------------------------------------------------------------
 
@@ -269,7 +272,7 @@ class ActivationStream(IterableDataset[Any]):
         self._start, self._taken = (epoch, taken), taken
         self._epochs = Epochs(epoch)
 
-    def _as_before(self, state: Mapping[str, Any]) -> list[StoredTokens]:
+    def _as_before(self, state: Mapping[str, Any]) -> list[Tokens]:
         """The sources with the prompts that they had."""
         said = state["sources"]
         if len(said) != len(self._parts):
@@ -314,7 +317,11 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return _streams[device]
 
 
-def await_copy(ready: torch.cuda.Event | None, device: torch.device) -> None:
-    """Let what is done next on `device` wait until a batch is there."""
-    if ready is not None:
-        torch.cuda.current_stream(device).wait_event(ready)
+def await_copy(copied: Copied | None, device: torch.device) -> None:
+    """Let what is done next on `device` wait until a batch is there, and its memory for what is done with it."""
+    if copied is not None:
+        ready, vectors = copied
+        current = torch.cuda.current_stream(device)
+        current.wait_event(ready)
+        for tensor in vectors:
+            tensor.record_stream(current)

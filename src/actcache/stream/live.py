@@ -20,8 +20,9 @@ from actcache.store.prompts import PromptTable
 from actcache.store.records import TOKENS, Records
 from actcache.store.spaces import space_id
 from actcache.store.statistics import as_float, is_float
+from actcache.stream.elsewhere import TokensElsewhere
 from actcache.stream.permutation import Ints
-from actcache.stream.stored import Address, StoredTokens
+from actcache.stream.stored import Address, StoredTokens, Tokens
 from actcache.stream.tokens import Exclusion, asks_for_bos, exclusion
 
 LIVE_BATCHES = 8
@@ -98,14 +99,15 @@ class Extraction:
     def _request(self) -> Request:
         return self._cached.request(self._prompts, list(self._sites), check=False)
 
-    def stored(self) -> StoredTokens | None:
+    def stored(self) -> Tokens | None:
         """The tokens out of the store; None while some are missing there."""
         request = self._request()
         self.missing = request.to_compute
         if self.missing:
             return None
         address = Address(request.space, self._sites, self._cached.layout)
-        return StoredTokens(self._cached.store, address, self.table, self.leave_out)
+        kind = TokensElsewhere if self._cached.store.is_elsewhere else StoredTokens
+        return kind(self._cached.store, address, self.table, self.leave_out)
 
     def chunks(self) -> Iterator[Chunk]:
         """All tokens, those that are stored when nothing else is there; raises what the extraction raised.
@@ -175,7 +177,7 @@ class Extraction:
         layout = self._cached.layout
         table = self.table.select(prompts)
         pooling = None if layout == TOKENS else layout
-        rows = self._cached.store.numbered(space, table, self._sites, pooling=pooling)
+        rows = self._cached.store.numbered(space, table, self._sites, pooling=pooling, check=True)
         shift = self._starts[prompts] - rows.starts[:-1]
         for start in range(0, len(rows), _CHUNK_ROWS):
             mine = np.arange(start, min(start + _CHUNK_ROWS, len(rows)))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from actcache.errors import NotCachedError, OptionError
+from actcache.store.prompts import offsets
 from actcache.store.records import TOKENS
 from actcache.store.statistics import Moments
 from actcache.stream.permutation import Ints, Permutation
@@ -35,68 +37,64 @@ class Address:
         return None if self.layout == TOKENS else self.layout
 
 
-class StoredTokens:
-    """The tokens (or pooled vectors) of `table`, all of which are stored, in its order; those of `leave_out` are not.
+class Order(Protocol):
+    """All tokens of a source in one order, by their place in it."""
 
-    They have numbers from 0 on. What was mapped for them stays readable, whatever is stored or removed meanwhile.
-    """
+    def take(self, start: int, stop: int, sites: Sequence[str]) -> tuple[Ints, dict[str, npt.NDArray[Any]]]:
+        """The numbers of the tokens at the places from `start` to `stop`, and their vectors at each site: new arrays
+        ``[stop - start, D]``."""
 
-    def __init__(self, store: Store, address: Address, table: PromptTable, leave_out: Exclusion) -> None:
-        self.address, self.prompts, self.leave_out = address, table, leave_out
+
+class Tokens(ABC):
+    """The tokens (or pooled vectors) of `prompts`, all of which are stored, in their order; those of `leave_out` are
+    not. They have numbers from 0 on."""
+
+    def __init__(self, store: Store, address: Address, prompts: PromptTable, leave_out: Exclusion) -> None:
+        self.address, self.prompts, self.leave_out = address, prompts, leave_out
         self._store = store
-        self._rows = store.numbered(address.space, table, address.sites, pooling=address.pooling)
+        lengths = prompts.lengths if address.layout == TOKENS else np.ones(len(prompts), np.int64)
+        self._starts = offsets(lengths)
         self._kept: Ints | None = None
         if leave_out:
-            kept = leave_out.kept(table)
+            kept = leave_out.kept(prompts)
             # Four bytes for each token where that is enough.
-            self._kept = kept.astype(np.uint32) if len(self._rows) < 1 << 32 else kept
+            self._kept = kept.astype(np.uint32) if self._starts[-1] < 1 << 32 else kept
         if not len(self):
-            raise OptionError(f"nothing is left of {len(self._rows)} tokens when those of exclude= are left out.")
+            raise OptionError(f"nothing is left of {self._starts[-1]} tokens when those of exclude= are left out.")
 
     def __len__(self) -> int:
-        return len(self._rows) if self._kept is None else len(self._kept)
+        return int(self._starts[-1]) if self._kept is None else len(self._kept)
 
+    @abstractmethod
     def column(self, site: str) -> tuple[np.dtype[Any], int]:
         """The dtype of the values of `site`, and its width."""
-        return self._rows.column(site)
 
-    def order(self, key: Sequence[int] | None) -> TokenOrder:
+    @abstractmethod
+    def order(self, key: Sequence[int] | None) -> Order:
         """All tokens in the order that `key` decides; None: as they are stored."""
-        return TokenOrder(self, None if key is None else Permutation(len(self), key))
 
-    def take(
-        self, start: int, stop: int, permutation: Permutation | None, sites: Sequence[str]
-    ) -> tuple[Ints, dict[str, npt.NDArray[Any]]]:
-        """`TokenOrder.take`."""
-        numbers = np.arange(start, stop)
-        if permutation is None and self._kept is None:
-            return numbers, {site: self._rows.copy(start, stop, site) for site in sites}
-        if permutation is not None:
-            numbers = permutation(numbers)
-        rows = self._row_of(numbers)
-        return numbers, {site: self._rows.take(rows, site) for site in sites}
+    @abstractmethod
+    def moments(self, site: str) -> Moments:
+        """The moments of all these tokens."""
 
-    def _row_of(self, numbers: Ints) -> Ints:
+    def row_of(self, numbers: Ints) -> Ints:
+        """Where these tokens are among those of all prompts, the ones that are left out included."""
         return numbers if self._kept is None else self._kept[numbers].astype(np.int64)
 
     def tokens(self, numbers: Ints) -> tuple[Ints, Ints, Ints]:
         """Prompt, position and id of each of these tokens."""
-        rows = self._row_of(numbers)
-        prompt = self._rows.prompt_of(rows)
+        rows = self.row_of(numbers)
+        prompt = np.searchsorted(self._starts, rows, "right") - 1
         if self.address.layout != TOKENS:
             return prompt, np.full(len(rows), -1), np.full(len(rows), -1)
         ids = self.prompts.token_ids[rows].astype(np.int64)
-        return prompt, rows - self._rows.starts[prompt], np.maximum(ids, -1)
+        return prompt, rows - self._starts[prompt], np.maximum(ids, -1)
 
-    def moments(self, site: str) -> Moments:
-        """The moments of all these tokens."""
-        return self._rows.moments(site, None if self._kept is None else self._kept.astype(np.int64))
-
-    def first(self, number: int) -> StoredTokens:
+    def first(self, number: int) -> Self:
         """The same of the first `number` prompts."""
         if number == len(self.prompts):
             return self
-        return StoredTokens(self._store, self.address, self.prompts.select(np.arange(number)), self.leave_out)
+        return type(self)(self._store, self.address, self.prompts.select(np.arange(number)), self.leave_out)
 
     def fingerprint(self, number: int) -> str:
         """What the first `number` prompts are, and which of their tokens are left out."""
@@ -119,15 +117,45 @@ class StoredTokens:
         self.__init__(store, address, picked(table, keys), state["leave_out"])  # type: ignore[misc]
 
 
+class StoredTokens(Tokens):
+    """Tokens in files of this host, in any order.
+
+    What was mapped for them stays readable, whatever is stored or removed meanwhile.
+    """
+
+    def __init__(self, store: Store, address: Address, prompts: PromptTable, leave_out: Exclusion) -> None:
+        super().__init__(store, address, prompts, leave_out)
+        self._rows = store.numbered(address.space, prompts, address.sites, pooling=address.pooling)
+
+    def column(self, site: str) -> tuple[np.dtype[Any], int]:
+        return self._rows.column(site)
+
+    def order(self, key: Sequence[int] | None) -> TokenOrder:
+        return TokenOrder(self, None if key is None else Permutation(len(self), key))
+
+    def moments(self, site: str) -> Moments:
+        return self._rows.moments(site, None if self._kept is None else self._kept.astype(np.int64))
+
+    def take(
+        self, start: int, stop: int, permutation: Permutation | None, sites: Sequence[str]
+    ) -> tuple[Ints, dict[str, npt.NDArray[Any]]]:
+        """`Order.take` in the order of a permutation (None: their own)."""
+        numbers = np.arange(start, stop)
+        if permutation is None and self._kept is None:
+            return numbers, {site: self._rows.copy(start, stop, site) for site in sites}
+        if permutation is not None:
+            numbers = permutation(numbers)
+        rows = self.row_of(numbers)
+        return numbers, {site: self._rows.take(rows, site) for site in sites}
+
+
 class TokenOrder:
-    """All tokens of a source in one order, by their place in it."""
+    """The `Order` of a permutation of all tokens."""
 
     def __init__(self, tokens: StoredTokens, permutation: Permutation | None) -> None:
         self._tokens, self._permutation = tokens, permutation
 
     def take(self, start: int, stop: int, sites: Sequence[str]) -> tuple[Ints, dict[str, npt.NDArray[Any]]]:
-        """The numbers of the tokens at the places from `start` to `stop`, and their vectors at each site: new arrays
-        ``[stop - start, D]``."""
         return self._tokens.take(start, stop, self._permutation, sites)
 
 

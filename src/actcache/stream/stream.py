@@ -40,13 +40,15 @@ def stream_activations(
     """Token vectors of one site or several, out of what is stored: each token once in an epoch.
 
     Args:
-        source: an `ac.Store` (with `space`), or an `ac.UnifiedCache`, whose stored prompts are meant. Several: a list
+        source: an `ac.Store` (with `space`); an `ac.UnifiedCache`, whose stored prompts are meant; or a dataset of the
+            Hub (``"org/name"``) or in a folder, of which these sites are pulled into the default store. Several: a list
             of them, all of whose tokens come, or a dict ``{source: weight}``: their shares of every batch are as the
             weights say, and an epoch ends when the first of them has given all it has.
         sites: complete names, ``"resid_post.6"``. Of several the batches are dicts of aligned tensors: row ``i`` of
             each is of the same token.
         batch_size: tokens in a batch.
         shuffle: every epoch in another order, which `seed` and the number of the epoch decide. False: as it is stored.
+            Of a store that lies elsewhere blocks of prompts come in random order, and the tokens of 65536 at a time.
         dtype: a floating dtype for the batches; None for the one they are stored in (float32 for int8 and
             float8_e4m3).
         device: where batches go; onto an accelerator they are copied while the one before is worked on.

@@ -1,0 +1,150 @@
+"""Streams of what lies in buckets, and of datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import actcache as ac
+import share_helpers
+from actcache.store.backend import MemoryBackend
+from actcache.store.prompts import PromptTable
+from actcache.store.records import Records
+from actcache.stream import elsewhere
+from elsewhere import machine
+from store_helpers import SITES, every_token, make_store, pooled
+from test_streams import ALL, SITE, taken, values_of
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> MemoryBackend:
+    backend = MemoryBackend()
+    store, space = machine(backend, tmp_path / "writer")
+    with store:
+        store.append(space, every_token(range(20)))
+        store.append(space, every_token(range(15, 60)))
+    return backend
+
+
+def stream_of(backend: Any, folder: Path, sites: Any = SITE, **options: Any) -> ac.ActivationStream:
+    store, space = machine(backend, folder)
+    return ac.stream_activations(store, sites, space=space, **{"batch_size": 16, "with_tokens": True, **options})
+
+
+@pytest.mark.parametrize("buffer", [40, 100, 1 << 16])
+def test_every_token_comes_once(bucket: MemoryBackend, tmp_path: Path, buffer: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(elsewhere.TokensElsewhere, "buffer", buffer)
+    stream = stream_of(bucket, tmp_path, SITES)
+    epochs = [taken(stream) for _ in range(2)]
+    assert [sorted(epoch) for epoch in epochs] == [ALL, ALL]
+    assert epochs[0] != epochs[1]
+    assert taken(stream_of(bucket, tmp_path, shuffle=False)) == ALL
+    without = stream_of(bucket, tmp_path, exclude=["first", 3], drop_last=False)
+    ids = {(i, q): ([i, *range(i % 7)])[q] for i, q in ALL}
+    assert sorted(taken(without)) == [t for t in ALL if t[1] > 0 and ids[t] != 3]
+    found, rows = without.statistics[SITE], values_of(sorted(taken(without)))
+    assert found.count == len(rows)
+    np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(stream.statistics[SITE].std, values_of(ALL).std(0), rtol=1e-12)
+
+
+def test_a_state_goes_on_in_the_middle_of_a_buffer(bucket: MemoryBackend, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(elsewhere.TokensElsewhere, "buffer", 50)
+    stream = stream_of(bucket, tmp_path)
+    wanted = taken(stream)
+    again = stream_of(bucket, tmp_path)
+    batches = iter(again)
+    first = [next(batches) for _ in range(5)]
+    other = stream_of(bucket, tmp_path)
+    other.load_state_dict(again.state_dict())
+    assert taken(again, first) + taken(other) == wanted
+
+
+def test_only_what_is_streamed_is_fetched(bucket: MemoryBackend, tmp_path: Path, monkeypatch: Any) -> None:
+    """Buffer by buffer: after the first batch no more than two of them are here."""
+    monkeypatch.setattr(elsewhere.TokensElsewhere, "buffer", 32)
+    loads: list[int] = []
+    load = elsewhere.TokensElsewhere.loaded
+
+    def counted(self: Any, blocks: Any) -> Any:
+        loads.append(len(blocks))
+        return load(self, blocks)
+
+    monkeypatch.setattr(elsewhere.TokensElsewhere, "loaded", counted)
+    stream = stream_of(bucket, tmp_path, prefetch=0)
+    batches = iter(stream)
+    next(batches)
+    assert len(loads) <= 2
+    assert len(list(batches)) == len(stream) - 1
+    assert len(loads) >= len(ALL) // 64
+
+
+def test_what_goes_from_the_bucket_is_missed(bucket: MemoryBackend, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(elsewhere.TokensElsewhere, "buffer", 32)
+    stream = stream_of(bucket, tmp_path / "reader")
+    other, _ = machine(bucket, tmp_path / "other")
+    with other:
+        other.clear()
+    with pytest.raises(ac.errors.NotCachedError, match=r"have no 'resid_post\.0'"):
+        list(stream)
+
+
+def shared_prompts(stream: ac.ActivationStream) -> float:
+    """How often a token and the next one are of the same prompt."""
+    prompts = np.concatenate([tokens.prompt.numpy() for _, tokens in stream])
+    return float((prompts[1:] == prompts[:-1]).mean())
+
+
+def test_how_well_buffers_mix(tmp_path: Path, monkeypatch: Any) -> None:
+    """Neighbours share a prompt as often as a prompt has a part in a buffer; against its part in everything in a full
+    shuffle."""
+    length, number, buffer = 32, 1024, 4096
+    table = PromptTable.build([[i // 50, i % 50, *range(length - 2)] for i in range(number)])
+    records = Records.tokens(table, {SITE: np.zeros((length * number, 1), np.float16)})
+    store, space = make_store(tmp_path / "local")
+    store.append(space, records)
+    backend = MemoryBackend()
+    far, far_space = machine(backend, tmp_path / "far")
+    with far:
+        far.append(far_space, records)
+    monkeypatch.setattr(elsewhere.TokensElsewhere, "buffer", buffer)
+    full = shared_prompts(ac.stream_activations(store, SITE, space=space, with_tokens=True))
+    mixed = shared_prompts(stream_of(backend, tmp_path / "reader", batch_size=4096))
+    unmixed = shared_prompts(stream_of(backend, tmp_path / "reader", batch_size=4096, shuffle=False))
+    total = length * number
+    # Of 32768 neighbours a full shuffle has about 31 such, buffers about 250: five standard deviations around these.
+    assert abs(full - (length - 1) / total) < 5 * np.sqrt((length - 1) / total / total)
+    assert abs(mixed - (length - 1) / buffer) < 5 * np.sqrt((length - 1) / buffer / total)
+    assert unmixed > 0.96
+
+
+def test_pooled_vectors_of_a_bucket(tmp_path: Path) -> None:
+    backend = MemoryBackend()
+    store, space = machine(backend, tmp_path)
+    with store:
+        store.append(space, pooled(range(20)))
+    stream = stream_of(backend, tmp_path / "reader", pooling="last_token")
+    assert sum(len(batch) for batch, _ in stream) == 20
+
+
+def test_a_dataset_is_pulled_and_streamed(tmp_path: Path) -> None:
+    """Rows of a dataset in a folder are those of the store that it was pushed from."""
+    store = share_helpers.new_store(tmp_path)
+    space = share_helpers.new_space(store)
+    share_helpers.fill_tokens(store, space, range(12))
+    ac.push_dataset(tmp_path / "set", share_helpers.MODEL, None, store=store)
+    ac.set_cache_backend(tmp_path / "default")
+    try:
+        stream = ac.stream_activations(tmp_path / "set", SITE, batch_size=8)
+        got = np.concatenate([batch.numpy() for batch in stream])
+        some = ac.stream_activations(str(tmp_path / "set"), SITE, prompts=[share_helpers.text(3)], shuffle=False)
+        np.testing.assert_array_equal(next(iter(some)), share_helpers.rows(3, SITE))
+        with pytest.raises(ac.errors.OptionError, match="mlp_out"):
+            ac.stream_activations(tmp_path / "set", "mlp_out.0")
+    finally:
+        ac.set_cache_backend(None)
+    wanted = np.concatenate([share_helpers.rows(i, SITE) for i in range(12)])
+    assert sorted(row.tobytes() for row in got) == sorted(row.tobytes() for row in wanted)
