@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from actcache.store import eviction, spool, trimming, working_copy
 from actcache.store.backend import MemoryBackend
 from actcache.store.store import Store
 from elsewhere import Watched, machine, objects
-from store_helpers import check_pooled, make_table, pooled
+from store_helpers import check_pooled, growing_writer, make_store, make_table, pooled
 
 
 class Killed(BaseException):
@@ -144,3 +146,143 @@ def test_a_tomb_that_was_brought_before_its_segment_is_not_taken_for_an_old_one(
     finally:
         beside.done()
     assert check_pooled(quick, space, range(4)).tolist() == [True, False, True, True]
+
+
+# -- what goes while somebody is about to look at it ----------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", "space.json"])
+def test_two_processes_clear_at_once(tmp_path: Path, suffix: str) -> None:
+    objects_ = MemoryBackend()
+    watched = Watched(objects_)
+    one, space = machine(watched, tmp_path / "a")
+    beside, _ = machine(objects_, tmp_path / "a")
+    stored(one, space, [1], [2])
+    one.invalidate(space, make_table([1]))
+    found(beside, space, [1, 2])
+
+    def clear() -> None:
+        # Not by `clear`, which waits for the other one to end.
+        for info in list(objects_.list()):
+            objects_.delete(info.name)
+        beside.refresh()
+
+    watched.after = once("delete", suffix, clear)
+    one.clear()
+    assert not list(objects_.list())
+    assert not one.root.exists()
+    stored(one, space, [1])
+    assert found(beside, space, [1, 2]) == [True, False]
+
+
+def test_what_is_stored_and_invalidated_while_all_is_cleared_does_not_come_back(tmp_path: Path) -> None:
+    """The process that clears is killed when it has removed a tomb: that of something new must not be the first."""
+    objects_ = MemoryBackend()
+    watched = Watched(objects_)
+    one, space = machine(watched, tmp_path / "a")
+    beside, _ = machine(objects_, tmp_path / "a")
+    stored(one, space, [1])
+
+    def meanwhile() -> None:
+        beside.append(space, pooled([2, 3]))
+        assert beside.invalidate(space, make_table([2])) == 1
+
+    def killed() -> None:
+        raise Killed
+
+    def kill() -> None:
+        watched.before = once("list", "", killed)
+
+    watched.before, watched.after = once("delete", ".safetensors", meanwhile), once("delete", ".tomb", kill)
+    with pytest.raises(Killed):
+        one.clear()
+    again, _ = machine(objects_, tmp_path / "a")
+    assert not found(again, space, range(4))[2]
+
+
+def test_a_space_may_go_with_what_was_just_stored_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, space = make_store(tmp_path)
+    beside, _ = make_store(tmp_path)
+    rename, left = os.rename, [1]
+
+    def renamed(source: Any, target: Any) -> None:
+        rename(source, target)
+        if left and str(target).endswith(".safetensors"):
+            left.pop()
+            beside.clear()
+            assert not (store.root / space).exists(), "the window that this is about"
+
+    monkeypatch.setattr(os, "rename", renamed)
+    store.append(space, pooled([1]))
+    assert not left
+    assert not found(store, space, [1])[0]
+    store.append(space, pooled([1]))
+    assert found(beside, space, [1]) == [True]
+
+
+def test_a_file_that_grew_may_go_while_all_is_evicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, space = make_store(tmp_path)
+    writer = growing_writer(store, space)
+    writer.append([pooled([1, 2])])
+    left = list((store.root / space).glob("*.open"))
+    assert len(left) == 1
+    clear_out = eviction._Eviction._clear_out_open
+
+    def gone(*given: Any) -> None:
+        is_ours = eviction.is_ours
+        with monkeypatch.context() as patch:
+            patch.setattr(eviction, "is_ours", lambda path, *kind: is_ours(path, *kind) and not left.pop().unlink())
+            clear_out(*given)
+
+    monkeypatch.setattr(eviction._Eviction, "_clear_out_open", gone)
+    assert store.evict(0).bytes_kept == 0
+    assert not found(store, space, [1])[0]
+
+
+def test_a_space_may_go_while_mirrors_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects_ = MemoryBackend()
+    writer, space = machine(objects_, tmp_path / "a")
+    stored(writer, space, list(range(400)))
+    reader, _ = machine(objects_, tmp_path / "b", local_gb=1)
+    assert found(reader, space, [1]) == [True]
+    folders = trimming.space_folders
+    monkeypatch.setattr(trimming, "space_folders", lambda root: ["0" * 32, *folders(root)])
+    assert reader._copy is not None
+    assert trimming.trim(reader._copy, reader._catalog, {}, 0) > 0
+    assert found(reader, space, [1]) == [True]
+
+
+def test_a_description_may_go_while_it_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects_ = MemoryBackend()
+    one, space = machine(objects_, tmp_path / "a")
+    stored(one, space, [1])
+    bring = working_copy.bring
+
+    def brought(copy: Any, path: Path, size: int) -> None:
+        bring(copy, path, size)
+        path.unlink()
+
+    monkeypatch.setattr(working_copy, "bring", brought)
+    assert ["there is no description" in damage.reason for damage in one.verify().damaged] == [True]
+    monkeypatch.undo()
+    assert found(one, space, [1]) == [True]
+    assert one.verify().damaged == []
+
+
+def test_an_upload_that_a_listing_misses_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What gets its name while a folder is listed may be missing, and what is made after it listed."""
+    objects_ = MemoryBackend()
+    watched = Watched(objects_)
+    one, space = machine(watched, tmp_path / "a")
+    beside, _ = machine(objects_, tmp_path / "a")
+    one.append(space, pooled([1]))
+    names = spool._names
+    monkeypatch.setattr(spool, "_names", lambda folder: {n for n in names(folder) if not n.endswith(".safetensors")})
+
+    def look() -> None:
+        beside.refresh()
+        assert list((one.root / space).glob("*.sent"))
+
+    watched.before = once("put", ".safetensors", look)
+    one.flush()
+    assert not list((one.root / space).glob("*.sent"))

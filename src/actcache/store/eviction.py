@@ -241,7 +241,8 @@ class _Eviction:
             if need > 0 and is_ours(file.path, OPEN_NAME) and not (said[file] and self.limit):
                 with index.lock:
                     keys = [b.info.prompt_key for b in file.batches]
-                need -= _allocated(file.path.stat())
+                with contextlib.suppress(FileNotFoundError):
+                    need -= _allocated(file.path.stat())
                 discard(index.copy, file.path)
                 self.segments += 1
                 if keys:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,13 +86,16 @@ def clear_space(folder: Path, copy: WorkingCopy | None = None) -> None:
 def _clear_objects(folder: Path, copy: WorkingCopy) -> None:
     """Delete every object of ours of a space, until a listing shows none."""
     for _ in range(_ATTEMPTS):
-        copy.pull(folder.name)
-        for pattern in (SEGMENT_NAME, TOMB_NAME):
-            with contextlib.suppress(FileNotFoundError):
-                copy.spool.remove_all([path for path in folder.iterdir() if is_ours(path, pattern)])
-        # What others have merged meanwhile was put before what it was made of went.
-        if not copy.pull(folder.name):
-            break
+        tombs = _ours(folder, TOMB_NAME)
+        changed = copy.pull(folder.name)
+        segments = _ours(folder, SEGMENT_NAME)
+        copy.spool.remove_all(segments)
+        # What others have merged meanwhile was put before what it was made of went. And a tomb goes only behind all
+        # that it may be for, however new that is.
+        if not segments:
+            copy.spool.remove_all(tombs)
+            if not changed:
+                break
     for name in copy.spool.foreign(folder.name):
         log.info("leaving %s in %s: it was not written by actcache", name, copy.backend.url)
 
@@ -99,23 +103,31 @@ def _clear_objects(folder: Path, copy: WorkingCopy) -> None:
 def _removed(folder: Path, copy: WorkingCopy | None) -> bool:
     """Remove what is ours; whether it must be looked at again."""
     again = False
-    try:
-        entries = sorted(os.scandir(folder), key=lambda e: TOMB_NAME.fullmatch(e.name) is not None)
-    except FileNotFoundError:
-        return False
-    for entry in entries:
-        path = folder / entry.name
-        if is_ours(path, SEGMENT_NAME) or is_ours(path, TOMB_NAME):
-            discard(copy, path)
-        elif is_ours(path, OPEN_NAME):
-            again |= not remove(path)
-        elif OPEN_NAME.fullmatch(entry.name) and not os.path.lexists(path):
-            again = True
-        elif is_ours(path, TEMP_NAME, may_be_empty=True):
-            _remove_unless_locked(path)
-        elif entry.name != FILE and not (copy is not None and BESIDE_NAME.fullmatch(entry.name)):
-            log.info("leaving %s: it was not written by actcache", path)
+    # Listed first, removed last: what a tomb is for is there to be listed before the tomb is.
+    tombs = _ours(folder, TOMB_NAME)
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(folder):
+            path = folder / name
+            if is_ours(path, SEGMENT_NAME):
+                discard(copy, path)
+            elif is_ours(path, OPEN_NAME):
+                again |= not remove(path)
+            elif OPEN_NAME.fullmatch(name) and not os.path.lexists(path):
+                again = True
+            elif is_ours(path, TEMP_NAME, may_be_empty=True):
+                _remove_unless_locked(path)
+            elif not (name == FILE or is_ours(path, TOMB_NAME) or (copy is not None and BESIDE_NAME.fullmatch(name))):
+                log.info("leaving %s: it was not written by actcache", path)
+    for path in tombs:
+        discard(copy, path)
     return again
+
+
+def _ours(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """The files of ours in a folder that are named so."""
+    with contextlib.suppress(FileNotFoundError):
+        return [path for name in os.listdir(folder) if is_ours(path := folder / name, pattern)]
+    return []
 
 
 def _remove_unless_locked(path: Path) -> None:

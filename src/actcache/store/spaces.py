@@ -130,7 +130,8 @@ def drop_if_empty(folder: Path, copy: WorkingCopy | None = None) -> None:
         return
     described = b""
     if is_ours(path, SPACE_FILE):
-        described = _content(path)
+        with contextlib.suppress(FileNotFoundError):
+            described = _content(path)
         if copy is None:
             remove(path)
         else:
@@ -146,7 +147,10 @@ def drop_if_empty(folder: Path, copy: WorkingCopy | None = None) -> None:
 
 def holds_segments(folder: Path) -> bool:
     """Whether there is a segment in the folder of a space, or one that grows."""
-    return any(is_ours(folder / name, pattern) for name in os.listdir(folder) for pattern in (SEGMENT_NAME, OPEN_NAME))
+    with contextlib.suppress(FileNotFoundError):
+        names = os.listdir(folder)
+        return any(is_ours(folder / name, pattern) for name in names for pattern in (SEGMENT_NAME, OPEN_NAME))
+    return False
 
 
 def read_space(folder: Path) -> SpaceInfo:

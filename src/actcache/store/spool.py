@@ -243,8 +243,11 @@ class Spool:
         (self.described.add if FILE in listed else self.described.discard)(space)
         held = _names(folder)
         for name in held:
-            # A process was killed behind its upload, or while it removed the segment.
-            if name.endswith(".sent") and (f"{name[:32]}.have" in held or f"{name[:32]}.safetensors" not in held):
+            # A process was killed behind its upload, or while it removed the segment: one that got its name while all
+            # were listed may be missing among them.
+            if name.endswith(".sent") and (
+                f"{name[:32]}.have" in held or not (folder / name[:32]).with_suffix(".safetensors").exists()
+            ):
                 with contextlib.suppress(OSError):
                     remove(folder / name)
         self._unlisted[space] = self._counting(

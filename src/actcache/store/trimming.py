@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -79,15 +80,14 @@ def _mirrors(copy: WorkingCopy, catalog: Catalog, indexes: Mapping[str, SpaceInd
     found = []
     for space in space_folders(copy.root):
         medians = catalog.read_medians(space)
-        for entry in os.scandir(copy.root / space):
-            path = copy.root / space / entry.name
-            if SEGMENT_NAME.fullmatch(entry.name):
-                try:
+        # Each may go while it is looked at: with its space, or merged away.
+        with contextlib.suppress(FileNotFoundError):
+            for name in filter(SEGMENT_NAME.fullmatch, os.listdir(copy.root / space)):
+                path = copy.root / space / name
+                with contextlib.suppress(FileNotFoundError):
                     fetched = mirror.sidecar_of(path).stat().st_mtime_ns
-                    size = 512 * entry.stat(follow_symlinks=False).st_blocks
-                except FileNotFoundError:
-                    continue
-                found.append(_Mirror(path, size, max(fetched, medians.get(entry.name[:32], 0))))
+                    size = 512 * path.lstat().st_blocks
+                    found.append(_Mirror(path, size, max(fetched, medians.get(name[:32], 0))))
     return found
 
 

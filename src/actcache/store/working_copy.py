@@ -51,6 +51,13 @@ _instead: dict[Path, Path] = {}
 """Temporary folders, by what could not be written."""
 
 
+def _content(path: Path) -> bytes | None:
+    """What is in a file; None where there is none, as when another process has just removed it."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_bytes()
+    return None
+
+
 def _forget(made: Path, process: int) -> None:
     """At the end of a process: remove its temporary folder, unless something in it was not put."""
     if process != os.getpid():
@@ -182,12 +189,12 @@ class WorkingCopy:
 
     def renew_small(self, path: Path) -> bool:
         """Read a tomb or a description anew, as far as there is one; whether the file here has changed."""
-        before = path.read_bytes() if path.exists() else b""
+        before = _content(path)
         try:
             bring(self, path, MOST_SMALL)
         except FileNotFoundError:
             return False
-        return path.read_bytes() != before
+        return _content(path) != before
 
     def check_head(self, path: Path) -> None:
         """See to it that the head of the mirror at `path` is that of its object, right or wrong."""
