@@ -27,6 +27,18 @@ FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "lmprobe"
 SMALL = 100
 UNSPLIT = tuple(version for version in FULL if "split" not in version)
 OLD = tuple(version for version in VERSIONS if version.startswith("1."))
+CAPTURED = tuple(
+    f"dataset_v{name}"
+    for name in (
+        "1.0_fullseq",
+        "1.0_pooled",
+        "1.1_fullseq",
+        "1.1_pooled",
+        "1.2_fullseq",
+        "1.2_fullseq_split",
+        "2_pooled",
+    )
+)
 POOLINGS = ("last_token", "first_token", "mean", "max", "min", None)
 INFO = "lmprobe_info.json"
 
@@ -203,15 +215,13 @@ def test_router_logits_stay(tmp_path):
         assert np.array_equal(found, values[::-1]) and same_values(made)
 
 
-@pytest.mark.parametrize("name", ["fullseq", "pooled", "fullseq_split"])
-@pytest.mark.parametrize("version", ["1.0", "1.1", "1.2", "2"])
-def test_what_lmprobe_has_written(tmp_path, name, version):
-    if not (FIXTURES / f"dataset_v{version}_{name}").is_dir():
-        pytest.skip("not captured, or the captured datasets of lmprobe are not on this machine")
-    expected = np.load(FIXTURES / "expected.npz")
+@pytest.mark.parametrize("name", CAPTURED)
+def test_what_lmprobe_has_written(tmp_path, name):
+    if not FIXTURES.is_dir():
+        pytest.skip("the captured datasets of lmprobe are not on this machine")
     for change in (ac.migrate_dataset, ac.upgrade_dataset_format):
         folder = tmp_path / change.__name__ / "set"
-        shutil.copytree(FIXTURES / f"dataset_v{version}_{name}", folder, copy_function=shutil.copyfile)
+        shutil.copytree(FIXTURES / name, folder, copy_function=shutil.copyfile)
         for path in [folder, *folder.rglob("*")]:
             path.chmod(0o755 if path.is_dir() else 0o644)
         before, poolings = ac.fetch_dataset_metadata(folder), ["last_token"] + ["mean", None] * ("full" in name)
@@ -231,7 +241,6 @@ def test_what_lmprobe_has_written(tmp_path, name, version):
         found = ac.load_activation_dataset(folder, tensors=["logits_topk"])[0]
         assert all(torch.equal(found[key], tensors[key]) for key in tensors)
         assert "license: cc-by-4.0" in (folder / "README.md").read_text()
-    assert len(expected.files)
 
 
 class TestNothingToDo:

@@ -406,3 +406,57 @@ def test_the_token_is_nowhere(hub, made, repo, tmp_path):
     for commit in repository.history():
         assert TOKEN not in commit.message + commit.description
         assert all(TOKEN.encode() not in repository.read(path, commit.id) for path in commit.files)
+
+
+_MEASURE = """
+import threading
+import actcache as ac
+
+def anonymous():
+    status = open("/proc/self/status").read()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+def measured(repo, **options):
+    before, most, done = anonymous(), [0.0], threading.Event()
+    def look():
+        while not done.wait(0.002):
+            most[0] = max(most[0], anonymous())
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        ac.migrate_dataset(repo, **options)
+    finally:
+        done.set()
+        watcher.join()
+    return most[0] - before
+"""
+
+
+@pytest.mark.slow
+def test_memory_and_disk_do_not_grow_with_the_dataset(hub, tmp_path):
+    """Three times the vectors, of the same number of prompts: the same anonymous memory, and as little of the disk."""
+    options, peaks, disk = {"shard_max_bytes": 16 << 20}, [], []
+    with Client(hub, tmp_path / "client") as client:
+        client.run(_MEASURE)
+        for number, longest in enumerate((50, 500, 1500)):
+            made = make(
+                tmp_path / f"{number}" / "set", "1.0 full", n=60, layers=(0, 1), dim=1024, longest=longest, k=0,
+                tokens_per_shard=10_000, labels=[0] * 60,
+            )  # fmt: skip
+            name = f"user/large{number}"
+            hub.create(name, kind="dataset").commit(made.folder)
+            most = []
+
+            def look(most=most):
+                staged = [p for p in client.home.rglob("migrating/**/*") if p.is_file()]
+                most.append(sum(p.stat().st_size for p in staged))
+
+            hub.inject(Fault(method="PUT", path="/blobs/", times=None, then=look))
+            peaks.append(client.run("measured(repo, **options)", repo=name, options=options))
+            hub.faults.clear()
+            disk.append(max(most) / 2**20)
+            size = 8 * 1024 * sum(map(len, made.vectors)) / 2**20
+    # The first warms up what is loaded once.
+    assert size > 300
+    assert peaks[2] < peaks[1] + 60 and peaks[2] < 120, peaks
+    assert max(disk) < 4 * 16 + 2, disk

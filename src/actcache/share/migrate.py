@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from actcache.config import user_cache
 from actcache.errors import DatasetFormatError, OptionError
 from actcache.share import folder_change, hub_change
 from actcache.share.change import Change, Report, paths_of, verify
@@ -158,7 +159,7 @@ class Job:
             yield Plan(Report(name, url, index.source.commit, nothing, False), self, None)
             return
         shown = f"./{self.folder.name}" if self.folder is not None else name
-        with tempfile.TemporaryDirectory(prefix="actcache-") as folder:
+        with tempfile.TemporaryDirectory(prefix="planned-", dir=_room()) as folder:
             change, summary = self._change(index, Path(folder), shown)
             yield Plan(change.report(url, summary), self, change)
 
@@ -168,6 +169,16 @@ class Job:
 
     def _change(self, index: Index, folder: Path, shown: str) -> tuple[Change, str]:
         raise NotImplementedError
+
+
+def _room() -> Path | None:
+    """Where an index may lie: the folder for temporary files is memory on many machines."""
+    place = user_cache()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return place if os.access(place, os.W_OK | os.X_OK) else None
 
 
 class Migration(Job):

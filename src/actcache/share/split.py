@@ -19,7 +19,7 @@ from actcache.share.rows import Ints, Runs
 from actcache.share.shard_files import Part, ShardFile, greedy, located
 from actcache.share.shards import Array, ShardReader
 
-_CHUNK = 16 << 20
+_CHUNK = 8 << 20
 """Bytes of vectors that a thread has in memory at once."""
 _DIGEST = 32
 
@@ -129,11 +129,15 @@ class SplitLayer:
         part = Part(expand(HIDDEN_KEYS, self._layer, 0), shape, self._dtype, read)
         return ShardFile(expand(HIDDEN_FILES, self._layer, number), (part,), ())
 
-    def _read(self, runs: Runs) -> Array:
-        rows = np.empty((int(runs.length.sum()), self._dim), self._dtype)
-        key = self._reader.group.key(self._layer)
-        self._reader.read_here(runs, self._layer, key, rows)
+    def _read(self, runs: Runs, into: Array) -> Array:
+        """Rows of `runs`, which are the first ones of `into`."""
+        rows = into[: int(runs.length.sum())]
+        self._reader.read_here(runs, self._layer, self._reader.group.key(self._layer), rows)
         return rows
+
+    def _room(self, rows: int) -> Array:
+        # One for a whole file: given back and taken again, pieces would leave holes as large as they are.
+        return np.empty((rows, self._dim), self._dtype)
 
     def _rest(self, number: int) -> Iterator[Array]:
         """All tokens but the last of the prompts of a shard; the last are put aside."""
@@ -141,7 +145,7 @@ class SplitLayer:
         aside = None if self.aside is None else self._aside(number)
         if aside is None:
             for rows, last in self._pieces(prompts):
-                yield np.delete(rows, last, axis=0)
+                yield from _between(rows, last)
             return
         aside.parent.mkdir(parents=True, exist_ok=True)
         temporary, digest = aside.with_suffix(".making"), hashlib.sha256()
@@ -150,13 +154,14 @@ class SplitLayer:
                 some = np.ascontiguousarray(rows[last]).view(np.uint8).reshape(-1).data
                 digest.update(some)
                 out.write(some)
-                yield np.delete(rows, last, axis=0)
+                yield from _between(rows, last)
             out.write(digest.digest())
         # Before the shard is whole: one that is has its last tokens here, or in a file that was sent.
         os.replace(temporary, aside)
 
     def _pieces(self, prompts: Ints) -> Iterator[tuple[Array, Ints]]:
-        """Rows of prompts one after the other, in pieces, and which of them are last tokens."""
+        """Rows of prompts one after the other, in pieces, and which of them are last tokens. A piece is there until
+        the next one is asked for."""
         runs = self._split.runs.take(prompts)
         ends = np.zeros(len(runs.length), bool)
         ends[runs.offset[1:] - 1] = True
@@ -169,8 +174,10 @@ class SplitLayer:
         ends = ends[of] & (nth == parts[of] - 1)
         shard = runs.shard[of]
         filled = (np.cumsum(length) - 1) // self._most
-        for some in np.split(np.arange(len(of)), np.flatnonzero(np.diff(filled)) + 1):
-            rows = self._read(Runs.of_each(shard[some], start[some], length[some]))
+        pieces = np.split(np.arange(len(of)), np.flatnonzero(np.diff(filled)) + 1)
+        room = self._room(max(int(length[some].sum()) for some in pieces))
+        for some in pieces:
+            rows = self._read(Runs.of_each(shard[some], start[some], length[some]), room)
             yield rows, (np.cumsum(length[some]) - 1)[ends[some]]
 
     def _last(self, start: int, stop: int) -> Iterator[Array]:
@@ -186,10 +193,10 @@ class SplitLayer:
             yield from self._read_last(at, stop)
 
     def _read_last(self, start: int, stop: int) -> Iterator[Array]:
-        runs = self._split.runs
+        runs, room = self._split.runs, self._room(min(self._most, stop - start))
         for first in range(start, stop, self._most):
             at = runs.offset[first + 1 : min(first + self._most, stop) + 1] - 1
-            yield self._read(Runs.of_each(runs.shard[at], runs.start[at] + runs.length[at] - 1, np.ones_like(at)))
+            yield self._read(Runs.of_each(runs.shard[at], runs.start[at] + runs.length[at] - 1, np.ones_like(at)), room)
 
     def _kept(self, number: int, start: int, stop: int) -> Iterator[Array] | None:
         """Rows that were put aside; None where they are not there, or not as they were."""
@@ -207,12 +214,20 @@ class SplitLayer:
         return self._from_aside(path, start, stop)
 
     def _from_aside(self, path: Path, start: int, stop: int) -> Iterator[Array]:
+        room = self._room(min(self._most, stop - start))
         with path.open("rb") as file:
             file.seek(start * self._dim * self._dtype.itemsize)
             for at in range(start, stop, self._most):
-                rows = np.empty((min(self._most, stop - at), self._dim), self._dtype)
+                rows = room[: min(self._most, stop - at)]
                 file.readinto(rows.view(np.uint8).reshape(-1).data)
                 yield rows
 
     def _aside(self, number: int) -> Path:
         return (self.aside or Path()) / f"layer{self._layer}-{number}.last"
+
+
+def _between(rows: Array, without: Ints) -> Iterator[Array]:
+    """The rows but some, as they lie."""
+    for start, stop in zip([0, *(without + 1).tolist()], [*without.tolist(), len(rows)], strict=True):
+        if start < stop:
+            yield rows[start:stop]
