@@ -126,7 +126,7 @@ def test_migrated(tmp_path, version, limit):
 
 @pytest.mark.parametrize("version", OLD)
 def test_upgraded(tmp_path, version):
-    made = make(tmp_path / "set", version, labels=["a", None] * 5 + ["b"])
+    made = make(tmp_path / "set", version, labels=["a", None] * 5 + ["b"], dtype=np.float16)
     files = {path: data for path, data in contents(made.folder).items() if path.startswith("tensors/")}
     ac.upgrade_dataset_format(made.folder)
     assert same_values(made)
@@ -136,6 +136,7 @@ def test_upgraded(tmp_path, version):
     about = ac.fetch_dataset_metadata(made.folder)
     assert (about.format_version, about.model_name, about.labels) == ("2.0", "org/model", ["a", None] * 5 + ["b"])
     assert "shard_index_hidden" not in found.table.column_names
+    assert found.tensors["hidden_layers"]["dtype"] == "float16", "older releases always said float32"
 
 
 @pytest.mark.parametrize("version", ["1.0 full", "1.1 full", "1.2 full"])
@@ -380,6 +381,18 @@ class TestHostile:
         made.write()
         self.refused(made, "of router_logits is also a file of hidden layers", changes=[ac.migrate_dataset])
 
+    def test_metadata_of_half_characters(self, tmp_path):
+        made = make(tmp_path / "set", "1.1 pooled")
+        made.metadata["tensors"]["logits_topk"]["dtype"] = "half \ud800"
+        made.metadata["note"] = "\udfff"
+        made.write()
+        ac.upgrade_dataset_format(made.folder)
+        assert same_values(made) and Published(made.folder).metadata["note"] == "\udfff"
+        made = make(tmp_path / "other" / "set", "1.1 pooled")
+        made.metadata["\ud800"] = 1
+        made.write()
+        self.refused(made, "its metadata has a key", changes=[ac.upgrade_dataset_format])
+
     def test_a_ton_of_text_from_little(self, tmp_path, monkeypatch):
         monkeypatch.setattr("actcache.share.reindex._MOST_TEXT", 1 << 20)
         made = make(tmp_path / "set", "1.1 full", extra={"note": ["x" * (1 << 18)] * 11})
@@ -400,9 +413,13 @@ class TestHostile:
         for number, path in enumerate(sorted(snapshot.rglob("*.safetensors"))):
             path.rename(snapshot.parent.parent / "blobs" / f"{number:064x}")
             path.symlink_to(f"../../../blobs/{number:064x}")
+        index = snapshot.parent.parent / "blobs" / ("f" * 64)
+        (snapshot / INDEX).rename(index)
+        (snapshot / INDEX).symlink_to(f"../../../blobs/{index.name}")
         before = contents(snapshot)
-        with pytest.raises(OptionError, match="cache of the Hub's client"):
-            ac.migrate_dataset(snapshot)
+        for change in (ac.migrate_dataset, ac.upgrade_dataset_format):
+            with pytest.raises(OptionError, match="cache of the Hub's client"):
+                change(snapshot)
         assert contents(snapshot) == before
 
 

@@ -129,7 +129,8 @@ class Change:
                 count=index.num_rows,
                 note=f"{note} with actcache {__version__} at {_now()}",
             )
-            self.small[CARD].write_text(text, encoding="utf-8")
+            # What JSON says may hold halves of characters.
+            self.small[CARD].write_bytes(text.encode("utf-8", "replace"))
         if keep_info and exists(self.source, INFO):
             self._old.add(INFO)
             self.small[INFO] = folder / INFO

@@ -134,7 +134,7 @@ class Dataset:
     ) -> list[tuple[Column, int, np.dtype[Any]]]:
         """Width and dtype of each column: as a dataset of ours names them, else as the headers of the files do."""
         group = reader.group
-        said = group.described.get("dtype") if self.index.ours else None
+        said = group.described.get("dtype") if "version" in self.index.ours else None
         shards = np.unique(runs.shard).tolist()
         found = []
         for column in columns:

@@ -39,11 +39,13 @@ def apply(change: Change, folder: Path, *, doing: str) -> str:
         DiskFullError, StoreAccessError: no room for the new files, or no folder may be made beside it.
     """
     real = folder.resolve()
+    if any((real / path).is_symlink() for path in (INDEX, *change.used)):
+        raise OptionError(f"{folder} is a cache of the Hub's client: name the repository, or copy the folder.")
     if not change.files:
         _in_place(change, real)
         return str(folder)
     before = _snapshot(real)
-    _check_place(change, real)
+    _check_place(real)
     content = change.digest({path: repr(before.get(path)) for path in change.used})
     with Staging(staging_root(real), str(real), content) as staging:
         staging.drop_others()
@@ -104,9 +106,7 @@ def _in_place(change: Change, folder: Path) -> None:
         sync_folder(folder)
 
 
-def _check_place(change: Change, folder: Path) -> None:
-    if any((folder / path).is_symlink() for path in change.used):
-        raise OptionError(f"{folder} is a cache of the Hub's client: name the repository, or copy the folder.")
+def _check_place(folder: Path) -> None:
     if os.path.ismount(folder) or folder.parent == folder:
         raise OptionError(f"{folder} is where a disk is mounted, and cannot be replaced: copy the dataset elsewhere.")
     with translated(folder.parent):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from actcache.share.index_file import require_pyarrow
 from actcache.share.location import local_folder
 from actcache.share.push import DEFAULT_SHARD_BYTES
 from actcache.share.rows import Ints, Runs, every_row, one_row
+from actcache.share.shards import ShardReader
 from actcache.share.source import open_source
 from actcache.share.split import Split, SplitLayer
 from actcache.store.files import log
@@ -155,13 +156,15 @@ class Job:
         name = index.source.name
         url = str(self.folder) if self.folder is not None else hub_change.address(name)
         nothing = self._nothing(index)
+        seen = {None: "", True: ", in a private repository", False: ", in a public repository"}[self.private]
         if nothing is not None:
+            nothing += ", nor who may see it" if self.private is not None else ""
             yield Plan(Report(name, url, index.source.commit, nothing, False), self, None)
             return
         shown = f"./{self.folder.name}" if self.folder is not None else name
         with tempfile.TemporaryDirectory(prefix="planned-", dir=_room()) as folder:
             change, summary = self._change(index, Path(folder), shown)
-            yield Plan(change.report(url, summary), self, change)
+            yield Plan(change.report(url, summary + seen), self, change)
 
     def _nothing(self, index: Index) -> str | None:
         """What to say of a dataset that stays as it is."""
@@ -250,7 +253,7 @@ class Migration(Job):
             return split.columns(start, stop) | {name: values[start:stop] for name, values in own.items()}
 
         metadata = _metadata(index)
-        metadata["tensors"][HIDDEN] = split.described(group.described, dim, places[group.layers[0]].dtype.name)
+        metadata["tensors"][HIDDEN] = split.described(group.described, dim, _dtype(reader, group))
         change = Change(
             index,
             folder,
@@ -291,8 +294,7 @@ class Upgrade(Job):
         columns: dict[str, Ints] = {}
         runs: Runs | None = None
         group = index.description.tensors.get(HIDDEN)
-        for other in index.description.tensors.values():
-            verify(index, other)
+        told = {name: _dtype(verify(index, other), other) for name, other in index.description.tensors.items()}
         if group is not None and group.pooling is None:
             found = every_row(index, group)
             lengths = np.diff(found.row_offset)
@@ -310,6 +312,8 @@ class Upgrade(Job):
             return new
 
         metadata = _metadata(index)
+        for name, dtype in told.items():
+            metadata["tensors"][name] |= {} if dtype is None else {"dtype": dtype}
         names = [*columns, *(["token_shard_ids", "token_shard_offsets"] if runs is not None else [])]
         version = index.description.version
         change = Change(
@@ -325,6 +329,16 @@ class Upgrade(Job):
             note=f"upgraded from format {version}",
         )
         return change, f"Upgrade from format {version} to {VERSION}"
+
+
+def _dtype(reader: ShardReader, group: TensorGroup) -> str | None:
+    """What the files hold, where that is one dtype: older releases said float32 of whatever they wrote."""
+    if group.key_pattern is None:
+        return None
+    filled = [number for number, shard in enumerate(group.shards) if shard.rows]
+    layers: Sequence[int | None] = group.layers or (None,)
+    found = {reader.placed(number, layer, group.key(layer)).dtype.name for number in filled for layer in layers}
+    return found.pop() if len(found) == 1 else None
 
 
 def _together(group: TensorGroup, runs: Runs) -> dict[str, Ints]:
@@ -360,12 +374,15 @@ def _metadata(index: Index) -> dict[str, Any]:
     """What a dataset says of itself, as 2.0 has it: files and keys by patterns where they follow one."""
     found = index.description
     metadata = {key: value for key, value in found.metadata.items() if key not in ("tensor_types", "tensors")}
+    for key in metadata:
+        if not key.isprintable():
+            raise DatasetFormatError(f"{index.source.name}: its metadata has a key {key!r:.60}: expected plain text.")
     metadata |= {"format_version": VERSION, "model": {"name": found.model_name, "revision": found.revision}}
     metadata["tensors"] = {name: _described(name, group) for name, group in found.tensors.items()}
     return metadata
 
 
-def _described(name: str, group: TensorGroup) -> Mapping[str, Any]:
+def _described(name: str, group: TensorGroup) -> dict[str, Any]:
     told = dict(group.described)
     files = {HIDDEN: (HIDDEN_FILES, _TOGETHER_FILES), LOGITS: (LOGITS_FILES,), ROUTER: (ROUTER_FILES,)}.get(name, ())
     for pattern in files if "file_pattern" not in told else ():

@@ -54,13 +54,14 @@ class Split:
         start, stop = self.rest[number - len(self.placed)]
         return int((self.lengths[start:stop] - 1).sum())
 
-    def described(self, told: Mapping[str, Any], dim: int, dtype: str) -> dict[str, Any]:
-        """The tensors as the format describes them, when `told` is what it said before."""
+    def described(self, told: Mapping[str, Any], dim: int, dtype: str | None) -> dict[str, Any]:
+        """The tensors as the format describes them, when `told` is what it said before; `dtype`: None of several."""
         shards = [
             {"num_prompts": stop - start, "num_tokens": self.rows_of(number)}
             for number, (start, stop) in enumerate(self.placed + self.rest)
         ]
-        new = {"dim": dim, "dtype": dtype, "layout": "per_layer", "file_pattern": HIDDEN_FILES}
+        new = {"dim": dim, "layout": "per_layer", "file_pattern": HIDDEN_FILES}
+        new |= {} if dtype is None else {"dtype": dtype}
         new |= {"key_pattern": HIDDEN_KEYS, "storage": FULL_SEQUENCE, "last_token_shards": len(self.placed)}
         return {**told, **new, "shards": shards}
 
