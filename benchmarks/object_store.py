@@ -23,11 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from _measure import Report, Row, Tables, arguments, compare, reporting
 from actcache.store import behind
+from actcache.store.beside import Beside
+from actcache.store.mapped import start_writing
 from actcache.store.prompts import PromptTable
-from actcache.store.records import TOKENS, Records
+from actcache.store.records import BLOCK, TOKENS, Records
+from actcache.store.statistics import JointMoments
 from actcache.store.store import Store
 
 PROMPTS, LAYERS, WIDTH = 2000, 24, 1024
@@ -314,6 +318,7 @@ def writing(folder: Path, server: Server, report: Report, rounds: int, n: int) -
     """A long run, batch by batch, each durable on this host before the next; when it ends all is in the bucket."""
     large = -(-(64 << 20) // (LAYERS * WIDTH * 2))
     ways = {f"commits of {size} prompts": batches(n, size, 16, LAYOUT) for size in (64, large)}
+    largest = f"commits of {large} prompts"
     size = n * LAYERS * WIDTH * 2
     for name, parts in ways.items():
         server.seen()
@@ -342,7 +347,7 @@ def writing(folder: Path, server: Server, report: Report, rounds: int, n: int) -
 
     def tidy(name: str) -> None:
         for path in folder.glob("index *"):
-            shutil.rmtree(path)
+            path.unlink() if path.is_file() else shutil.rmtree(path)
         for path in (folder / "objects").iterdir():
             path.unlink()
         os.sync()
@@ -351,13 +356,42 @@ def writing(folder: Path, server: Server, report: Report, rounds: int, n: int) -
     def stored(parts: Sequence[Records]) -> None:
         write(*open_store(folder, f"again-{next(_fresh)}"), parts)
 
+    def least(pool: ThreadPoolExecutor, *, measured: bool) -> None:
+        """The same puts while the same bytes become durable here, at once, hashed and measured where `measured`."""
+        jobs = [pool.submit(put, i) for i in range(len(blobs))]
+        moments = JointMoments(LAYERS, WIDTH)
+        fd = os.open(folder / f"index {next(_fresh)}.least", os.O_RDWR | os.O_CREAT)
+        os.ftruncate(fd, size)
+        at = 0
+        for part in ways[largest]:
+            data = list(part.data.values())
+            with Beside(lambda data=data: measured and moments.update(data)):  # type: ignore[misc]
+                for rows in data:
+                    flat = memoryview(rows).cast("B")
+                    for start in range(0, len(flat) if measured else 0, BLOCK):
+                        xxhash.xxh3_64_intdigest(flat[start : start + BLOCK])
+                    at += os.pwrite(fd, flat, at)
+                    start_writing(fd, 0, 0)
+        os.fdatasync(fd)
+        os.close(fd)
+        for job in jobs:
+            job.result()
+
     # As many at a time as a store puts.
     with ThreadPoolExecutor(4) as pool:
         rows = compare(
             lambda: list(pool.map(put, range(len(blobs)))),
-            {name: lambda parts=parts: stored(parts) for name, parts in ways.items()},  # type: ignore[misc]
+            {"and durable here": lambda: least(pool, measured=False),
+             "and hashed and measured": lambda: least(pool, measured=True)}
+            | {name: lambda parts=parts: stored(parts) for name, parts in ways.items()},  # type: ignore[misc]
             rounds, reference_name="plain puts", warmup=1, before=tidy,
         )  # fmt: skip
+    limit = next(row for row in rows if row.name == "and hashed and measured")
+    shares = [f"{limit.wall / row.wall:.2f} ({row.name})" for row in rows if row.name in ways]
+    print(
+        f"\nwhat a store cannot do without, beside plain puts on these processors and this disk, allows "
+        f"{limit.speed.median:.2f} of their speed; of that: {', '.join(shares)}"
+    )
     title = f"writing {n:,} prompts x {LAYERS} x {WIDTH} float16, from the first batch until all is in the bucket"
     return [(title, rows, {"nbytes": size, "bounds": dict.fromkeys(ways, 0.7)})]
 
