@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -533,3 +536,29 @@ def test_rows_that_there_are_not_are_never_read(made: tuple[ac.Store, str], wron
     with pytest.raises(ac.errors.NotCachedError, match=str(wrong)):
         rows.take(np.array([3, wrong]), SITE)
     assert rows.take(np.array([], np.int64), SITE).shape == (0, 8)
+
+
+@pytest.mark.slow
+def test_two_processes_share_an_epoch(made: tuple[ac.Store, str], tmp_path: Path) -> None:
+    """Ranks of a process group, each with a worker that is started anew."""
+    store, space = made
+    script = Path(__file__).with_name("stream_rank.py")
+    outs = [tmp_path / f"{rank}.json" for rank in (0, 1)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(tmp_path / "meeting"), str(store.location),
+             str(store.index_dir), space, SITE, str(out)]
+        )
+        for rank, out in enumerate(outs)
+    ]  # fmt: skip
+    try:
+        assert [process.wait(timeout=180) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    parts = [json.loads(out.read_text()) for out in outs]
+    whole = stream_of(made)
+    prompts = [int(whole.prompts.tokens(i)[0]) for i in range(len(whole.prompts))]
+    assert sorted((prompts[p], q) for found, _ in parts for p, q in found) == ALL
+    assert sum(length for _, length in parts) == len(whole)
