@@ -148,6 +148,65 @@ def test_a_cache_of_a_model_by_text(tmp_path: Path) -> None:
         ac.encode_store(cache, sae, "resid_post.2")
 
 
+class Elsewhere(Sae):
+    """One that was trained on something else than the stream as it is."""
+
+    def __init__(self, **said: Any) -> None:
+        super().__init__(width=32)
+        self.cfg = {"metadata": said}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_vectors_are_prepared_as_the_model_does(tmp_path: Path, family: str) -> None:
+    store = Store(tmp_path / "store", index_dir=tmp_path / "index")
+    cache = ac.UnifiedCache(
+        tiny_model(family), sites=["resid_pre"], layers=[1], tokenizer=tiny_tokenizer(), store=store,
+        cache_pooled=False, compute_perplexity=False,
+    )  # fmt: skip
+    texts = ["one two three", "four"]
+    cache.warmup(texts)
+    site, (space,) = "resid_pre.1", store.spaces()
+    rows = store.read(space, texts, site)
+    plain = Elsewhere()
+    centred = Elsewhere(model_from_pretrained_kwargs={"center_writing_weights": True})
+    normalised = Elsewhere(hook_name="blocks.1.ln1.hook_normalized")
+    for sae in (centred, normalised):
+        with pytest.raises(OptionError, match="model="):
+            ac.encode_store(store, sae, site, space=space)
+    kinds = {"plain": plain, "centred": centred, "normalised": normalised}
+    found = {name: ac.encode_store(cache, sae, site) for name, sae in kinds.items()}
+    # TransformerLens centres nothing where the norm would notice.
+    means = [row.mean(-1, keepdim=True) * (family == "gpt2") for row in rows]
+    epsilon = 1e-5 if family == "gpt2" else cache.model.config.rms_norm_eps
+    scales = [((r - m).square().mean(-1, keepdim=True) + epsilon).sqrt() for r, m in zip(rows, means, strict=True)]
+    expected = {
+        "plain": rows,
+        "centred": [row - mean for row, mean in zip(rows, means, strict=True)],
+        "normalised": [(r - m) / s for r, m, s in zip(rows, means, scales, strict=True)],
+    }
+    for name, features in found.items():
+        for got, row in zip(features.read(texts), expected[name], strict=True):
+            with torch.no_grad():
+                torch.testing.assert_close(got.to_dense(), plain.encode_of(row), rtol=1e-3, atol=1e-4)
+    assert len({features.space for features in found.values()}) == 3
+    again = ac.encode_store(store, centred, site, space=space, model=cache.model)
+    assert (again.space, again.encoded) == (found["centred"].space, 0)
+
+
+def test_vectors_of_a_dataset_that_was_pulled(tmp_path: Path) -> None:
+    store, there = Store(tmp_path / "store", index_dir=tmp_path / "index"), Store(tmp_path / "there")
+    texts, rows = ["a b", "c d", "e f"], torch.randn(3, WIDTH)
+    store.write(SPACE, texts, {SITE: list(rows)}, pooling="last_token")
+    ac.push_dataset(tmp_path / "set", "org/model", None, store=store)
+    ac.pull_dataset(tmp_path / "set", store=there, trust_names=True)
+    (space,) = there.spaces()
+    sae = Sae()
+    features = ac.encode_store(there, sae, SITE, space=space, pooling="last_token")
+    with torch.no_grad():
+        found = features.read(texts).to_dense()
+        torch.testing.assert_close(found, sae.encode_of(rows), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "float16"])
 def test_vectors_are_encoded_as_they_are_stored(tmp_path: Path, dtype: str) -> None:
     store, sae = new_store(tmp_path, dtype=dtype), Sae()

@@ -31,11 +31,18 @@ class Occurrences(NamedTuple):
     value: torch.Tensor
 
 
-def features_space(source: SpaceInfo, site: str, pooling: str | None, digest: str, name: str | None) -> SpaceInfo:
-    """The space of the features that an autoencoder of this `digest` has on a site of the space `source`."""
+def features_space(
+    source: SpaceInfo, site: str, pooling: str | None, digest: str, name: str | None, prepared: str | None
+) -> SpaceInfo:
+    """The space of the features that an autoencoder of this `digest` has on a site of the space `source`.
+
+    `prepared`: what is done to vectors before it is given them.
+    """
     identity: dict[str, Any] = {FEATURES: digest, "of": source.space, "site": site}
     if pooling:
         identity["pooling"] = pooling
+    if prepared:
+        identity["prepared"] = prepared
     short = digest.partition(":")[2][:8] if digest.startswith("module:") else digest.partition(":")[2]
     label = {
         "model_name": name or f"{source.model_name}/{site}/{short}",

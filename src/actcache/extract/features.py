@@ -42,6 +42,7 @@ def encode_store(
     pooling: str | None = None,
     digest: str | None = None,
     name: str | None = None,
+    model: torch.nn.Module | None = None,
     show_progress: bool | None = None,
 ) -> Features:
     """Encode every stored vector of `site` with an autoencoder, and store the features that are not zero.
@@ -65,6 +66,8 @@ def encode_store(
         pooling: of which pooled vectors (default: those of the cache; of a store every token).
         digest: a name for what `sae` computes, where it is no module of torch.
         name: what the features are called in lists (default: the model's name, the site and the digest).
+        model: the model of a store's vectors, for an autoencoder that was trained behind one of its norms, or on a
+            centred stream: only the model knows how these are made. A cache has its own.
         show_progress: a bar; None: only on a terminal.
 
     Raises:
@@ -73,14 +76,22 @@ def encode_store(
         WrongSiteError: it was trained on another site.
         NotCachedError: nothing is stored at that site; or, when all others are stored, prompts that turned out damaged.
     """
-    store, of, pooling = _source(source, space, pooling)
+    store, of, pooling, cached = _source(source, space, pooling)
     site = Site.parse(site) if isinstance(site, str) else site
     encoder = autoencoder(sae)
-    target = features_space(of, str(site), pooling, autoencoder_digest(encoder, digest), name)
     trained = trained_on(encoder, site)
+    prepared = "normalised" if trained.normalised else "centred" if trained.centred else None
+    target = features_space(of, str(site), pooling, autoencoder_digest(encoder, digest), name, prepared)
+    if prepared and model is None:
+        if cached is None:
+            raise OptionError(
+                f"the SAE was trained on {trained} of a model whose stream was {prepared}, and no store knows how: "
+                "give model=, or the ac.UnifiedCache of the model"
+            )
+        model = cached.extractor.source.model()
     if store.limit.value == 0:
         raise OptionError(f"store {store.location} has a limit of 0 and keeps nothing: raise it (ac.set_cache_limit).")
-    work = _Work(store, of.space, str(site), pooling, Encoder(encoder, trained, None, None))
+    work = _Work(store, of.space, str(site), pooling, Encoder(encoder, trained, None, model))
     with evaluating(sae):
         encoded, found = work.run(target, show_progress)
     if store.limit.value is not None:
@@ -89,8 +100,10 @@ def encode_store(
     return Features(store, target.space, str(site), pooling, work.size, encoded, found)
 
 
-def _source(source: Any, space: str | SpaceInfo | None, pooling: str | None) -> tuple[Store, SpaceInfo, str | None]:
-    """The store, the space in it, and the pooling that are meant."""
+def _source(
+    source: Any, space: str | SpaceInfo | None, pooling: str | None
+) -> tuple[Store, SpaceInfo, str | None, CachedExtractor | None]:
+    """The store, the space in it, and the pooling that are meant; the cache, where it is one."""
     if isinstance(source, Store):
         if space is None:
             raise OptionError("an ac.Store holds several spaces: name the one to encode, space=... (store.spaces()).")
@@ -100,7 +113,7 @@ def _source(source: Any, space: str | SpaceInfo | None, pooling: str | None) -> 
             # As every function that takes a space says it, with the nearest.
             source.contains(wanted, ["-"])
             raise NotCachedError(f"nothing is stored in space {wanted!r} of {source.location}.")
-        return source, found, pooling
+        return source, found, pooling, None
     cached = source if isinstance(source, CachedExtractor) else getattr(source, "cached", None)
     if not isinstance(cached, CachedExtractor):
         raise OptionError(
@@ -111,7 +124,7 @@ def _source(source: Any, space: str | SpaceInfo | None, pooling: str | None) -> 
     identity = cached.identity()
     found = SpaceInfo(space_id(identity.values), dict(identity.values), dict(identity.label))
     own = None if cached.layout == TOKENS else cached.layout
-    return cached.store, found, pooling or own
+    return cached.store, found, pooling or own, cached
 
 
 class _Work:
@@ -156,6 +169,7 @@ class _Work:
 
     def _prompts(self) -> PromptTable:
         layout = self._pooling or TOKENS
+        self._store.fetch(self._space, self._site, pooling=self._pooling)
         table = self._store.prompts(self._space, site=self._site, layout=layout)
         if not len(table):
             # Which says what there is instead.

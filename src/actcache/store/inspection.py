@@ -143,6 +143,10 @@ class Inspection(ABC):
         pulled = None if site is None else self._pulled(space)
         return pulled is not None and pulled.offers([str(site)], pooling or TOKENS)
 
+    def fetch(self, space: str | SpaceInfo, site: str, *, pooling: str | None = None) -> None:
+        """See to it that all that a dataset which was pulled has at `site` is here; of other spaces it is."""
+        self._fetched(space, None, site, pooling)
+
     def _fetched(self, space: str | SpaceInfo, prompts: Any, site: str, pooling: str | None) -> str:
         """The id of a space; what can be fetched of `prompts` is there."""
         if (pulled := self._pulled(space)) is not None:
