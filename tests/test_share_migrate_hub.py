@@ -298,14 +298,15 @@ class TestFaults:
         assert fault.struck and is_split(hub, repo, made, tmp_path / "found")
         assert len(hub.dataset(repo).history()) == 2
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "at",
         [
-            pytest.param({"method": "PUT", "path": "/blobs/", "skip": 0}, marks=pytest.mark.slow),
+            {"method": "PUT", "path": "/blobs/", "skip": 0},
             {"method": "PUT", "path": "/blobs/", "skip": 9, "cut_upload": 100},
-            pytest.param({"method": "PUT", "path": "/blobs/", "skip": 23}, marks=pytest.mark.slow),
-            pytest.param({"path": "/commit/"}, marks=pytest.mark.slow),
-            pytest.param({"path": "/commit/", "lose_answer": True}, marks=pytest.mark.slow),
+            {"method": "PUT", "path": "/blobs/", "skip": 23},
+            {"path": "/commit/"},
+            {"path": "/commit/", "lose_answer": True},
         ],
         ids=str,
     )

@@ -64,7 +64,7 @@ def migrate_dataset(
         repo_id: ``"org/name"`` on the Hub, or a folder: a `Path`, or a string that starts with ".", "/", "~", "file://".
         shard_max_bytes: the size that a file reaches at most, if one prompt fits into it.
         token: of the Hub; None for the one that is logged in.
-        private: make the repository a private one (True), or a public one when the commit is made (False).
+        private: make the repository a private one (True, just before the commit) or a public one (False, after it).
         dry_run: change nothing, and return what would be done: files and bytes. The index and the headers of files are
             read for it.
 
@@ -111,15 +111,15 @@ def _run(job: Job, dry_run: bool) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done: `report` says it, `apply` does it and returns where the dataset is."""
+    """What will be done: `report` says it, `apply` does it and returns where the dataset is. `change`: None of none."""
 
     report: Report
     _job: Job
-    _change: Change | None
+    change: Change | None
 
     def apply(self) -> str:
         job = self._job
-        if self._change is None:
+        if self.change is None:
             # The answer to its last step may never have come.
             if job.folder is None:
                 hub_change.forget(self.report.url)
@@ -127,9 +127,9 @@ class Plan:
                 folder_change.forget(job.folder)
             return self.report.url
         if job.folder is not None:
-            return folder_change.apply(self._change, job.folder, doing=job.doing)
+            return folder_change.apply(self.change, job.folder, doing=job.doing)
         return hub_change.apply(
-            self._change, token=job.token, private=job.private, doing=job.doing, message=self.report.summary
+            self.change, token=job.token, private=job.private, doing=job.doing, message=self.report.summary
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from actcache.errors import DatasetAccessError
 from actcache.share.format import FULL_SEQUENCE, HIDDEN_FILES, HIDDEN_KEYS, TensorGroup, expand
 from actcache.share.rows import Ints, Runs
 from actcache.share.shard_files import Part, ShardFile, greedy, located
@@ -134,6 +135,9 @@ class SplitLayer:
         """Rows of `runs`, which are the first ones of `into`."""
         rows = into[: int(runs.length.sum())]
         self._reader.read_here(runs, self._layer, self._reader.group.key(self._layer), rows)
+        if self._reader.source.stop.is_set():
+            # Another file has failed, and what was being read was left as it is: no file may become whole of that.
+            raise DatasetAccessError(f"{self._reader.source.name}: reading was stopped.")
         return rows
 
     def _room(self, rows: int) -> Array:
