@@ -37,6 +37,7 @@ WHOLE = "copy of a mapped .npy"
 TAKEN_APART = "np.take of rows, layer behind layer"
 READ_APART = "read of each segment's part"
 HASHED_APART = "the same, checksums computed"
+FOUND_APART = "the same, with header and index of each"
 ASKED = 1 << 20
 _rng = np.random.default_rng(0)
 _PATTERNS = _rng.standard_normal((4099, WIDTH), np.float32).astype(np.float16)
@@ -263,22 +264,28 @@ def cold(folder: Path, n: int, rounds: int) -> list[Table]:
             while done < len(target):
                 done += file.readinto(target[done : done + (8 << 20)]) or 0
 
-    parts: list[tuple[Path, int, int]] = []
+    parts: list[tuple[Path, int, int, int]] = []
     for path in sorted(space_folder.glob("*.safetensors")):
         segment = Segment(path)
-        parts.append((path, segment.start_of(ONE), segment.info.rows * WIDTH * 2))
+        parts.append((path, segment.start_of(SITES[0]), segment.start_of(ONE), segment.info.rows * WIDTH * 2))
         del segment
+    heads = bytearray(max(head for _, head, _, _ in parts))
 
-    def apart(hashed: bool = False) -> None:
-        """The same bytes from where they are, without looking for them, and without comparing their checksums."""
+    def apart(hashed: bool = False, found: bool = False) -> None:
+        """The same bytes from where they are, without comparing their checksums; and what tells where they are."""
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(path, "rb", buffering=0)).fileno() for path, _, _ in parts]
-            for fd, (_, start, size) in zip(files, parts, strict=True):
+            files = [stack.enter_context(open(path, "rb", buffering=0)).fileno() for path, *_ in parts]
+            wanted = [(fd, 0, head) for fd, (_, head, _, _) in zip(files, parts, strict=True)] if found else []
+            wanted += [(fd, start, size) for fd, (_, _, start, size) in zip(files, parts, strict=True)]
+            for fd, start, size in wanted:
                 for at in range(start, start + size, ASKED):
                     os.posix_fadvise(fd, at, min(ASKED, start + size - at), os.POSIX_FADV_WILLNEED)
             done = 0
-            for fd, (_, start, size) in zip(files, parts, strict=True):
+            for fd, (_, head, start, size) in zip(files, parts, strict=True):
                 end = start + size
+                if found:
+                    assert os.preadv(fd, [memoryview(heads)[:head]], 0) == head
+                    xxhash.xxh3_64_intdigest(memoryview(heads)[:head])
                 while start < end:
                     got = os.preadv(fd, [target[done : done + min(ASKED, end - start)]], start)
                     for block in range(done, done + got if hashed else 0, BLOCK):
@@ -288,7 +295,10 @@ def cold(folder: Path, n: int, rounds: int) -> list[Table]:
     def read() -> None:
         held[0].read(space_folder.name, None, ONE, pooling=LAYOUT, out=torch.from_numpy(out))
 
-    ways = {READ_APART: apart, HASHED_APART: lambda: apart(True), "read(None)": read}
+    ways = {
+        READ_APART: apart, HASHED_APART: lambda: apart(True), FOUND_APART: lambda: apart(True, True),
+        "read(None)": read,
+    }  # fmt: skip
     found = compare(sequential, ways, rounds, reference_name="sequential read", before=forget)
     # In the order in which they are stored, which is not that in which they were given.
     given = np.fromfile(blob, np.float16).reshape(n, WIDTH)

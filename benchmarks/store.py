@@ -91,7 +91,7 @@ def committing(folder: Path, rounds: int, n: int) -> Tables:
     sites = [f"resid_post.{layer}" for layer in range(MANY_LAYERS)]
     per_prompt = MANY_LAYERS * MANY_WIDTH * 2
     large = -(-(64 << 20) // per_prompt)
-    few = min(n, 2048)
+    few = min(n, 4096)
 
     def batches(count: int, size: int) -> list[Records]:
         """Prompts of their own for each batch; the vectors are those of a few batches, too many for the caches."""
@@ -174,9 +174,8 @@ def committing(folder: Path, rounds: int, n: int) -> Tables:
         reference: tuple[str, Callable[[], object]],
         candidates: dict[str, Callable[[], object]],
         floors: Sequence[float],
-        times: int = rounds,
     ) -> tuple[list[Row], dict[str, float]]:
-        rows = compare(reference[1], candidates, times, reference_name=reference[0], warmup=1, before=tidy)
+        rows = compare(reference[1], candidates, rounds, reference_name=reference[0], warmup=1, before=tidy)
         return rows, dict(zip(candidates, floors, strict=False))
 
     what = f"{MANY_LAYERS} x {MANY_WIDTH} float16, durable and merged"
@@ -193,7 +192,8 @@ def committing(folder: Path, rounds: int, n: int) -> Tables:
         )),
         (few, against(
             ("a file per prompt", lambda: files(small_batches[: few // 64])),
-            {by_64: lambda: stored(small_batches[: few // 64])}, (12,), min(rounds, 3),
+            {by_64: lambda: stored(small_batches[: few // 64]), LEAST: lambda: least(small_batches[: few // 64])},
+            (12,),
         )),
     ):  # fmt: skip
         found.append((f"writing {count:,} prompts x {what}", rows, {"nbytes": count * per_prompt, "bounds": bounds}))

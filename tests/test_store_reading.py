@@ -78,6 +78,59 @@ def test_full_sequences(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again[:, :], out[[1, 3]])
 
 
+def test_rows_one_by_one_are_those_of_all_together(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    for site, batches in {SITES[0]: (range(8), range(8, 12)), SITES[1]: (range(5), range(5, 12))}.items():
+        for batch in batches:
+            records = every_token(batch)
+            store.append(space, Records.tokens(records.prompts, {site: records.data[site]}))
+    asked = [11, 3, 40, 7, 0, 3]
+    place = store.locate(space, table=make_table(asked), sites=SITES[::-1], layout="tokens")
+    for k in (0, 3, 5, -2, 1, 4, 0):
+        for site, one, found in zip(SITES[::-1], place.rows(k), place.all_rows([k])[0], strict=True):
+            right = vector(asked[k], site) + np.arange(1 + asked[k] % 7, dtype=np.float32)[:, None]
+            np.testing.assert_array_equal(one, right)
+            np.testing.assert_array_equal(found, right)
+            assert not one.flags.writeable
+    with pytest.raises(NotCachedError, match="prompt 2"):
+        place.rows(2)
+    with pytest.raises(IndexError):
+        place.rows(6)
+
+
+@pytest.mark.parametrize("what", ["token", "text"])
+@pytest.mark.parametrize("some", ["few", "all in order", "all in disorder", "half", "here and there", "one again"])
+def test_what_is_compared_is_each_prompts_own(tmp_path: Path, what: str, some: str) -> None:
+    """One comparison for many prompts, or one for each: none of them may stand for another."""
+    store, space = make_store(tmp_path)
+    store.append(space, pooled(range(400)))
+    index = store._index(space)
+    ((number, _),) = index.segments()
+    segment = index.open(number)
+    assert segment is not None
+    rng = np.random.default_rng(0)
+    chosen = {
+        "few": np.array([5, 300, 7]),
+        "all in order": np.arange(400),
+        "all in disorder": rng.permutation(400),
+        "half": rng.permutation(400)[:200],
+        "here and there": rng.permutation(400)[:30],
+        "one again": np.full(40, 17),
+    }[some]
+    table = make_table(range(400))
+    content = [
+        text(i).encode() if what == "text" else np.array(table.tokens(i), "<i4").tobytes() for i in chosen.tolist()
+    ]
+    assert segment.holds(what, chosen, content).all()
+    for k in (0, len(chosen) // 2, len(chosen) - 1):
+        for other in (content[k][:-1] + b"?", content[k][:-1], b"", content[k] + content[k]):
+            changed = [*content[:k], other, *content[k + 1 :]]
+            assert np.flatnonzero(~segment.holds(what, chosen, changed)).tolist() == [k]
+    swapped = [content[1], content[0], *content[2:]]
+    expected = [] if some == "one again" else [0, 1]
+    assert np.flatnonzero(~segment.holds(what, chosen, swapped)).tolist() == expected
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 def test_every_dtype_comes_back_as_it_was(tmp_path: Path, dtype: Any) -> None:
     store, space = make_store(tmp_path)

@@ -25,6 +25,7 @@ _UNKNOWN, _GOOD, _DAMAGED = 0, 1, 2
 _PIECE, _AHEAD = 8, 32
 # Less than that is written to its mirror before a thread has begun to.
 _LEAST_BEHIND = 1 << 20
+_MOST_KEPT = 64
 
 
 class BlockChecks:
@@ -57,6 +58,7 @@ class BlockChecks:
             first += sum(map(blocks_of, tensors))
         self._state: npt.NDArray[np.uint8] = np.zeros(first, np.uint8)
         self._clean: set[str] = set()
+        self._grouped: dict[tuple[str, ...], list[tuple[Shape, list[str], Ints]]] = {}
         self._asked: set[tuple[int, int]] = set()
 
     @property
@@ -70,10 +72,9 @@ class BlockChecks:
 
     def good(self, sites: Sequence[str], starts: Ints, stops: Ints) -> bool:
         """Whether the rows ``starts[i]:stops[i]`` of all `sites` have been checked and are good; reads nothing."""
-        for shape, alike in self._by_shape(sites).items():
+        for shape, alike, first in self._groups(tuple(sites)):
             every = sum(count for _, count in shape)
             blocks = _marked(self._touched(shape, starts, stops), every)
-            first = np.array([self._first[site] for site in alike])
             if (self._state[first[:, None] + blocks] != _GOOD).any():
                 return False
             if len(blocks) == every:
@@ -245,6 +246,16 @@ class BlockChecks:
         # Rows that somebody keeps keep all that came with them.
         asked = int((stops - starts).sum()) * sum(self._shape[site][0][0] for site in sites)
         return found, 2 * asked >= found.nbytes
+
+    def _groups(self, sites: tuple[str, ...]) -> list[tuple[Shape, list[str], Ints]]:
+        """`_by_shape`, and the number of each site's first block; kept for whoever asks for the same sites again."""
+        found = self._grouped.get(sites)
+        if found is None:
+            by_shape = self._by_shape(sites).items()
+            found = [(shape, alike, np.array([self._first[site] for site in alike])) for shape, alike in by_shape]
+            if len(self._grouped) < _MOST_KEPT:
+                self._grouped[sites] = found
+        return found
 
     def _touched(self, shape: Shape, starts: Ints, stops: Ints) -> Ranges:
         """The blocks that hold these rows, and those that hold their scales: first and one behind the last of each."""

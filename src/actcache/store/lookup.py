@@ -238,15 +238,20 @@ def _received_together(wanted: Sequence[tuple[Segment, Sequence[str], Ints]]) ->
 
 def _check_together(
     wanted: Sequence[tuple[Segment, Sequence[str], Ints]], received: Mapping[BlockChecks, Received]
-) -> None:
-    """Check prompts of several segments, of which the disk is asked at once; what is found is kept for `_intact`."""
+) -> list[bool]:
+    """Check prompts of several segments, of which the disk is asked at once; what is found is kept for `_intact`.
+
+    Of which segments they were all known to be good.
+    """
     left = _AHEAD_BYTES
-    jobs = []
+    jobs, good = [], []
     for segment, sites, prompts in wanted:
-        if left <= 0 or segment.checks in received or segment.checks.all_good(sites):
+        good.append(segment.checks in received or segment.checks.all_good(sites))
+        if left <= 0 or good[-1]:
             continue
         starts, stops = segment.row_offset[prompts], segment.row_offset[prompts + 1]
-        if not segment.checks.good(sites, starts, stops):
+        good[-1] = segment.checks.good(sites, starts, stops)
+        if not good[-1]:
             left -= segment.checks.ask(sites, starts, stops, left)
             jobs.append((segment.checks, sites, starts, stops))
     threads = min(allowed_threads(), (_AHEAD_BYTES - left) // THREAD_BYTES, len(jobs))
@@ -254,6 +259,7 @@ def _check_together(
         with ThreadPoolExecutor(threads) as pool:
             for job in [pool.submit(checks.verify, sites, starts, stops) for checks, sites, starts, stops in jobs]:
                 job.result()
+    return good
 
 
 def _distinct(keys: Sequence[npt.NDArray[np.uint8]]) -> bool:
@@ -319,11 +325,12 @@ def _locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, 
         )
     for columns, named, prompt, opened in chosen:
         slot = np.full(len(query), -1, np.int32)
+        good = [False] * len(opened)
         if check and len(opened) > 1:
-            _check_together([(segment, named, prompt[members]) for _, segment, members in opened], received)
-        for n, segment, members in opened:
+            good = _check_together([(segment, named, prompt[members]) for _, segment, members in opened], received)
+        for (n, segment, members), known in zip(opened, good, strict=True):
             right = query.matches(segment, members, prompt[members])
-            if check:
+            if check and not known:
                 intact = _intact(index, n, segment, named, prompt[members], received)
                 changed = changed or not intact.all()
                 right &= intact

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from operator import eq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from actcache.store.checks import BlockChecks, blocks_of
 from actcache.store.dtypes import SCALED, is_quantised, value_dtype
 from actcache.store.fetching import Fetcher
 from actcache.store.files import open_plain
+from actcache.store.lazy import lazy
 from actcache.store.mapped import MappedFile
 from actcache.store.prompts import CHAT, PromptTable
 from actcache.store.quantize import BLOCK_ROWS, decode_run
@@ -42,8 +44,10 @@ if TYPE_CHECKING:
     from actcache.store.working_copy import WorkingCopy
 
 Ints = npt.NDArray[np.int64]
+Reader = Callable[[int, int], npt.NDArray[Any]]
 
-_FEW, _SPREAD = 16, 64
+_FEW, _SPREAD = 16, 8
+_MOST_KEPT = 64
 
 
 class Segment:
@@ -231,6 +235,20 @@ class Segment:
         None where they do not lie on one grid of rows, as sites of different widths in one segment may not, and where
         values must be decoded.
         """
+        asked = tuple(sites)
+        if asked not in self._grids:
+            found = self._grid(asked)
+            if len(self._grids) >= _MOST_KEPT:
+                return found
+            self._grids[asked] = found
+        return self._grids[asked]
+
+    @lazy
+    def _grids(self) -> dict[tuple[str, ...], tuple[npt.NDArray[Any], Ints] | None]:
+        """What was asked for before, which takes as long to find as a few rows to copy."""
+        return {}
+
+    def _grid(self, sites: Sequence[str]) -> tuple[npt.NDArray[Any], Ints] | None:
         tensors = [self._data[site] for site in sites]
         one = tensors[0]
         if any(
@@ -258,7 +276,7 @@ class Segment:
         """Rows `start` to `stop` of `site`: a read-only view, or a new float32 array where they must be decoded."""
         return self.readers([site], np.array([start]), np.array([stop]))[0](start, stop)
 
-    def readers(self, sites: Sequence[str], starts: Ints, stops: Ints) -> list[Callable[[int, int], npt.NDArray[Any]]]:
+    def readers(self, sites: Sequence[str], starts: Ints, stops: Ints) -> list[Reader]:
         """For each of `sites` what gives `values`, for many calls: for the rows ``starts[i]:stops[i]`` and no others.
 
         What of them is not here yet is fetched together.
@@ -267,9 +285,10 @@ class Segment:
             raise NotCachedError(f"{self.path} is shorter than its index says")
         if self.source is not None:
             self.require(sites, starts, stops)
-        return [self._reader(site) for site in sites]
+        return [self.reader(site) for site in sites]
 
-    def _reader(self, site: str) -> Callable[[int, int], npt.NDArray[Any]]:
+    def reader(self, site: str) -> Reader:
+        """What gives `values` of `site`, which of a mirror must be here."""
         matrix, scales, length = self.matrix(site), self.scales(site), self.info.rows
 
         def read(start: int, stop: int) -> npt.NDArray[Any]:
@@ -297,6 +316,11 @@ class Segment:
     def column(self, site: str) -> tuple[np.dtype[Any], int]:
         """Dtype of the values and width of `site`."""
         return value_dtype(self._code(site)), self._data[site].shape[1]
+
+    @lazy
+    def widths(self) -> frozenset[int]:
+        """The widths of all its sites."""
+        return frozenset(dim for _, _, dim in self.info.columns)
 
     def error(self, site: str) -> CastError:
         """What storing `site` changed: of every row that was written, those included that merging has dropped."""
@@ -337,19 +361,23 @@ class Segment:
         starts = offset[prompts] * width + tensor.start
         stops = offset[prompts + 1] * width + tensor.start
         data = self._file.bytes
-        if len(prompts) > _FEW and self._holds_runs(prompts, starts, stops, content):
-            return np.ones(len(prompts), bool)
-        if len(prompts) > _FEW:
+        # Runs, and what lies between, are looked at only where most of it is asked for.
+        if len(prompts) > _FEW and int(prompts.max()) - int(prompts.min()) < _SPREAD * len(prompts):
+            if self._holds_runs(prompts, starts, stops, content):
+                return np.ones(len(prompts), bool)
             low, high = int(starts.min()), int(stops.max())
-            if high - low <= _SPREAD * int((stops - starts).sum()):
+            if high - low <= 2 * _SPREAD * int((stops - starts).sum()):
                 # One copy of all, which is cut much faster than the mapping.
                 whole = data(low, high)
                 starts, stops = starts - low, stops - low
                 return np.array(
                     [whole[a:b] == c for a, b, c in zip(starts.tolist(), stops.tolist(), content, strict=True)]
                 )
-        pieces = zip(starts.tolist(), stops.tolist(), content, strict=True)
-        return np.fromiter((data(a, b) == c for a, b, c in pieces), bool, len(prompts))
+        raw = self._raw
+        pieces = [raw[a:b].tobytes() for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+        if pieces == content:
+            return np.ones(len(prompts), bool)
+        return np.fromiter(map(eq, pieces, content), bool, len(prompts))
 
     def _holds_runs(self, prompts: Ints, starts: Ints, stops: Ints, content: list[bytes]) -> bool:
         """Whether all is equal, with one comparison for each run of neighbours, the usual case; False: look closer."""

@@ -16,7 +16,7 @@ from actcache.store.dtypes import common_dtype, name_of
 from actcache.store.gather import Piece, gather_pieces
 from actcache.store.keys import Ints
 from actcache.store.lazy import lazy
-from actcache.store.mapping import Segment
+from actcache.store.mapping import Reader, Segment
 from actcache.store.prompts import PromptTable
 from actcache.store.receiving import Received
 from actcache.store.records import SPARSE, TOKENS
@@ -61,6 +61,7 @@ class Placement:
         self._parts = list(parts)
         self._segments = list(segments)
         self._received = received or {}
+        self._read: dict[tuple[int, int], Reader] = {}
         self._n = n
         self.found: npt.NDArray[np.bool_] = np.zeros(n, bool) if sites else np.ones(n, bool)
         if found is not None:
@@ -154,7 +155,17 @@ class Placement:
 
     def rows(self, i: int) -> list[npt.NDArray[Any]]:
         """The rows of prompt `i`: one array ``[T, D]`` per site, a read-only view of the mapping where it can be."""
-        return self.all_rows([i])[0]
+        if not self.found[i] or any(segment.source is not None for segment in self._segments):
+            return self.all_rows([i])[0]
+        found: list[npt.NDArray[Any]] = [np.empty(0)] * len(self.sites)
+        for part in self._parts:
+            number, prompt = int(part.segment[i]), int(part.prompt[i])
+            start, stop = self._segments[number].row_offset[prompt : prompt + 2].tolist()
+            for j in part.sites:
+                if (number, j) not in self._read:
+                    self._read[number, j] = self._segments[number].reader(self.sites[j])
+                found[j] = self._read[number, j](start, stop)
+        return found
 
     def all_rows(self, index: npt.ArrayLike | None = None) -> list[list[npt.NDArray[Any]]]:
         """`rows` of the prompts `index` (default all), in that order."""
@@ -343,7 +354,10 @@ class Placement:
     @lazy
     def widths(self) -> frozenset[int]:
         """The widths of the sites that were found."""
-        return frozenset(segment.column(s)[1] for part, segment in self._used for s in self._names(part))
+        every = frozenset(dim for _, segment in self._used for dim in segment.widths)
+        if len(every) > 1:
+            every = frozenset(segment.column(s)[1] for part, segment in self._used for s in self._names(part))
+        return every
 
     def _dim(self) -> int:
         dims = self.widths

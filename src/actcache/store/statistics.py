@@ -116,18 +116,33 @@ class SiteStatistics:
         return Moments(self.count, self.mean.copy(), self.variance * self.count, self.mean_norm * self.count)
 
 
+class _Memory:
+    """Arrays to compute in, the same ones again: the first touch of fresh memory costs as much as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, npt.NDArray[Any]] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: type = np.float64) -> npt.NDArray[Any]:
+        """The array of that name, of a shape of which only the first number may be another than before."""
+        array = self._arrays.get(name)
+        if array is None or len(array) < shape[0] or array.shape[1:] != shape[1:]:
+            array = self._arrays[name] = np.empty(shape, dtype)
+        return array[: shape[0]]
+
+
 class JointMoments:
     """Moments of `columns` of one width `dim`, whose rows come together: less is done for each of them on its own."""
 
     def __init__(self, columns: int, dim: int) -> None:
         self.count = 0
         self._mean, self._m2, self._norms = np.zeros((columns, dim)), np.zeros((columns, dim)), np.zeros(columns)
+        self._memory = _Memory()
 
     def update(self, matrices: Sequence[npt.NDArray[Any]]) -> None:
         """Take in rows ``[n, D]`` of every column, all of one floating dtype."""
         n, dim = matrices[0].shape
         if n and dim:
-            mean, m2, norms = _moments(matrices)
+            mean, m2, norms = _moments(matrices, self._memory)
             with np.errstate(all="ignore"):
                 # As in `Moments.merge`.
                 share = n / (self.count + n)
@@ -146,17 +161,20 @@ class JointMoments:
         return Moments(self.count, self._mean[column].copy(), self._m2[column].copy(), float(self._norms[column]))
 
 
-def _moments(matrices: Sequence[npt.NDArray[Any]]) -> tuple[Floats, Floats, Floats]:
+def _moments(matrices: Sequence[npt.NDArray[Any]], memory: _Memory | None = None) -> tuple[Floats, Floats, Floats]:
     """Means and sums of squared deviations ``[columns, D]`` of matrices ``[n, D]``, and sums of the lengths of rows.
 
-    All is added in float64, in which values of every other dtype, and their squares, are exact.
+    All is added in float64, in which values of every other dtype, and their squares, are exact. The arrays are those of
+    `memory` where it is given.
     """
     n, dim = matrices[0].shape
-    total, squares, norms = np.empty((len(matrices), dim)), np.empty((len(matrices), dim)), np.empty(len(matrices))
+    memory = memory or _Memory()
+    total, squares = memory("total", (len(matrices), dim)), memory("squares", (len(matrices), dim))
+    norms = np.empty(len(matrices))
     step = min(n, max(1, _CHUNK_BYTES // (8 * dim)))
     double = matrices[0].dtype == np.float64
-    # Fresh memory for each would cost more than the arithmetic.
-    wide, narrow = np.empty((0 if double else step, dim)), np.empty((0 if double else step, dim), np.float32)
+    rows_at_once = 0 if double else step
+    wide, narrow = memory("wide", (rows_at_once, dim)), memory("narrow", (rows_at_once, dim), np.float32)
     unit = _SMALL if matrices[0].dtype == np.float16 and not _flushes_subnormals() else 1.0
     with np.errstate(all="ignore"):
         for k, rows in enumerate(matrices):
@@ -164,11 +182,11 @@ def _moments(matrices: Sequence[npt.NDArray[Any]]) -> tuple[Floats, Floats, Floa
         norms /= unit
         mean = np.divide(total, n * unit, out=total)
         m2 = np.divide(squares, unit**2, out=squares)
-        of_mean = mean * mean
+        of_mean = np.multiply(mean, mean, out=memory("of_mean", mean.shape))
         of_mean *= n
         m2 -= of_mean
         # Where the mean is large beside the spread this difference is inexact: such dimensions are few.
-        far = ~(of_mean <= _FAR * m2)
+        far = ~(of_mean <= np.multiply(m2, _FAR, out=memory("bound", m2.shape)))
         for k in np.flatnonzero(far.any(axis=1)).tolist() if n > 1 else ():
             columns = np.flatnonzero(far[k] & np.isfinite(mean[k]))
             if len(columns):
