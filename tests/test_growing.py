@@ -59,6 +59,21 @@ def flipped(path: Path, at: int) -> None:
         file.write(bytes([byte ^ 1]))
 
 
+def test_batches_are_found_however_long_ago_their_file_was_begun(tmp_path: Path) -> None:
+    """A batch changes nothing in the folder: once that is taken for settled, its time stamp tells of no batch."""
+    store, space = make_store(tmp_path)
+    writer, reader = growing_writer(store, space), fresh(store, tmp_path)
+    for k in range(3):
+        writer.append([pooled([2 * k, 2 * k + 1])])
+        os.utime(store.root / space, (1_000_000_000, 1_000_000_000.5))
+        for looking in (store, reader, reader):
+            assert check_pooled(looking, space, range(6)).tolist() == [i < 2 * k + 2 for i in range(6)]
+    for k in (3, 4):
+        writer.append([pooled([2 * k, 2 * k + 1])])
+        for looking in (reader, store):
+            assert check_pooled(looking, space, range(10)).tolist() == [i < 2 * k + 2 for i in range(10)]
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_batches_are_read_while_they_come_and_then_from_a_segment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool

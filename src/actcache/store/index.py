@@ -67,6 +67,8 @@ class SpaceIndex:
                 self.copy.begin(self.folder.name)
             for _ in range(_ATTEMPTS):
                 names = self.listing.look(force=force)
+                if names is None and self.opened.poll():  # a file that grows leaves the folder as it is
+                    self._take_in([])
                 # What has gone between listing and reading may lie in a segment that was not there to be listed.
                 if names is None or self._synchronise(names):
                     self.listing.settle()
