@@ -190,6 +190,20 @@ def test_what_is_partly_here_is_read_in_part(reader: tuple[Store, str], backend:
     assert equal(place(reader, check=check).take())
 
 
+@pytest.mark.parametrize("check", [False, True])
+def test_one_site_of_a_segment_that_is_here_and_one_that_is_not(
+    reader: tuple[Store, str], backend: Counting, tmp_path: Path, check: bool
+) -> None:
+    """Where they are looked for apart, since one of them has other segments, too."""
+    writer, space = opened(backend, tmp_path / "writer")
+    with writer:
+        writer.append(space, Records.pooled(make_table(range(ROWS, ROWS + 9)), "mean", {"a": VALUES["a"][:9]}))
+    assert equal(place(reader, ["a"]).take(), "a")
+    behind.settle()
+    both = place(reader, ["a", "b"], check=check).take()
+    np.testing.assert_array_equal(both, np.stack([VALUES["a"], VALUES["b"]], 1))
+
+
 def test_two_readers_of_the_same_rows(reader: tuple[Store, str], backend: Counting) -> None:
     """At the same time, as one reads while the other one's bytes are on their way, and at any time between."""
     barrier = threading.Barrier(4)

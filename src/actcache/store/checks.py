@@ -352,7 +352,8 @@ def receive_together(
     """
     found = [(checks, *checks.missing(sites, starts, stops)) for checks, sites, starts, stops in wanted]
     absent = [one for _, one, _ in found if one is not None]
-    partly = {checks for checks, one, alone in found if one is not None and not alone}
+    # Of each segment all that is wanted or nothing: some of it may be wanted apart from the rest.
+    partly = {checks for checks, _, alone in found if not alone}
     received = {checks: Received() for checks, one, _ in found if one is not None and checks not in partly}
     size = sum(one.nbytes for one in absent)
     if size < _LEAST_BEHIND or not behind.has_room(size):
