@@ -724,3 +724,26 @@ def test_logits_that_are_no_tokens(tmp_path, store):
     ac.pull_dataset(made.folder, store=store)
     with pytest.raises(DatasetFormatError, match="no token"):
         store.read(pulled(store), made.texts, "logits.top3.indices", pooling="last_token")
+
+
+# -- what only the model itself may say ------------------------------------------------------------------
+
+
+def test_results_that_are_stored_as_the_models_own_are_computed_from_its_own(published, model, store):
+    cache, folder, prompts = published
+    ac.pull_dataset(folder, store=store, tensors="hidden_layers")
+    there = another(cache, model, store, sites="resid_post")
+    assert there.plan(prompts).cached == len(prompts)
+    with pytest.raises(NotCachedError, match="pulled from a dataset does not count"):
+        there.compute_logits_from_cache(prompts)
+
+
+def test_what_is_to_be_computed_again_is_not_taken_from_a_dataset(published, model, store):
+    cache, folder, prompts = published
+    ac.pull_dataset(folder, store=store)
+    there = another(cache, model, store, sites="resid_post", compute_perplexity=False)
+    assert there.cached.extract(prompts) is not None
+    del there.extractor.batches
+    there.cached.extract(prompts, invalidate_cache=True)
+    identity = there.cached.identity()
+    assert store.contains(store.open_space(identity.values, identity.label), prompts).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -10,9 +11,12 @@ import torch
 
 from actcache.capture.positions import each_prompt, resolve_positions
 from actcache.store.dtypes import common_dtype
+from actcache.store.records import TOKENS, Records
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    from actcache.store.prompts import PromptTable
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -46,3 +50,9 @@ def at_positions(rows: list[list[npt.NDArray[Any]]], positions: Any) -> tuple[to
         values[i, : len(where)] = np.concatenate([p[where] for p in parts], axis=1)
         mask[i, : len(where)] = True
     return to_torch(values), mask
+
+
+def records_of(prompts: PromptTable, layout: str, rows: Mapping[str, torch.Tensor]) -> Records:
+    """What a store keeps of the rows of a batch, by site."""
+    offset = prompts.token_offset if layout == TOKENS else np.arange(len(prompts) + 1, dtype=np.int64)
+    return Records(prompts, layout, offset, {name: to_numpy(tensor) for name, tensor in rows.items()})

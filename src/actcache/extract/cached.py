@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from actcache.extract.prompts import (
     text_context,
     tokenize,
 )
+from actcache.extract.questions import question_of, with_imports
 from actcache.extract.request import Filled, Request, partial_failure
 from actcache.extract.results import ResultsFound, ResultWriter, find_results
 from actcache.extract.session import Session, Sessions
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
     from actcache.extract.batching import Batch
     from actcache.model.source import ModelIdentity
-    from actcache.store.prompts import PromptTable
     from actcache.store.store import Store
 
 # Rows that may wait for the disk; more would only be memory.
@@ -137,7 +136,7 @@ class CachedExtractor:
             self.store.check_writable()
             self.extractor.source.model_to_run()
             self.invalidate(request)
-            request = self.request(read, names)
+            request = self.request(read, names, own=True)
         filled = self.fill(request)
         if filled.failed:
             raise partial_failure(filled, read, stats=filled)
@@ -170,24 +169,23 @@ class CachedExtractor:
         check: bool = True,
         asked: Asked = NOTHING,
         of_all: bool = True,
+        own: bool = False,
     ) -> Request:
         """Look `prompts` up; nothing is computed, nothing written.
 
-        `asked`: results that are to be there too; without `of_all` only of those prompts that lack activations.
+        `asked`: results that are to be there too; without `of_all` only of those prompts that lack activations. `own`:
+        what others have computed does not count.
 
         Raises:
             PromptError, PromptTypeError, TokenizerError: a prompt that cannot be run.
         """
-        source = self.extractor.source
+        source, special = self.extractor.source, self.extractor.add_special_tokens
         read = prompts if isinstance(prompts, PromptList) else read_prompts(prompts)
-        special = self.extractor.add_special_tokens
         context = self.text_context(read)
         space = space_id(source.identity().values)
-        question = self._question(space, names, self.layout, check)
-        # An import is of the model as it is.
-        imports = self.store.imports_of(source.name) if self.trust_names and not self.extractor.edits else ()
+        question = with_imports(self._question(space, names, self.layout, check, own=own), self.extractor)
         with self.store.looking_once():
-            lookup = look_up(replace(question, trusted=imports), read, source, context, add_special_tokens=special)
+            lookup = look_up(question, read, source, context, add_special_tokens=special)
             of = np.arange(len(read)) if of_all else np.flatnonzero(~lookup.found)
             results = find_results(question, asked, read, of, source, context, add_special_tokens=special)
         absent = np.flatnonzero(~(lookup.found & results.found)).tolist()
@@ -205,16 +203,20 @@ class CachedExtractor:
         log.info("%d of %d prompts are stored, in space %s", len(read) - len(absent), len(read), space)
         return Request(read, lookup, space, context, missing, results)
 
-    def _question(self, space: str, names: Sequence[str], layout: str, check: bool = True) -> Question:
-        source = self.extractor.source
-        by_name = "none" if self.extractor.edits or source.generate else "all" if self.trust_names else "trusted"
-        pulled = partial(self.store.pulled_for, space, source.name, names=by_name)
-        return Question(self.store, space, names, layout, check, pulled=pulled, added=self.note_added)
+    def _question(
+        self, space: str, names: Sequence[str], layout: str, check: bool = True, own: bool = False
+    ) -> Question:
+        return question_of(
+            self.extractor, self.store, space, names, layout, check=check, trust_names=self.trust_names, own=own,
+            added=self.note_added,
+        )  # fmt: skip
 
-    def look_up(self, prompts: PromptList, names: Sequence[str], layout: str, *, check: bool = True) -> Lookup:
-        """Where columns `names` of `layout` are stored for `prompts`."""
+    def look_up(
+        self, prompts: PromptList, names: Sequence[str], layout: str, *, check: bool = True, own: bool = False
+    ) -> Lookup:
+        """Where columns `names` of `layout` are stored for `prompts`, imports aside; `own`: by this model's runs."""
         source, special = self.extractor.source, self.extractor.add_special_tokens
-        question = self._question(space_id(self.identity().values), names, layout, check)
+        question = self._question(space_id(self.identity().values), names, layout, check, own=own)
         return look_up(question, prompts, source, self.text_context(prompts), add_special_tokens=special)
 
     def find_results(self, prompts: PromptList, asked: Asked) -> ResultsFound:
@@ -318,6 +320,8 @@ class CachedExtractor:
         Raises:
             DiskFullError, StoreAccessError: what was finished before stays stored.
         """
+        from actcache.extract.arrays import records_of
+
         filled = Filled()
         if not request.missing:
             return filled
@@ -354,7 +358,7 @@ class CachedExtractor:
                     prompts = table.select(list(batch.indices))
                     vectors = None
                     if names:
-                        records = self._records(prompts, {name: rows[name] for name in names})
+                        records = records_of(prompts, self.layout, {name: rows[name] for name in names})
                         kept, refused = self.store.screen(records, allow_inf=self.allow_inf)
                         filled.failed += [(members[batch.indices[r.prompt]], f"{r}") for r in refused]
                         if kept is not None:
@@ -387,19 +391,10 @@ class CachedExtractor:
                 "nothing of it was stored, run again."
             )
 
-    def _records(self, prompts: PromptTable, rows: Mapping[str, torch.Tensor]) -> Records:
-        from actcache.extract.arrays import to_numpy
-
-        offset: npt.NDArray[np.int64] = (
-            prompts.token_offset if self.layout == TOKENS else np.arange(len(prompts) + 1, dtype=np.int64)
-        )
-        return Records(prompts, self.layout, offset, {name: to_numpy(tensor) for name, tensor in rows.items()})
-
     def invalidate(self, request: Request) -> None:
         """Forget what is stored for the prompts of `request`, whatever its layout."""
-        prompts = request.prompts
-        special = self.extractor.add_special_tokens
-        source = self.extractor.source
+        prompts, identity = request.prompts, self.identity()
         everything = list(range(len(prompts)))
-        tokenize(prompts, everything, source, add_special_tokens=special)
-        self.store.invalidate(request.space, prompt_table(prompts, everything, ""))
+        tokenize(prompts, everything, self.extractor.source, add_special_tokens=self.extractor.add_special_tokens)
+        space = self.store.open_space(identity.values, identity.label)
+        self.store.invalidate(space, prompt_table(prompts, everything, ""))

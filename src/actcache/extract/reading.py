@@ -162,13 +162,14 @@ def compute_results(
     left = prompts.select(list(todo.values()))
     every = asked.perplexity or (asked.logits is not None and asked.logits.positions == "all")
     layout = TOKENS if every else "last_token"
-    stored = cached.look_up(left, (site,), layout).found
+    stored = cached.look_up(left, (site,), layout, own=True).found
     if not stored.all():
         what = "those of every token" if every else "those of the last token or of every one"
         pooled = ", with cache_pooled=False" if every else ""
         raise NotCachedError(
             f"{int((~stored).sum())} of {len(prompts)} prompts have no {site!r} in the store that this follows from "
-            f"(it needs {what}): warmup(prompts) of a UnifiedCache with the last layer{pooled} stores it."
+            f"(it needs {what}): warmup(prompts) of a UnifiedCache with the last layer{pooled} stores it. What was "
+            "pulled from a dataset does not count, since results are stored as this model's own."
         )
     _compute(cached, left, asked, site, layout, batch_size, device)
     return len(left)
@@ -214,7 +215,7 @@ def _compute(
         cached.confirm(cached.identity().values)
         for members in _batches(lengths, batch_size, asked, head.vocab_size):
             part = prompts.select(members)
-            rows = cached.look_up(part, (site,), layout, check=False)
+            rows = cached.look_up(part, (site,), layout, check=False, own=True)
             kept = rows.pooled()[:, 0] if layout != TOKENS else np.concatenate([r for (r,) in rows.rows()])
             few: PromptTable = table.select(members)
             sequences = [few.tokens(k) for k in range(len(members))]

@@ -74,7 +74,8 @@ def find_results(
     some = prompts if whole else prompts.select(of.tolist())
 
     def stored(names: tuple[str, ...], layout: str) -> Lookup:
-        asked_of = replace(question, names=names, layout=layout)
+        # What is imported has no results that these would be.
+        asked_of = replace(question, names=names, layout=layout, trusted=())
         return look_up(asked_of, some, source, context, add_special_tokens=add_special_tokens)
 
     if asked.logits is not None:

@@ -58,8 +58,8 @@ class Pulled:
 
     def offers(self, sites: Sequence[str], layout: str) -> bool:
         """Whether the dataset can have all `sites` in `layout`: as it is, or one row out of full sequences."""
-        forms = {self.form(site) for site in sites}
-        return forms == {layout} or (forms == {TOKENS} and layout in _SINGLE)
+        taken = (layout, TOKENS) if layout in _SINGLE else (layout,)
+        return all(self.form(site) in taken for site in sites)
 
 
 def kind_of(site: str) -> str:
