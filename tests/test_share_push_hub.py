@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from actcache.store.store import Store
 from actcache.testing.hub import Fault, LoopbackHub
 from hub_client import TOKEN, Client, ClientError
 from share_helpers import INDEX, MODEL, Published, fill_pooled, new_space, new_store, rows, text
@@ -166,6 +167,51 @@ class TestStream:
         # One commit: nobody reads half of two datasets.
         assert len(hub.dataset(repo).history()) == before + 1
         assert holds(published(hub, repo, tmp_path / "found"), seed)
+
+
+class TestTheStoreMeanwhile:
+    def test_what_is_cleared_while_it_is_pushed_arrives(self, hub, client, home, repo, tmp_path, seed):
+        def clear():
+            with new_store(tmp_path) as store:
+                assert store.clear() == 20
+                store.compact()
+
+        # Of seven batches of files the first is made.
+        fault = hub.inject(Fault(method="POST", path="/commit/", then=clear))
+        push(client, home, repo, stream=True, stream_batch_size=2, **SMALL)
+        assert fault.struck == 1 and not list((home / "store").rglob("*.safetensors"))
+        assert holds(published(hub, repo, tmp_path / "found"), seed)
+
+    @pytest.mark.parametrize("preload", ["none", "full"])
+    def test_it_may_lie_elsewhere(self, hub, client, repo, tmp_path, seed, preload):
+        from elsewhere import Folder
+
+        with Store(Folder(tmp_path / "bucket"), index_dir=tmp_path / "index") as store:
+            fill_pooled(store, new_space(store), N, seed=seed)
+            store.flush()
+        code = (
+            "from elsewhere import Folder; from pathlib import Path; from actcache.store.store import Store\n"
+            "with Store(Folder(Path(bucket)), index_dir=Path(index)) as store:\n"
+            "    ac.push_dataset(repo, model, None, store=store, **options)\nNone"
+        )
+        options = {"preload": preload, "stream": True, **SMALL}
+        client.run("import actcache as ac")
+        client.run(
+            code, repo=repo, model=MODEL, bucket=f"{tmp_path}/bucket", index=f"{tmp_path}/other", options=options
+        )
+        assert holds(published(hub, repo, tmp_path / "found"), seed)
+
+    def test_what_was_pulled_and_not_fetched_is_said(self, hub, client, home, repo, tmp_path, seed):
+        push(client, home, repo, **SMALL)
+        pulled = str(tmp_path / "pulled")
+        ac_pull = "ac.pull_dataset(repo, store=store, materialize=whole)"
+        assert client.run(ac_pull, repo=repo, store=pulled, whole=False) == 20
+        again = "ac.push_dataset(repo + 'b', model, None, store=store)"
+        with pytest.raises(ClientError, match=rf"Fetch what {repo}@\w+ has of them with pull_dataset"):
+            client.run(again, repo=repo, model=MODEL, store=pulled)
+        assert client.run(ac_pull, repo=repo, store=pulled, whole=True) == 20
+        client.run(again, repo=repo, model=MODEL, store=pulled)
+        assert holds(published(hub, f"{repo}b", tmp_path / "found"), seed)
 
 
 class TestWhatIsThere:

@@ -104,7 +104,7 @@ def select(
         first = _shown(given[missing[0]])
         raise NotCachedError(
             f"{len(missing)} of {len(given)} prompts lack what is to be shared of {chosen.model_name!r} "
-            f"({', '.join(finder.names())}); the first is prompt {missing[0]}, {first}. Warm them up"
+            f"({', '.join(finder.names())}); the first is prompt {missing[0]}, {first}. {_remedy(chosen)}"
             + (", or leave them out with skip_missing=True." if found.any() else " first, or name other tensors.")
         )
     if len(missing) and prompts is not None:
@@ -123,6 +123,13 @@ def as_prompts(prompts: Any) -> list[Any]:
     for i, prompt in enumerate(given):
         kind_of(prompt, i)
     return given
+
+
+def _remedy(space: SpaceInfo) -> str:
+    """How prompts that are not stored come to be."""
+    if space.pulled is None:
+        return "Warm them up"
+    return f"Fetch what {space.pulled} has of them with pull_dataset(..., materialize=True)"
 
 
 def _shown(prompt: Any) -> str:
@@ -221,7 +228,8 @@ class _Finder:
         if not self.groups and self.k is None:
             what = "of the residual stream or any other site" if self.wanted is None else f"of {', '.join(self.wanted)}"
             raise NotCachedError(
-                f"nothing {what} is stored for all of these prompts of {self.space.model_name!r}. Warm them up first."
+                f"nothing {what} is stored for all of these prompts of {self.space.model_name!r}. "
+                f"{_remedy(self.space)} first."
             )
         return keep
 
