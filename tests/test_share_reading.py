@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -169,6 +170,30 @@ def test_an_index_that_packs_well_is_no_bomb(tmp_path):
         found, labels = ac.load_activations(made.folder, return_labels=True)
         assert found[0].shape == (n, 2) and labels[-1] == "positive"
         assert ac.fetch_dataset_metadata(made.folder).prompts[7] == "7"
+
+
+def test_few_prompts_of_many_take_little_memory(tmp_path):
+    n = 30_000
+    made = make(tmp_path / "set", n=2, layers=(0,), dim=2, k=0)
+    rows = np.arange(2.0 * n, dtype=np.float32).reshape(n, 2)
+    made.files = {"tensors/hidden_layer000_shard000.safetensors": {"hidden.layer_0": rows}}
+    made.hidden["shards"], made.metadata["num_prompts"] = [{"num_prompts": n}], n
+    made.columns = {"text": [f"{i} of very many" for i in range(n)], "label": [i % 3 for i in range(n)]}
+    made.columns |= {"shard_index": np.zeros(n, np.int32), "row_offset": np.arange(n)}
+    made.write()
+    prompts = [made.columns["text"][i] for i in (n - 1, 5, 5)]
+    ac.load_activations(made.folder, prompts=prompts)
+    tracemalloc.start()
+    try:
+        found = ac.load_activations(made.folder, prompts=prompts)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(found[0], rows[[n - 1, 5, 5]])
+    # Numbers that say where each prompt is; a text of Python's own takes as much again.
+    assert peak < 100 * n
+    labels = ac.load_activations(made.folder, prompts=prompts, return_labels=True)[1]
+    assert labels.tolist() == [(n - 1) % 3, 2, 2]
 
 
 def test_layers_and_prompts_that_are_not_there_are_named(tmp_path):

@@ -14,7 +14,7 @@ from actcache.errors import DatasetFormatError, NotCachedError, PromptError, Pro
 from actcache.share.index import Index
 from actcache.share.ours import KIND, KINDS
 from actcache.share.rows import Ints
-from actcache.share.values import codes_of, is_text, values_of
+from actcache.share.values import Texts, codes_of, is_text, values_of
 from actcache.store.prompts import TEXT
 from actcache.store.tensors import kind_of
 
@@ -35,13 +35,12 @@ def find_prompts(index: Index, prompts: Sequence[Any] | str | None) -> Ints | No
     if not asked:
         raise PromptError("the list of prompts is empty: expected at least one, or None for all of the dataset.")
     wanted = [_key(prompt, number) for number, prompt in enumerate(asked)]
-    codes, prompts_there = different_prompts(index)
-    different, first = np.unique(codes, return_index=True)
-    row_of = {prompts_there[code]: row for code, row in zip(different.tolist(), first.tolist(), strict=True)}
+    row_of = _Different(index).find(wanted)
     absent = [number for number, key in enumerate(wanted) if key not in row_of]
     if absent:
         text = wanted[absent[0]][1]
-        known = [text for _, text in row_of] if len(row_of) <= _FEW and len(text) <= 1000 else []
+        few = index.num_rows <= _FEW and len(text) <= 1000
+        known = [text for _, text in different_prompts(index)[1]] if few else []
         more = f", nor {len(absent) - 1:,} more of the {len(asked):,} asked for" if len(absent) > 1 else ""
         near = did_you_mean(text, known)[:300]
         raise NotCachedError(f"{index.source.name} has no prompt {asked[absent[0]]!r:.200}{more}.{near}")
@@ -116,16 +115,54 @@ def _fit_array(texts: list[str]) -> bool:
 
 
 def _refuse_contradictions(index: Index, labels: list[int | str | None], selection: Ints | None) -> None:
-    codes, there = different_prompts(index)
-    asked = None if selection is None else set(codes[selection].tolist())
-    first: dict[int, int] = {}
-    for row, code in enumerate(codes.tolist()):
-        before = first.setdefault(code, row)
-        if labels[before] != labels[row] and (asked is None or code in asked):
-            raise DatasetFormatError(
-                f"{index.source.name} has prompt {there[code][1]!r:.80} with two labels, {labels[before]!r:.40} in row "
-                f"{before} and {labels[row]!r:.40} in row {row}: labels cannot be told (return_labels=False)."
-            )
+    different = _Different(index)
+    numbers: dict[int | str | None, int] = {}
+    label = np.array([numbers.setdefault(one, len(numbers)) for one in labels], np.int64)
+    _, first, which = np.unique(different.codes, return_index=True, return_inverse=True)
+    wrong = label != label[first[which]]
+    if selection is not None:
+        wrong &= np.isin(which, which[selection])
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        before = int(first[which[row]])
+        raise DatasetFormatError(
+            f"{index.source.name} has prompt {different.text(row)!r:.80} with two labels, {labels[before]!r:.40} in "
+            f"row {before} and {labels[row]!r:.40} in row {row}: labels cannot be told (return_labels=False)."
+        )
+
+
+class _Different:
+    """The different prompts of a dataset, which stay in the index: there may be very many.
+
+    `codes` int64 ``[n]``: which one each row is of.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self._texts = Texts(index, TEXTS)
+        _refuse_absent(index, TEXTS, self._texts.codes)
+        self._kinds = {TEXT: 0}
+        self.codes = self._texts.codes
+        if KIND in index.columns:
+            which, self._kinds = _kinds_of(index)
+            self.codes = self._texts.codes * len(self._kinds) + which
+
+    def text(self, row: int) -> str:
+        """The text of a row."""
+        return self._texts[int(self._texts.codes[row])]
+
+    def find(self, prompts: Sequence[tuple[int, str]]) -> dict[tuple[int, str], int]:
+        """The first row of each of `prompts` (kind and text) that is there."""
+        of_text = self._texts.find(text for _, text in prompts)
+        code_of = {
+            of_text[text] * len(self._kinds) + self._kinds[kind]: (kind, text)
+            for kind, text in prompts
+            if text in of_text and kind in self._kinds
+        }
+        found: dict[tuple[int, str], int] = {}
+        rows = np.flatnonzero(np.isin(self.codes, np.array(list(code_of), np.int64)))
+        for row, code in zip(rows.tolist(), self.codes[rows].tolist(), strict=True):
+            found.setdefault(code_of[code], row)
+        return found
 
 
 def different_prompts(index: Index) -> tuple[Ints, list[tuple[int, str]]]:
@@ -133,18 +170,28 @@ def different_prompts(index: Index) -> tuple[Ints, list[tuple[int, str]]]:
     codes, texts = _codes(index, TEXTS)
     if KIND not in index.columns:
         return codes, [(TEXT, text) for text in texts]
+    which, kinds = _kinds_of(index)
+    pairs, found = np.unique(codes * len(kinds) + which, return_inverse=True)
+    names = list(kinds)
+    return found, [(names[pair % len(names)], texts[pair // len(names)]) for pair in pairs.tolist()]
+
+
+def _kinds_of(index: Index) -> tuple[Ints, dict[int, int]]:
+    """A number for the kind of each row, and of which kind it is the number."""
     which, names = _codes(index, KIND)
     unknown = sorted(set(names) - set(KINDS))
     if unknown:
         raise index.wrong(f"column {KIND!r} names the kind {unknown[0]!r:.60}: expected {', '.join(KINDS)}")
-    pairs, found = np.unique(codes * len(names) + which, return_inverse=True)
-    kinds = [KINDS.index(name) for name in names]
-    return found, [(kinds[pair % len(names)], texts[pair // len(names)]) for pair in pairs.tolist()]
+    return which, {KINDS.index(name): number for number, name in enumerate(names)}
 
 
 def _codes(index: Index, name: str) -> tuple[Ints, list[str]]:
     codes, texts = codes_of(index, name)
+    _refuse_absent(index, name, codes)
+    return codes, texts
+
+
+def _refuse_absent(index: Index, name: str, codes: Ints) -> None:
     absent = int((codes < 0).sum())
     if absent:
         raise index.wrong(f"column {name!r} has no value for {absent:,} prompts")
-    return codes, texts

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from actcache.errors import DatasetFormatError
 from actcache.share.index import Index
 from actcache.share.rows import Ints
 
@@ -19,6 +21,34 @@ def codes_of(index: Index, name: str) -> tuple[Ints, list[str]]:
     if not is_text(index.kind(name)):
         raise index.wrong(f"column {name!r} holds {index.kind(name)}, expected texts")
     return _codes(index, name, index.read([name])[name].combine_chunks())
+
+
+class Texts:
+    """The different texts of a column, as numbers name them: few of very many become Python's own."""
+
+    def __init__(self, index: Index, name: str) -> None:
+        if not is_text(index.kind(name)):
+            raise index.wrong(f"column {name!r} holds {index.kind(name)}, expected texts")
+        self._index, self._name = index, name
+        self.codes, self._different = _encoded(index.read([name])[name].combine_chunks())
+        """Which one each row has, int64 ``[n]``, -1 where there is none."""
+
+    def __getitem__(self, code: int) -> str:
+        try:
+            return str(self._different[code].as_py())
+        except UnicodeDecodeError:
+            raise _no_text(self._index, self._name) from None
+
+    def find(self, texts: Iterable[str]) -> dict[str, int]:
+        """The numbers of those of `texts` that are there."""
+        import pyarrow as pa
+        import pyarrow.compute as compute
+
+        wanted = [text for text in dict.fromkeys(texts) if _is_unicode(text)]
+        among = pa.array(wanted, self._different.type)
+        places = _integers(compute.index_in(self._different, value_set=among))
+        there = np.flatnonzero(places >= 0)
+        return {wanted[place]: code for place, code in zip(places[there].tolist(), there.tolist(), strict=True)}
 
 
 def values_of(index: Index, name: str) -> list[Any]:
@@ -62,17 +92,37 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def _codes(index: Index, name: str, column: pa.Array) -> tuple[Ints, list[str]]:
+    codes, different = _encoded(column)
+    try:
+        return codes, different.to_pylist()
+    except UnicodeDecodeError:
+        raise _no_text(index, name) from None
+
+
+def _encoded(column: pa.Array) -> tuple[Ints, pa.Array]:
+    """Numbers of texts, -1 for none, and the different texts."""
     import pyarrow.types as types
 
     encoded = column if types.is_dictionary(column.type) else column.dictionary_encode()
     # Parts of a dictionary that were joined may hold a text twice.
     unique = encoded.dictionary.dictionary_encode()
     codes = _integers(encoded.indices)
+    if not len(unique.dictionary):
+        return codes, unique.dictionary
+    return np.where(codes >= 0, _integers(unique.indices)[codes], -1), unique.dictionary
+
+
+def _no_text(index: Index, name: str) -> DatasetFormatError:
+    return index.wrong(f"column {name!r} holds bytes that are no text")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether an index can hold a text."""
     try:
-        texts: list[str] = unique.dictionary.to_pylist()
-    except UnicodeDecodeError:
-        raise index.wrong(f"column {name!r} holds bytes that are no text") from None
-    return np.where(codes >= 0, _integers(unique.indices)[codes], -1) if texts else codes, texts
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _integers(indices: pa.Array) -> npt.NDArray[np.int64]:
