@@ -115,6 +115,7 @@ def test_a_model_is_run_for_what_is_missing(folder: Path, tmp_path: Path, shuffl
     assert cache.plan(TEXTS).missing == 0
     assert not threads()
     # Afterwards it is a stream of what is stored.
+    assert stream.statistics[SITES[1]].count == promised
     assert_same(of_stream(stream), live)
     assert stream.state_dict()["batches"] == len(stream) == expected
     assert stream.statistics[SITES[0]].count == promised

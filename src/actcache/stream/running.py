@@ -51,7 +51,7 @@ class LiveStream(ActivationStream):
         return self._extraction.table if self._live else super().prompts
 
     def _moments_of(self, site: str) -> Moments:
-        if self._live:
+        if not self._settled():
             raise NotCachedError("there are no statistics before all prompts are stored: go through an epoch first.")
         return super()._moments_of(site)
 
@@ -94,11 +94,15 @@ class LiveStream(ActivationStream):
         self._require_stored()
         super().load_state_dict(state)
 
-    def _require_stored(self) -> None:
+    def _settled(self) -> bool:
+        """Whether all is stored by now, and the stream is one of what is."""
         if self._live and (stored := self._extraction.stored()) is not None:
             self._live = False
             self._set([stored], None)
-        if self._live:
+        return not self._live
+
+    def _require_stored(self) -> None:
+        if not self._settled():
             raise OptionError(
                 f"{self._extraction.missing} prompts are not stored yet: what comes while the model runs has no order "
                 "to go on in. Begin again where it was stopped: what was computed is stored."
