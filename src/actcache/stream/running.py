@@ -62,6 +62,8 @@ class LiveStream(ActivationStream):
     def __iter__(self) -> Iterator[Any]:
         reader = self._reader()
         if reader.seed is not None:
+            if self._settled():
+                return super().__iter__()
             raise OptionError(
                 f"{self._extraction.missing} prompts are not stored yet, and a worker of a DataLoader does not run the "
                 "model: go through an epoch with num_workers=0, or warm them up first."
