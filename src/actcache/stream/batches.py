@@ -19,6 +19,7 @@ from actcache.store.prompts import PromptTable
 from actcache.store.statistics import Moments, SiteStatistics, as_float
 from actcache.stream.ahead import ahead
 from actcache.stream.epochs import Epochs, Reader, is_spawning, rank_and_world, share_of
+from actcache.stream.lending import can_lend, lent
 from actcache.stream.mixture import Mixture
 from actcache.stream.normalize import Finish
 from actcache.stream.permutation import Ints, Permutation
@@ -161,11 +162,12 @@ class ActivationStream(IterableDataset[Any]):
         orders = [part.order(self._key(epoch, _OF_TOKENS, i)) for i, part in enumerate(self._parts)]
         # A DataLoader works ahead itself.
         depth = self._options.prefetch if reader.seed is None else 0
+        lend = reader.seed is not None and can_lend()
         for batch, ready in ahead(partial(self._made, epoch, orders), mine, depth):
             await_copy(ready, self._options.device)
             if reader.seed is None and self._epochs.begun == epoch + 1:
                 self._taken += 1
-            yield batch
+            yield lent(batch) if lend else batch
 
     def _reader(self) -> Reader:
         rank, world = self._rank()
