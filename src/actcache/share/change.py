@@ -160,12 +160,7 @@ class Change:
 
     def digest(self, used: Mapping[str, str]) -> str:
         """Of everything that decides the files; `used`: the digest of every file that they are made of."""
-        said = [[file.path, file.nbytes] for file in self.files]
-        digest = hashlib.sha256(json.dumps([1, said, sorted(used.items())]).encode())
-        for layer in self.layers[:1]:
-            for array in (self._lengths, layer.runs.shard, layer.runs.start):
-                digest.update(array.tobytes())
-        return digest.hexdigest()
+        return digest_of(self.layers, used)
 
     def _added_columns(self) -> list[str]:
         return [name for name in self._columns if name not in self._index.columns]
@@ -229,6 +224,29 @@ def made(staging: Staging, layers: Sequence[SplitLayer], source: Source) -> Iter
                         raise
                     yield batch
             layer.forget()
+
+
+def digest_of(layers: Sequence[SplitLayer], used: Mapping[str, str]) -> str:
+    """Of everything that decides the files of `layers`: what is told of each, the tensors that their rows are read
+    from, and which rows. `used`: the digest of every file that they are made of."""
+    digest = hashlib.sha256()
+
+    def add(*told: Any) -> None:
+        digest.update(json.dumps(told).encode() + b"\n")
+
+    add(2, sorted(used.items()))
+    for layer in layers:
+        # The same bytes can be other rows: an index may name another tensor of a file, or other files in its order.
+        shards = [[shard.rows, layer.group.file(n, layer.layer)] for n, shard in enumerate(layer.group.shards)]
+        add(layer.layer, layer.group.key(layer.layer), shards)
+        for file in (*layer.rest, *layer.last):
+            add(file.path, [[part.key, part.shape, part.dtype.name] for part in file.parts])
+    # One for all layers.
+    for runs in (layer.runs for layer in layers[:1]):
+        for array in (runs.offset, runs.shard, runs.start, runs.length):
+            add(array.dtype.str, len(array))
+            digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def paths_of(group: TensorGroup) -> list[str]:

@@ -31,7 +31,7 @@ def apply(change: Change, *, token: str | bool | None, private: bool | None, doi
     target = _Target(change.source.name, token=token, doing=doing)
     with quiet_client():
         target.look_at(change.source.commit)
-        target.check_write(change.small.get(CARD))
+        target.check_write(change.small.get(CARD), [*(file.path for file in change.files), *change.small])
         used = target.digests(change.used)
         with Staging(staging_root(), target.url, change.digest(used)) as staging:
             _send(change, target, staging)
@@ -131,15 +131,15 @@ class _Target(HubTarget):
         """What the Hub calls the bytes of files."""
         return {path: self._tree.get(path, "") for path in paths}
 
-    def check_write(self, card: Path | None) -> None:
-        """Ask for an upload that sends nothing: a token that may not write shows before everything is fetched."""
+    def check_write(self, card: Path | None, paths: Sequence[str]) -> None:
+        """Ask for an upload that sends nothing: a token that may not write, and files that the repository ignores,
+        show before everything is fetched."""
         from huggingface_hub import CommitOperationAdd
 
         content = card.read_bytes() if card is not None else b"-"
-        operation = CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=content)
-        self._patiently(
-            lambda: self._api.preupload_lfs_files(self.name, additions=[operation], repo_type="dataset", num_threads=1)
-        )
+        self._preupload([CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=content)])
+        if ".gitignore" in self._tree:
+            self._check_ignored(paths)
 
     def freed(self) -> set[str]:
         """Files that the Hub keeps, and that are needed here no more."""

@@ -153,7 +153,40 @@ class HubTarget(Target):
             if others or (self._private and not info.private):
                 raise DatasetExistsError(f"somebody else has just made {self.name!r} on the Hub: look at it first.")
             self._exists = True
+        if ".gitignore" in self._tree:
+            # Shards of a new dataset may be committed long before these two.
+            self._check_ignored([INDEX, CARD])
         self._additions.plain = self._patiently(lambda: needs_plain_requests(self.name, self._token))
+
+    def _check_ignored(self, paths: Sequence[str]) -> None:
+        """`OptionError` where the Hub would leave out files of these names; an upload that sends nothing asks it."""
+        from huggingface_hub import CommitOperationAdd
+
+        # What is empty is no large file, of which bytes would be sent.
+        self._preupload([CommitOperationAdd(path_in_repo=path, path_or_fileobj=b"") for path in paths])
+
+    def _preupload(self, operations: Sequence[Any], *, free_memory: bool = False, attempts: int = _ATTEMPTS) -> None:
+        """Send large files, and refuse what the client would leave out of a commit without a word."""
+        self._patiently(
+            lambda: self._api.preupload_lfs_files(
+                self.name,
+                additions=operations,
+                repo_type="dataset",
+                num_threads=self._threads,
+                free_memory=free_memory,
+            ),
+            attempts=attempts,
+        )
+        self._refuse_ignored(operations)
+
+    def _refuse_ignored(self, operations: Sequence[Any]) -> None:
+        ignored = [o.path_in_repo for o in operations if getattr(o, "_should_ignore", False)]
+        if ignored:
+            more = f" and {len(ignored) - 1} more of the files" if len(ignored) > 1 else ""
+            raise OptionError(
+                f"{self.doing} {self.name!r}: the .gitignore of the repository excludes {ignored[0]}{more}, and the "
+                f"dataset would be published without: remove what matches from .gitignore, then {self.do_it_again}."
+            )
 
     def has(self, staged: Staged) -> bool:
         return self._tree.get(staged.path) == staged.sha256
@@ -167,13 +200,8 @@ class HubTarget(Target):
                 # Known from writing it; else the client reads the file for it, which shows what a crash did to it.
                 operation.upload_info.sha256 = bytes.fromhex(staged.sha256)
             operations.append(operation)
-        self._patiently(
-            lambda: self._api.preupload_lfs_files(
-                self.name, additions=operations, repo_type="dataset", num_threads=self._threads, free_memory=True
-            ),
-            # Each of its requests the client tries several times by itself.
-            attempts=2,
-        )
+        # Each of its requests the client tries several times by itself.
+        self._preupload(operations, free_memory=True, attempts=2)
         self._additions.close(sent_only=True)
         damaged = []
         for staged, operation in zip(batch, operations, strict=True):
@@ -209,6 +237,15 @@ class HubTarget(Target):
         wanted = {o.path_in_repo: o for o in operations if hasattr(o, "upload_info")}
 
         def attempt() -> None:
+            # By itself it would leave out files that are ignored, and still delete those that they replace.
+            self._api.preupload_lfs_files(
+                self.name,
+                additions=list(wanted.values()),
+                repo_type="dataset",
+                num_threads=self._threads,
+                free_memory=False,
+            )
+            self._refuse_ignored(operations)
             made = self._api.create_commit(
                 self.name,
                 operations,

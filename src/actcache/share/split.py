@@ -106,6 +106,11 @@ class SplitLayer:
         return self._reader.group
 
     @property
+    def layer(self) -> int:
+        """Which one it is."""
+        return self._layer
+
+    @property
     def runs(self) -> Runs:
         """Where its rows are now."""
         return self._split.runs

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, quote, urlencode
 
 from actcache.testing.hub.commits import apply_commit
 from actcache.testing.hub.exchange import Exchange, Refusal
-from actcache.testing.hub.repositories import Blob, Commit, Repository, is_large, path_in_repository
+from actcache.testing.hub.repositories import Blob, Commit, Repository, is_ignored, is_large, path_in_repository
 from actcache.testing.hub.storage import join_parts, signed, upload_actions
 
 _KINDS = {"models": "model", "datasets": "dataset"}
@@ -267,16 +267,21 @@ class Api(Exchange):
         self.answer_bytes(302, [], 0, headers)
 
     def _preupload(self, repository: Repository, revision: str) -> None:
-        asked = self.json_message().get("files", [])
+        wanted = self.json_message()
+        asked = wanted.get("files", [])
         there = self._commit(repository, revision).files if repository.commits else {}
+        patterns = wanted.get("gitIgnore")
+        if patterns is None and ".gitignore" in there:
+            patterns = self.hub.blobs.path(there[".gitignore"].sha256).read_text("utf-8")
         answers = []
         for file in asked:
             path = path_in_repository(str(file["path"]))
             mode = "lfs" if is_large(path, int(file["size"])) else "regular"
+            ignored = is_ignored(path, patterns or "")
             oid = None
             if path in there:
                 oid = there[path].sha256 if there[path].large else there[path].oid
-            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": ignored, "oid": oid})
         self.answer_json({"files": answers})
 
     def _batch(self, name: str) -> None:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 Files = Mapping[str, bytes]
@@ -44,6 +45,21 @@ def path_in_repository(path: str) -> str:
 def is_large(path: str, size: int) -> bool:
     """Whether the Hub keeps this file as a large one (LFS)."""
     return size > 0 and (size > _LARGE or path.endswith(_LARGE_SUFFIXES))
+
+
+def is_ignored(path: str, patterns: str) -> bool:
+    """Whether a ``.gitignore`` of these lines leaves out a file: by its path or name, or those of a folder above it.
+    Exceptions (``!``) are not known."""
+    parts = path.split("/")
+    for line in map(str.strip, patterns.splitlines()):
+        pattern = line.strip("/")
+        if not pattern or line.startswith("#"):
+            continue
+        for depth in range(1, len(parts) + (not line.endswith("/"))):
+            found = "/".join(parts[:depth])
+            if fnmatchcase(found, pattern) or (not line.startswith("/") and fnmatchcase(parts[depth - 1], pattern)):
+                return True
+    return False
 
 
 def git_name(data: bytes) -> str:
