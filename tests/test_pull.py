@@ -21,7 +21,7 @@ from actcache.errors import (
     ResultsNotCachedError,
     ValueOverflowError,
 )
-from actcache.share import fetching
+from actcache.share import fetching, index_prompts
 from actcache.store.records import PULLED, Records
 from actcache.testing.tiny import tiny_model, tiny_tokenizer
 from made_datasets import INDEX, VERSIONS, make, pq
@@ -279,6 +279,49 @@ def test_other_weights_are_not_answered(published, store):
     assert another(cache, other, store).plan(prompts).cached == 0
     # By name they are the same, and whoever wants that may have it.
     assert another(cache, other, store, trust_names=True).plan(prompts).cached == len(prompts)
+
+
+def test_what_edits_made_is_no_answer_for_a_model_of_that_name(tmp_path, model, store):
+    edited = ac.UnifiedCache(
+        model, tokenizer=tiny_tokenizer(), store=tmp_path / "edited", sites="resid_post",
+        edits=[ac.ablate("resid_post.0")],
+    )  # fmt: skip
+    edited.warmup(TEXTS)
+    ac.push_dataset(tmp_path / "set", edited.model_name, TEXTS, store=edited.store)
+    ac.pull_dataset(tmp_path / "set", store=store, trust_names=True)
+    options = {"sites": "resid_post", "cache_logits": False, "logit_top_k": None}
+    for trust in (False, True):
+        assert another(edited, model, store, trust_names=trust, **options).plan(TEXTS).cached == 0
+    same = another(edited, model, store, edits=[ac.ablate("resid_post.0")], **options)
+    assert same.plan(TEXTS).cached == len(TEXTS), "it answers who makes the same edits"
+
+
+def test_two_prompts_that_could_pass_for_one_another_are_refused(tmp_path, store, monkeypatch):
+    made = make(tmp_path / "set", "2.0 split", longest=1)
+    other = make(tmp_path / "other", "2.0 split", longest=1)
+    real = index_prompts.stand_in
+    alike = {made.texts[3], made.texts[7]}
+    monkeypatch.setattr(
+        index_prompts, "stand_in", lambda kind, text, n: real(kind, "same" if text in alike else text, n)
+    )
+    for prompts in (None, [made.texts[3]], [made.texts[7], made.texts[0]]):
+        with pytest.raises(OptionError, match=r"prompt 3: .*prompt 7: .*leave both out"):
+            ac.pull_dataset(made.folder, store=store, target_prompts=prompts)
+    assert not store.spaces()
+    assert ac.pull_dataset(made.folder, store=store, target_prompts=[t for t in made.texts if t not in alike]) == 9
+    alike.clear()
+    assert ac.pull_dataset(other.folder, store=store) == 11
+
+
+def test_metadata_of_a_folder_that_changed_are_another_dataset(tmp_path, store):
+    made = make(tmp_path / "set", "1.2 pooled")
+    ac.pull_dataset(made.folder, store=store)
+    path = made.folder / "lmprobe_info.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(DatasetFormatError, match="was changed since it was pulled"):
+        store.read(pulled(store), made.texts[:2], "resid_post.0", pooling="last_token")
+    ac.pull_dataset(made.folder, store=store)
+    assert len(store.spaces()) == 2
 
 
 def test_what_was_computed_here_is_never_outranked(published, model, store):

@@ -564,6 +564,29 @@ def test_a_kill_at_any_time(tmp_path, f):
         at += 7
 
 
+@pytest.mark.parametrize("name", [".README.md.new", "index/.train-00000-of-00001.parquet.new"])
+def test_nothing_is_written_through_a_link(tmp_path, name):
+    made = make(tmp_path / "set", "1.2 full")
+    (made.folder / "README.md").write_text("a card\n")
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    (made.folder / name).symlink_to(outside)
+    ac.upgrade_dataset_format(made.folder)
+    assert outside.read_text() == "mine" and not outside.is_symlink()
+    assert not (made.folder / "README.md").is_symlink() and not (made.folder / INDEX).is_symlink()
+    assert same_values(made)
+
+
+def test_a_folder_that_is_a_link_is_not_written_into(tmp_path):
+    made = make(tmp_path / "set", "1.2 full")
+    shutil.move(made.folder / "index", tmp_path / "elsewhere")
+    (made.folder / "index").symlink_to(tmp_path / "elsewhere")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "elsewhere").iterdir()}
+    with pytest.raises(ac.ActCacheError, match="is a link"):
+        ac.upgrade_dataset_format(made.folder)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "elsewhere").iterdir()} == before
+
+
 class TestTheCard:
     def card(self, text):
         described = {

@@ -21,7 +21,7 @@ from actcache.errors import (
 )
 from actcache.share.checksums import DamagedFileError
 from actcache.share.folder import Folder
-from actcache.share.format import INDEX, TensorGroup
+from actcache.share.format import INDEX, INFO, TensorGroup
 from actcache.share.index import Index
 from actcache.share.index_prompts import lengths_of, results_of
 from actcache.share.location import local_folder
@@ -228,7 +228,8 @@ def _what(info: SpaceInfo) -> str:
 def fingerprint(source: Source, offered: Offered) -> str:
     """What stands for the commit of a folder: the names, sizes and times of its files."""
     assert isinstance(source, Folder)
-    paths = {INDEX}
+    # What the JSON of 1.x says of the files decides what their rows are.
+    paths = {INDEX, INFO}
     for column in offered.columns.values():
         if column.group is not None:
             paths |= {column.group.file(n, column.layer) for n, s in enumerate(column.group.shards) if s.rows}

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 from actcache.errors import DatasetAccessError, DiskFullError, OptionError
 from actcache.progress import progress
 from actcache.share.change import Change, damaged, made
-from actcache.share.format import CARD, INDEX
+from actcache.share.format import INDEX, INFO
 from actcache.share.staging import Staging
 from actcache.share.target import intact, sync_tree
 from actcache.store.files import sync_folder, translated
@@ -84,19 +85,26 @@ def forget(folder: Path) -> None:
 
 
 def _in_place(change: Change, folder: Path) -> None:
-    """Where no vectors move it is the index that decides what the dataset is: it takes its place at once."""
+    """Where no vectors move it is the index that decides what the dataset is: it takes its place at once.
+
+    JSON that says the same comes behind it: whoever finds new JSON has the new index.
+    """
     small = change.finish({})
     with translated(folder):
-        for path in sorted(small, key=lambda path: (path == INDEX, path != CARD)):
+        mode = stat.S_IMODE((folder / INDEX).lstat().st_mode)
+        for path in sorted(small, key=lambda path: (path == INFO, path == INDEX)):
             place = folder / path
+            if place.parent.resolve() != place.parent:
+                raise OptionError(f"{place.parent} is a link: what is in it is no part of the dataset.")
             temporary = place.with_name(f".{place.name}.new")
+            # Of a process that was killed; or a link that somebody has put there, which is not followed.
+            temporary.unlink(missing_ok=True)
             try:
-                shutil.copyfile(small[path], temporary)
-                fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
-                try:
+                fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+                with small[path].open("rb") as source, open(fd, "wb") as target:
+                    shutil.copyfileobj(source, target)
+                    target.flush()
                     os.fsync(fd)
-                finally:
-                    os.close(fd)
                 os.replace(temporary, place)
             finally:
                 temporary.unlink(missing_ok=True)

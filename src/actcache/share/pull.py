@@ -196,11 +196,16 @@ def _space(index: Index, offered: Offered) -> SpaceInfo:
         "model_name": name, "source": "external", "pulled": {"dataset": source.name, "commit": commit},
     }  # fmt: skip
     said = {
-        "claims": claims, "forms": offered.forms, "format": described.version,
+        "claims": claims, "forms": offered.forms, "format": described.version, "as_it_is": _as_it_is(identity),
         "context": context if claims and isinstance(context, str) and _plain(context) else CONTEXT,
     }  # fmt: skip
     shown = {"revision": _plain(described.revision), "dtype": _plain(label.get("dtype"))}
     return SpaceInfo(space_id(full), full, {"model_name": name, **shown, "pulled": said})
+
+
+def _as_it_is(identity: Any) -> bool:
+    """Whether a dataset holds what the model itself gives, as far as it says: no edits, no prompts it continued."""
+    return not isinstance(identity, Mapping) or not (identity.get("edits") or identity.get("generate"))
 
 
 def _is_id(given: Any, identity: Mapping[str, Any]) -> bool:

@@ -101,10 +101,11 @@ def pulled_for(
     same, named = [], []
     for info in by_preference([one for one in list_spaces(root) if one.pulled]):
         said = info.label.get("pulled")
-        claims = said.get("claims") if isinstance(said, Mapping) else None
-        if claims == space:
+        said = said if isinstance(said, Mapping) else {}
+        if said.get("claims") == space:
             same.append(Pulled(info, forms_of(info), contexts(info.space)))
-        elif info.model_name == model_name and names != "none":
+        # What edits made of a model is no answer for the model that has its name.
+        elif info.model_name == model_name and names != "none" and said.get("as_it_is", True):
             named.append(Pulled(info, forms_of(info), contexts(info.space), names == "trusted"))
     return same + named
 
