@@ -413,3 +413,19 @@ def test_values_that_do_not_fit_leave_their_prompt_out(tmp_path: Path) -> None:
     ((what, why),) = report.skipped
     assert what == "'b'"
     assert "bfloat16" in why
+
+
+def test_texts_of_one_token_whose_ids_are_unknown_stay_two(store: Store) -> None:
+    # 31 bits of their digests agree, which is all that a single stand-in for a token id holds.
+    texts = ["word 17675", "word 126757"]
+    for i, text in enumerate(texts):
+        arrays = {"resid_post.0": np.full((1, 1, 3), i, np.float32)}
+        report = ac.import_arrays(arrays, "some/model", [text], store=store)
+    (space,) = report.spaces.values()
+    assert store.spaces()[0].num_prompts == 2
+    np.testing.assert_array_equal(torch.cat(store.read(space, texts, "resid_post.0"))[:, 0], [0, 1])
+    store.merge(space)
+    assert sorted(text or "" for text in store.prompts(space).texts) == sorted(texts)
+    assert store.verify().ok
+    store.invalidate(space, [texts[0]])
+    assert store.contains(space, texts, "resid_post.0").tolist() == [False, True]

@@ -21,7 +21,8 @@ from actcache.errors import (
     ResultsNotCachedError,
     ValueOverflowError,
 )
-from actcache.share import fetching, index_prompts
+from actcache.share import fetching
+from actcache.store.given import read as read_given
 from actcache.store.records import PULLED, Records
 from actcache.testing.tiny import tiny_model, tiny_tokenizer
 from made_datasets import INDEX, VERSIONS, make, pq
@@ -296,21 +297,23 @@ def test_what_edits_made_is_no_answer_for_a_model_of_that_name(tmp_path, model, 
     assert same.plan(TEXTS).cached == len(TEXTS), "it answers who makes the same edits"
 
 
-def test_two_prompts_that_could_pass_for_one_another_are_refused(tmp_path, store, monkeypatch):
-    made = make(tmp_path / "set", "2.0 split", longest=1)
-    other = make(tmp_path / "other", "2.0 split", longest=1)
-    real = index_prompts.stand_in
-    alike = {made.texts[3], made.texts[7]}
-    monkeypatch.setattr(
-        index_prompts, "stand_in", lambda kind, text, n: real(kind, "same" if text in alike else text, n)
-    )
-    for prompts in (None, [made.texts[3]], [made.texts[7], made.texts[0]]):
-        with pytest.raises(OptionError, match=r"prompt 3: .*prompt 7: .*leave both out"):
-            ac.pull_dataset(made.folder, store=store, target_prompts=prompts)
-    assert not store.spaces()
-    assert ac.pull_dataset(made.folder, store=store, target_prompts=[t for t in made.texts if t not in alike]) == 9
-    alike.clear()
-    assert ac.pull_dataset(other.folder, store=store) == 11
+def test_texts_whose_ids_are_not_told_are_told_apart(tmp_path, store):
+    made = make(tmp_path / "set", "2.0 split", longest=1, labels=list(range(11)))
+    # The digests of these agree in the 31 bits that stand for the one token of each.
+    alike = ["word 17675", "word 126757"]
+    made.columns["text"][3], made.columns["text"][7] = alike
+    made.write()
+    assert ac.pull_dataset(made.folder, store=store) == 11
+    space = pulled(store)
+    for texts in (alike, alike[::-1]):
+        found = store.read(space, texts, "resid_post.2")
+        for mine, text in zip(found, texts, strict=True):
+            assert np.array_equal(mine.numpy(), made.vectors[made.columns["text"].index(text)][:, 1])
+    table = store.prompts(space)
+    assert len(table) == 11
+    said = dict(zip(table.texts, read_given(store, space.space, "label", table), strict=True))
+    assert said == dict(zip(made.columns["text"], range(11), strict=True))
+    assert store.verify().ok
 
 
 def test_metadata_of_a_folder_that_changed_are_another_dataset(tmp_path, store):

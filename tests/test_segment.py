@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from actcache.store import container, segment
 from actcache.store.prompts import PromptTable, canonical_chat, gather_ragged, text_keys, token_keys
 from actcache.store.records import BLOCK, Records
 from actcache.store.statistics import Moments
+from actcache.store.tensors import stand_in
 from actcache.store.writing import BlockHasher
 from store_helpers import CONTEXT, DTYPES, every_token, make_table, pooled
 
@@ -73,6 +75,34 @@ def test_token_keys_are_the_documented_digest() -> None:
     assert keys[0].tobytes() == xxhash.xxh3_128_digest(b"t" + np.array([5, 6], "<i4").tobytes())
     assert keys[1].tobytes() == xxhash.xxh3_128_digest(b"t")
     assert keys[2].tobytes() == xxhash.xxh3_128_digest(b"t" + np.array([7], "<i4").tobytes())
+
+
+def test_few_stand_ins_do_not_make_one_prompt_of_two_texts(tmp_path: Path) -> None:
+    alike = ["word 17675", "word 126757"]
+    ids = [stand_in(1, text, 1) for text in alike]
+    assert ids[0].tolist() == ids[1].tolist(), "31 bits of their digests agree"
+    table = PromptTable.build([*ids, stand_in(1, "a", 4), [5]], [*alike, "a", "b"], text_context="c")
+    number = np.array(ids[0], "<i4").tobytes()
+    for i, text in enumerate(alike):
+        assert table.token_key[i].tobytes() == xxhash.xxh3_128_digest(b"s" + number + b"\x01" + text.encode())
+    assert table.token_key[2].tobytes() == xxhash.xxh3_128_digest(b"t" + table.tokens(2).astype("<i4").tobytes())
+    assert table.token_key[3].tobytes() == xxhash.xxh3_128_digest(b"t" + np.array([5], "<i4").tobytes())
+    bare = table.by_ids()
+    assert bare.texts == [*alike, None, None]
+    np.testing.assert_array_equal(bare.token_key, table.token_key)
+    np.testing.assert_array_equal(table.select([1, 0]).by_ids().token_key, table.token_key[[1, 0]])
+    rows = np.arange(14, dtype=np.float32).reshape(7, 2)
+    new = segment.write(tmp_path, Records.tokens(table, {"embed": rows}), space=SPACE)
+    assert segment.validate(tmp_path / f"{new.name}.safetensors") == []
+    # As it was written before the text counted.
+    plain = replace(table, _token_key=token_keys(table.token_ids, table.token_offset))
+    old = segment.write(tmp_path, Records.tokens(plain, {"embed": rows}), space=SPACE)
+    assert segment.validate(tmp_path / f"{old.name}.safetensors") == []
+    other = replace(table, _token_key=plain.token_key[[3, 1, 2, 3]])
+    wrong = segment.write(tmp_path, Records.tokens(other, {"embed": rows}), space=SPACE)
+    assert segment.validate(tmp_path / f"{wrong.name}.safetensors") == [
+        "token_key of prompt 0 is not the digest of what is stored"
+    ]
 
 
 def test_text_keys_depend_on_text_kind_and_context() -> None:

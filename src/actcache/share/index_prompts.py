@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.derive.results import PERPLEXITY, TOKEN_NLL
-from actcache.errors import OptionError
 from actcache.share.columns import is_fixed
 from actcache.share.format import ROUTER, TensorGroup
 from actcache.share.index import Index
@@ -47,8 +46,6 @@ def table_of(index: Index, rows: Ints, lengths: Ints | None, context: str) -> Pr
     have negative numbers in their place.
     """
     codes, there = different_prompts(index)
-    if lengths is not None:
-        _refuse_alike(index, codes, there, np.flatnonzero(lengths == 1), set(codes[rows].tolist()))
     kinds, texts = zip(*(there[code] for code in codes[rows].tolist()), strict=True)
     known = _ids(index, rows)
     counts = None if lengths is None else lengths[rows].tolist()
@@ -61,27 +58,6 @@ def table_of(index: Index, rows: Ints, lengths: Ints | None, context: str) -> Pr
             raise index.wrong(f"row {int(rows[i])} has {len(found):,} token ids and {counts[i]:,} rows of vectors")
         ids.append(stand_in(kind, text, unknown[i]) if found is None else found)
     return PromptTable.build(ids, [None if k == IDS else t for k, t in zip(kinds, texts, strict=True)], kinds, context)
-
-
-def _refuse_alike(index: Index, codes: Ints, there: Sequence[tuple[int, str]], rows: Ints, wanted: set[int]) -> None:
-    """OptionError where one of the prompts `wanted` shares its stand-in with another of those in `rows`, of one token.
-
-    Of one token whose id is not known 31 bits of the text are all there is, and one of the two would get the other's
-    vectors. All of the dataset counts, since the other may be pulled some other time.
-    """
-    seen: dict[bytes, int] = {}
-    for row, own in zip(rows.tolist(), _ids(index, rows), strict=True):
-        code = int(codes[row])
-        kind, text = there[code]
-        if own is not None or kind == IDS:
-            continue
-        other = seen.setdefault(stand_in(kind, text, 1).tobytes(), code)
-        if other != code and wanted & {other, code}:
-            raise OptionError(
-                f"{index.source.name}: {there[other][1]!r:.60} and {text!r:.60} are one token each, whose ids the "
-                "dataset does not tell, and a store could not tell them apart: leave both out with target_prompts=, or "
-                "read them with load_activations."
-            )
 
 
 def _parsed(index: Index, kinds: Sequence[int], texts: Sequence[str]) -> dict[int, npt.NDArray[np.int32]]:

@@ -30,14 +30,14 @@ def encoded(value: Any) -> bytes:
 def records(kind: str, prompts: PromptTable, values: Sequence[bytes]) -> list[Records]:
     """What a store keeps of `values` (see `encoded`), one for each of `prompts`: records of one width each.
 
-    They are found by token ids alone, so that a newer value counts however the prompt was given.
+    They are found by token ids alone, where these are known, so that a newer value counts however the prompt was given.
     """
     widths = np.array([max(_LEAST_WIDTH, 1 << (len(v) - 1).bit_length()) for v in values])
     made = []
     for width in np.unique(widths).tolist():
         members = np.flatnonzero(widths == width).tolist()
         data = b"".join(values[i].ljust(width, bytes([_PAD])) for i in members)
-        table = PromptTable.build([prompts.tokens(i) for i in members])
+        table = prompts.select(members).by_ids()
         matrix = np.frombuffer(data, np.uint8).reshape(len(members), width)
         one = Records.pooled(table, kind, {kind: matrix})
         one.screened = True

@@ -30,6 +30,19 @@ def token_keys(flat: npt.NDArray[np.int32], offset: Ints) -> Bytes:
     return _pack([digest(b"t" + data[a:b]) for a, b in pairwise(ends)])
 
 
+def needs_text(flat: npt.NDArray[np.int32], offset: Ints, kind: Bytes) -> Ints:
+    """Which prompts are texts that have fewer than four stand-ins in place of their token ids. Each is 31 bits of the
+    text's digest, so that two texts could have the same ones."""
+    lengths = np.diff(offset)
+    few = np.flatnonzero((lengths > 0) & (lengths < 4) & (kind != IDS))
+    return few[flat[offset[few]] < 0]
+
+
+def stand_in_key(ids: bytes, kind: int, text: bytes) -> bytes:
+    """The key of such a prompt: of its stand-ins (little-endian), its kind and its text."""
+    return bytes(xxhash.xxh3_128_digest(b"s" + ids + bytes([kind]) + text))
+
+
 def text_keys(texts: Sequence[str], kinds: Sequence[int] | npt.NDArray[Any] | int, context: str) -> Bytes:
     """uint8 ``[n, 16]``: the key of each text under `context` (tokenizer and its options) and its kind.
 
@@ -152,8 +165,17 @@ class PromptTable:
 
     @lazy
     def token_key(self) -> Bytes:
-        """uint8 ``[n, 16]``."""
-        return token_keys(self.token_ids, self.token_offset) if self._token_key is None else self._token_key
+        """uint8 ``[n, 16]``. Of few stand-ins for unknown token ids the text counts, too."""
+        if self._token_key is not None:
+            return self._token_key
+        keys = token_keys(self.token_ids, self.token_offset)
+        some = needs_text(self.token_ids, self.token_offset, self.kind).tolist()
+        if some:
+            keys = keys.copy()
+        for i in some:
+            ids, text = self.tokens(i).astype("<i4").tobytes(), self.text[self.text_offset[i] : self.text_offset[i + 1]]
+            keys[i] = np.frombuffer(stand_in_key(ids, int(self.kind[i]), text.tobytes()), np.uint8)
+        return keys
 
     @lazy
     def text_key(self) -> Bytes:
@@ -196,6 +218,14 @@ class PromptTable:
         if self.kind[i] == IDS:
             return None
         return self.text[self.text_offset[i] : self.text_offset[i + 1]].tobytes().decode("utf-8", "surrogatepass")
+
+    def by_ids(self) -> PromptTable:
+        """The same prompts by their token ids alone; texts are left where the keys need them."""
+        kinds: Bytes = np.full(len(self), IDS, np.uint8)
+        texts: list[str | None] = [None] * len(self)
+        for i in needs_text(self.token_ids, self.token_offset, self.kind).tolist():
+            kinds[i], texts[i] = self.kind[i], self.text_of(i)
+        return PromptTable.build([self.tokens(i) for i in range(len(self))], texts, kinds, self.text_context)
 
     def select(self, indices: npt.ArrayLike) -> PromptTable:
         """The prompts at `indices` (integers or a boolean mask), in that order."""
