@@ -436,6 +436,41 @@ def test_a_state_goes_on_where_more_has_been_stored_since(tmp_path: Path) -> Non
     assert sorted(taken(other, [first, *got])) == [token for token in ALL if token[0] < 30]
 
 
+def test_a_state_goes_on_after_a_merge(tmp_path: Path) -> None:
+    """Segments of one signature are merged past another, so that prompts come in another order than before."""
+    store, space = make_store(tmp_path)
+    store.append(space, every_token(range(20), SITES[:1]))
+    store.append(space, every_token(range(20, 40)))
+    store.append(space, every_token([*range(40, 60), 3], SITES[:1]))
+    stream, other = stream_of((store, space)), stream_of((store, space), shuffle=False, exclude="first")
+    wanted, plain = taken(stream), taken(other)
+    stream = stream_of((store, space))
+    first = list(itertools.islice(stream, 4))
+    state, of_other = json.loads(json.dumps(stream.state_dict())), other.state_dict(batches=2)
+    assert len(json.dumps(state)) < 1000
+    before = store.common_prompts(space, [SITE]).token_key.tobytes()
+    store.compact()
+    assert len(segment_files(store, space)) == 2
+    assert store.common_prompts(space, [SITE]).token_key.tobytes() != before
+    store.append(space, every_token([1000]))
+    again = stream_of((store, space))
+    again.load_state_dict(state)
+    assert again.num_tokens == len(ALL)
+    assert taken(stream, first) + taken(again) == wanted
+    assert sorted(taken(again)) == ALL
+    # What was gone on with can be gone on with again.
+    third = stream_of((store, space))
+    third.load_state_dict({**again.state_dict(), "epoch": 0, "batches": 4})
+    assert taken(third) == wanted[4 * 16 :]
+    again = stream_of((store, space), shuffle=False, exclude="first")
+    again.load_state_dict(of_other)
+    assert taken(again) == plain[2 * 16 :]
+    # One of the prompts is no longer there, though as many are.
+    store.invalidate(space, [make_table([7]).text_of(0)])
+    with pytest.raises(ac.errors.OptionError, match="removed or stored anew"):
+        stream_of((store, space)).load_state_dict(state)
+
+
 # -- workers and ranks -------------------------------------------------------------------------------------
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
 import actcache as ac
 import share_helpers
@@ -14,7 +16,8 @@ from actcache.store.backend import MemoryBackend
 from actcache.store.prompts import PromptTable
 from actcache.store.records import Records
 from actcache.stream import elsewhere
-from elsewhere import machine
+from elsewhere import IDENTITY, Folder, machine
+from servers import only_aws
 from store_helpers import SITES, every_token, make_store, pooled
 from test_streams import ALL, SITE, taken, values_of
 
@@ -27,6 +30,12 @@ def bucket(tmp_path: Path) -> MemoryBackend:
         store.append(space, every_token(range(20)))
         store.append(space, every_token(range(15, 60)))
     return backend
+
+
+@pytest.fixture
+def bucket_of_moto(moto: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    only_aws(monkeypatch, moto.environment(tmp_path))
+    return f"s3://{moto.make_bucket()}"
 
 
 def stream_of(backend: Any, folder: Path, sites: Any = SITE, **options: Any) -> ac.ActivationStream:
@@ -90,6 +99,44 @@ def test_what_goes_from_the_bucket_is_missed(bucket: MemoryBackend, tmp_path: Pa
         other.clear()
     with pytest.raises(ac.errors.NotCachedError, match=r"have no 'resid_post\.0'"):
         list(stream)
+
+
+def in_files(folder: Path) -> ac.Store:
+    """A store over a backend that other processes can open, too."""
+    store, space = machine(Folder(folder / "objects"), folder / "copy", local_gb=3)
+    store.append(space, every_token(range(60)))
+    store.flush()
+    return store
+
+
+def test_a_stream_of_a_bucket_is_pickled_with_its_backend(bucket: MemoryBackend, tmp_path: Path) -> None:
+    stream = ac.stream_activations(in_files(tmp_path), SITE, batch_size=16, with_tokens=True)
+    other = pickle.loads(pickle.dumps(stream))
+    opened = other._parts[0]._store
+    assert (opened.folder, opened.local_limit.value) == (tmp_path / "copy", 3 << 30)
+    assert pickle.loads(pickle.dumps(stream))._parts[0]._store is opened
+    assert taken(other) == taken(stream)
+    with pytest.raises(ac.errors.OptionError, match=r"memory of one process.*by fork"):
+        pickle.dumps(stream_of(bucket, tmp_path / "reader"))
+
+
+def through_spawned(stream: ac.ActivationStream) -> None:
+    loader = DataLoader(stream, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    for _ in range(2):
+        assert sorted(taken(stream, loader)) == ALL
+
+
+@pytest.mark.slow
+def test_workers_that_are_started_anew_open_a_backend(tmp_path: Path) -> None:
+    through_spawned(ac.stream_activations(in_files(tmp_path), SITE, batch_size=16, with_tokens=True))
+
+
+@pytest.mark.slow
+def test_workers_that_are_started_anew_open_a_bucket(bucket_of_moto: str, tmp_path: Path) -> None:
+    store = ac.Store(bucket_of_moto, index_dir=tmp_path)
+    store.append(store.open_space(*IDENTITY), every_token(range(60)))
+    store.flush()
+    through_spawned(ac.stream_activations(store, SITE, batch_size=16, with_tokens=True))
 
 
 def shared_prompts(stream: ac.ActivationStream) -> float:

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from actcache.errors import ActCacheError, BackendError, FormatError, OptionError, StoreAccessError
 from actcache.store.files import TEMP_NAME, atomic_file, make_folder, open_plain, sweep, translated, write_all
@@ -219,6 +220,9 @@ class MemoryBackend(CacheBackend):
 
     def __repr__(self) -> str:
         return f"MemoryBackend({self._name!r})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("its objects are in the memory of one process")
 
     @property
     def url(self) -> str:

@@ -15,15 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache import config
-from actcache.errors import FormatError, NotCachedError, OptionError
+from actcache.errors import FormatError, NotCachedError
 from actcache.store import reports, sparse_numbered, sparse_reading, trimming
 from actcache.store.asking import Located, given_prompts, locate_sites, why_absent
+from actcache.store.backend import CacheBackend
 from actcache.store.catalog import Catalog
 from actcache.store.discovered import CachedPromptInfo, agreeing, prompt_info, variant_of
 from actcache.store.eviction import bytes_on_disk
 from actcache.store.index import SpaceIndex
 from actcache.store.indexes import Indexes
 from actcache.store.keys import Ints
+from actcache.store.locations import place_of
 from actcache.store.lookup import Query, locate
 from actcache.store.numbered import NumberedRows, numbered
 from actcache.store.placement import Placement
@@ -180,18 +182,15 @@ class Inspection(ABC):
         return {layout: in_order(sites) for layout, sites in sorted(found.items())}
 
     @property
-    def place(self) -> tuple[Path, Path]:
-        """What opens this store in another process, with `Store(location, index_dir=...)`.
+    def place(self) -> tuple[Path | CacheBackend, Path, float | None]:
+        """What opens this store in another process of this host, with `Store(location, index_dir=..., local_gb=...)`.
 
         Raises:
-            OptionError: its objects are no files of this host, so that only their backend knows how.
+            OptionError: its objects are no files of this host, and only a backend that cannot be sent knows them.
         """
-        if self._copy is not None:
-            raise OptionError(
-                f"{self.location} cannot be opened by name in another process: start workers by fork, or open the "
-                "store there."
-            )
-        return self.folder, self._catalog.path.parent
+        if self._copy is None:
+            return self.folder, self._catalog.path.parent, None
+        return place_of(self._copy)
 
     def common_prompts(
         self, space: str | SpaceInfo, sites: Sequence[str], *, pooling: str | None = None, prompts: Any = None

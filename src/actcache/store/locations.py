@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import xxhash
@@ -70,3 +72,21 @@ class Place:
             self.local_limit = config.local_limit(local_gb)
             self.copy = WorkingCopy(self.backend, self.index_dir, self.local_limit.value)
             self.folder = self.index_dir = self.copy.folder
+
+
+def place_of(copy: WorkingCopy) -> tuple[CacheBackend, Path, float]:
+    """What opens a store of which this host has a working copy in another of its processes, which shares the copy:
+    the backend, `index_dir` and `local_gb`.
+
+    Raises:
+        OptionError: the backend cannot be sent there.
+    """
+    try:
+        ForkingPickler.dumps(copy.backend)
+    except Exception as error:  # whatever a backend of somebody else's raises
+        raise OptionError(
+            f"{copy.backend.url} cannot be opened in another process ({error}): start workers by fork, or give its "
+            "backend what pickles it."
+        ) from error
+    kept = copy.local_bytes
+    return copy.backend, copy.folder, math.inf if kept is None else kept / (1 << 30)

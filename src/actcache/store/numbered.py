@@ -86,7 +86,8 @@ class NumberedRows:
 
     What it holds is mapped, so that it stays readable whoever removes it from the store. Rows are checked when they are
     read for the first time. `starts` int64 ``[n + 1]``: prompt `i` has the rows from ``starts[i]`` to
-    ``starts[i + 1]``. Needs a few bytes for each prompt, and none for a row.
+    ``starts[i + 1]``. `begins`: the prompts that do not lie behind the one before, in the same segment. Needs a
+    few bytes for each prompt, and none for a row.
     """
 
     def __init__(self, placement: Placement) -> None:
@@ -96,11 +97,14 @@ class NumberedRows:
         self._runs: dict[str, _Runs] = {}
         self._fields: dict[str, _Field | None] = {}
         known: dict[int, _Runs] = {}
+        begins = np.zeros(len(placement), bool)
         for site in self.sites:
             segment, prompt = placement.where(site)
             if id(segment) not in known:
                 known[id(segment)] = self._run(segment, prompt)
+                begins[1:] |= (segment[1:] != segment[:-1]) | (prompt[1:] != prompt[:-1] + 1)
             self._runs[site] = known[id(segment)]
+        self.begins = np.append(0, np.flatnonzero(begins))
         self._unknown = {site: set(np.unique(runs.segment).tolist()) for site, runs in self._runs.items()}
         """Segments of which not every block of a site has been checked."""
 

@@ -25,7 +25,7 @@ class SparseNumbered:
     """
 
     def __init__(self, numbers: NumberedRows, site: SparseSite, starts: Ints) -> None:
-        self.sites, self.starts = (site.name,), starts
+        self.sites, self.starts, self.begins = (site.name,), starts, numbers.begins
         self._site, self._numbers = site, numbers
         # Where the numbers of each row begin, and where those of the last one end.
         self._ends = np.zeros(int(starts[-1]) + 1, np.int64)

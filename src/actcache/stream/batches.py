@@ -249,11 +249,8 @@ class ActivationStream(IterableDataset[Any]):
                 "state_dict(batches=...), counted since the epoch began."
             )
         taken = taken if batches is None else batches
-        sources = [
-            {"prompts": len(part.prompts), "digest": part.fingerprint(len(part.prompts))} for part in self._parts
-        ]
         place = {"world_size": world, "rank": rank, "epoch": epoch, "batches": taken}
-        return {**self._terms(), "sources": sources, **place}
+        return {**self._terms(), "sources": [part.said() for part in self._parts], **place}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken: the next iteration begins with the batch behind it, with however many workers.
@@ -279,14 +276,16 @@ class ActivationStream(IterableDataset[Any]):
         said = state["sources"]
         if len(said) != len(self._parts):
             raise OptionError(f"the state is of a stream of {len(said)} sources, this one has {len(self._parts)}.")
+        parts = []
         for part, then in zip(self._parts, said, strict=True):
-            if then["prompts"] > len(part.prompts) or part.fingerprint(then["prompts"]) != then["digest"]:
+            if (before := part.before(then)) is None:
                 raise OptionError(
-                    f"the state is of a stream of {then['prompts']} prompts that are not those of this one (of "
-                    f"{len(part.prompts)}), in this order, with the same tokens left out: what it began with has been "
-                    "removed or merged, or prompts= or exclude= differ."
+                    f"the state is of a stream of {then['prompts']} prompts that are not all among those of this one "
+                    f"(of {len(part.prompts)}), or in another order, or with other tokens left out: some of what it "
+                    "began with has been removed or stored anew, or prompts= or exclude= differ."
                 )
-        return [part.first(then["prompts"]) for part, then in zip(self._parts, said, strict=True)]
+            parts.append(before)
+        return parts
 
     def _terms(self) -> dict[str, Any]:
         """What streams must have in common for one to go on where another stood, besides the tokens."""

@@ -43,6 +43,7 @@ class TokensElsewhere(Tokens):
         # Heads alone are fetched for this.
         rows = store.numbered(address.space, prompts, address.sites, pooling=address.pooling)
         self._columns = {site: rows.column(site) for site in address.sites}
+        self.begins = rows.begins
         # How many tokens of those that count come before each prompt.
         before = self._starts if self._kept is None else np.searchsorted(self._kept, self._starts)
         block = before[:-1] // max(1, self.buffer // _BLOCKS)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
@@ -20,8 +20,13 @@ from actcache.stream.permutation import Ints, Permutation
 from actcache.stream.tokens import Exclusion
 
 if TYPE_CHECKING:
+    from actcache.store.backend import CacheBackend
     from actcache.store.prompts import PromptTable
     from actcache.store.store import Store
+
+
+_MOST_PIECES = 1024
+_MOST_STORES = 8
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,9 @@ class Order(Protocol):
 class Tokens(ABC):
     """The tokens (or pooled vectors) of `prompts`, all of which are stored, in their order; those of `leave_out` are
     not. They have numbers from 0 on."""
+
+    begins: Ints
+    """The prompts that do not lie behind the one before, in the same segment."""
 
     def __init__(self, store: Store, address: Address, prompts: PromptTable, leave_out: Exclusion) -> None:
         self.address, self.prompts, self.leave_out = address, prompts, leave_out
@@ -96,6 +104,27 @@ class Tokens(ABC):
             return self
         return type(self)(self._store, self.address, self.prompts.select(np.arange(number)), self.leave_out)
 
+    def said(self) -> dict[str, Any]:
+        """What `before` knows these tokens by in another process, or another time: plain numbers and strings."""
+        said = {"prompts": len(self.prompts), "digest": self.fingerprint(len(self.prompts))}
+        if len(self.begins) <= _MOST_PIECES:
+            said["pieces"] = pieces(self.prompts.token_key, self.begins)
+        return said
+
+    def before(self, said: Mapping[str, Any]) -> Self | None:
+        """The tokens that once `said` this of themselves, in the order that they had; None where some are gone.
+
+        Segments are merged, and then come in another order. Prompts that lay together still do.
+        """
+        number, digest = said["prompts"], said["digest"]
+        if number <= len(self.prompts) and self.fingerprint(number) == digest:
+            return self.first(number)
+        order = arranged(self.prompts.token_key, said.get("pieces", ()))
+        if order is None or len(order) != number:
+            return None
+        found = type(self)(self._store, self.address, self.prompts.select(order), self.leave_out)
+        return found if found.fingerprint(number) == digest else None
+
     def fingerprint(self, number: int) -> str:
         """What the first `number` prompts are, and which of their tokens are left out."""
         digest = xxhash.xxh3_128(self.prompts.token_key[:number].tobytes())
@@ -126,6 +155,7 @@ class StoredTokens(Tokens):
     def __init__(self, store: Store, address: Address, prompts: PromptTable, leave_out: Exclusion) -> None:
         super().__init__(store, address, prompts, leave_out)
         self._rows = store.numbered(address.space, prompts, address.sites, pooling=address.pooling)
+        self.begins = self._rows.begins
 
     def column(self, site: str) -> tuple[np.dtype[Any], int]:
         return self._rows.column(site)
@@ -159,12 +189,19 @@ class TokenOrder:
         return self._tokens.take(start, stop, self._permutation, sites)
 
 
-@lru_cache(maxsize=8)
-def _opened(location: Any, index_dir: Any) -> Store:
-    """The store of a stream that has come from another process."""
+_stores: dict[tuple[str, str], Store] = {}
+
+
+def _opened(location: Path | CacheBackend, index_dir: Path, local_gb: float | None) -> Store:
+    """The store of a stream that has come from another process: one for all streams, which learn of it together."""
     from actcache.store.store import Store
 
-    return Store(location, index_dir=index_dir)
+    name = str(location) if isinstance(location, Path) else location.identity, str(index_dir)
+    if name not in _stores:
+        while len(_stores) >= _MOST_STORES:
+            del _stores[next(iter(_stores))]
+        _stores[name] = Store(location, index_dir=index_dir, local_gb=local_gb)
+    return _stores[name]
 
 
 def picked(table: PromptTable, keys: npt.NDArray[np.uint8]) -> PromptTable:
@@ -179,3 +216,32 @@ def picked(table: PromptTable, keys: npt.NDArray[np.uint8]) -> PromptTable:
             f"{found.count(-1)} of {len(keys)} prompts of this stream are not in the store any more: make a new stream"
         )
     return table.select(found)
+
+
+Keys = npt.NDArray[np.uint8]
+
+
+def pieces(keys: Keys, begins: Ints) -> list[list[Any]]:
+    """Runs of prompts that begin at `begins`: how many each has, what the key of its first begins with, and a digest of
+    all their keys."""
+    parts = np.split(keys, begins[1:])
+    return [[len(part), part[0, :8].tobytes().hex(), xxhash.xxh3_64_hexdigest(part.tobytes())] for part in parts]
+
+
+def arranged(keys: Keys, said: Sequence[Sequence[Any]]) -> Ints | None:
+    """Where the `pieces` that were said are among the prompts with these `keys` now, in their order then; None where
+    one of them is not there in one piece."""
+    heads = np.ascontiguousarray(keys[:, :8]).view(np.uint64).reshape(-1)
+    order = np.argsort(heads, kind="stable")
+    found = []
+    for count, head, digest in said:
+        first = np.frombuffer(bytes.fromhex(head), np.uint64)
+        places = order[slice(*(int(np.searchsorted(heads, first, side, order)[0]) for side in ("left", "right")))]
+        for place in places.tolist():
+            part = keys[place : place + count]
+            if len(part) == count and xxhash.xxh3_64_hexdigest(np.ascontiguousarray(part).tobytes()) == digest:
+                found.append(np.arange(place, place + count))
+                break
+        else:
+            return None
+    return np.concatenate(found) if found else None
