@@ -18,7 +18,7 @@ import torch
 
 import actcache as ac
 from actcache.errors import DatasetAccessError, DatasetFormatError, DatasetNotFoundError, DiskFullError, OptionError
-from actcache.share import folder_change, split
+from actcache.share import exchange, folder_change, split
 from actcache.share.migrate import Migration
 from actcache.share.recard import updated
 from made_datasets import FULL, INDEX, VERSIONS, make, pa, pq
@@ -488,7 +488,7 @@ class TestTheFolder:
         made = make(tmp_path / "set", "1.0 full")
         (made.folder / "mine.txt").write_text("keep me")
         monkeypatch.setattr(folder_change.os, "link", no_link)
-        monkeypatch.setattr(folder_change, "_AT_CWD", {})
+        monkeypatch.setattr(exchange, "_AT_CWD", {})
         ac.migrate_dataset(made.folder, shard_max_bytes=SMALL)
         assert same_values(made) and read_plainly(made.folder, made)
         assert (made.folder / "mine.txt").read_text() == "keep me" and litter(made.folder) == []
@@ -513,8 +513,8 @@ ac.migrate_dataset(target, shard_max_bytes=100)
     ("function", "after", "old"),
     [
         pytest.param("_link_others", "before", True, marks=pytest.mark.slow),
-        pytest.param("_change_places", "before", True, marks=pytest.mark.slow),
-        ("_change_places", "after", False),
+        pytest.param("change_places", "before", True, marks=pytest.mark.slow),
+        ("change_places", "after", False),
     ],
 )
 def test_a_kill_leaves_the_old_one_or_the_new_one(tmp_path, function, after, old):

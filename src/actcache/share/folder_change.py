@@ -1,125 +1,143 @@
 """A change of a dataset in a folder: whoever reads it, or is left with it after a kill, has the old one or the new one.
 
-New vectors may take the names of old ones, so that a folder with them is made beside the old one, and the two change
-places at once. What stays is in both, as links to the same file.
+New vectors may take the names of old ones, and an index says nothing without the files that belong to it, so that a
+new folder is made beside the old one, and the two change places at once. What stays is in both, as links to the same
+file.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from actcache.errors import DatasetAccessError, DiskFullError, OptionError
 from actcache.progress import progress
 from actcache.share.change import Change, damaged, made
-from actcache.share.format import INDEX, INFO
+from actcache.share.exchange import change_places, drop_aside, staging_root
+from actcache.share.format import INDEX
 from actcache.share.staging import Staging
 from actcache.share.target import intact, sync_tree
-from actcache.store.files import sync_folder, translated
+from actcache.store.files import log, translated
 
 _ROOM = 16 << 20
-_EXCHANGE = 2
-_AT_CWD = {"linux": -100, "darwin": -2}
+_FICLONE = 0x40049409
 
 Snapshot = dict[str, tuple[int, ...]]
 
 
-def apply(change: Change, folder: Path, *, doing: str) -> str:
-    """Make the change; the folder.
+def apply(change: Change, folder: Path, before: Snapshot, *, doing: str) -> str:
+    """Make the change; the folder. `before`: its `snapshot` from before anything of it was read.
 
     Raises:
         OptionError: the folder cannot be replaced: it is where a disk is mounted, or a cache of the Hub's client.
-        DatasetAccessError: somebody has changed it meanwhile.
-        DiskFullError, StoreAccessError: no room for the new files, or no folder may be made beside it.
+        DatasetAccessError: somebody has changed it meanwhile; no folder may be made beside it, or take its name.
+        DiskFullError: no room for the new files.
     """
     real = folder.resolve()
     if any((real / path).is_symlink() for path in (INDEX, *change.used)):
         raise OptionError(f"{folder} is a cache of the Hub's client: name the repository, or copy the folder.")
-    if not change.files:
-        _in_place(change, real)
-        return str(folder)
-    before = _snapshot(real)
     _check_place(real)
     content = change.digest({path: repr(before.get(path)) for path in change.used})
-    with Staging(staging_root(real), str(real), content) as staging:
+    with _staging(real, content) as staging:
+        drop_aside(real, staging.folder)
         staging.drop_others()
+        if snapshot(real) != before:
+            raise _changed(folder)
         _make(change, staging, doing, folder)
         small = change.finish(staging.done)
         with translated(real):
+            _add_small(real, staging.files, small)
             _link_others(real, staging.files, {*staging.done, *small, *change.removed, *change.used})
-            for path, file in small.items():
-                (staging.files / path).parent.mkdir(parents=True, exist_ok=True)
-                (staging.files / path).unlink(missing_ok=True)
-                shutil.copyfile(file, staging.files / path)
             sync_tree(staging.files)
-            if _snapshot(real) != before:
-                raise DatasetAccessError(
-                    f"somebody has changed {folder} meanwhile, so that nothing was changed: look at it, then do it "
-                    "again."
-                )
-            _change_places(staging.files, real)
-            sync_folder(real.parent)
+            if snapshot(real) != before:
+                raise _changed(folder)
+            _replace(real, staging, before, folder)
         staging.remove()
     return str(folder)
-
-
-def staging_root(folder: Path) -> Path:
-    """Where the new folder is made: beside the old one."""
-    return folder.parent / f".{folder.name}.migrating"
 
 
 def forget(folder: Path) -> None:
     """Remove what is left of a change that is done."""
     real = folder.resolve()
     if staging_root(real).is_dir():
-        with contextlib.suppress(DatasetAccessError), Staging(staging_root(real), str(real), "done") as staging:
+        with contextlib.suppress(DatasetAccessError), _staging(real, "done") as staging:
+            drop_aside(real, staging.folder)
             staging.drop_others()
             staging.remove()
 
 
-def _in_place(change: Change, folder: Path) -> None:
-    """Where no vectors move it is the index that decides what the dataset is: it takes its place at once.
+def snapshot(folder: Path) -> Snapshot:
+    """What would be different if somebody changed a file."""
+    found: Snapshot = {}
+    for path in _files(folder.resolve()):
+        said = (folder / path).lstat()
+        found[path] = said.st_ino, said.st_size, said.st_mtime_ns
+    return found
 
-    JSON that says the same comes behind it: whoever finds new JSON has the new index.
-    """
-    small = change.finish({})
-    with translated(folder):
-        mode = stat.S_IMODE((folder / INDEX).lstat().st_mode)
-        for path in sorted(small, key=lambda path: (path == INFO, path == INDEX)):
-            place = folder / path
-            if place.parent.resolve() != place.parent:
-                raise OptionError(f"{place.parent} is a link: what is in it is no part of the dataset.")
-            temporary = place.with_name(f".{place.name}.new")
-            # Of a process that was killed; or a link that somebody has put there, which is not followed.
-            temporary.unlink(missing_ok=True)
-            try:
-                fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-                with small[path].open("rb") as source, open(fd, "wb") as target:
-                    shutil.copyfileobj(source, target)
-                    target.flush()
-                    os.fsync(fd)
-                os.replace(temporary, place)
-            finally:
-                temporary.unlink(missing_ok=True)
-            sync_folder(place.parent)
-        for path in change.removed:
-            (folder / path).unlink(missing_ok=True)
-        sync_folder(folder)
+
+def _staging(folder: Path, content: str) -> Staging:
+    return Staging(staging_root(folder), str(folder), content)
+
+
+def _changed(folder: Path) -> DatasetAccessError:
+    return DatasetAccessError(
+        f"somebody has changed {folder} meanwhile, so that nothing was changed: look at it, then do it again."
+    )
+
+
+def _replace(real: Path, staging: Staging, before: Snapshot, folder: Path) -> None:
+    """Let the new folder take the place of the old one, which goes with what is staged."""
+    here = _current_folder()
+    old = change_places(staging.files, real, staging.owner)
+    try:
+        if old == staging.files and snapshot(old) != before:
+            # Between the last look and the exchange.
+            change_places(staging.files, real, staging.owner)
+            raise _changed(folder)
+        if old != staging.files:
+            os.rename(old, staging.folder / "old")
+    finally:
+        if here is not None and here.is_relative_to(real):
+            # Else whoever stands in it stands in the one that is removed.
+            with contextlib.suppress(OSError):
+                os.chdir(here)
+            log.warning("%s is a new folder now: a shell that stands in it finds it with `cd .`", folder)
+
+
+def _current_folder() -> Path | None:
+    try:
+        return Path.cwd()
+    except OSError:
+        return None
+
+
+def _add_small(old: Path, new: Path, small: Mapping[str, Path]) -> None:
+    """Index, card and the like, as open to others as those that they replace."""
+    for path, file in small.items():
+        place = new / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.unlink(missing_ok=True)
+        shutil.copyfile(file, place)
+        like = old / path if (old / path).is_file() else old / INDEX
+        place.chmod(stat.S_IMODE(like.lstat().st_mode))
 
 
 def _check_place(folder: Path) -> None:
     if os.path.ismount(folder) or folder.parent == folder:
         raise OptionError(f"{folder} is where a disk is mounted, and cannot be replaced: copy the dataset elsewhere.")
-    with translated(folder.parent):
-        if not os.access(folder.parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder.parent))
+    for place in (folder, folder.parent):
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise DatasetAccessError(
+                f"{folder} is replaced as a whole, and {place} may not be written to: change its permissions, or copy "
+                "the dataset to a folder of yours."
+            )
 
 
 def _make(change: Change, staging: Staging, doing: str, folder: Path) -> None:
@@ -132,7 +150,7 @@ def _make(change: Change, staging: Staging, doing: str, folder: Path) -> None:
             # Of a process that ended while it put files together, or after the folders had changed places.
             (staging.files / path).unlink()
     left = [file for file in change.files if file.path not in staging.done]
-    needed = sum(file.nbytes for file in left) + max(layer.aside_bytes for layer in change.layers)
+    needed = sum(file.nbytes for file in left) + max((layer.aside_bytes for layer in change.layers), default=0)
     with translated(staging.folder, needed):
         free = shutil.disk_usage(staging.folder).free
     if free < needed + _ROOM:
@@ -146,20 +164,20 @@ def _make(change: Change, staging: Staging, doing: str, folder: Path) -> None:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """The paths of all files, links among them."""
-    for place, folders, names in os.walk(folder):
+    """The paths of all files, links among them; an error for a folder that cannot be looked into: its files would be
+    left behind."""
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise DatasetAccessError(
+                f"{error.filename} cannot be looked into ({os.strerror(error.errno or 0)}), and is part of the folder: "
+                "change its permissions, or take it out."
+            )
+
+    for place, folders, names in os.walk(folder, onerror=fail):
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         for name in (*names, *links):
             yield os.path.relpath(os.path.join(place, name), folder)
-
-
-def _snapshot(folder: Path) -> Snapshot:
-    """What would be different if somebody changed a file."""
-    found: Snapshot = {}
-    for path in _files(folder):
-        said = (folder / path).lstat()
-        found[path] = said.st_ino, said.st_size, said.st_mtime_ns
-    return found
 
 
 def _link_others(old: Path, new: Path, but: set[str]) -> None:
@@ -177,12 +195,7 @@ def _link_others(old: Path, new: Path, but: set[str]) -> None:
         if source.is_symlink():
             target.symlink_to(os.readlink(source))
             continue
-        try:
-            os.link(source, target)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
-                raise
-            shutil.copy2(source, target)
+        _same_file(source, target)
     for place, folders, _ in os.walk(old, topdown=False):
         for name in (*folders, ""):
             source = Path(place, name)
@@ -190,26 +203,36 @@ def _link_others(old: Path, new: Path, but: set[str]) -> None:
                 shutil.copystat(source, new / source.relative_to(old))
 
 
-def _change_places(new: Path, old: Path) -> None:
-    """Two folders take one another's names at once; where the system cannot do that, one after the other."""
-    library = ctypes.CDLL(None, use_errno=True)
-    at = _AT_CWD.get(sys.platform)
-    names = os.fsencode(new), os.fsencode(old)
-    if at is not None and hasattr(library, "renameat2"):
-        failed = library.renameat2(at, names[0], at, names[1], _EXCHANGE)
-    elif at is not None and hasattr(library, "renamex_np"):
-        failed = library.renamex_np(*names, _EXCHANGE)
-    else:
-        failed, reason = -1, errno.ENOSYS
-    if not failed:
-        return
-    reason = ctypes.get_errno() or errno.ENOSYS
-    if reason not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-        raise OSError(reason, os.strerror(reason), str(old))
-    aside = new.with_name("old")
-    os.rename(old, aside)
+def _same_file(source: Path, target: Path) -> None:
+    """The same bytes under another name, which take no room where the file system allows that."""
     try:
-        os.rename(new, old)
-    except BaseException:
-        os.rename(aside, old)
-        raise
+        os.link(source, target)
+        return
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
+            raise
+    said = source.lstat()
+    if not stat.S_ISREG(said.st_mode):
+        # A pipe would be waited for.
+        raise OptionError(
+            f"{source} is no ordinary file, and there are no links here to keep it by: take it out of the dataset's "
+            "folder, then do it again."
+        )
+    if not _shares_blocks(source, target):
+        free = shutil.disk_usage(target.parent).free
+        if free < said.st_size + _ROOM:
+            raise DiskFullError(f"{target} needs {said.st_size:,} bytes, and {free:,} are free.")
+        shutil.copyfile(source, target)
+    shutil.copystat(source, target)
+
+
+def _shares_blocks(source: Path, target: Path) -> bool:
+    """Whether `target` has become a copy that shares the blocks of `source`, as Btrfs and XFS can."""
+    if not sys.platform.startswith("linux"):
+        return False
+    with source.open("rb") as old, target.open("xb") as new:
+        try:
+            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
+        except OSError:
+            return False
+    return True

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +111,13 @@ def _run(job: Job, dry_run: bool) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done: `report` says it, `apply` does it and returns where the dataset is. `change`: None of none."""
+    """What will be done: `report` says it, `apply` does it and returns where the dataset is. `change`: None of none;
+    `before`: how the files of a folder were before any was read."""
 
     report: Report
     _job: Job
     change: Change | None
+    before: folder_change.Snapshot = field(default_factory=dict)
 
     def apply(self) -> str:
         job = self._job
@@ -127,7 +129,7 @@ class Plan:
                 folder_change.forget(job.folder)
             return self.report.url
         if job.folder is not None:
-            return folder_change.apply(self.change, job.folder, doing=job.doing)
+            return folder_change.apply(self.change, job.folder, self.before, doing=job.doing)
         return hub_change.apply(
             self.change, token=job.token, private=job.private, doing=job.doing, message=self.report.summary
         )
@@ -152,7 +154,9 @@ class Job:
     @contextmanager
     def planned(self) -> Iterator[Plan]:
         """The plan; what it needs on disk is there as long as the block runs."""
-        index = Index(open_source(self._repo_id, token=self.token))
+        source = open_source(self._repo_id, token=self.token)
+        before = {} if self.folder is None else folder_change.snapshot(self.folder)
+        index = Index(source)
         name = index.source.name
         url = str(self.folder) if self.folder is not None else hub_change.address(name)
         nothing = self._nothing(index)
@@ -164,7 +168,7 @@ class Job:
         shown = f"./{self.folder.name}" if self.folder is not None else name
         with tempfile.TemporaryDirectory(prefix="planned-", dir=_room()) as folder:
             change, summary = self._change(index, Path(folder), shown)
-            yield Plan(change.report(url, summary + seen), self, change)
+            yield Plan(change.report(url, summary + seen), self, change, before)
 
     def _nothing(self, index: Index) -> str | None:
         """What to say of a dataset that stays as it is."""

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from actcache.errors import OptionError
+from actcache.share.exchange import recover
 from actcache.share.location import local_folder
 
 if TYPE_CHECKING:
@@ -87,4 +88,5 @@ def open_source(
         raise OptionError(f"revision={revision!r:.60} has no meaning for the folder {str(dataset)!r}: leave it out.")
     from actcache.share.folder import Folder
 
+    recover(folder)
     return Folder(folder)

@@ -58,6 +58,11 @@ class Staging:
         self._target = target
         self._lock = -1
 
+    @property
+    def owner(self) -> str:
+        """What the names of everything that is of this target begin with, its lock's too."""
+        return self._mine
+
     def __enter__(self) -> Staging:
         with translated(self._root):
             self._root.mkdir(parents=True, exist_ok=True)
@@ -95,7 +100,7 @@ class Staging:
             except BlockingIOError:
                 os.close(fd)
                 raise DatasetAccessError(
-                    f"another process of this machine is pushing to {self._target}: wait for it, then try again."
+                    f"another process of this machine is at work on {self._target}: wait for it, then try again."
                 ) from None
             except OSError:
                 log.info("%s: no locks here, so that two pushes to one target are not kept apart", self._root)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from actcache.errors import DatasetExistsError, OptionError
+from actcache.share.exchange import recover
 from actcache.share.format import INFO
 from actcache.share.location import folder_exists
 from actcache.share.staging import Staged, Staging
@@ -80,11 +82,17 @@ class Folder(Target):
         return self.folder.parent / f".{self.folder.name}.pushing"
 
     def look(self, staging: Staging) -> None:
+        recover(self.folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise OptionError(f"{self.folder} is a file: name a folder, which need not exist yet.")
         if folder_exists(self.folder) and not self.exist_ok and not self._is_half_moved():
             raise DatasetExistsError(
                 f"{self.folder} is not empty: pass exist_ok=True to replace the dataset in it, or name another folder."
+            )
+        for path in self._foreign_folders():
+            raise OptionError(
+                f"{path} is a link or no folder, and files of the dataset would go through it: take it away, or name "
+                "another folder."
             )
 
     def begin(self) -> None:
@@ -119,7 +127,8 @@ class Folder(Target):
     def _replace(self, files: Path, last: list[str], wanted: Sequence[str]) -> None:
         """Put files in place one by one; without an index in between, so that nobody reads half of two datasets."""
         marker = self.folder / ".pushing"
-        marker.touch()
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         for path in self._paths():
             if path.startswith("index/") or path in _OLD_FILES:
                 (self.folder / path).unlink(missing_ok=True)
@@ -134,7 +143,17 @@ class Folder(Target):
         marker.unlink(missing_ok=True)
 
     def _is_half_moved(self) -> bool:
-        return (self.folder / ".pushing").exists()
+        marker = self.folder / ".pushing"
+        return marker.is_file() and not marker.is_symlink()
+
+    def _foreign_folders(self) -> Iterator[Path]:
+        """What stands where folders of a dataset are, and is none."""
+        for name in _OF_A_DATASET:
+            path = self.folder / name.rstrip("/")
+            if path.is_symlink() or (path.exists() and not path.is_dir()):
+                yield path
+            for place, folders, _ in os.walk(path):
+                yield from (found for folder in folders if (found := Path(place, folder)).is_symlink())
 
     def _paths(self) -> list[str]:
         return [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if not path.is_dir()]
@@ -150,10 +169,13 @@ def intact(staged: Staged) -> bool:
 
 
 def sync_tree(folder: Path, *, files_too: bool = True) -> None:
-    """Make everything in a folder durable."""
+    """Make everything in a folder durable. Links are not followed, and what is no ordinary file has nothing to lose."""
     for place, _, names in os.walk(folder):
         for name in names if files_too else ():
-            fd = os.open(os.path.join(place, name), os.O_RDONLY | os.O_CLOEXEC)
+            path = os.path.join(place, name)
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                continue
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 os.fsync(fd)
             finally:
