@@ -6,6 +6,7 @@ import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -30,6 +31,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_configure(config: pytest.Config) -> None:
     # Hooks of this very file are not called for what lasts as long as the session.
     config.pluginmanager.register(children)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    of_families = [
+        (item, item.callspec.params["family"])
+        for item in items
+        if isinstance(item, pytest.Function) and "family" in getattr(item, "callspec", NoParams).params
+    ]
+    if of_families:
+        # It takes transformers with it, which nothing may import before the variables above are set.
+        import zoo
+
+        for item, family in of_families:
+            if family in zoo.FAMILIES and family not in zoo.COMMON:
+                item.add_marker(pytest.mark.rare)
+
+
+class NoParams:
+    """A test without parameters."""
+
+    params: ClassVar[dict[str, object]] = {}
 
 
 @pytest.fixture(autouse=True)

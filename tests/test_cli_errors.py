@@ -98,6 +98,7 @@ def test_an_unexpected_error_is_one_line_too(
     assert capsys.readouterr().err == "actcache: RuntimeError: the disk is on fire (--debug shows where)\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     prompts = tmp_path / "p.jsonl"
     prompts.write_text("".join(json.dumps([1 + i % 400, 1 + i // 400]) + "\n" for i in range(3000)))

@@ -385,7 +385,7 @@ def readable(store: Store, space: str, numbers: Sequence[int]) -> set[tuple[int,
     return found
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 16))])
 def test_nothing_that_can_be_read_is_lost_whatever_is_damaged_and_done(tmp_path: Path, seed: int) -> None:
     """What a host that knows nothing reads before is what everybody reads after; the values are compared, too."""
     rng = np.random.default_rng(seed)

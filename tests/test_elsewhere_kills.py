@@ -106,6 +106,7 @@ def look(folder: Path, backend: Folder, space: str, diary: Diary) -> None:
     assert len(objects(backend)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True])
 def test_a_process_killed_at_any_request_loses_nothing(tmp_path: Path, late: bool) -> None:
     for at in range(1, 60):
@@ -132,6 +133,7 @@ def test_a_process_killed_at_any_request_loses_nothing(tmp_path: Path, late: boo
         raise AssertionError("never done")
 
 
+@pytest.mark.slow
 def test_processes_of_one_host_share_a_working_copy(tmp_path: Path) -> None:
     """Each writes, uploads, merges and invalidates its own prompts; what any of them has finished holds for all."""
     backend = Folder(tmp_path / "objects")

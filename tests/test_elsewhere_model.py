@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -271,4 +272,4 @@ class ElsewhereMachine(RuleBasedStateMachine):
 ElsewhereMachine.TestCase.settings = settings(
     max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
 )
-TestElsewhereMachine = ElsewhereMachine.TestCase
+TestElsewhereMachine = pytest.mark.slow(ElsewhereMachine.TestCase)

@@ -98,6 +98,7 @@ def fits(answer, seed):
     return True
 
 
+@pytest.mark.slow
 def test_of_a_head_only_its_own_shards_are_fetched(worker, hub, tmp_path):
     model = tiny_model("llama", seed=4)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -144,6 +145,7 @@ class TestRevisions:
             assert by_commit["missing"] == 0 and fits(by_commit, seed)
             assert not by_commit["loaded"] and weights_asked_for(hub, since) == []
 
+    @pytest.mark.slow
     def test_another_process_loads_no_weights_either(self, hub, worker, repository, home, tmp_path):
         worker.ask("org/tiny")
         since = len(hub.requests)

@@ -149,11 +149,13 @@ def test_what_a_worker_computes_of_one_is_an_ordinary_tensor() -> None:
     assert type(made.float()) is torch.Tensor or made.float() is made
 
 
+@pytest.mark.slow
 def test_spawned_workers() -> None:
     for number, found in enumerate(loader(Numbers(9), multiprocessing_context="spawn")):
         check(found, number)
 
 
+@pytest.mark.slow
 def test_a_loader_that_is_left_early_leaves_no_block_behind() -> None:
     def mapped() -> int:
         with open("/proc/self/maps") as maps:

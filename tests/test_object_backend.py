@@ -49,7 +49,7 @@ def backend_at(server: ScriptedServer | None = None, url: str = "s3://bucket", *
     return ac.ObjectBackend(url, **options)
 
 
-@pytest.mark.parametrize("way", ["slow_down", "error", "cut", "lose", "stall"])
+@pytest.mark.parametrize("way", ["slow_down", "error", "cut", "lose", pytest.param("stall", marks=pytest.mark.slow)])
 def test_what_passes_is_tried_again(proxy: FaultProxy, bucket: str, way: str) -> None:
     backend = ac.ObjectBackend(f"{bucket}/x", timeout_s=0.5)
     fault = Fault(way, times=2, seconds=5)

@@ -61,7 +61,8 @@ def test_the_text_for_people_names_the_place(cli: Cli, anywhere: str) -> None:
     assert all(prompt in out for prompt in PROMPTS)
 
 
-@pytest.mark.parametrize("by", ["option", pytest.param("variable", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["option", "variable"])
 def test_two_machines_have_one_store(cli: Cli, anywhere: str, tmp_path: Path, by: str) -> None:
     """One warms up, another one, which shares no folder with it, finds all of that there."""
     there = ("--store", anywhere) if by == "option" else ()

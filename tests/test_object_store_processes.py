@@ -47,6 +47,7 @@ def worker(url: str, index: Path, first: int, last: int) -> subprocess.Popen[str
     )
 
 
+@pytest.mark.slow
 def test_machines_that_write_and_invalidate_at_once(anywhere: str, tmp_path: Path) -> None:
     """Overlapping prompts; whoever looks sees the union, less what was forgotten, and never a wrong row."""
     spans = [(0, 60), (40, 100), (60, 120)]

@@ -87,6 +87,7 @@ def test_nothing_but_the_index_until_something_is_read(hub, client, tmp_path):
         assert hub.sent(before) <= 1.1 * layer + index
 
 
+@pytest.mark.slow
 def test_the_commit_that_was_pulled_is_read_whatever_is_pushed_later(hub, client, tmp_path):
     old, new = make(tmp_path / "old", seed=1), make(tmp_path / "new", seed=2)
     repository = publish(hub, old, "org/moved")
@@ -106,6 +107,7 @@ def test_the_commit_that_was_pulled_is_read_whatever_is_pushed_later(hub, client
     assert np.array_equal(np.float32(found), np.stack(new.expected())[:, 0])
 
 
+@pytest.mark.slow
 def test_a_dataset_that_is_gone(hub, client, tmp_path):
     made = make(tmp_path / "set")
     publish(hub, made, "org/gone")
@@ -229,6 +231,7 @@ def test_killed_while_everything_is_fetched_it_goes_on(hub, tmp_path):
         assert client.run("len([s for s in _default().spaces() if s.pulled])") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_fetch_nothing_twice(hub, tmp_path):
     made = make(tmp_path / "set", n=500, layers=(0, 1), dim=256, per_shard=125, k=0)
     publish(hub, made, "org/shared")

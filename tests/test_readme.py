@@ -31,6 +31,7 @@ def test_the_python_examples_run_in_order(tmp_path: Path) -> None:
     assert first[0] == second[0]
 
 
+@pytest.mark.slow
 def test_the_commands_run_in_order(tmp_path: Path) -> None:
     (commands,) = [b for b in blocks("sh") if "actcache warmup" in b]
     # The environment of the test stands for the one that `make` makes; nobody is there to answer a question.

@@ -131,6 +131,7 @@ def test_prompts_that_may_not_meet_are_never_padded() -> None:
     assert {16, 17} <= set(report.prompt_lengths)
 
 
+@pytest.mark.slow
 def test_a_deep_model_costs_no_more_passes() -> None:
     passes = [0]
 
@@ -332,6 +333,7 @@ def test_patterns_that_are_no_shares_are_found(monkeypatch: pytest.MonkeyPatch) 
     assert "no shares of one" in report.verdict
 
 
+@pytest.mark.slow
 def test_heads_in_half_precision() -> None:
     for family in ("llama", "bert", "t5"):
         report = ac.selftest(tiny_model(family).to(torch.bfloat16), max_tokens=9)

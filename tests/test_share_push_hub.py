@@ -323,7 +323,9 @@ class TestAHubThatFails:
     @pytest.mark.parametrize(
         "path", ["/repos/create", "/preupload/", "/objects/batch", "/commit/", "/blobs/", "/tree/"]
     )
-    @pytest.mark.parametrize("fault", [{"status": 429, "retry_after": 0}, {"status": 500}])
+    @pytest.mark.parametrize(
+        "fault", [{"status": 429, "retry_after": 0}, pytest.param({"status": 500}, marks=pytest.mark.slow)]
+    )
     def test_now_and_then(self, hub, client, home, repo, tmp_path, path, fault, seed):
         struck = hub.inject(Fault(path=path, times=1, **fault))
         push(client, home, repo, **SMALL)
@@ -466,6 +468,7 @@ class TestInterrupted:
             push(client, home, repo, **SMALL)
         assert holds(published(hub, repo, tmp_path / "found"), seed)
 
+    @pytest.mark.slow
     def test_two_at_once_do_not_mix(self, hub, client, home, repo, tmp_path, seed):
         messages = []
 

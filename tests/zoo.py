@@ -315,6 +315,13 @@ FAMILIES: dict[str, Zoo] = {
 }
 
 
+# One of every kind of block, mask, position and head: what the fast tests try. All others are tried by `make test-all`.
+COMMON = (
+    *("gpt2", "gpt_neox", "llama", "llama-longrope", "gemma2", "opt-350m", "bloom", "falcon-40b", "granite", "gpt_oss"),
+    *("mamba", "t5", "bart", "bert"),
+)
+
+
 @functools.cache
 def model_of(family: str, seed: int = 0) -> Any:
     """The tiny model of a family, made once per test session: nothing may change it."""
