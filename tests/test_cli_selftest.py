@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import actcache as ac
-from actcache.extract.lookup import Lookup
+from actcache.extract.answer import Lookup
 from actcache.selftest.report import Cell, Check
 from actcache.testing.tiny import tiny_model
 from cli_helpers import Cli, command

@@ -14,7 +14,7 @@ import actcache as ac
 from actcache.capture import inputs as capture_inputs
 from actcache.demo import model_path
 from actcache.errors import LayerRangeError, MissedModuleError, OptionError
-from actcache.extract.lookup import Lookup
+from actcache.extract.answer import Lookup
 from actcache.model import forward_inputs, head_outputs, invariance
 from actcache.model.anatomy import describe
 from actcache.model.attention_calls import AttentionCalls

@@ -13,13 +13,14 @@ import numpy as np
 
 from actcache.derive.results import NOTHING, Asked
 from actcache.errors import ModelChangedError, OptionError
+from actcache.extract.answer import Lookup, Question
 from actcache.extract.backends import RESULT
 from actcache.extract.declared import check_edited
 from actcache.extract.extractor import ActivationExtractor
 from actcache.extract.given import Said, Unsaid
 from actcache.extract.inventory import width_of
 from actcache.extract.layouts import layout_name
-from actcache.extract.lookup import Lookup, Question, look_up
+from actcache.extract.lookup import look_up
 from actcache.extract.plan import Plan, bytes_free, estimate_seconds, remember_speed, share_of_blocks
 from actcache.extract.prompts import (
     Prompt,
@@ -158,7 +159,7 @@ class CachedExtractor:
             return answer.pooled().reshape(len(prompts), -1)
         # Site by site: each array has one width.
         names = answer.question.names
-        each = [self.request(prompts, [name], check=False).lookup.pooled()[:, 0] for name in names]
+        each = [answer.of_site(name).pooled()[:, 0] for name in names]
         return np.concatenate(each, axis=1)
 
     def request(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -131,8 +132,10 @@ def said_of(store: Store, request: Request, kind: str) -> list[Any]:
     Of prompts that were pulled, what their dataset says, where nothing was said here.
     """
     table = request.tokens()
-    said = given.read(store, request.space, kind, table)
-    left = [i for i, value in enumerate(said) if value is None]
+    own = given.stored(store, request.space, kind, table)
+    said: list[Any] = [None if text is None else json.loads(text) for text in own]
+    # Whoever has said here that there is none has said something.
+    left = [i for i, text in enumerate(own) if text is None]
     prompts, at = request.prompts, np.array(left, np.intp)
     ids, texts = [table.tokens(i) for i in left], [prompts.texts[i] for i in left]
     asked = PromptTable.build(ids, texts, prompts.kinds[at])

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from actcache.capture.lens import LogitLens
     from actcache.capture.translators import Map
+    from actcache.extract.answer import Lookup
     from actcache.extract.cached import CachedExtractor
-    from actcache.extract.lookup import Lookup
     from actcache.model.head import Head
     from actcache.model.source import ModelSource
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from actcache.extract.lookup import Question
+from actcache.extract.answer import Question
 
 if TYPE_CHECKING:
     from actcache.extract.extractor import ActivationExtractor

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+    from actcache.extract.answer import Lookup
     from actcache.extract.cached import CachedExtractor
     from actcache.store.prompts import PromptTable
 
@@ -82,8 +83,9 @@ def read_logits(cached: CachedExtractor, prompts: PromptList, asked: LogitsAsked
         some = prompts if whole else prompts.select(left)
         has = np.flatnonzero(cached.look_up(some, names, asked.layout).found).tolist() if left else []
         if has:
-            these = some.select(has)
-            columns = [_rows(cached, these, name, asked) for name in names]
+            # Values and their tokens out of the same places, wherever else either may be.
+            found = cached.look_up(some.select(has), names, asked.layout)
+            columns = [_rows(found.of_site(name), asked) for name in names]
             for k, i in enumerate(has):
                 values, indices = columns[0][k], columns[1][k] if len(columns) > 1 else None
                 if asked.top_k is not None and indices is None:
@@ -95,8 +97,7 @@ def read_logits(cached: CachedExtractor, prompts: PromptList, asked: LogitsAsked
     return _padded([part for part in parts if part is not None], asked)
 
 
-def _rows(cached: CachedExtractor, prompts: PromptList, name: str, asked: LogitsAsked) -> list[npt.NDArray[Any]]:
-    found = cached.look_up(prompts, (name,), asked.layout)
+def _rows(found: Lookup, asked: LogitsAsked) -> list[npt.NDArray[Any]]:
     if asked.positions == "last":
         return list(found.pooled())
     return [rows for (rows,) in found.rows()]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from actcache.derive.results import Asked
 from actcache.errors import PartialWarmupError
-from actcache.extract.lookup import Lookup
+from actcache.extract.answer import Lookup
 from actcache.extract.prompts import PromptList
 from actcache.store.prompts import PromptTable
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actcache.derive.results import LOGITS, PERPLEXITY, TOKEN_NLL, Asked, LogitsAsked, result_records
-from actcache.extract.lookup import Lookup, Question, look_up
+from actcache.extract.answer import Lookup, Question
+from actcache.extract.lookup import look_up
 from actcache.extract.prompts import PromptList
 from actcache.store.files import log
 from actcache.store.records import DERIVED, TOKENS

@@ -236,11 +236,15 @@ class Placement:
 
     def of_site(self, site: str) -> Placement:
         """The same prompts at one of the sites."""
-        j = self.sites.index(site)
-        parts = [Part((0,), part.segment, part.prompt) for part in self._parts if j in part.sites]
+        return self.of_columns([self.sites.index(site)])
+
+    def of_columns(self, columns: Sequence[int] | npt.NDArray[np.intp]) -> Placement:
+        """The same prompts at some of the sites, by their numbers."""
+        chosen = [(tuple(k for k, j in enumerate(columns) if j in part.sites), part) for part in self._parts]
+        parts = [Part(mine, part.segment, part.prompt) for mine, part in chosen if mine]
         # Sites that lie together are found together, and there may be many of them.
         found = self.found if len(self._parts) == 1 else None
-        return Placement(self._n, [site], self.layout, parts, self._segments, found=found)
+        return Placement(self._n, [self.sites[j] for j in columns], self.layout, parts, self._segments, found=found)
 
     @property
     def segments(self) -> list[Segment]:
@@ -248,8 +252,8 @@ class Placement:
         return self._segments
 
     def where(self, site: str) -> tuple[npt.NDArray[np.int32], Ints]:
-        """For each prompt the segment that holds it at `site` (its number in `segments`; -1: absent), and which prompt
-        of that segment it is. Sites that lie together have the very same arrays."""
+        """For each prompt the segment that holds it at `site` (in `segments`; -1: absent), and which prompt of that
+        segment it is. Sites that lie together have the very same arrays."""
         j = self.sites.index(site)
         part = next(part for part in self._parts if j in part.sites)
         return part.segment, part.prompt
