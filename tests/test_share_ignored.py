@@ -53,6 +53,7 @@ class TestPush:
             ("# mine\ntensors/\n", "tensors/hidden_layer000_shard000.safetensors"),
             ("*.safetensors\n", "tensors/hidden_layer000_shard000.safetensors"),
             ("*.parquet\n", INDEX),
+            ("*layer001*\n", "tensors/hidden_layer001_shard000.safetensors"),
             ("/README.md\n", "README.md"),
         ],
     )

@@ -18,7 +18,9 @@ import torch
 
 import actcache as ac
 from actcache.errors import DatasetAccessError, DatasetFormatError, DatasetNotFoundError, DiskFullError, OptionError
-from actcache.share import exchange, folder_change, split
+from actcache.share import exchange, folder_change, reindex, split
+from actcache.share.folder import Folder
+from actcache.share.index import Index as DatasetIndex
 from actcache.share.migrate import Migration
 from actcache.share.recard import updated
 from made_datasets import FULL, INDEX, VERSIONS, make, pa, pq
@@ -243,6 +245,32 @@ def test_what_lmprobe_has_written(tmp_path, name):
         found = ac.load_activation_dataset(folder, tensors=["logits_topk"])[0]
         assert all(torch.equal(found[key], tensors[key]) for key in tensors)
         assert "license: cc-by-4.0" in (folder / "README.md").read_text()
+
+
+def test_columns_of_others_that_look_like_those_of_1_2(tmp_path):
+    made = make(
+        tmp_path / "set", "1.1 full", extra={"shard_index_hidden": list("abcdefghijk"), "row_offset_own": [7] * 11}
+    )
+    ac.upgrade_dataset_format(made.folder)
+    ac.migrate_dataset(made.folder, shard_max_bytes=SMALL)
+    found = read_plainly(made.folder, made)
+    assert [row["shard_index_hidden"] for row in found.index] == list("abcdefghijk")
+    assert [row["row_offset_own"] for row in found.index] == [7] * 11
+
+
+def test_a_row_that_no_column_can_hold_is_named(tmp_path):
+    index = DatasetIndex(Folder(make(tmp_path / "set", "1.1 full").folder))
+    for name, values in (("row_offset", np.full(11, 2**31)), ("token_shard_ids", (np.full(11, 2**30), np.zeros(3)))):
+        with pytest.raises(DatasetFormatError, match=f"set: .*{name}' would need numbers"):
+            reindex.rewrite(
+                index,
+                tmp_path / "new.parquet",
+                lengths=np.ones(11, np.int64),
+                names=[name],
+                make=lambda start, stop, name=name, values=values: {name: values},
+                drop=(),
+                metadata={},
+            )
 
 
 class TestNothingToDo:

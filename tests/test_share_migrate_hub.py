@@ -161,6 +161,38 @@ class TestOneCommit:
         do(client, repo, private=private, **SMALL)
         assert hub.dataset(repo).private is private
 
+    def test_who_may_see_it_where_the_commit_is_refused(self, hub, client, made, repo):
+        repository, head = hub.dataset(repo), hub.dataset(repo).refs["main"]
+        seen = []
+
+        def refused():
+            seen.append(repository.private)
+
+        hub.inject(Fault(path="/commit/", status=403, then=refused))
+        with pytest.raises(ClientError, match="may not write"):
+            do(client, repo, private=True, **SMALL)
+        assert seen == [True] and not repository.private and is_as_before(hub, repo, made, head)
+        # Private before, it stays so, whatever becomes of the commit.
+        repository.private = True
+        hub.inject(Fault(path="/commit/", status=403))
+        with pytest.raises(ClientError, match="may not write"):
+            do(client, repo, private=True, **SMALL)
+        assert repository.private
+
+    def test_who_may_see_it_where_nobody_knows_of_the_commit(self, hub, client, repo):
+        """What may be there, and was to be private, is not shown."""
+        hub.inject(Fault(path="/commit/", status=500, retry_after=0, times=None))
+        with pytest.raises(ClientError, match="status 500"):
+            do(client, repo, private=True, **SMALL)
+        assert hub.dataset(repo).private and "is private now" in client.log
+
+    def test_what_cannot_be_made_public(self, hub, client, made, repo, tmp_path):
+        hub.dataset(repo).private = True
+        hub.inject(Fault(path="/settings", status=403, times=None))
+        with pytest.raises(ClientError, match=r"is changed, and could not be made public \(status 403\): do that in"):
+            do(client, repo, private=False, **SMALL)
+        assert hub.dataset(repo).private and is_split(hub, repo, made, tmp_path / "found")
+
     def test_a_second_time_it_says_so(self, hub, client, repo):
         do(client, repo, **SMALL)
         since = len(hub.requests)

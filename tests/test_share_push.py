@@ -147,6 +147,25 @@ class TestPooled:
         for row, value in ((by_kind["text"], 0), (by_kind["ids"], 1), (by_kind["chat"], 2)):
             assert torch.equal(found.row(row["text"]), values[value])
         assert found.tensors["hidden_layers"]["pooling"] == "mean"
+        read = ac.load_activations(tmp_path / "set", prompts=[[5, 6, 7], "a text"], layers=[0], pooling="mean")[0]
+        assert np.array_equal(read, values[[1, 0]].numpy())
+
+    def test_one_prompt_as_text_and_as_ids(self, store, tmp_path):
+        """Published as it is stored, with its text, it is found by both."""
+        fill_tokens(store, new_space(store), N)
+        ids = table([3, 9]).tokens(0).tolist(), table([3, 9]).tokens(1).tolist()
+        found = push(store, tmp_path / "set", [ids[0], text(3), text(1), ids[1]], labels=["a", "a", "b", "c"])
+        assert sorted(found.by_text) == sorted([text(3), text(1), text(9)]) and len(found.index) == 4
+        values, labels = ac.load_activations(
+            tmp_path / "set", prompts=[ids[1], text(3), ids[0], text(1), text(9)], layers=[0], return_labels=True
+        )
+        wanted = [rows(i, "resid_post.0")[-1] for i in (9, 3, 3, 1, 9)]
+        assert np.array_equal(values[0], np.stack(wanted)) and labels.tolist() == ["c", "a", "a", "b", "c"]
+        for absent in ([3], ids[0][:-1], [*ids[0], 7], [4, *ids[0][1:]]):
+            with pytest.raises(NotCachedError, match=re.escape(str(absent))):
+                ac.load_activations(tmp_path / "set", prompts=[text(3), absent])
+        with pytest.raises(OptionError, match="prompts 0 and 1 are the same, and their 'label' is not"):
+            push(store, tmp_path / "other", [ids[0], text(3)], labels=["a", "b"])
 
     def test_all_that_is_stored(self, pooled, tmp_path):
         assert {row["text"] for row in push(pooled, tmp_path / "set", None).index} == set(TEXTS)

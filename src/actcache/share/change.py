@@ -30,7 +30,7 @@ AT_ONCE = 4
 """Files that are made, and lie here, at the same time."""
 
 _STALE_COLUMNS = ("shard_index_hidden", "row_offset_hidden", "token_offset_hidden")
-"""What 1.2 says twice."""
+"""What 1.2 says twice. In other versions a column of such a name is somebody's own."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Change:
         self.used = list(old)
         self._old = {*old, INDEX}
         self.small = {INDEX: folder / "index.parquet"}
+        self._stale = _STALE_COLUMNS if index.description.version == "1.2" else ()
         self._own = dict(index.ours)
         before = self._own.get("changes")
         change = {"change": note, "with": __version__, "at": _now()}
@@ -125,7 +126,7 @@ class Change:
                 repo_id=shown,
                 model=index.description.model_name or "a model",
                 described=self._metadata["tensors"],
-                columns=[*(c for c in index.columns if c not in _STALE_COLUMNS), *self._added_columns()],
+                columns=[*(c for c in index.columns if c not in self._stale), *self._added_columns()],
                 count=index.num_rows,
                 note=f"{note} with actcache {__version__} at {_now()}",
             )
@@ -189,7 +190,7 @@ class Change:
             lengths=self._lengths,
             names=self._columns,
             make=self._make,
-            drop=_STALE_COLUMNS,
+            drop=self._stale,
             metadata=metadata,
         )
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from actcache.config import user_cache
-from actcache.errors import ActCacheError, DatasetAccessError, DatasetNotFoundError, DiskFullError
+from actcache.errors import ActCacheError, DatasetAccessError, DatasetNotFoundError, DiskFullError, OptionError
 from actcache.progress import progress
 from actcache.share.change import AT_ONCE, Change, damaged, made
 from actcache.share.format import CARD
@@ -37,12 +38,11 @@ def apply(change: Change, *, token: str | bool | None, private: bool | None, doi
             _send(change, target, staging)
             files = {f.path: staging.sent.get(f.path) or staging.done[f.path] for f in change.files}
             small = change.finish(files)
-            if private:
-                target.set_private(True)
-            target.publish(list(files.values()), small, change.removed, message, staging)
+            with target.hidden(bool(private)):
+                target.publish(list(files.values()), small, change.removed, message, staging)
             staging.remove()
     if private is False:
-        target.set_private(False)
+        target.show()
     return target.url
 
 
@@ -114,6 +114,7 @@ class _Target(HubTarget):
     def __init__(self, repo_id: str, *, token: str | bool | None, doing: str) -> None:
         self.doing = doing
         self._status: int | None = None
+        self._seen = False
         super().__init__(repo_id, token=token, private=False, exist_ok=True, num_threads=AT_ONCE)
 
     def look_at(self, commit: str | None) -> None:
@@ -123,7 +124,7 @@ class _Target(HubTarget):
             raise DatasetNotFoundError(f"dataset {self.name!r} is not to be had from the Hub with this token.")
         if info.sha != commit:
             raise self._overtaken()
-        self._exists, self._head = True, info.sha
+        self._exists, self._head, self._seen = True, info.sha, not info.private
         self._tree = self._list()
         self._additions.plain = self._patiently(lambda: needs_plain_requests(self.name, self._token))
 
@@ -170,15 +171,51 @@ class _Target(HubTarget):
                 staging.remove()
             raise
 
-    def set_private(self, private: bool) -> None:
-        """Who may see the repository."""
+    @contextmanager
+    def hidden(self, private: bool) -> Iterator[None]:
+        """Where that is asked for, the repository is private from before the block on, unless the block changes
+        nothing."""
+        if not private:
+            yield
+            return
+        self._set_private(True)
+        try:
+            yield
+        except ActCacheError as error:
+            if self._seen and not (self._is_refused(error) and self._is_shown_again()):
+                log.warning("%s is private now, and may not have changed otherwise: %s", self.name, self.do_it_again)
+            raise
+
+    def show(self) -> None:
+        """Make the repository a public one, after what it shows is there."""
+        try:
+            self._set_private(False)
+        except ActCacheError:
+            said = "" if self._status is None else f" (status {self._status})"
+            raise DatasetAccessError(
+                f"{self.name!r} is changed, and could not be made public{said}: do that in its settings on the Hub."
+            ) from None
+
+    def _is_shown_again(self) -> bool:
+        try:
+            self._set_private(False)
+        except ActCacheError:
+            return False
+        return True
+
+    def _set_private(self, private: bool) -> None:
         self._patiently(lambda: self._api.update_repo_settings(self.name, private=private, repo_type="dataset"))
+
+    def _is_refused(self, error: ActCacheError) -> bool:
+        """Whether the Hub has said that there is no commit, and not just said nothing."""
+        return isinstance(error, OptionError) or (self._status or 0) in (400, 404, 409, 412, 413, 422, 429)
 
     def _failed(self, error: Exception, status: int | None) -> ActCacheError:
         self._status = status
         return super()._failed(error, status)
 
     def _overtaken(self) -> ActCacheError:
+        self._status = 412
         return DatasetAccessError(
             f"somebody else has just committed to {self.name!r}, so that nothing was changed: look at it, then do it "
             "again."

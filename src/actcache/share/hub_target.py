@@ -129,7 +129,7 @@ class HubTarget(Target):
 
         return self._patiently(ask)
 
-    def begin(self) -> None:
+    def begin(self, paths: Sequence[str]) -> None:
         if not self._exists:
             from huggingface_hub.errors import HfHubHTTPError
 
@@ -154,8 +154,8 @@ class HubTarget(Target):
                 raise DatasetExistsError(f"somebody else has just made {self.name!r} on the Hub: look at it first.")
             self._exists = True
         if ".gitignore" in self._tree:
-            # Shards of a new dataset may be committed long before these two.
-            self._check_ignored([INDEX, CARD])
+            # Some files of a new dataset are committed long before others.
+            self._check_ignored([*paths, INDEX, CARD])
         self._additions.plain = self._patiently(lambda: needs_plain_requests(self.name, self._token))
 
     def _check_ignored(self, paths: Sequence[str]) -> None:

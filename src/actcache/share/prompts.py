@@ -15,10 +15,10 @@ from actcache.share.index import Index
 from actcache.share.ours import KIND, KINDS
 from actcache.share.rows import Ints
 from actcache.share.values import Texts, codes_of, is_text, values_of
-from actcache.store.prompts import TEXT
+from actcache.store.prompts import IDS, TEXT
 from actcache.store.tensors import kind_of
 
-TEXTS, LABEL = "text", "label"
+TEXTS, LABEL, _IDS_COLUMN = "text", "label", "token_ids"
 _FEW = 5_000
 _LONG = 1 << 28
 _INT64 = 1 << 63
@@ -36,6 +36,7 @@ def find_prompts(index: Index, prompts: Sequence[Any] | str | None) -> Ints | No
         raise PromptError("the list of prompts is empty: expected at least one, or None for all of the dataset.")
     wanted = [_key(prompt, number) for number, prompt in enumerate(asked)]
     row_of = _Different(index).find(wanted)
+    row_of |= _rows_of_ids(index, [text for kind, text in wanted if kind == IDS and (kind, text) not in row_of])
     absent = [number for number, key in enumerate(wanted) if key not in row_of]
     if absent:
         text = wanted[absent[0]][1]
@@ -63,6 +64,32 @@ def _key(prompt: Any, number: int) -> tuple[int, str]:
         except TypeError:
             raise PromptTypeError(f"prompt {number} is no list of token ids, nor a text, nor a chat.") from None
     return kind, text
+
+
+def _rows_of_ids(index: Index, wanted: Sequence[str]) -> dict[tuple[int, str], int]:
+    """The first row of each of some prompts as ids whose tokens are those of a text: what is stored with its text is
+    published with it, whatever it was pushed as."""
+    import pyarrow.types as types
+
+    if not wanted or not index.ours or _IDS_COLUMN not in index.columns:
+        return {}
+    kind = index.kind(_IDS_COLUMN)
+    if not types.is_list(kind) or not types.is_integer(kind.value_type):
+        return {}
+    asked = {np.array(json.loads(text), np.int64).tobytes(): (IDS, text) for text in wanted}
+    found: dict[tuple[int, str], int] = {}
+    start, lengths_asked = 0, np.array([len(ids) // 8 for ids in asked])
+    for batch in index.batches((_IDS_COLUMN,)):
+        lists = batch[_IDS_COLUMN]
+        ends = np.asarray(lists.offsets.to_numpy()).astype(np.int64)
+        values = np.asarray(lists.values.fill_null(-1).to_numpy(zero_copy_only=False)).astype(np.int64)
+        told = np.asarray(lists.is_valid().to_numpy(zero_copy_only=False))
+        for row in np.flatnonzero(told & np.isin(np.diff(ends), lengths_asked)).tolist():
+            key = asked.get(values[ends[row] : ends[row + 1]].tobytes())
+            if key is not None:
+                found.setdefault(key, start + row)
+        start += len(lists)
+    return found
 
 
 def _parsed(index: Index, kind: int, text: str) -> Any:

@@ -253,7 +253,7 @@ def _push(target: Target, staging: Staging, shards: Shards, contents: Contents, 
                 for _ in maker.made(left, making.update):
                     pass
         # From here on the other side changes.
-        target.begin()
+        target.begin([shard.path for shard in left])
         size = settings.stream_batch or settings.commit_batch or len(left) or 1
         for start in range(0, len(left), size):
             _send(target, maker, left[start : start + size], arrived, bar.update, keep=settings.stream_batch is None)

@@ -76,7 +76,7 @@ def rewrite(
                 columns = {name: array.slice(a, b - a) for name, array in batch.items()}
                 new = make(start + a, start + b)
                 arrays = [
-                    _array(new[field.name], field.type)
+                    _array(index, new[field.name], field)
                     if field.name in new
                     else _plain(index, columns[field.name], field)
                     for field in schema
@@ -92,14 +92,17 @@ def _type(name: str) -> pa.DataType:
     return pa.list_(pa.int64()) if kind == "list" else getattr(pa, kind)()
 
 
-def _array(values: Any, kind: pa.DataType) -> pa.Array:
+def _array(index: Index, values: Any, field: pa.Field) -> pa.Array:
     import pyarrow as pa
 
-    if isinstance(values, tuple):
-        lengths, numbers = values
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(numbers, pa.int64()))
-    return pa.array(values, kind)
+    try:
+        if isinstance(values, tuple):
+            lengths, numbers = values
+            offsets = np.concatenate([[0], np.cumsum(lengths)])
+            return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(numbers, pa.int64()))
+        return pa.array(values, field.type)
+    except pa.ArrowInvalid:
+        raise index.wrong(f"column {field.name!r} would need numbers that are no {field.type}") from None
 
 
 def _plain(index: Index, array: pa.Array, field: pa.Field) -> pa.Array:

@@ -47,8 +47,8 @@ class Target(ABC):
         """See what is there; `DatasetExistsError` where that would be overwritten and was not asked for."""
 
     @abstractmethod
-    def begin(self) -> None:
-        """Make the place."""
+    def begin(self, paths: Sequence[str]) -> None:
+        """Make the place for files of these paths; `OptionError` where it would not take all of them."""
 
     @abstractmethod
     def has(self, staged: Staged) -> bool:
@@ -95,7 +95,7 @@ class Folder(Target):
                 "another folder."
             )
 
-    def begin(self) -> None:
+    def begin(self, paths: Sequence[str]) -> None:
         with translated(self.folder):
             make_folder(self.folder.parent)
 
