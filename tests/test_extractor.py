@@ -146,12 +146,12 @@ def test_blocks_past_the_deepest_layer_and_the_head_do_not_run():
     ran = []
     model.transformer.h[2].forward = lambda *a, **k: ran.append("block 2")
     model.lm_head.forward = lambda *a, **k: ran.append("head")
-    from actcache.extract.backends import Reduction
+    from actcache.extract.backends import Reduction, Setting
     from actcache.extract.backends.local import LocalBackend
 
     name = model.lm_head.forward.__qualname__
     source = ac.ActivationExtractor(model, layers=[0, 1], allow_hooks=[name]).source
-    with LocalBackend(source).session(["resid_post.0", "resid_post.1"], Reduction("last_token")) as session:
+    with LocalBackend(Setting(source)).session(["resid_post.0", "resid_post.1"], Reduction("last_token")) as session:
         rows = session.run([np.array([1, 2, 3], np.int32)]).wait()
     assert set(rows) == {"resid_post.0", "resid_post.1"}
     assert ran == []

@@ -374,7 +374,7 @@ def test_what_is_not_stored_and_not_asked_for_is_said(folder: Path, tmp_path: Pa
         ({"logit_top_k": 0}, "top_k is 0: expected a positive integer"),
         ({"logit_top_k": 260}, "top_k is 260: the model has 259 tokens"),
         ({"logit_positions": "first"}, "unknown logit position 'first'"),
-        ({"remote": True}, "remote=True: backend 'local' runs the model here"),
+        ({"remote": True}, "remote=True: backend 'local' runs models in this process"),
     ],
 )
 def test_bad_options_fail_before_any_work(folder: Path, options: Any, message: str) -> None:

@@ -343,9 +343,9 @@ class TestPlan:
         assert not (tmp_path / "store").exists()
 
     def test_a_warmup_that_does_not_fit_is_refused_before_any_work(self, folder, monkeypatch):
-        import actcache.extract.cached as cached
+        import actcache.extract.plan as plan
 
-        monkeypatch.setattr(cached, "bytes_free", lambda place: 100)
+        monkeypatch.setattr(plan, "bytes_free", lambda place: 100)
         cache = ac.UnifiedCache(folder)
         with pytest.raises(errors.DiskFullError, match="GiB free"):
             cache.warmup(TEXTS)

@@ -110,6 +110,25 @@ class BackendError(ActCacheError, OSError):
     """The place where a store's objects lie cannot be reached, or goes on failing."""
 
 
+class EngineError(ActCacheError, RuntimeError):
+    """What runs the model (another library, a server) failed at a batch."""
+
+
+class TransientEngineError(EngineError):
+    """A failure that may pass: the batch is tried again.
+
+    Attributes: `unreachable`, whether nobody answered, so that further batches need not be tried.
+    """
+
+    def __init__(self, message: str, *, unreachable: bool = False) -> None:
+        super().__init__(message)
+        self.unreachable = unreachable
+
+
+class EngineUnavailableError(EngineError, ConnectionError):
+    """What runs the model cannot be reached, does not have it, or refuses these credentials."""
+
+
 class DiskFullError(ActCacheError, OSError):
     """The disk that holds the store has no room for what was to be written."""
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from actcache.capture.positions import check_positions, each_prompt
 from actcache.derive.results import Asked, LogitsAsked
 from actcache.errors import OptionError, require_choice
+from actcache.extract.backends import Remote
 from actcache.extract.cached import CachedExtractor
 from actcache.extract.completions import Completion, Completions, check_settings, sequences_of
-from actcache.extract.extractor import ActivationExtractor, chosen_sites
+from actcache.extract.extractor import ActivationExtractor
 from actcache.extract.given import NOTHING_SAID, Said, checked, label_array, said_of
 from actcache.extract.plan import Plan
 from actcache.extract.prompts import Prompt, PromptList, positions_of, read_prompts
@@ -22,7 +22,6 @@ from actcache.extract.request import Request, partial_failure
 from actcache.extract.stats import WarmupStats, after_eviction, stats_of
 from actcache.model.sites import POOLINGS
 from actcache.store.files import log
-from actcache.store.reading import converted, reading_dtype
 from actcache.store.records import LABEL
 
 if TYPE_CHECKING:
@@ -44,7 +43,10 @@ class UnifiedCache(Results):
         layers: int, list of ints, ``"all"``, ``"last"`` or ``"middle"`` (the middle third); negative from the end.
         compute_perplexity: let `warmup` compute, in the same pass, the cross-entropy of every token (see
             `get_perplexity`). For that the whole model runs. Models that do not predict next tokens have none.
-        remote: run the model elsewhere; no backend here does.
+        backend: what runs the model: ``"local"`` (transformers), ``"nnsight"``, or the name under which an installed
+            package offers one (docs/backends.md).
+        remote: run it elsewhere: True at the backend's service (of nnsight that is NDIF, with ``NDIF_API_KEY``), or
+            at a server with this address. Methods take it too, for one call.
         pooling: how `cache_pooled` makes one vector of a prompt.
         cache_pooled: store one vector per prompt, site and layer; False stores every token's.
         cache_logits: let `warmup` store logits, computed in the same pass (see `get_logits`).
@@ -85,7 +87,7 @@ class UnifiedCache(Results):
         layers: Any = "all",
         compute_perplexity: bool = True,
         device: str = "auto",
-        remote: bool = False,
+        remote: Remote = False,
         batch_size: int | None = 8,
         cache_pooled: bool = True,
         pooling: str = "last_token",
@@ -113,10 +115,11 @@ class UnifiedCache(Results):
         edits: ReadyMade | Sequence[ReadyMade] = (),
         generate: Mapping[str, Any] | None = None,
     ) -> None:
+        given = dict(locals())
         if not callable(pooling):
             require_choice(pooling, POOLINGS, "pooling")
-        if remote:
-            raise OptionError(f"remote={remote!r}: backend {backend!r} runs the model here. Leave it out.")
+        self._made_of = {name: given[name] for name in given if name != "self"}
+        self._elsewhere: dict[Remote, Self] = {}
         self.extractor = ActivationExtractor(
             model,
             tokenizer=tokenizer,
@@ -129,6 +132,7 @@ class UnifiedCache(Results):
             batch_size=batch_size,
             max_batch_tokens=max_batch_tokens,
             backend=backend,
+            remote=remote,
             trust_remote_code=trust_remote_code,
             token=token,
             device_map=device_map,
@@ -178,23 +182,43 @@ class UnifiedCache(Results):
         """Every complete site name that is stored, in the order asked."""
         return self.extractor.sites
 
-    def plan(self, prompts: Prompt | Iterable[Prompt]) -> Plan:
+    def _at(self, remote: Remote | None) -> Self:
+        if remote is None or remote == self.extractor.remote:
+            return self
+        if remote not in self._elsewhere:
+            there = type(self)(**{**self._made_of, "remote": remote})
+            there._elsewhere[self.extractor.remote] = self
+            self._elsewhere[remote] = there
+        return self._elsewhere[remote]
+
+    def plan(self, prompts: Prompt | Iterable[Prompt], remote: Remote | None = None) -> Plan:
         """What `warmup(prompts)` would find, compute and write. No forward pass, nothing written.
 
         Completions that are to be generated count at their full length.
         """
+        if (there := self._at(remote)) is not self:
+            return there.plan(prompts)
         read = read_prompts(prompts)
         read = read if self._completions is None else self._completions.longest(read)
         return self.cached.plan(self.cached.request(read, self.extractor.sites, asked=self._asked))
 
     def warmup(
-        self, prompts: Prompt | Iterable[Prompt], *, verify_cache: bool = True, labels: Any = None, metadata: Any = None
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        remote: Remote | None = None,
+        max_retries: int | None = None,
+        verify_cache: bool = True,
+        labels: Any = None,
+        metadata: Any = None,
     ) -> WarmupStats:
         """Compute and store what is missing for `prompts`: activations, and the results this cache was made for.
 
         Every finished batch is stored at once and survives a kill; running again goes on where it stopped.
 
         Args:
+            remote: where the model runs, as this cache takes it; None for what it was made with.
+            max_retries: how often a batch that fails is tried again, after 2, 4, 8 s and so on; None for 3 remote, and
+                0 here. One that fails for good is named at the end, the others are stored.
             verify_cache: True also checks that what is stored is undamaged; False trusts the index.
             labels: a string, number, boolean or None (no label) for each prompt, stored with it: see `get_labels` and
                 ``ac.activations(..., return_labels=True)``. They replace those stored before; without, these stay.
@@ -205,13 +229,16 @@ class UnifiedCache(Results):
             PromptError, PromptTypeError, TokenizerError: a prompt that cannot be run, before any is.
             DiskFullError, StoreAccessError: the store cannot take what is to be written.
             PartialWarmupError: some prompts failed; all others are stored.
+            EngineUnavailableError: what runs the model cannot be reached; what was finished is stored.
         """
+        if (there := self._at(remote)) is not self:
+            return there.warmup(prompts, None, max_retries, verify_cache, labels, metadata)
         read = read_prompts(prompts)
         said = checked(labels, metadata, len(read))
         if not self.cached.keeps:
             log.warning("the limit of the store is 0: nothing is stored, so there is nothing to warm up")
             return WarmupStats(len(read))
-        with self.cached.session() as session:
+        with self.cached.session(max_retries) as session:
             read = self._sequences(read)
             stats = self._warmup(read, self.extractor.sites, verify_cache=verify_cache, said=said)[0]
         if session.evicted is None:
@@ -248,50 +275,6 @@ class UnifiedCache(Results):
             raise partial_failure(filled, request.prompts, stats=stats)
         return stats, request
 
-    def get_activations(
-        self,
-        prompts: Prompt | Iterable[Prompt],
-        *,
-        site: str | None = None,
-        layers: Any = None,
-        positions: Any = None,
-        dtype: Any = None,
-    ) -> Answer | dict[str, Answer]:
-        """Activations of `prompts`, computed first where they are missing.
-
-        Args:
-            site: which of `sites`; needed only when there are several, without it a dict per site is returned.
-            layers: some of this cache's layers, in the order wanted; None for all of them.
-            positions: for full sequences: which real tokens (`"last"`, an int, ``(start, stop)``, a list of these;
-                or a list of lists, one for each prompt); of chats `ac.tokens_of`, which needs no weights either; with
-                ``generate=`` also ``"prompt"`` and ``"completion"``.
-            dtype: floating dtype of the result; None for the one they are stored in (float32 for int8 and
-                float8_e4m3). What is stored, and what is computed, stays as it is.
-
-        Returns:
-            Pooled: ``(tensor [B, L*D], None)``. Full sequences: ``(tensor [B, S, L*D], mask [B, S])``, right-padded
-            with zeros. Layers lie side by side in the order asked.
-
-        Raises:
-            OptionError: `dtype` is not floating (nothing is computed).
-            ValueOverflowError: a finite value would become inf in `dtype`, without ``allow_inf``.
-        """
-        wanted = reading_dtype(dtype)
-        groups = chosen_sites(self.extractor, site, layers)
-        if positions is not None and self.cache_pooled:
-            raise OptionError("positions= needs full sequences: make the UnifiedCache with cache_pooled=False.")
-        everything = list(dict.fromkeys(name for names in groups.values() for name in names))
-        with self.cached.session():
-            read, positions = self._placed(read_prompts(prompts), positions)
-            request = self._stored(read, everything)
-            if len(groups) == 1:
-                return self._read(request, positions, wanted)
-            # One pass computed them all; each site is read on its own, since widths may differ.
-            return {
-                group: self._read(self.cached.request(read, names), positions, wanted)
-                for group, names in groups.items()
-            }
-
     def _placed(self, prompts: PromptList, positions: Any) -> tuple[PromptList, Any]:
         part = positions if self._completions is not None and positions in ("prompt", "completion") else None
         if part is None:
@@ -324,22 +307,6 @@ class UnifiedCache(Results):
 
     def _compute(self, prompts: PromptList) -> None:
         self._warmup(prompts, self.extractor.sites)
-
-    def _read(self, request: Request, positions: Any, dtype: torch.dtype | None) -> Answer:
-        from actcache.extract.arrays import at_positions, to_torch
-
-        mask = None
-        if self.cache_pooled:
-            values = to_torch(self.cached.pooled(request.lookup, request.prompts))
-        elif positions is None:
-            padded, real = request.lookup.padded()
-            values, mask = to_torch(padded), to_torch(real)
-        else:
-            values, mask = at_positions(request.lookup.rows(), positions)
-        if dtype is not None:
-            name = partial(request.lookup.name_at, values.shape[-1])
-            values = converted(values, dtype, allow_inf=self.cached.allow_inf, name=name)
-        return values, mask
 
 
 @overload

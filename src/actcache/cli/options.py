@@ -103,6 +103,10 @@ _MODEL_OPTIONS = (
     click.option("--max-batch-tokens", type=click.IntRange(min=1), help="Most tokens in a batch. [default: by device]"),
     click.option("--tokenizer", metavar="NAME", help="Tokenizer to use when it is not the model's own."),
     click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the Hub."),
+    click.option(
+        "--backend", default="local", show_default=True, metavar="NAME", help="What runs the model: local, nnsight, ..."
+    ),
+    click.option("--remote", is_flag=True, help="Run it at the backend's service: of nnsight, NDIF (NDIF_API_KEY)."),
     click.option("--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2, ..."),
     click.option("--perplexity", is_flag=True, help="Perplexity too: the whole model runs."),
     click.option("--allow-inf", is_flag=True, help="Store values that become inf in the store's dtype."),

@@ -19,6 +19,12 @@ from actcache.errors import PartialWarmupError
     metavar="NAME",
     help="Column or field that holds the label of each prompt, to be stored with it.",
 )
+@click.option(
+    "--max-retries",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="How often a batch that fails is tried again. [default: 3 with --remote, else 0]",
+)
 @model_options
 @json_option
 @debug_option
@@ -30,6 +36,7 @@ def command(
     label_column: str | None,
     file_format: str | None,
     as_json: bool,
+    max_retries: int | None,
     **options: Any,
 ) -> None:
     """Extract activations of MODEL for the prompts in FILES and store those that are not stored yet.
@@ -40,7 +47,7 @@ def command(
     prompts, labels = read_labelled(files, texts, column=column, label_column=label_column, file_format=file_format)
     cache = unified_cache(model, **options)
     try:
-        stats = cache.warmup(prompts, labels=labels)
+        stats = cache.warmup(prompts, max_retries=max_retries, labels=labels)
     except PartialWarmupError as error:
         # All others are stored: say so before the failure is reported.
         _print(error.stats, as_json)

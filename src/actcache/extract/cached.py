@@ -14,14 +14,13 @@ import numpy as np
 from actcache.derive.results import NOTHING, Asked
 from actcache.errors import ModelChangedError, OptionError
 from actcache.extract.answer import Lookup, Question
-from actcache.extract.backends import RESULT
+from actcache.extract.backends import RESULT, Remote
 from actcache.extract.declared import check_edited
 from actcache.extract.extractor import ActivationExtractor
 from actcache.extract.given import Said, Unsaid
-from actcache.extract.inventory import width_of
 from actcache.extract.layouts import layout_name
 from actcache.extract.lookup import look_up
-from actcache.extract.plan import Plan, bytes_free, estimate_seconds, remember_speed, share_of_blocks
+from actcache.extract.plan import Plan, plan_of, remember_speed
 from actcache.extract.prompts import (
     Prompt,
     PromptList,
@@ -36,9 +35,7 @@ from actcache.extract.request import Filled, Request, partial_failure
 from actcache.extract.results import ResultsFound, ResultWriter, find_results
 from actcache.extract.session import Session, Sessions
 from actcache.progress import progress
-from actcache.store.blocks import least_scales
 from actcache.store.default import store_at
-from actcache.store.dtypes import SCALED_DTYPES
 from actcache.store.files import log
 from actcache.store.records import TOKENS, Records
 from actcache.store.spaces import space_id
@@ -98,31 +95,49 @@ class CachedExtractor:
         """Whether the store keeps anything: a limit of 0 means that it does not."""
         return bool(self._store.limit.value != 0)
 
-    def session(self) -> contextlib.AbstractContextManager[Session]:
+    def session(self, max_retries: int | None = None) -> contextlib.AbstractContextManager[Session]:
         """Around one request, from looking up to reading: its prompts stay readable however small the limit is.
 
-        Afterwards the store is brought below its limit when something was added.
+        Afterwards the store is brought below its limit when something was added. `max_retries`: how often a batch that
+        fails is tried again; None for what suits the backend.
         """
-        return self._sessions.open()
+        return self._sessions.open(max_retries)
+
+    def at(self, remote: Remote | None) -> CachedExtractor:
+        """The same with its model there; itself where it is so already, or for None. Raises `OptionError`."""
+        extractor = self.extractor.at(remote)
+        if extractor is self.extractor:
+            return self
+        return type(self)(extractor, self._store, allow_inf=self.allow_inf, trust_names=self.trust_names)
 
     def extract(
-        self, prompts: Prompt | Iterable[Prompt], *, invalidate_cache: bool = False, cache_only: bool = False
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        remote: Remote | None = None,
+        invalidate_cache: bool = False,
+        max_retries: int | None = None,
+        cache_only: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """`(activations [B, S, L*D], mask [B, S])`, sites side by side, right-padded with zeros, bool mask.
 
         Pooled extractors give `S = 1`. Only what is missing is computed; every finished batch survives a kill.
 
         Args:
+            remote: where the model runs, as `ActivationExtractor` takes it; None for what the extractor says.
             invalidate_cache: forget what is stored for these prompts first, and compute it again.
+            max_retries: how often a batch that fails is tried again, after 2, 4, 8 s and so on; None for 3 remote, and
+                0 here.
             cache_only: compute and store, return None.
 
         Raises:
             PartialWarmupError: some prompts could not be computed; the others are stored.
+            EngineUnavailableError: what runs the model cannot be reached; what was finished is stored.
         """
-        if cache_only and not self.keeps:
+        here = self.at(remote)
+        if cache_only and not here.keeps:
             return None
-        with self.session():
-            return self._extract(prompts, invalidate_cache=invalidate_cache, cache_only=cache_only)
+        with here.session(max_retries):
+            return here._extract(prompts, invalidate_cache=invalidate_cache, cache_only=cache_only)
 
     def _extract(
         self, prompts: Prompt | Iterable[Prompt], *, invalidate_cache: bool, cache_only: bool
@@ -135,7 +150,7 @@ class CachedExtractor:
         if invalidate_cache:
             # What cannot be computed again is not thrown away.
             self.store.check_writable()
-            self.extractor.source.model_to_run()
+            self.extractor.backend().check(names)
             self.invalidate(request)
             request = self.request(read, names, own=True)
         filled = self.fill(request)
@@ -258,46 +273,7 @@ class CachedExtractor:
 
     def plan(self, request: Request) -> Plan:
         """What filling `request` would cost."""
-        source = self.extractor.source
-        tokens = nbytes = 0
-        depth = share_of_blocks(source, self.extractor.sites)
-        storage = self.store.dtype.value or source.dtype
-        itemsize = {"float64": 8, "float32": 4, "int8": 1, "float8_e4m3": 1}.get(storage, 2)
-        for (names, asked), members in request.missing.items():
-            lengths = np.array([self._tokens_of(request, i) for i in members], np.int64)
-            count, width = int(lengths.sum()), sum(self._widths(names))
-            tokens += count
-            rows = lengths if self.layout == TOKENS else np.ones_like(lengths)
-            nbytes += int(rows.sum()) * itemsize * width
-            nbytes += int(4 * width * least_scales(rows)) if storage in SCALED_DTYPES else 0
-            nbytes += asked.nbytes(len(members), count, source.vocab_size or 0)
-            depth = 1.0 if asked else depth
-        seconds = 0.0
-        if tokens:
-            device = self.extractor.backend().device
-            seconds = estimate_seconds(source, request.space, device, tokens, depth=depth)
-        policy = source.batch_policy()
-        return Plan(
-            cached=request.cached,
-            missing=request.to_compute,
-            tokens=tokens,
-            bytes_to_write=nbytes,
-            bytes_free=bytes_free(self.store.disk),
-            bytes_limit=self._store.limit.value,
-            seconds=seconds,
-            batching="" if policy.lengths == "any" else policy.why,
-        )
-
-    @staticmethod
-    def _tokens_of(request: Request, i: int) -> int:
-        ids = request.prompts.ids[i]
-        assert ids is not None
-        return len(ids)
-
-    def _widths(self, names: Iterable[str]) -> list[int]:
-        from actcache.model.sites import Site
-
-        return [width_of(self.extractor.source, Site.parse(name)) for name in names]
+        return plan_of(self.extractor, self.store, request, self.layout, limit=self._store.limit.value)
 
     def say(self, request: Request, said: Said) -> Unsaid | None:
         """What is new of what is `said` of the prompts of `request`, None for nothing. It is stored of those that are
@@ -324,10 +300,12 @@ class CachedExtractor:
         from actcache.extract.arrays import records_of
 
         filled = Filled()
+        retries = self._sessions.current.max_retries if self._sessions.current is not None else None
         if not request.missing:
             return filled
         self.store.check_writable()
         self.plan(request).require_room(self.store.disk)
+        self._check_backend(request)
         source = self.extractor.source
         start = time.perf_counter()
         identity = source.identity()
@@ -339,8 +317,7 @@ class CachedExtractor:
         ):
             for (names, wanted), members in request.missing.items():
                 asked = wanted
-                if asked.perplexity and source.model() and not source.predicts_next():
-                    # Its class would, but its files have no head.
+                if asked.perplexity and not source.predicts_next(certain=True):
                     asked = replace(asked, perplexity=False)
                 if not names and not asked:
                     continue
@@ -352,7 +329,7 @@ class CachedExtractor:
 
                 ids = [table.tokens(i) for i in range(len(members))]
                 confirmed = False
-                for batch, rows in self.extractor.batches(ids, names, failed, asked=asked):
+                for batch, rows in self.extractor.batches(ids, names, failed, asked=asked, max_retries=retries):
                     if not confirmed:
                         self.confirm(identity.values)
                         confirmed = True
@@ -383,6 +360,11 @@ class CachedExtractor:
         filled.seconds = time.perf_counter() - start
         remember_speed(space, self.extractor.backend().device, filled.tokens, filled.seconds)
         return filled
+
+    def _check_backend(self, request: Request) -> None:
+        """Raise what makes it impossible to compute anything, before anything is."""
+        for names, asked in request.missing:
+            self.extractor.backend().check(names, asked)
 
     def confirm(self, values: Mapping[str, Any]) -> None:
         """Refuse to store what a model gave that was replaced between its identification and its first batch."""

@@ -12,7 +12,9 @@ from actcache.capture.positions import check_positions, each_prompt, resolve_pos
 from actcache.derive.results import LOGITS, NOTHING, Asked
 from actcache.errors import OptionError, SiteUnavailableError, UnknownSiteError, did_you_mean, require_choice
 from actcache.extract.activations import Activations
-from actcache.extract.backends import Backend, Pooling, Reduction, Rows, Session
+from actcache.extract.attempts import Attempts, check_retries
+from actcache.extract.backends import Backend, Pooling, Reduction, Remote, Rows, Setting
+from actcache.extract.backends.registry import open_backend, refuse_remote
 from actcache.extract.batching import Batch, check_limits, make_batches, token_budget
 from actcache.extract.declared import check_edited, declared_edits
 from actcache.extract.inventory import layers_of
@@ -56,6 +58,10 @@ class ActivationExtractor:
         dtype: compute dtype; None means float32 (a loaded model keeps its own).
         batch_size: upper bound on prompts per batch; None leaves it to the token budget.
         max_batch_tokens: padded tokens per batch; None takes what suits the device.
+        backend: what runs the model: ``"local"`` (transformers), ``"nnsight"``, or the name under which an installed
+            package offers one (docs/backends.md).
+        remote: run it elsewhere: True at the backend's service (of nnsight that is NDIF, with ``NDIF_API_KEY``), or
+            at a server with this address.
         add_special_tokens: whether text gets the tokenizer's special tokens.
         allow_hooks: names of hooks on a loaded model that are known not to change what is read.
         edits: ready-made edits (`ac.ablate`, `ac.steer`, `ac.patch`, `ac.knockout`) to run the model with; what is
@@ -81,6 +87,7 @@ class ActivationExtractor:
         batch_size: int | None = None,
         max_batch_tokens: int | None = None,
         backend: str = "local",
+        remote: Remote = False,
         trust_remote_code: bool = False,
         token: str | bool | None = None,
         device_map: Any = None,
@@ -91,7 +98,12 @@ class ActivationExtractor:
         allow_hooks: Sequence[str] = (),
         edits: ReadyMade | Sequence[ReadyMade] = (),
     ) -> None:
-        require_choice(backend, ("local",), "backend")
+        given = dict(locals())
+        self._made_of = {name: given[name] for name in given if name != "self"}
+        self._elsewhere: dict[Remote, ActivationExtractor] = {}
+        self.remote = remote
+        if backend == "local":
+            refuse_remote(backend, remote)
         check_limits(batch_size, max_batch_tokens)
         if pooling is not None and not callable(pooling):
             require_choice(pooling, POOLINGS, "pooling")
@@ -118,6 +130,11 @@ class ActivationExtractor:
         self.edits = declared_edits(edits, self.source)
         self.source.edits = tuple(edit.identity() for edit in self.edits)
         self.source.needs_probabilities = any(edit.needs_probabilities for edit in self.edits)
+        # The local one comes with torch, which a warm run may do without.
+        self._backend: Backend | None = None
+        self._backend_name = backend
+        if backend != "local":
+            self.source.engine = dict(self.backend().identity)
         self.reduction = Reduction(pooling, positions)
         self.batch_size = batch_size
         self.max_batch_tokens = max_batch_tokens
@@ -141,12 +158,17 @@ class ActivationExtractor:
         """Every complete site name that is read, in the order asked."""
         return list(dict.fromkeys(name for names in self.site_names.values() for name in names))
 
-    def extract(self, prompts: Prompt | Iterable[Prompt]) -> Activations:
+    def extract(self, prompts: Prompt | Iterable[Prompt], *, max_retries: int | None = None) -> Activations:
         """Activations of `prompts` (text, token ids or chats; one string counts as a list of one).
+
+        Args:
+            max_retries: how often a batch that fails is tried again; None for 3 remote, and 0 here.
 
         Raises:
             PromptError, PromptTypeError, TokenizerError: a prompt that cannot be run, before any is.
+            EngineError: what runs the model elsewhere failed, or cannot be reached.
         """
+        check_retries(max_retries)
         read = read_prompts(prompts)
         everything = range(len(read))
         tokenize(read, everything, self.source, add_special_tokens=self.add_special_tokens)
@@ -156,10 +178,14 @@ class ActivationExtractor:
         positions = positions_of(self.reduction.positions, read, self.source, add_special_tokens=special)
         ids = [i for i in read.ids if i is not None]
         where = each_prompt(positions, len(ids))
+        self.backend().check(self.sites)
         parts: dict[str, list[torch.Tensor | None]] = {site: [None] * len(ids) for site in self.sites}
         with progress(len(ids), "extracting") as bar:
             for batch, rows in self.batches(
-                ids, self.sites, positions=None if positions is self.reduction.positions else where
+                ids,
+                self.sites,
+                positions=None if positions is self.reduction.positions else where,
+                max_retries=max_retries,
             ):
                 counts = [len(resolve_positions(where[i], len(ids[i]))) for i in batch.indices]
                 for site, tensor in rows.items():
@@ -183,9 +209,23 @@ class ActivationExtractor:
 
     def backend(self) -> Backend:
         """The backend that runs the model."""
-        from actcache.extract.backends.local import LocalBackend
+        if self._backend is None:
+            self._backend = open_backend(self._backend_name, Setting(self.source, self.edits, self.remote))
+        return self._backend
 
-        return LocalBackend(self.source, self.edits)
+    def at(self, remote: Remote | None) -> ActivationExtractor:
+        """The same extractor with its model there; itself where it is so already, or for None.
+
+        Raises:
+            OptionError: a backend that has no such place.
+        """
+        if remote is None or remote == self.remote:
+            return self
+        if remote not in self._elsewhere:
+            there = type(self)(**{**self._made_of, "remote": remote})
+            there._elsewhere[self.remote] = self
+            self._elsewhere[remote] = there
+        return self._elsewhere[remote]
 
     def batches(
         self,
@@ -195,15 +235,17 @@ class ActivationExtractor:
         *,
         positions: Sequence[Any] | None = None,
         asked: Asked = NOTHING,
+        max_retries: int | None = None,
     ) -> Iterator[tuple[Batch, BatchRows]]:
         """Run `ids` in batches and yield each batch with its rows per site, while the next one runs on the device.
 
         `positions`: those of each prompt, None for the reduction's. `asked`: what is computed beside activations, and
         comes under `RESULT` and the name that it has in a store.
         A batch that fails is passed to `on_failure` and the rest goes on; without it the error is raised.
-        Too little device memory halves a batch before it counts as failed.
+        Too little device memory halves a batch before it counts as failed; `Attempts` says what is tried again.
         """
         backend = self.backend()
+        attempts = Attempts(backend, max_retries)
         budget = self.max_batch_tokens or token_budget(backend.device)
         if asked.logits is not None and asked.logits.names == (LOGITS,) and asked.logits.positions == "all":
             # They are handed over for a whole batch.
@@ -217,7 +259,7 @@ class ActivationExtractor:
             )
             in_flight: list[tuple[Batch, Rows]] = []
             for batch in todo:
-                for part, rows in _run(session, batch, ids, positions, on_failure):
+                for part, rows in attempts.rows(session, batch, ids, positions, on_failure):
                     in_flight.append((part, rows))
                     # A copy still under way is waited for while the next batch runs; rows that are
                     # here go out at once, so that a kill loses no finished batch.
@@ -226,37 +268,6 @@ class ActivationExtractor:
                         yield done, arrived.wait()
             for done, arrived in in_flight:
                 yield done, arrived.wait()
-
-
-def _run(
-    session: Session,
-    batch: Batch,
-    ids: Sequence[npt.NDArray[np.int32]],
-    positions: Sequence[Any] | None,
-    on_failure: Callable[[Batch, Exception], None] | None,
-) -> Iterator[tuple[Batch, Rows]]:
-    from torch.cuda import OutOfMemoryError
-
-    try:
-        rows = session.run([ids[i] for i in batch.indices], positions and [positions[i] for i in batch.indices])
-    except OutOfMemoryError as error:
-        if len(batch.indices) == 1:
-            _fail(batch, error, on_failure)
-            return
-        half = len(batch.indices) // 2
-        for part in (batch.indices[:half], batch.indices[half:]):
-            lengths = [len(ids[i]) for i in part]
-            yield from _run(session, Batch(part, max(lengths), len(set(lengths)) > 1), ids, positions, on_failure)
-    except Exception as error:
-        _fail(batch, error, on_failure)
-    else:
-        yield batch, rows
-
-
-def _fail(batch: Batch, error: Exception, on_failure: Callable[[Batch, Exception], None] | None) -> None:
-    if on_failure is None:
-        raise error
-    on_failure(batch, error)
 
 
 def complete_sites(sites: str | Sequence[str], layers: Any, source: ModelSource) -> dict[str, list[str]]:

@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING
 
 from actcache.errors import DiskFullError
 from actcache.model.host_memo import host_memo
+from actcache.store.records import TOKENS
 
 if TYPE_CHECKING:
+    from actcache.extract.extractor import ActivationExtractor
+    from actcache.extract.request import Request
     from actcache.model.source import ModelSource
+    from actcache.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Plan:
         bytes_to_write: bytes of activations they will add to the store, with the scales of int8 and float8_e4m3 (which
             outlier rows may make more than can be foreseen).
         bytes_free: bytes free on the disk of the store; None where it is not on one of this host's.
-        seconds: estimated time; from earlier runs of this model on this host, else from its size.
+        seconds: estimated time; from earlier runs of this model on this host, else from its size, and 0 where it runs
+            elsewhere, of which nothing is known before.
         batching: why prompts of different lengths do not run together; empty where they do.
         bytes_limit: the size that the store keeps to; None where it has no limit.
     """
@@ -58,6 +63,56 @@ class Plan:
             )
 
 
+def plan_of(extractor: ActivationExtractor, store: Store, request: Request, layout: str, *, limit: int | None) -> Plan:
+    """What filling `request` would cost, in a store that keeps to `limit` bytes."""
+    import numpy as np
+
+    from actcache.store.blocks import least_scales
+    from actcache.store.dtypes import SCALED_DTYPES
+
+    source = extractor.source
+    tokens = nbytes = 0
+    depth = share_of_blocks(source, extractor.sites)
+    storage = store.dtype.value or source.dtype
+    itemsize = {"float64": 8, "float32": 4, "int8": 1, "float8_e4m3": 1}.get(storage, 2)
+    for (names, asked), members in request.missing.items():
+        lengths = np.array([_tokens_of(request, i) for i in members], np.int64)
+        count, width = int(lengths.sum()), sum(_widths(source, names))
+        tokens += count
+        rows = lengths if layout == TOKENS else np.ones_like(lengths)
+        nbytes += int(rows.sum()) * itemsize * width
+        nbytes += int(4 * width * least_scales(rows)) if storage in SCALED_DTYPES else 0
+        nbytes += asked.nbytes(len(members), count, source.vocab_size or 0)
+        depth = 1.0 if asked else depth
+    seconds = 0.0
+    if tokens:
+        seconds = estimate_seconds(source, request.space, extractor.backend().device, tokens, depth=depth)
+    policy = source.batch_policy()
+    return Plan(
+        cached=request.cached,
+        missing=request.to_compute,
+        tokens=tokens,
+        bytes_to_write=nbytes,
+        bytes_free=bytes_free(store.disk),
+        bytes_limit=limit,
+        seconds=seconds,
+        batching="" if policy.lengths == "any" else policy.why,
+    )
+
+
+def _tokens_of(request: Request, i: int) -> int:
+    ids = request.prompts.ids[i]
+    assert ids is not None
+    return len(ids)
+
+
+def _widths(source: ModelSource, names: Iterable[str]) -> list[int]:
+    from actcache.extract.inventory import width_of
+    from actcache.model.sites import Site
+
+    return [width_of(source, Site.parse(name)) for name in names]
+
+
 def bytes_free(place: Path | None) -> int | None:
     """Free bytes of the disk that holds `place`, which need not exist yet; None for None."""
     if place is None:
@@ -81,6 +136,8 @@ def estimate_seconds(source: ModelSource, space: str, device: str, tokens: int, 
     known = host_memo().get("tokens_per_second", f"{space}\0{device}")
     if known is not None:
         return tokens / float(known)
+    if device == "remote":
+        return 0.0
     # Half of a matrix product's peak is what a whole forward pass reaches, roughly.
     return 2.0 * (source.weight_bytes / 4) * depth * tokens / (0.5 * _operations_per_second(device))
 

@@ -1,13 +1,16 @@
-"""The part of `UnifiedCache` that gives what follows from activations: perplexity, logits, the logit lens."""
+"""The part of `UnifiedCache` that gives: activations, and what follows from them, perplexity, logits, the lens."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from actcache.derive.results import Asked, LogitsAsked
-from actcache.errors import ResultsNotCachedError
+from actcache.errors import OptionError, ResultsNotCachedError
+from actcache.extract.backends import Remote
+from actcache.extract.extractor import chosen_sites
 from actcache.extract.given import said_of
 from actcache.extract.lens import ask_for_lens, stored_lens
 from actcache.extract.prompts import Prompt, PromptList, read_prompts
@@ -20,30 +23,38 @@ from actcache.extract.reading import (
     read_perplexity,
     read_token_perplexity,
 )
+from actcache.store.reading import converted, reading_dtype
 from actcache.store.records import LABEL, METADATA
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import torch
 
     from actcache.capture.lens import LogitLens
     from actcache.extract.cached import CachedExtractor
     from actcache.extract.request import Request
 
+Answer = tuple["torch.Tensor", "torch.Tensor | None"]
 # "What the cache was made for", where None means something else.
 _OWN: Any = object()
 T = TypeVar("T")
 
 
 class Results(ABC):
-    """Perplexity, logits and logit lens of prompts, out of `cached`.
+    """Activations, perplexity, logits and logit lens of prompts, out of `cached`.
 
     Attributes: `_asked` is what a warm-up computes, `_logits` which logits are meant when nothing is said.
     """
 
     cached: CachedExtractor
+    cache_pooled: bool
     _asked: Asked
     _logits: LogitsAsked
+
+    @abstractmethod
+    def _at(self, remote: Remote | None) -> Self:
+        """The same cache with its model there. Raises `OptionError`."""
 
     @abstractmethod
     def _sequences(self, prompts: PromptList) -> PromptList:
@@ -63,28 +74,102 @@ class Results(ABC):
     def _stored(self, prompts: PromptList, names: Sequence[str]) -> Request:
         """`prompts` with the columns `names` computed where they were missing, and looked up."""
 
-    def get_perplexity(self, prompts: Prompt | Iterable[Prompt]) -> npt.NDArray[np.float32]:
+    def get_activations(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        remote: Remote | None = None,
+        *,
+        site: str | None = None,
+        layers: Any = None,
+        positions: Any = None,
+        dtype: Any = None,
+        max_retries: int | None = None,
+    ) -> Answer | dict[str, Answer]:
+        """Activations of `prompts`, computed first where they are missing.
+
+        Args:
+            remote, max_retries: as `warmup` takes them.
+            site: which of `sites`; needed only when there are several, without it a dict per site is returned.
+            layers: some of this cache's layers, in the order wanted; None for all of them.
+            positions: for full sequences: which real tokens (`"last"`, an int, ``(start, stop)``, a list of these;
+                or a list of lists, one for each prompt); of chats `ac.tokens_of`, which needs no weights either; with
+                ``generate=`` also ``"prompt"`` and ``"completion"``.
+            dtype: floating dtype of the result; None for the one they are stored in (float32 for int8 and
+                float8_e4m3). What is stored, and what is computed, stays as it is.
+
+        Returns:
+            Pooled: ``(tensor [B, L*D], None)``. Full sequences: ``(tensor [B, S, L*D], mask [B, S])``, right-padded
+            with zeros. Layers lie side by side in the order asked.
+
+        Raises:
+            OptionError: `dtype` is not floating (nothing is computed).
+            ValueOverflowError: a finite value would become inf in `dtype`, without ``allow_inf``.
+        """
+        if (there := self._at(remote)) is not self:
+            return there.get_activations(
+                prompts, site=site, layers=layers, positions=positions, dtype=dtype, max_retries=max_retries
+            )
+        wanted = reading_dtype(dtype)
+        groups = chosen_sites(self.cached.extractor, site, layers)
+        if positions is not None and self.cache_pooled:
+            raise OptionError("positions= needs full sequences: make the UnifiedCache with cache_pooled=False.")
+        everything = list(dict.fromkeys(name for names in groups.values() for name in names))
+        with self.cached.session(max_retries):
+            read, positions = self._placed(read_prompts(prompts), positions)
+            request = self._stored(read, everything)
+            if len(groups) == 1:
+                return self._read(request, positions, wanted)
+            # One pass computed them all; each site is read on its own, since widths may differ.
+            return {
+                group: self._read(self.cached.request(read, names), positions, wanted)
+                for group, names in groups.items()
+            }
+
+    def _read(self, request: Request, positions: Any, dtype: torch.dtype | None) -> Answer:
+        from actcache.extract.arrays import at_positions, to_torch
+
+        mask = None
+        if self.cache_pooled:
+            values = to_torch(self.cached.pooled(request.lookup, request.prompts))
+        elif positions is None:
+            padded, real = request.lookup.padded()
+            values, mask = to_torch(padded), to_torch(real)
+        else:
+            values, mask = at_positions(request.lookup.rows(), positions)
+        if dtype is not None:
+            name = partial(request.lookup.name_at, values.shape[-1])
+            values = converted(values, dtype, allow_inf=self.cached.allow_inf, name=name)
+        return values, mask
+
+    def get_perplexity(
+        self, prompts: Prompt | Iterable[Prompt], remote: Remote | None = None, *, max_retries: int | None = None
+    ) -> npt.NDArray[np.float32]:
         """``[exp(mean c), exp(min c), exp(max c)]`` of each prompt, float32 ``[B, 3]``.
 
         ``c`` are the cross-entropies of its tokens but the first, each given those before it. A prompt of one token has
         ``[1, 1, 1]``; what is no float32 is the largest there is.
 
-        Computed first, with the activations, where it is missing.
+        Computed first, with the activations, where it is missing; `remote` and `max_retries` as `warmup` takes them.
 
         Raises:
             ResultsNotCachedError: it is not stored, and this cache was made with ``compute_perplexity=False``.
             SiteUnavailableError: a model that does not predict next tokens.
         """
-        return self._perplexity(prompts, read_perplexity)
+        return self._at(remote)._perplexity(prompts, read_perplexity, max_retries)
 
-    def get_token_perplexity(self, prompts: Prompt | Iterable[Prompt]) -> list[npt.NDArray[np.float32]]:
+    def get_token_perplexity(
+        self, prompts: Prompt | Iterable[Prompt], remote: Remote | None = None, *, max_retries: int | None = None
+    ) -> list[npt.NDArray[np.float32]]:
         """``exp(c)`` of each token of each prompt but its first, a list of arrays ``[T - 1]``; as `get_perplexity`."""
-        return self._perplexity(prompts, read_token_perplexity)
+        return self._at(remote)._perplexity(prompts, read_token_perplexity, max_retries)
 
     def _perplexity(
-        self, prompts: Prompt | Iterable[Prompt], read: Callable[[CachedExtractor, PromptList], T | None]
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        read: Callable[[CachedExtractor, PromptList], T | None],
+        max_retries: int | None,
     ) -> T:
-        with self.cached.session():
+        with self.cached.session(max_retries):
             given = self._sequences(read_prompts(prompts))
             found = read(self.cached, given)
             if found is None and not self._asked.perplexity:
@@ -100,20 +185,29 @@ class Results(ABC):
             return found
 
     def get_logits(
-        self, prompts: Prompt | Iterable[Prompt], *, top_k: int | None = _OWN, positions: str = _OWN
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        remote: Remote | None = None,
+        *,
+        top_k: int | None = _OWN,
+        positions: str = _OWN,
+        max_retries: int | None = None,
     ) -> CachedLogits:
         """Logits of `prompts`: just those asked for, out of what holds them or all logits.
 
         Computed first, with the activations, where they are missing and this cache was made to store them.
 
         Args:
+            remote, max_retries: as `warmup` takes them.
             top_k, positions: as `logit_top_k` and `logit_positions`, by default this cache's.
 
         Raises:
             ResultsNotCachedError: they are not stored, and this cache was not made to compute them.
         """
+        if (there := self._at(remote)) is not self:
+            return there.get_logits(prompts, top_k=top_k, positions=positions, max_retries=max_retries)
         asked = self._logits_asked(top_k, positions)
-        with self.cached.session():
+        with self.cached.session(max_retries):
             given = self._sequences(read_prompts(prompts))
             found = read_logits(self.cached, given, asked)
             if found is None and asked == self._asked.logits:
@@ -123,16 +217,18 @@ class Results(ABC):
                 raise no_logits(asked)
             return found
 
-    def get_labels(self, prompts: Prompt | Iterable[Prompt]) -> list[Any]:
+    def get_labels(self, prompts: Prompt | Iterable[Prompt], remote: Remote | None = None) -> list[Any]:
         """The label of each prompt that ``warmup(prompts, labels=...)`` has stored, as it was given; None for none."""
-        return self._said(prompts, LABEL)
+        return self._at(remote)._said(prompts, LABEL)
 
-    def get_metadata(self, prompts: Prompt | Iterable[Prompt]) -> list[dict[str, Any] | None]:
+    def get_metadata(
+        self, prompts: Prompt | Iterable[Prompt], remote: Remote | None = None
+    ) -> list[dict[str, Any] | None]:
         """The metadata of each prompt that ``warmup(prompts, metadata=...)`` has stored, None for none.
 
         They are as they were given; keys come in sorted order, tuples and arrays as lists.
         """
-        return self._said(prompts, METADATA)
+        return self._at(remote)._said(prompts, METADATA)
 
     def _said(self, prompts: Prompt | Iterable[Prompt], kind: str) -> list[Any]:
         with self.cached.session():
@@ -202,6 +298,8 @@ class Results(ABC):
         tokens: Any = None,
         translators: Any = None,
         device: str | None = None,
+        remote: Remote | None = None,
+        max_retries: int | None = None,
     ) -> LogitLens:
         """What the model would predict if each layer were the last, from stored streams: see `LogitLens`.
 
@@ -221,13 +319,19 @@ class Results(ABC):
                 linear layer or a function, applied as they are; or the folder of a lens of the package tuned-lens,
                 whose maps are added to the stream.
             device: where norm and head run when the model is not loaded.
+            remote, max_retries: as `warmup` takes them.
 
         Raises:
             OptionError: a site, layer or position that this cache does not keep, a translator that does not fit.
             SiteUnavailableError: a model without a head, or one whose way to logits cannot be made out.
         """
+        if (there := self._at(remote)) is not self:
+            return there.logit_lens(
+                prompts, top_k, layers=layers, positions=positions, site=site, tokens=tokens, translators=translators,
+                device=device, max_retries=max_retries,
+            )  # fmt: skip
         asked = ask_for_lens(self.cached, site, layers, positions)
-        with self.cached.session():
+        with self.cached.session(max_retries):
             given, places = self._placed(read_prompts(prompts), positions)
             return stored_lens(
                 self.cached,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from actcache.errors import PartialWarmupError
+from actcache.extract.attempts import check_retries
 from actcache.extract.scratch import scratch_folder, sweep_once
 from actcache.store.files import log
 
@@ -26,12 +27,14 @@ class Session:
         store: where it keeps what it computes: the store, or a place in memory where the store keeps nothing.
         identity: the model's, once it was asked for.
         added: whether anything was stored, so that the store may have grown beyond its limit.
+        max_retries: how often a batch that fails is tried again; None for what suits the backend.
         evicted: what keeping to the limit took when the request was over; None where nothing had to go.
     """
 
     store: Store
     identity: ModelIdentity | None = None
     added: bool = False
+    max_retries: int | None = None
     evicted: EvictionReport | None = None
 
 
@@ -48,14 +51,17 @@ class Sessions:
         return getattr(self._local, "session", None)
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[Session]:
-        """Around one request. Afterwards the store is brought below its limit when something was added."""
+    def open(self, max_retries: int | None = None) -> Iterator[Session]:
+        """Around one request. Afterwards the store is brought below its limit when something was added.
+
+        `max_retries` is that of the request, and not of those within it."""
+        check_retries(max_retries)
         if self.current is not None:
             yield self.current
             return
         sweep_once()
         with contextlib.ExitStack() as stack:
-            session = Session(self._store)
+            session = Session(self._store, max_retries=max_retries)
             if self._store.limit.value == 0:
                 session.store = self._store.beside(stack.enter_context(scratch_folder()))
                 stack.callback(session.store.close)

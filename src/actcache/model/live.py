@@ -101,6 +101,8 @@ class LiveSource(ModelSource):
             "hooks": sorted(self.options.allow_hooks),
             "edits": list(self.edits),
         }
+        if self.engine:
+            values["engine"] = dict(self.engine)
         if self.generate is not None:
             values["generate"] = dict(self.generate)
         adapters = of_model(self._model)
@@ -129,7 +131,7 @@ class LiveSource(ModelSource):
         told = getattr(self._model, "generation_config", None)
         return ids_of(getattr(told, "eos_token_id", None)) or ids_of(self.config.get("eos_token_id"))
 
-    def predicts_next(self) -> bool:
+    def predicts_next(self, *, certain: bool = False) -> bool:
         return is_causal(self._model)
 
     def head(self, device: str | None = None) -> Head:

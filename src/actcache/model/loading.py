@@ -107,6 +107,8 @@ class PathSource(ModelSource):
             "model_kwargs": self._extra or None,
             "edits": list(self.edits),
         }
+        if self.engine:
+            values["engine"] = dict(self.engine)
         if self.generate is not None:
             values["generate"] = dict(self.generate)
         if options.allow_hooks:
@@ -271,7 +273,9 @@ class PathSource(ModelSource):
         told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return ids_of(told.get("eos_token_id")) or ids_of(self.config.get("eos_token_id"))
 
-    def predicts_next(self) -> bool:
+    def predicts_next(self, *, certain: bool = False) -> bool:
+        if certain:
+            self.model()
         key = identity.digest_json([dict(self.identity().values), package_version("transformers")])
         known = host_memo().get("causal", key)
         # Of a model whose files lack the head only the loaded one tells.

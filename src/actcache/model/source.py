@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from actcache.errors import SiteUnavailableError
@@ -42,6 +43,8 @@ class ModelSource(ABC):
     options: LoadOptions
     # What identifies the ready-made edits with which it is run; set before its identity is asked for.
     edits: tuple[Mapping[str, Any], ...] = ()
+    # What has to be the same besides, where something else than transformers in this process runs it; set like `edits`.
+    engine: Mapping[str, Any] = MappingProxyType({})
     # The settings by which prompts are continued before they are run; set like `edits`.
     generate: Mapping[str, Any] | None = None
     # Whether they change attention probabilities, for which some models run another implementation of attention.
@@ -88,8 +91,10 @@ class ModelSource(ABC):
         """The token ids that end a text which the model generates, as its files or its generation config say."""
 
     @abstractmethod
-    def predicts_next(self) -> bool:
-        """Whether its logits are predictions of the token that follows, as those of a causal language model are."""
+    def predicts_next(self, *, certain: bool = False) -> bool:
+        """Whether its logits are predictions of the token that follows, as those of a causal language model are.
+
+        `certain`: a model is loaded where its class would have a head, which its files may lack."""
 
     @property
     @abstractmethod

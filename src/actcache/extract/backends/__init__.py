@@ -1,4 +1,8 @@
-"""What an extraction backend must offer: run token sequences, hand back rows per site."""
+"""What an extraction backend must offer: run token sequences, hand back rows per site (docs/backends.md).
+
+Three small protocols: a `Backend` is made for one model, it opens a `Session` for a fixed set of sites, which runs
+batches and gives `Rows`. `reducing` has what most of them need: the reduction of values, and rows that have arrived.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+    from actcache.capture.ready_made import ReadyMade
     from actcache.model.invariance import BatchPolicy
+    from actcache.model.source import ModelSource
 
 from actcache.derive.results import NOTHING, Asked
 
@@ -20,6 +26,8 @@ from actcache.derive.results import NOTHING, Asked
 RESULT = "result/"
 
 Pooling = str | Callable[[Any], Any] | None
+# Where the model runs: here (False), at the backend's own service (True), at a server with this address.
+Remote = bool | str
 
 
 @dataclass(frozen=True)
@@ -56,18 +64,56 @@ class Session(Protocol):
 
     def run(self, sequences: Sequence[npt.NDArray[np.int32]], positions: Sequence[Any] | None = None) -> Rows:
         """One forward pass over `sequences` (token ids of each prompt); they may differ in length
-        where `policy` allows it. `positions`: those of each prompt, None for the reduction's."""
+        where `policy` allows it. `positions`: those of each prompt, None for the reduction's.
+
+        An error fails this batch, and the next one is run; `TransientEngineError` is tried again before;
+        `torch.OutOfMemoryError` halves the batch; `EngineUnavailableError` ends the run, what is finished is kept."""
 
 
 class Backend(Protocol):
-    """Runs a model somewhere."""
+    """Runs one model somewhere."""
 
     @property
     def device(self) -> str:
-        """Where the model runs, as torch names it."""
+        """Where the model runs, as torch names it, or ``"remote"``."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What has to be the same for values to be the same, besides the model itself, as JSON values: engine, host,
+        version. Empty only when values are those of the local backend."""
+
+    @property
+    def retries(self) -> int:
+        """How often a batch that failed is tried again where the caller does not say."""
+
+    def check(self, sites: Sequence[str], asked: Asked = NOTHING) -> None:
+        """Raise what makes a run for `sites` and what is `asked` impossible; called before any work."""
 
     def session(
         self, sites: Sequence[str], reduction: Reduction, asked: Asked = NOTHING
     ) -> AbstractContextManager[Session]:
         """Load and check the model, read `sites` on it and compute what is `asked` beside them until the block ends,
         then leave it as it was."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a backend is made for.
+
+    Attributes:
+        source: the model: its `name`, `config`, `options`, `tokenizer()`, `batch_policy()`; `model_to_run()` loads it
+            with transformers.
+        edits: ready-made edits to run it with; a backend that cannot must refuse them.
+        remote: False, or where else it is to run; a backend that runs models in one place only must refuse it.
+    """
+
+    source: ModelSource
+    edits: Sequence[ReadyMade] = ()
+    remote: Remote = False
+
+
+class BackendFactory(Protocol):
+    """What an entry point of the group ``actcache.backends`` names."""
+
+    def __call__(self, setting: Setting) -> Backend:
+        """A backend for one model. Cheap: nothing is loaded, nobody is asked. Raises `OptionError`."""

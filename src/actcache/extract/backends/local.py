@@ -18,11 +18,12 @@ import torch
 
 from actcache.capture.edits import Editing
 from actcache.capture.hooks import StopForward, observe
-from actcache.capture.positions import pool, pool_rows, resolve_positions
 from actcache.derive.results import NOTHING, Asked
-from actcache.errors import MissedModuleError, OptionError, SiteUnavailableError
-from actcache.extract.backends import Reduction
+from actcache.errors import MissedModuleError
+from actcache.extract.backends import Reduction, Setting
 from actcache.extract.backends.predictor import Predictor
+from actcache.extract.backends.reducing import reduce_values, require_rows
+from actcache.extract.backends.registry import refuse_remote
 from actcache.model.anatomy import Anatomy, ReadPoint, check_identities, describe
 from actcache.model.decoder_inputs import require_decoder_start
 from actcache.model.forward_inputs import ForwardInputs
@@ -38,22 +39,27 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from actcache.capture.ready_made import ReadyMade
-    from actcache.model.source import ModelSource
-
 
 class LocalBackend:
     """Runs the model of a source here."""
 
-    def __init__(self, source: ModelSource, edits: Sequence[ReadyMade] = ()) -> None:
-        self._source = source
-        self._edits = list(edits)
+    # What transformers computes here is what a model's identity stands for.
+    identity: Mapping[str, Any] = {}
+    retries = 0
+
+    def __init__(self, setting: Setting) -> None:
+        refuse_remote("local", setting.remote)
+        self._source = setting.source
+        self._edits = list(setting.edits)
 
     @property
     def device(self) -> str:
         if self._source.loaded:
             return str(input_device(self._source.model()))
         return resolve_device(self._source.options.device)
+
+    def check(self, sites: Sequence[str], asked: Asked = NOTHING) -> None:
+        self._source.model_to_run()
 
     @contextmanager
     def session(self, sites: Sequence[str], reduction: Reduction, asked: Asked = NOTHING) -> Iterator[LocalSession]:
@@ -153,34 +159,12 @@ class LocalSession:
 
     def receive(self, site: str, hidden: torch.Tensor) -> None:
         """Keep what the reduction asks for of `hidden` `[B, S, D]` or `[B, S, H, hd]`, as a tensor of its own."""
-        expected = len(self._lengths), max(self._lengths)
-        if tuple(hidden.shape[:2]) != expected:
-            raise SiteUnavailableError(
-                f"site {site!r} has the shape {list(hidden.shape)} for {expected[0]} prompts of up to {expected[1]} "
-                "tokens: this model adds or arranges tokens inside, so that it has no row for each of the prompt's."
-            )
+        require_rows(site, hidden.shape, self._lengths)
         if self._predictor is not None and site == self._predictor.site:
             self._predictor.receive(hidden, self._lengths)
         if site in self._sites:
-            self._rows[site] = self._reduce(hidden.flatten(2))
-
-    def _reduce(self, hidden: torch.Tensor) -> torch.Tensor:
-        pooling, positions = self._reduction.pooling, self._reduction.positions
-        if self._positions is not None:
-            each = zip(hidden, self._positions, self._lengths, strict=True)
-            rows = [h[resolve_positions(where, n)] for h, where, n in each]
-        elif isinstance(positions, str) and positions == "all":
-            if isinstance(pooling, str):
-                return pool(hidden, self._lengths_on(hidden.device), pooling)
-            rows = [h[:n] for h, n in zip(hidden, self._lengths, strict=True)]
-        else:
-            rows = [h[resolve_positions(positions, n)] for h, n in zip(hidden, self._lengths, strict=True)]
-        if pooling is None:
-            return torch.cat(rows)
-        if isinstance(pooling, str):
-            return torch.stack([pool_rows(r, pooling) for r in rows])
-        # A copy: a function may work in place, and the pass goes on with what it is given.
-        return torch.stack([_one_row(pooling(r.clone()), r) for r in rows])
+            on_device = self._lengths_on(hidden.device)
+            self._rows[site] = reduce_values(hidden, self._lengths, self._reduction, self._positions, on_device)
 
     def _lengths_on(self, device: torch.device) -> torch.Tensor:
         if device not in self._on_device:
@@ -217,15 +201,6 @@ class CopiedRows:
         for event in self._events:
             event.synchronize()
         return self._rows
-
-
-def _one_row(pooled: Any, rows: torch.Tensor) -> torch.Tensor:
-    if not isinstance(pooled, torch.Tensor) or pooled.ndim != 1:
-        shape = f"of shape {tuple(pooled.shape)}" if isinstance(pooled, torch.Tensor) else type(pooled).__name__
-        raise OptionError(
-            f"the pooling function returned a value {shape} for rows {tuple(rows.shape)}: expected one vector [D]."
-        )
-    return pooled
 
 
 _locks: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
