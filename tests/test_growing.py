@@ -16,10 +16,13 @@ import pytest
 from actcache.errors import DiskFullError, FormatError
 from actcache.store import appending, batches, files, segment
 from actcache.store.batches import OpenFile
+from actcache.store.beside import LARGE
 from actcache.store.growing import GrowingFile
+from actcache.store.measuring import Measured
 from actcache.store.records import Records
 from actcache.store.statistics import Moments
 from actcache.store.store import Store
+from actcache.store.writing import BlockHasher
 from store_helpers import (
     SITES,
     check_pooled,
@@ -461,6 +464,63 @@ def test_rows_that_are_cast_and_rows_that_are_not_are_measured_into_one(tmp_path
         np.testing.assert_allclose(found.m2, ((stored - stored.mean(axis=0)) ** 2).sum(axis=0), rtol=1e-12)
         assert error.given == pytest.approx((rows**2).sum(), rel=1e-6)
         assert error.squares == pytest.approx(((stored - rows) ** 2).sum(), rel=1e-4)
+
+
+def large(numbers: list[int], seed: int) -> Records:
+    """Records that are looked at beside their writing; their rows begin in the middle of blocks."""
+    rng = np.random.default_rng(seed)
+    data = {site: rng.standard_normal((len(numbers), 1021), np.float32).astype(np.float16) for site in SITES}
+    return Records.pooled(make_table(numbers), "last_token", data)
+
+
+def test_large_batches_are_what_one_write_makes_too(tmp_path: Path) -> None:
+    groups = [
+        [large(list(range(k, k + 700)), k), large(list(range(k + 700, k + 1201)), k + 1)] for k in (0, 2000, 4000)
+    ]
+    assert sum(part.stored_bytes for part in groups[0]) > LARGE
+    file = GrowingFile(tmp_path, "a" * 32, groups[0], 1 << 25)
+    for group in groups:
+        file.add(group)
+    (held,) = [OpenFile(file.path)]
+    held.poll()
+    for group, batch in zip(groups, held.batches, strict=True):
+        for site in SITES:
+            assert batch.matrix(site).tobytes() == b"".join(part.data[site].tobytes() for part in group)
+            assert not len(batch.checks.damaged(site))
+    info = file.seal(dict.fromkeys(file.batches, ()))
+    path = tmp_path / f"{info.name}.safetensors"
+    assert segment.validate(path) == []
+    for site in SITES:
+        rows = np.concatenate([part.data[site] for group in groups for part in group]).astype(np.float64)
+        moments = segment.open(path).moments(site)
+        assert moments is not None and moments.count == len(rows) == 3603
+        np.testing.assert_allclose(moments.mean, rows.mean(axis=0), atol=1e-12)
+        np.testing.assert_allclose(moments.variance, rows.var(axis=0), rtol=1e-10)
+
+
+@pytest.mark.parametrize("what", ["update_both", "add_given"])
+def test_a_large_batch_that_cannot_be_looked_at_never_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    store, space = make_store(tmp_path)
+    writer = growing_writer(store, space)
+    wanted = large(list(range(1201)), 0)
+    writer.append([wanted])
+
+    def failing(*_: object) -> None:
+        raise MemoryError("no room to look")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BlockHasher if what == "update_both" else Measured, what, failing)
+        with pytest.raises(MemoryError, match="no room to look"):
+            writer.append([large(list(range(2000, 3201)), 1)])
+    if what == "update_both":
+        # Without checksums there is nothing that could be committed.
+        assert not fresh(store, tmp_path).contains(space, [text(2000)], SITES[0], pooling="last_token").any()
+    writer.append([large(list(range(4000, 5201)), 2)])
+    writer.finish(True)
+    assert fresh(store, tmp_path, "third").contains(space, [text(0), text(4000)], SITES[0], pooling="last_token").all()
+    assert store.verify().ok
 
 
 def test_a_sync_that_fails_is_an_error_and_its_batch_never_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

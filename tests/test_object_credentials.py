@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import socket
@@ -15,6 +16,7 @@ import pytest
 
 import actcache as ac
 from actcache.errors import BackendError, OptionError, StoreAccessError
+from actcache.store.aws import Aws
 from actcache.store.backend import CacheBackend
 from fault_proxy import FaultProxy
 from scripted_server import Answer, Asked, ScriptedServer, ranged, refusal
@@ -291,3 +293,39 @@ def test_authorities_come_from_a_file(aws: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("AWS_CA_BUNDLE", str(aws / "missing.pem"))
     with pytest.raises(OptionError, match="AWS_CA_BUNDLE"):
         ac.ObjectBackend("s3://bucket/x").read("a")
+
+
+@pytest.mark.parametrize(
+    "config", ["", "s3 =\n  payload_signing_enabled = true", "s3 =\n  payload_signing_enabled = no"]
+)
+def test_bodies_are_hashed_where_the_profile_says_so(aws: Path, server: ScriptedServer, config: str) -> None:
+    (aws / "config").write_text(f"[default]\naws_access_key_id = ME\naws_secret_access_key = {SECRET}\n{config}\n")
+    server.answer = lambda asked: Answer(headers={"ETag": '"1"'})
+    ac.ObjectBackend("s3://bucket/x", deadline_s=5).put("a", b"what is put")
+    (asked,) = server.asked
+    hashed = hashlib.sha256(b"what is put").hexdigest() if "true" in config else "UNSIGNED-PAYLOAD"
+    assert (asked.access_key, asked.body, asked.headers["x-amz-content-sha256"]) == ("ME", b"what is put", hashed)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "hashed"),
+    [
+        (None, False), ("https://s3.example.org", False), ("http://s3.example.org:9000", True),
+        ("http://10.0.0.7", True), ("http://127.0.0.1:9000", False), ("http://[::1]:9000", False),
+        ("http://localhost:9000", False), ("http://localhost.example.org", True),
+        ("http://127.0.0.1.example.org", True),
+    ],
+)  # fmt: skip
+def test_bodies_are_hashed_where_they_travel_open(aws: Path, endpoint: str | None, hashed: bool) -> None:
+    where = Aws("bucket", endpoint=endpoint, region="us-east-1", profile=None, anonymous=None)
+    if endpoint is None:
+        where._found_endpoint = lambda: None  # type: ignore[method-assign]
+    assert where.hashes_bodies is hashed
+
+
+def test_the_variable_of_obstore_wins(aws: Path, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    (aws / "config").write_text(f"[default]\naws_access_key_id = ME\naws_secret_access_key = {SECRET}\n")
+    monkeypatch.setenv("AWS_UNSIGNED_PAYLOAD", "false")
+    server.answer = lambda asked: Answer(headers={"ETag": '"1"'})
+    ac.ObjectBackend("s3://bucket/x", deadline_s=5).put("a", b"what is put")
+    assert server.asked[0].headers["x-amz-content-sha256"] == hashlib.sha256(b"what is put").hexdigest()

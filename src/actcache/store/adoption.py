@@ -111,6 +111,8 @@ def _seal(index: SpaceIndex, file: GrowingFile, sources: list[Source]) -> None:
     with contextlib.suppress(FileNotFoundError):
         # Tombs of the batches go on counting through `replaces`, since nothing is dropped.
         info = file.seal({source.info.name: () for source in sources})
+        if index.copy is not None:
+            index.copy.spool.vouched.add(index.path(info.name))
         with index.lock:
             index.reads.inherit(info, np.concatenate([index.reads.times(source.info) for source in sources]))
         index.add(info)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import socket
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from actcache.errors import OptionError, StoreAccessError
+from actcache.store.lazy import lazy
 
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
@@ -40,7 +41,7 @@ class Aws:
         self._anonymous = _yes(os.environ.get("AWS_SKIP_SIGNATURE")) or None if anonymous is None else anonymous
         self._shown: Any = None
 
-    @cached_property
+    @lazy
     def _session(self) -> Any:
         import botocore.session
 
@@ -58,7 +59,7 @@ class Aws:
             ) from None
         return found
 
-    @cached_property
+    @lazy
     def endpoint(self) -> str | None:
         """The URL of the server; None: that of AWS."""
         return checked_endpoint(self._given_endpoint or self._found_endpoint() or None)
@@ -114,7 +115,7 @@ class Aws:
         found: str | None = headers.get("x-amz-bucket-region")
         return found
 
-    @cached_property
+    @lazy
     def authorities(self) -> bytes | None:
         """The file of certificate authorities that AWS's tools are told to trust; None: those of this machine."""
         path = os.environ.get("AWS_CA_BUNDLE") or self._configured().get("ca_bundle")
@@ -125,7 +126,18 @@ class Aws:
         except OSError as error:
             raise OptionError(f"AWS_CA_BUNDLE (or ca_bundle) is {path!r}, which cannot be read: {error}") from error
 
-    @cached_property
+    @lazy
+    def hashes_bodies(self) -> bool:
+        """Whether what is put is hashed, so that the signature covers it too."""
+        of_s3 = self._configured().get("s3")
+        said = of_s3.get("payload_signing_enabled") if isinstance(of_s3, Mapping) else None
+        if said is not None:
+            return _yes(said)
+        # As AWS's tools have it: with TLS what arrives is what was sent. And to this machine nothing travels.
+        where = urllib.parse.urlsplit(self.endpoint or "https://")
+        return where.scheme != "https" and not _is_here(where.hostname or "")
+
+    @lazy
     def _credentials(self) -> Any:
         """What botocore found; None: nothing, or nothing is wanted."""
         if self._anonymous:
@@ -222,6 +234,13 @@ def checked_endpoint(endpoint: str | None) -> str | None:
         # What was given may hold a password.
         raise OptionError("the endpoint is no URL of a server: expected one such as https://s3.example.org:9000.")
     return endpoint.rstrip("/")
+
+
+def _is_here(host: str) -> bool:
+    """Whether a host is this machine, by its name or number alone."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def _yes(value: Any) -> bool:

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+LARGE = 4 << 20
+"""What so many bytes are looked at for is done beside writing them; for less a thread is not worth its beginning."""
+
 
 class Beside:
     """`work` in a thread of its own while a ``with`` block runs, which waits for it, and raises what it has raised."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import time
 import uuid
 import weakref
@@ -22,7 +23,7 @@ import xxhash
 
 from actcache.store import container
 from actcache.store.batches import BATCH, FRAME, OPEN, blob_of, framed, mark_behind
-from actcache.store.beside import Beside
+from actcache.store.beside import LARGE, Beside
 from actcache.store.casting import CastError, cast, is_cast
 from actcache.store.dtypes import matrix_dtype
 from actcache.store.files import open_locked, sync_folder, translated, write_all
@@ -34,8 +35,6 @@ from actcache.store.writing import BlockHasher, index_region, index_tensors, joi
 
 _PAGE = 4096
 _SENT_BYTES = 1 << 20
-# A batch of so many bytes is measured beside its writing; for less a thread is not worth its beginning.
-_LARGE = 4 << 20
 _STUB = b'{"__metadata__":{"format":"actcache-open"}}'
 # Prompts to come may have more text and come in smaller batches: holes cost nothing.
 _SPARE = 2
@@ -50,6 +49,17 @@ class _Column:
         self.site, self.code, self.dim, self.start = site, code, dim, start
         self.width = dim * matrix_dtype(code).itemsize
         self.checksums = BlockHasher()
+
+    def write_given(self, fd: int, at: int, matrices: Sequence[npt.NDArray[Any]]) -> int:
+        """Write rows as they are at `at` of the file, in one call, and do not look at them: where they end."""
+        return write_all(fd, [flat_bytes(matrix) for matrix in matrices], at)
+
+    def hash_given(self, matrices: Sequence[npt.NDArray[Any]]) -> list[int]:
+        """The checksums of rows that are written as they are."""
+        hasher = BlockHasher()
+        for matrix in matrices:
+            hasher.update_both(self.checksums, flat_bytes(matrix))
+        return hasher.finish()
 
     def write(
         self, fd: int, at: int, matrices: Sequence[npt.NDArray[Any]], hasher: BlockHasher, measured: Measured
@@ -157,14 +167,30 @@ class GrowingFile:
         """
         rows, prompts = _rows(group), PromptTable.concatenate([part.prompts for part in group])
         given = [c.site for c in self._columns if not any(is_cast(part.data[c.site], c.code) for part in group)]
+        large = _stored(group) >= LARGE and len(given) == len(self._columns)
+        hashed, checksums = threading.Event(), list[int]()
 
         def measure() -> None:
             self._measured.add_given(group, given)
 
+        def look() -> None:
+            try:
+                found = [column.hash_given(matrices) for column, matrices in zip(self._columns, every, strict=True)]
+                checksums.extend(digest for digests in found for digest in digests)
+            finally:
+                hashed.set()
+            measure()
+
         with translated(self.path.parent, _stored(group)):
-            large = _stored(group) >= _LARGE and len(given) == len(self._columns)
-            with Beside(measure) if large else contextlib.nullcontext():
-                checksums, errors = self._write_rows(group, rows)
+            every = [[np.ascontiguousarray(part.data[c.site]) for part in group] for c in self._columns if large]
+            with Beside(look) if large else contextlib.nullcontext() as looking:
+                errors = self._write_rows(group, rows, every, checksums)
+                if looking is not None:
+                    # All is looked at in one other thread, and what is written goes in few calls: two threads that take
+                    # the interpreter from one another for each small piece come to a standstill.
+                    hashed.wait()
+                    if not checksums:
+                        looking.wait()
                 name, self.created_ns = uuid.uuid4().hex, max(time.time_ns(), *(part.not_before for part in group))
                 metadata = {
                     "format": BATCH, "batch": name, "created_ns": str(self.created_ns), "row": str(self._first_row),
@@ -187,23 +213,35 @@ class GrowingFile:
         self._index_used += _index_bytes(group) + _PER_NAME
         self._used += _stored(group) + 2 * len(frame)
 
-    def _write_rows(self, group: Sequence[Records], rows: int) -> tuple[list[int], list[CastError]]:
-        """Write the `rows` of `group`: the checksums of their blocks, and what casting changed at each site."""
-        checksums: list[int] = []
+    def _write_rows(
+        self,
+        group: Sequence[Records],
+        rows: int,
+        given: Sequence[Sequence[npt.NDArray[Any]]],
+        checksums: list[int],
+    ) -> list[CastError]:
+        """Write the `rows` of `group`: what casting changed at each site.
+
+        The checksums of their blocks go to `checksums`, unless `given` holds the rows of each column as they are to be.
+        """
         errors, unsent = [], 0
-        for column in self._columns:
+        for k, column in enumerate(self._columns):
             start = at = column.start + self._first_row * column.width
-            hasher, matrices = BlockHasher(), [part.data[column.site] for part in group]
-            at, error = column.write(self._fd, at, matrices, hasher, self._measured)
+            error: CastError | None = None
+            if given:
+                at = column.write_given(self._fd, at, given[k])
+            else:
+                hasher, matrices = BlockHasher(), [part.data[column.site] for part in group]
+                at, error = column.write(self._fd, at, matrices, hasher, self._measured)
+                checksums += hasher.finish()
             if at != start + rows * column.width:
                 raise ValueError(f"{column.site}: {at - start} bytes of data for {rows} rows")
             unsent += at - start
             if unsent >= _SENT_BYTES:
                 start_writing(self._fd, 0, 0)
                 unsent = 0
-            checksums += hasher.finish()
             errors.append(error or CastError())
-        return checksums, errors
+        return errors
 
     def _record(
         self, prompts: PromptTable, checksums: Sequence[int], errors: Sequence[CastError]

@@ -25,6 +25,8 @@ _SERVERS = {
     "az": ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
 }
 _PART_TRIES = 8
+# obstore's own, which wins.
+_UNSIGNED = "AWS_UNSIGNED_PAYLOAD"
 
 
 def servers(scheme: str) -> list[str]:
@@ -127,4 +129,6 @@ class Clients:
         if authorities := aws.authorities:
             options["root_certificate"] = authorities
         config["skip_signature"] = self._credentials is None
+        if _UNSIGNED not in os.environ:
+            config["unsigned_payload"] = not aws.hashes_bodies
         return {} if config["skip_signature"] else {"credential_provider": aws.provide}

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from actcache.errors import FormatError
 from actcache.store import sparse
-from actcache.store.beside import Beside
+from actcache.store.beside import LARGE, Beside
 from actcache.store.blocks import Rows, plan
 from actcache.store.casting import CastError, Piece, cast, is_cast, quantised
 from actcache.store.dtypes import is_scaled, matrix_dtype
@@ -55,8 +55,9 @@ def write(
     }
     row_offset = joined_offsets(np.concatenate([np.diff(part.row_offset) for part in parts]))
     offsets = plan(list(scaled.values()), row_offset) if scaled else np.zeros(1, np.int64)
-    # Small pieces that are measured one by one take several times as long.
-    alike = [s for s, rows in given.items() if len(parts) > 1 and not any(is_cast(m, first.code(s)) for m in rows)]
+    # Small pieces that are measured one by one take several times as long, and large ones are measured meanwhile.
+    apart = len(parts) > 1 or first.stored_bytes >= LARGE
+    alike = [s for s, rows in given.items() if apart and not any(is_cast(m, first.code(s)) for m in rows)]
     measured = Measured([(site, first.code(site), given[site][0].shape[1]) for site in alike])
 
     def pieces(site: str) -> Iterator[Piece]:

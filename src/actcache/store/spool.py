@@ -27,6 +27,7 @@ from actcache.store.mirror import Marks, Sidecar, has_hole, is_mirror, mark, rea
 from actcache.store.records import SegmentInfo
 from actcache.store.spaces import FILE, ROOT, recovered_space, write_space
 from actcache.store.tombs import is_member, write_tomb
+from actcache.store.vouched import Vouched
 
 if TYPE_CHECKING:
     from actcache.store.working_copy import WorkingCopy
@@ -57,6 +58,7 @@ class Spool:
         """Tombs, by space, that are here and count, and were not listed."""
         self._put_ns: dict[str, int] = {}
         """When segments were put, as far as listings say so."""
+        self.vouched = Vouched()
 
     # -- what is spooled -----------------------------------------------------------------------------------
 
@@ -105,7 +107,8 @@ class Spool:
             except FormatError as error:
                 log.warning("a segment is not uploaded, since it cannot be read: %s", named(path, error))
                 return True
-            begun, intact = _begun(path), segment.checks.intact_here()
+            begun, checks = _begun(path), segment.checks
+            intact = np.ones(checks.blocks, bool) if path in self.vouched else checks.intact_here()
             if begun.exists() or not intact.all():
                 if self.is_there(path, segment.info.size):
                     self._recognise(segment, path, intact)
@@ -354,6 +357,7 @@ class Spool:
         """Let the segment that is or will be at `path` stand for its object, of which everything is here."""
         with self._copy.locked(path.parent.name):
             write_sidecar(path, Sidecar(segment.info.size, segment.checks.blocks, put_ns), whole=True)
+        self.vouched.discard(path)
         self._copy.note(segment.info.size)
 
     def _drop(self, path: Path) -> int:
@@ -362,6 +366,7 @@ class Spool:
             size = remove(path)
             for beside in (sidecar_of(path), _begun(path)):
                 remove(beside)
+        self.vouched.discard(path)
         return size
 
 

@@ -163,7 +163,7 @@ class Store(Maintenance):
         self._ensure(space)
         index.add(info)
         if self._uploader is not None:
-            self._uploader.note(space, linger=linger)
+            self._uploader.note(space, linger=linger, written=index.path(info.name))
         log.info("stored %d prompts, %d bytes, in %s", info.prompts, info.size, index.path(info.name))
         return info
 

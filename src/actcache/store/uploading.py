@@ -64,8 +64,13 @@ class Uploader:
             if self._due:
                 self._start()
 
-    def note(self, space: str, *, linger: bool) -> None:
-        """Something was stored in a space: it is uploaded when much has gathered, with `linger` in any case soon."""
+    def note(self, space: str, *, linger: bool, written: Path | None = None) -> None:
+        """Something was stored in a space: it is uploaded when much has gathered, with `linger` in any case soon.
+
+        `written`: the segment, where this process has written it just now.
+        """
+        if written is not None:
+            self._copy.spool.vouched.add(written)
         with self._changed:
             self.has_written = True
             self._grown.add(space)
@@ -228,7 +233,8 @@ class Uploader:
 
     def _has_gathered(self, space: str) -> bool:
         sizes = [size for _, size in self._copy.spool.spooled(space)]
-        return sum(size for size in sizes if size >= _LEAST) >= merging.GATHERED
+        # One that is almost full does not wait for another.
+        return 8 * sum(size for size in sizes if size >= _LEAST) >= 7 * merging.GATHERED
 
     def _failed(self, space: str, error: Exception) -> None:
         log.warning("uploading to %s failed, what is stored stays on this host: %s", self._copy.backend.url, error)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import Ints, Mask
+from actcache.store.lazy import lazy
 from actcache.store.records import SegmentInfo
 
 # What a segment holds beside its rows, roughly: altogether, for each column, and for each number in a row.
@@ -22,17 +22,17 @@ class Victim:
     def __init__(self, index: SpaceIndex, number: int, info: SegmentInfo, heat: int) -> None:
         self.index, self.number, self.info, self.heat = index, number, info, heat
 
-    @cached_property
+    @lazy
     def live(self) -> Mask:
         with self.index.lock:
             return self.index.untombed(self.number)
 
-    @cached_property
+    @lazy
     def times(self) -> Ints:
         with self.index.lock:
             return self.index.reads.times(self.info)
 
-    @cached_property
+    @lazy
     def nbytes(self) -> Ints:
         """Roughly what each prompt takes on disk."""
         with self.index.lock:
@@ -73,6 +73,6 @@ class Newer(Victim):
         info = SegmentInfo(name, index.folder.name, "", (), 0, 0, size, age, "", {}, nothing, nothing)
         super().__init__(index, -1, info, age)
 
-    live = cached_property(lambda self: np.empty(0, bool))
-    times = cached_property(lambda self: np.empty(0, np.int64))
-    nbytes = cached_property(lambda self: np.empty(0, np.int64))
+    live = lazy(lambda self: np.empty(0, bool))
+    times = lazy(lambda self: np.empty(0, np.int64))
+    nbytes = lazy(lambda self: np.empty(0, np.int64))
