@@ -25,7 +25,7 @@ PY := $(VENV)/bin/python
 PY_TF4 := $(VENV_TF4)/bin/python
 
 # The tests whose outcome can depend on the version of transformers.
-TF4_TESTS = $(sort $(wildcard $(foreach subject,adapters analysis anatomy architectures attention beams capture cli decoder_inputs demo edits encode extract head hub identity in_memory invariance knockout loading media nnsight norms offload pattern probe prompts quantized readme ready_made rope run_with_cache selftest sites staleness traps unified zoo,tests/test_*$(subject)*.py)))
+TF4_TESTS = $(sort $(wildcard $(foreach subject,adapters analysis anatomy architectures attention beams capture cli decoder_inputs demo edits encode extract head hub identity in_memory invariance knockout loading media nnsight norms offload pattern probe prompts quantized readme ready_made rope run_with_cache selftest sites staleness sweeps traps unified zoo,tests/test_*$(subject)*.py)))
 BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py))
 
 export PYTHON

@@ -25,6 +25,7 @@ DEADLINE_S = 120.0
 _URL = re.compile(r"[A-Za-z][\w+.-]+:/")
 _LOCATIONS = ("ACTCACHE_BACKEND", "ACTCACHE_DIR")
 _LOCAL_GB = 20
+_SWEEP_GB = 1
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 _chosen: dict[str, Any] = {}
 
@@ -129,6 +130,16 @@ def local_limit(gb: float | None = None) -> Setting:
     if value:
         return Setting(limit_bytes(value, "ACTCACHE_LOCAL_GB"), "ACTCACHE_LOCAL_GB")
     return Setting(limit_bytes(_LOCAL_GB, "default"), "default")
+
+
+def sweep_bytes() -> Setting:
+    """How many bytes the batches may take that run together through a model with offloaded weights: their hidden states
+    on the device, and the rows that are kept of them."""
+    value = os.environ.get("ACTCACHE_SWEEP_GB")
+    if value:
+        limit = limit_bytes(value, "ACTCACHE_SWEEP_GB")
+        return Setting(math.inf if limit is None else limit, "ACTCACHE_SWEEP_GB")
+    return Setting(_SWEEP_GB * GB, "default")
 
 
 def cache_limit() -> Setting:

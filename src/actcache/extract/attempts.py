@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actcache.errors import ActCacheError, EngineUnavailableError, OptionError, TransientEngineError
+from actcache.extract.backends import SweepingSession
 from actcache.extract.batching import Batch
 from actcache.store.files import log
 
@@ -37,6 +38,26 @@ class Attempts:
     def __init__(self, backend: Backend, most: int | None = None) -> None:
         self.most = backend.retries if most is None else most
         self._lost = 0
+
+    def all_rows(
+        self,
+        session: Session,
+        todo: Sequence[Batch],
+        ids: Sequence[npt.NDArray[np.int32]],
+        positions: Sequence[Any] | None,
+        on_failure: Callable[[Batch, Exception], None] | None,
+    ) -> Iterator[tuple[Batch, Rows]]:
+        """The same as `rows` for each batch of `todo`; many at once where the session can."""
+        if len(todo) > 1 and isinstance(session, SweepingSession) and session.sweeps:
+            given = (([ids[i] for i in b.indices], positions and [positions[i] for i in b.indices]) for b in todo)
+            for batch, rows in zip(todo, session.sweep(given), strict=True):
+                if rows is not None:
+                    yield batch, rows
+                else:
+                    yield from self.rows(session, batch, ids, positions, on_failure)
+            return
+        for batch in todo:
+            yield from self.rows(session, batch, ids, positions, on_failure)
 
     def rows(
         self,

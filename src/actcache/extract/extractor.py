@@ -258,14 +258,13 @@ class ActivationExtractor:
                 together=session.policy.lengths,
             )
             in_flight: list[tuple[Batch, Rows]] = []
-            for batch in todo:
-                for part, rows in attempts.rows(session, batch, ids, positions, on_failure):
-                    in_flight.append((part, rows))
-                    # A copy still under way is waited for while the next batch runs; rows that are
-                    # here go out at once, so that a kill loses no finished batch.
-                    while in_flight and (in_flight[0][1].ready or len(in_flight) > 1):
-                        done, arrived = in_flight.pop(0)
-                        yield done, arrived.wait()
+            for part, rows in attempts.all_rows(session, todo, ids, positions, on_failure):
+                in_flight.append((part, rows))
+                # A copy still under way is waited for while the next batch runs; rows that are
+                # here go out at once, so that a kill loses no finished batch.
+                while in_flight and (in_flight[0][1].ready or len(in_flight) > 1):
+                    done, arrived = in_flight.pop(0)
+                    yield done, arrived.wait()
             for done, arrived in in_flight:
                 yield done, arrived.wait()
 

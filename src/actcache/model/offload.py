@@ -48,8 +48,17 @@ def hooks_of(module: nn.Module) -> list[Any]:
     hook = module.__dict__.get("_hf_hook")
     if hook is None:
         return []
+    return list(_flat(hook))
+
+
+def _flat(hook: Any) -> Iterator[Any]:
     inner = getattr(hook, "hooks", None)
-    return list(inner) if isinstance(inner, (list, tuple)) else [hook]
+    if not isinstance(inner, (list, tuple)):
+        yield hook
+        return
+    # A module that has several names (an embedding that both stacks share) has been given hooks under each.
+    for one in inner:
+        yield from _flat(one)
 
 
 def input_device(model: nn.Module) -> torch.device:

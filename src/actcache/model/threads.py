@@ -50,6 +50,19 @@ def unseen() -> Iterator[None]:
         torch._C._stash_obj_in_tls(_KEY, at_work)
 
 
+@contextmanager
+def working_for(key: object) -> Iterator[None]:
+    """Passes of this thread are those of the thread that `key` stands for, and meet what that one put on modules."""
+    before, at_work = here.key, key_at_work()
+    here.key = key
+    torch._C._stash_obj_in_tls(_KEY, key)
+    try:
+        yield
+    finally:
+        here.key = before
+        torch._C._stash_obj_in_tls(_KEY, at_work)
+
+
 def key_at_work() -> object | None:
     """The key of the thread for which this one works; its own, or none, where it works for itself."""
     return _get_obj_in_tls(_KEY) if _is_key_in_tls(_KEY) else None

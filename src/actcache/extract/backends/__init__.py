@@ -6,10 +6,10 @@ batches and gives `Rows`. `reducing` has what most of them need: the reduction o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,6 +68,19 @@ class Session(Protocol):
 
         An error fails this batch, and the next one is run; `TransientEngineError` is tried again before;
         `torch.OutOfMemoryError` halves the batch; `EngineUnavailableError` ends the run, what is finished is kept."""
+
+
+@runtime_checkable
+class SweepingSession(Session, Protocol):
+    """A session that may run many batches in less time together than one after the other; none has to."""
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether it does so now."""
+
+    def sweep(self, batches: Iterable[tuple[Sequence[Any], Sequence[Any] | None]]) -> Iterator[Rows | None]:
+        """What `run` gives for each of the batches (its arguments), in order; None for one that is to be run by
+        itself, which will tell what is wrong with it."""
 
 
 class Backend(Protocol):

@@ -6,6 +6,8 @@ deepest site requested, without a KV cache, and rows are cut and pooled on the d
 
 from __future__ import annotations
 
+import copy
+import logging
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,12 +20,17 @@ import torch
 
 from actcache.capture.edits import Editing
 from actcache.capture.hooks import StopForward, observe
+from actcache.capture.positions import resolve_positions
+from actcache.config import sweep_bytes
 from actcache.derive.results import NOTHING, Asked
 from actcache.errors import MissedModuleError
 from actcache.extract.backends import Reduction, Setting
+from actcache.extract.backends.copies import CopiedRows
+from actcache.extract.backends.interleaved import Pass, run_interleaved
 from actcache.extract.backends.predictor import Predictor
 from actcache.extract.backends.reducing import reduce_values, require_rows
 from actcache.extract.backends.registry import refuse_remote
+from actcache.extract.inventory import declared_width
 from actcache.model.anatomy import Anatomy, ReadPoint, check_identities, describe
 from actcache.model.decoder_inputs import require_decoder_start
 from actcache.model.forward_inputs import ForwardInputs
@@ -33,6 +40,7 @@ from actcache.model.offload import input_device, is_dispatched
 from actcache.model.options import resolve_device
 from actcache.model.rope import forget_lengths
 from actcache.model.sites import Site
+from actcache.model.staying import can_stay
 from actcache.model.touched import refuse_edits
 
 if TYPE_CHECKING:
@@ -84,14 +92,25 @@ class LocalBackend:
             inputs = ForwardInputs(module, policy, decoder_start=start)
             if policy.lengths == "any" and not inputs.tells_lengths and not all(e.everywhere for e in self._edits):
                 policy = replace(policy, lengths="equal", why="Edits at positions need to know each prompt's length.")
-            session = LocalSession(module, input_device(model), reduction, policy, inputs, sites, predictor)
+            session = LocalSession(anatomy, module, reduction, policy, inputs, sites, len(points), predictor)
             stack.enter_context(torch.no_grad())
             if self._edits:
                 stack.enter_context(Editing(model, self._edits, declared=True))
             # Weights that were brought in for a pass leave at its end, which an exception would skip.
             to_the_end = is_dispatched(model)
+            if to_the_end and not self._edits and not policy.forget_lengths and can_stay(model):
+                session.row_bytes = self._row_bytes(model, sites, asked)
             session.observer = stack.enter_context(observe(points, session.receive, stop_after_last=not to_the_end))
             yield session
+
+    def _row_bytes(self, model: torch.nn.Module, sites: Sequence[str], asked: Asked) -> int:
+        """What a row of all that is kept takes, for each token or prompt, as far as the configuration tells."""
+        source, size = self._source, getattr(model, "dtype", torch.float32).itemsize
+        widths = [declared_width(source, Site.parse(name)) or 4 * source.d_model for name in sites]
+        logits = (
+            0 if asked.logits is None else (2 * asked.logits.top_k if asked.logits.top_k else source.vocab_size or 0)
+        )
+        return sum(widths) * size + 4 * (logits + 1)
 
 
 def _to_run(anatomy: Anatomy, sites: Sequence[Site], points: Sequence[ReadPoint]) -> torch.nn.Module:
@@ -107,6 +126,54 @@ def _to_run(anatomy: Anatomy, sites: Sequence[Site], points: Sequence[ReadPoint]
     return anatomy.backbone
 
 
+class OnePass:
+    """One batch on its way through the model.
+
+    Attributes: its prompts' `sequences`, `lengths` and `positions`; `rows` of sites that ran, those handed over
+    `copied`; the sites `seen`.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[npt.NDArray[np.int32]],
+        positions: Sequence[Any] | None,
+        reduction: Reduction,
+        predictor: Predictor | None,
+    ) -> None:
+        self.sequences = sequences
+        self.lengths = [len(s) for s in sequences]
+        self.positions = positions
+        self.rows: dict[str, torch.Tensor] = {}
+        self.copied = CopiedRows()
+        self.predictor = None if predictor is None else copy.copy(predictor)
+        self.seen: set[str] = set()
+        self._reduction = reduction
+        self._on_device: dict[torch.device, torch.Tensor] = {}
+
+    @property
+    def rows_to_keep(self) -> int:
+        """How many rows of a site are kept."""
+        if self._reduction.pooling is not None:
+            return len(self.lengths)
+        each = self.positions or [self._reduction.positions] * len(self.lengths)
+        return sum(len(resolve_positions(where, n)) for where, n in zip(each, self.lengths, strict=True))
+
+    def hand_over(self) -> None:
+        """Begin to copy what rows there are."""
+        for site, rows in self.rows.items():
+            self.copied.add(site, rows)
+        self.rows.clear()
+
+    def reduce(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What is kept of a site's values ``[B, S, D]``, as a tensor of its own."""
+        return reduce_values(hidden, self.lengths, self._reduction, self.positions, self._lengths_on(hidden.device))
+
+    def _lengths_on(self, device: torch.device) -> torch.Tensor:
+        if device not in self._on_device:
+            self._on_device[device] = torch.tensor(self.lengths, device=device)
+        return self._on_device[device]
+
+
 class LocalSession:
     """One model, its sites observed, ready for batches."""
 
@@ -114,95 +181,156 @@ class LocalSession:
 
     def __init__(
         self,
+        anatomy: Anatomy,
         module: torch.nn.Module,
-        device: torch.device,
         reduction: Reduction,
         policy: BatchPolicy,
         inputs: ForwardInputs,
         sites: Iterable[str],
+        points: int,
         predictor: Predictor | None = None,
     ) -> None:
         self.policy = policy
+        self._anatomy = anatomy
         self._module = module
-        self._device = device
+        self._device = input_device(anatomy.model)
         self._reduction = reduction
         self._inputs = inputs
-        self._sites = list(sites)
         self._predictor = predictor
-        self._lengths: list[int] = []
-        self._positions: Sequence[Any] | None = None
-        self._on_device: dict[torch.device, torch.Tensor] = {}
-        self._rows: dict[str, torch.Tensor] = {}
+        self._sites = list(sites)
+        self._points = points
+        self._now = OnePass([], None, reduction, None)
+        self._sweeping = False
+        # Bytes that a row of all sites takes; None where batches run one after the other.
+        self.row_bytes: int | None = None
 
     def run(self, sequences: Sequence[npt.NDArray[np.int32]], positions: Sequence[Any] | None = None) -> CopiedRows:
-        self._lengths = [len(s) for s in sequences]
-        self._positions = positions
-        self._on_device = {}
-        self._rows = {}
+        self._now = OnePass(sequences, positions, self._reduction, self._predictor)
         self.observer.reset()
         if self.policy.forget_lengths:
             forget_lengths(self._module)
         try:
             with suppress(StopForward):
-                self._module(**self._inputs.make(sequences, self._device))
+                self._call(self._now)
         finally:
             # What it is recognised by is the same after a pass as before.
             if self.policy.forget_lengths:
                 forget_lengths(self._module)
-        if self._predictor is not None:
-            self._rows |= self._predictor.predict(sequences)
-        rows, self._rows = self._rows, {}
-        missed = [site for site in self._sites if site not in rows]
+        self._finish(self._now)
+        return self._now.copied
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether offloaded weights would be read again for every batch."""
+        return self.row_bytes is not None
+
+    def sweep(self, batches: Iterable[tuple[Sequence[Any], Sequence[Any] | None]]) -> Iterator[CopiedRows | None]:
+        """The same for many batches (each the arguments of `run`), block by block: offloaded weights are read once for
+        as many of them as the limit of `config.sweep_bytes` takes. None for a batch that is to be run by itself.
+
+        The first time what comes of one batch is held against a pass of its own.
+        """
+        begun = (
+            (one, partial(self._call, one))
+            for sequences, positions in batches
+            for one in [OnePass(sequences, positions, self._reduction, self._predictor)]
+        )
+        while passes := self._sweep(begun):
+            right = self._right(passes)
+            yield from [one.state.copied if right and one.error is None else None for one in passes]
+
+    def _sweep(self, begun: Iterable[tuple[OnePass, Any]]) -> list[Pass]:
+        limit: float = sweep_bytes().value
+        assert self.row_bytes is not None
+
+        def full(passes: list[Pass]) -> bool:
+            rows = sum(one.state.rows_to_keep for one in passes) * (self.row_bytes or 0)
+            held: int = rows + sum(one.bytes for one in passes)
+            return held >= limit
+
+        def turn(one: OnePass) -> None:
+            self._now = one
+
+        self.observer.reset()
+        self._sweeping = True
+        try:
+            return run_interleaved(
+                self._anatomy.model, self._anatomy.blocks, begun, turn=turn, full=full, finish=self._finish
+            )
+        finally:
+            self._sweeping = False
+
+    def _right(self, passes: list[Pass]) -> bool:
+        """Whether passes that run block by block give what each gives by itself, on this model and at these sites: they
+        do not where a module keeps something of a pass that another one needs."""
+        done = [one.state for one in passes if one.error is None]
+        if len(done) < 2:
+            return True
+        known: dict[Any, bool] = _verified.setdefault(self._anatomy.model, {})
+        parsed = [Site.parse(name) for name in self._sites]
+        key = frozenset((site.stack, site.name) for site in parsed), self._predictor is not None
+        if key not in known:
+            # Not the last one: what it left behind is its own.
+            one = min(done[:-1], key=lambda one: sum(one.lengths))
+            try:
+                alone = self.run(one.sequences, one.positions).wait()
+            except Exception:
+                # Each batch will tell by itself.
+                return False
+            known[key] = _same(one.copied.wait(), alone)
+            if not known[key]:
+                _log.warning(
+                    "%s keeps something between its blocks on its modules: batches run one after the other, and each "
+                    "reads the offloaded weights again.",
+                    type(self._anatomy.model).__name__,
+                )
+        return known[key]
+
+    def _call(self, one: OnePass) -> None:
+        self._module(**self._inputs.make(one.sequences, self._device))
+
+    def _finish(self, one: OnePass) -> None:
+        missed = [site for site in self._sites if site not in one.seen]
         if missed:
             raise MissedModuleError(f"{', '.join(missed)} did not run in this pass: ask for other sites.")
-        return CopiedRows(rows)
+        if one.predictor is not None:
+            one.rows |= one.predictor.predict(one.sequences)
+        one.hand_over()
+        one.copied.mark()
 
     def receive(self, site: str, hidden: torch.Tensor) -> None:
         """Keep what the reduction asks for of `hidden` `[B, S, D]` or `[B, S, H, hd]`, as a tensor of its own."""
-        require_rows(site, hidden.shape, self._lengths)
-        if self._predictor is not None and site == self._predictor.site:
-            self._predictor.receive(hidden, self._lengths)
+        one = self._now
+        require_rows(site, hidden.shape, one.lengths)
+        if one.predictor is not None and site == one.predictor.site:
+            one.predictor.receive(hidden, one.lengths)
         if site in self._sites:
-            on_device = self._lengths_on(hidden.device)
-            self._rows[site] = reduce_values(hidden, self._lengths, self._reduction, self._positions, on_device)
-
-    def _lengths_on(self, device: torch.device) -> torch.Tensor:
-        if device not in self._on_device:
-            self._on_device[device] = torch.tensor(self._lengths, device=device)
-        return self._on_device[device]
-
-
-class CopiedRows:
-    """Rows on their way to the CPU: pinned, asynchronous copies on CUDA; already there on a CPU."""
-
-    def __init__(self, rows: dict[str, torch.Tensor]) -> None:
-        self._rows: dict[str, torch.Tensor] = {}
-        self._events: list[torch.cuda.Event] = []
-        devices = set()
-        for site, tensor in rows.items():
-            if tensor.device.type == "cuda":
-                pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                pinned.copy_(tensor, non_blocking=True)
-                devices.add(tensor.device)
-                self._rows[site] = pinned
-            else:
-                self._rows[site] = tensor.to("cpu")
-        for device in devices:
-            with torch.cuda.device(device):
-                event = torch.cuda.Event()
-                event.record()
-                self._events.append(event)
-
-    @property
-    def ready(self) -> bool:
-        return not self._events
-
-    def wait(self) -> Mapping[str, torch.Tensor]:
-        for event in self._events:
-            event.synchronize()
-        return self._rows
+            one.rows[site] = one.reduce(hidden)
+        one.seen.add(site)
+        if self._sweeping:
+            # The others' blocks come first: what waits meanwhile does not wait on the device.
+            one.hand_over()
+            if len(one.seen) == self._points:
+                raise StopForward
 
 
+def _same(rows: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> bool:
+    """Whether two passes over the same batch are the same computation."""
+
+    def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+        if a.shape != b.shape or not a.dtype.is_floating_point:
+            return bool(torch.equal(a, b))
+        a, b = a.double(), b.double()
+        finite = b[b.isfinite()].abs()
+        # The same operations on the same numbers, but for what a device adds up in no fixed order.
+        largest = float(finite.max()) if finite.numel() else 0.0
+        return torch.allclose(a, b, rtol=0, atol=1e-3 * largest, equal_nan=True)
+
+    return rows.keys() == others.keys() and all(close(rows[name], others[name]) for name in rows)
+
+
+_log = logging.getLogger("actcache.extract")
+_verified: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
 _locks: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
 

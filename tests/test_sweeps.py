@@ -1,0 +1,377 @@
+"""Batches of a model with offloaded weights run block by block: right values, each weight read once, nothing left."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import actcache as ac
+import zoo
+from actcache import errors
+from actcache.extract.backends import interleaved
+from actcache.extract.backends.local import LocalSession
+from actcache.model.offload import hooks_of, stored_weights
+from actcache.testing.tiny import tiny_model
+
+accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+FLOAT32 = 5e-6
+PROMPTS = zoo.prompts_of(3, [1, 2, 5, 5, 9, 9, 14, 17, 20, 20, 23, 30])
+# A few prompts in each batch, so that there are several.
+BUDGET = {"max_batch_tokens": 40}
+FAMILIES = ["gpt2", "llama-tied", "gemma2", "gemma3", "opt", "bloom", "falcon", "mixtral", "t5", "qwen3_next", "bert"]
+
+
+class Counting(collections.UserDict[str, Tensor]):
+    """A state dict that counts how often each weight is read."""
+
+    reads: collections.Counter[str]
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.reads[name] += 1
+        return super().__getitem__(name)
+
+
+def offloaded(family: str = "llama", seed: int = 0, **values: Any) -> tuple[Any, Counting]:
+    model = tiny_model(family, seed=seed, **values)
+    state = Counting({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    state.reads = collections.Counter()
+    accelerate.cpu_offload(model, "cpu", state_dict=state)
+    return model, state
+
+
+def in_memory(model: nn.Module) -> set[str]:
+    names = stored_weights(model.named_modules())
+    assert names
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if name in names and not p.is_meta}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+@pytest.fixture
+def swept(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each batch of a sweep whether its rows came out of it."""
+    seen: list[bool] = []
+    plain = LocalSession.sweep
+
+    def sweep(self: LocalSession, batches: Any) -> Iterator[Any]:
+        for rows in plain(self, batches):
+            seen.append(rows is not None)
+            yield rows
+
+    monkeypatch.setattr(LocalSession, "sweep", sweep)
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_prompt_gives_what_it_gives_alone(family: str, swept: list[bool]) -> None:
+    model, _ = offloaded(family)
+    stacks = ("encoder.", "decoder.") if zoo.FAMILIES[family].encoder_decoder else ("",)
+    absent = zoo.FAMILIES[family].absent
+    names = [name for name in ("attn_out", "mlp_out", "resid_post", "resid_pre") if name not in absent]
+    sites = [f"{stack}{name}" for stack in stacks for name in names]
+    found = ac.ActivationExtractor(model, sites=sites, **BUDGET).extract(PROMPTS)
+    assert len(swept) > 3
+    assert all(swept)
+    for i, prompt in enumerate(PROMPTS):
+        expected = zoo.reference(family, 0, tuple(prompt))
+        for site in found:
+            assert zoo.relative_error(found[site][i], expected[site]) < FLOAT32, (site, prompt)
+    assert in_memory(model) == set()
+
+
+@pytest.mark.parametrize("pooling", ["last_token", "mean", lambda rows: rows[0] * 2])
+def test_pooled_rows(pooling: Any, swept: list[bool]) -> None:
+    model, _ = offloaded()
+    options: dict[str, Any] = {"sites": ["resid_post", "final_norm", "logits"], "pooling": pooling, **BUDGET}
+    found = ac.ActivationExtractor(model, **options).extract(PROMPTS)
+    plain = ac.ActivationExtractor(tiny_model("llama"), **{**options, "batch_size": 1}).extract(PROMPTS)
+    assert all(swept)
+    assert len(swept) > 3
+    for site in plain:
+        for ours, theirs in zip(found[site], plain[site], strict=True):
+            assert zoo.relative_error(ours, theirs) < FLOAT32
+
+
+def test_perplexity_logits_and_positions_through_the_store(swept: list[bool]) -> None:
+    model, _ = offloaded()
+    options: dict[str, Any] = {"layers": [1, 2], "compute_perplexity": True, "cache_logits": True}
+    cache = ac.UnifiedCache(model, **options, **BUDGET)
+    cache.warmup(PROMPTS)
+    assert all(swept)
+    assert len(swept) > 3
+    plain = ac.UnifiedCache(tiny_model("llama"), **options)
+    # The same identity, so nothing is computed again: read from the store, held against a bare model.
+    assert plain.plan(PROMPTS).missing == 0
+    for prompt, each in zip(PROMPTS, cache.get_token_perplexity(PROMPTS), strict=True):
+        logits = zoo.reference("llama", 0, tuple(prompt))["logits"].double()[:-1]
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(prompt[1:]).long(), reduction="none").exp()
+        assert torch.allclose(torch.as_tensor(each).double(), expected, rtol=1e-4)
+
+
+class TestReads:
+    """What is read of the weights, and what is in memory meanwhile."""
+
+    def test_each_weight_once_for_all_batches(self, swept: list[bool]) -> None:
+        model, state = offloaded()
+        extractor = ac.ActivationExtractor(model, **BUDGET)
+        extractor.extract(PROMPTS)
+        state.reads.clear()
+        extractor.extract(PROMPTS)
+        assert len(swept) > 6
+        assert set(state.reads.values()) == {1}
+        assert sum(name.startswith("model.layers.3.") for name in state.reads) == 9
+        assert "lm_head.weight" not in state.reads
+
+    def test_nothing_behind_the_deepest_site(self) -> None:
+        model, state = offloaded()
+        extractor = ac.ActivationExtractor(model, sites=["attn_out"], layers=1, **BUDGET)
+        extractor.extract(PROMPTS)
+        state.reads.clear()
+        extractor.extract(PROMPTS)
+        blocks = {name.split(".")[2] for name in state.reads if name.startswith("model.layers.")}
+        assert blocks == {"0", "1"}
+        assert not any("layers.1.mlp" in name for name in state.reads)
+        assert in_memory(model) == set()
+
+    def test_no_two_blocks_at_a_time(self) -> None:
+        model, _ = offloaded()
+        held: list[set[str]] = []
+
+        def note(*_: Any) -> None:
+            held.append(in_memory(model))
+
+        for block in model.model.layers:
+            block.register_forward_hook(note)
+        extractor = ac.ActivationExtractor(model, allow_hooks=[note.__qualname__], **BUDGET)
+        extractor.extract(PROMPTS)
+        # From here on nothing is held against a pass of its own.
+        held.clear()
+        extractor.extract(PROMPTS)
+        # Names of what is in memory are "model.layers.<number>...." and nothing else.
+        assert held
+        for names in held:
+            blocks = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
+            assert len(blocks) == 1
+            assert not any(name.startswith(("model.embed_tokens", "lm_head")) for name in names)
+
+    def test_as_many_batches_at_once_as_the_limit_takes(
+        self, monkeypatch: pytest.MonkeyPatch, swept: list[bool]
+    ) -> None:
+        model, state = offloaded()
+        extractor = ac.ActivationExtractor(model, layers="last", **BUDGET)
+        whole = extractor.extract(PROMPTS)
+        batches = len(swept)
+        together: list[list[interleaved.Pass]] = []
+        plain = LocalSession._sweep
+
+        def noting(self: LocalSession, begun: Any) -> list[interleaved.Pass]:
+            together.append(plain(self, begun))
+            return together[-1]
+
+        monkeypatch.setattr(LocalSession, "_sweep", noting)
+        # Hidden states of a batch of 40 tokens take 5 KB, its rows as much, masks and angles a few more.
+        monkeypatch.setenv("ACTCACHE_SWEEP_GB", str(30_000 / 2**30))
+        state.reads.clear()
+        parts = extractor.extract(PROMPTS)
+        sizes = [len(passes) for passes in together]
+        assert sizes[-1] == 0
+        assert sum(sizes) == batches
+        assert len(sizes) > 2
+        assert max(sizes) >= 2
+        # What is held by all but the one that went past it is below the limit.
+        assert all(sum(one.bytes for one in passes[:-1]) < 30_000 for passes in together if passes)
+        assert max(state.reads.values()) == len(sizes) - 1
+        assert all(torch.equal(a, b) for a, b in zip(whole["resid_post.3"], parts["resid_post.3"], strict=True))
+        monkeypatch.setenv("ACTCACHE_SWEEP_GB", "much")
+        with pytest.raises(errors.OptionError, match="ACTCACHE_SWEEP_GB is 'much'"):
+            extractor.extract(PROMPTS)
+
+    def test_only_so_many_passes(self, monkeypatch: pytest.MonkeyPatch, swept: list[bool]) -> None:
+        monkeypatch.setattr(interleaved, "MOST_PASSES", 3)
+        model, _ = offloaded()
+        found = ac.ActivationExtractor(model, layers=[0], **BUDGET).extract(PROMPTS)
+        assert len(swept) > 3
+        assert all(swept)
+        expected = zoo.reference("llama", 0, tuple(PROMPTS[-1]))["resid_post.0"]
+        assert zoo.relative_error(found["resid_post.0"][-1], expected) < FLOAT32
+
+
+class Remembering(nn.Module):
+    """A norm in the first block that keeps what it was given, for one in a later block."""
+
+    def __init__(self, norm: nn.Module, before: Remembering | None = None) -> None:
+        super().__init__()
+        self.norm = norm
+        self.__dict__["before"] = before
+        self.kept: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        before = self.__dict__["before"]
+        if before is None:
+            self.kept = hidden
+            return self.norm(hidden)
+        kept = before.kept
+        return self.norm(hidden + kept.mean() * 3)
+
+
+def test_a_model_that_keeps_something_on_its_modules(swept: list[bool], caplog: pytest.LogCaptureFixture) -> None:
+    def changed() -> Any:
+        model = tiny_model("llama")
+        first, third = model.model.layers[0], model.model.layers[2]
+        first.input_layernorm = Remembering(first.input_layernorm)
+        third.input_layernorm = Remembering(third.input_layernorm, first.input_layernorm)
+        return model
+
+    plain = ac.ActivationExtractor(changed(), batch_size=1).extract(PROMPTS[-6:])
+    model = changed()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    accelerate.cpu_offload(model, "cpu", state_dict=state)
+    options: dict[str, Any] = {"batch_size": 1}
+    extractor = ac.ActivationExtractor(model, **options)
+    with caplog.at_level(logging.WARNING, "actcache"):
+        for _ in range(2):
+            found = extractor.extract(PROMPTS[-6:])
+            for site in plain:
+                for ours, theirs in zip(found[site], plain[site], strict=True):
+                    assert zoo.relative_error(ours, theirs) < FLOAT32
+    assert "LlamaForCausalLM keeps something between its blocks" in caplog.text
+    assert not any(swept)
+    assert in_memory(model) == set()
+
+
+class TestWhatGoesWrong:
+    def test_one_batch_takes_no_other_with_it(self) -> None:
+        model, _ = offloaded()
+
+        def failing(module: nn.Module, args: Any) -> None:
+            if args[0].shape[1] == 23:
+                raise FloatingPointError("not this one")
+
+        model.model.layers[2].register_forward_pre_hook(failing)
+        cache = ac.UnifiedCache(model, layers="last", allow_hooks=[failing.__qualname__], batch_size=1)
+        with pytest.raises(errors.PartialWarmupError, match=r"1 prompt was not stored .*not this one"):
+            cache.warmup(PROMPTS)
+        assert cache.plan(PROMPTS).missing == 1
+        assert in_memory(model) == set()
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+    def test_an_interrupt_ends_it_and_leaves_the_model_as_it_was(self, error: type[BaseException]) -> None:
+        model, _ = offloaded()
+        hooks = {path: hooks_of(module) for path, module in model.named_modules()}
+        times = itertools.count()
+
+        def interrupting(*_: Any) -> None:
+            if next(times) == 3:
+                raise error
+
+        handle = model.model.layers[2].mlp.register_forward_hook(interrupting)
+        name = interrupting.__qualname__
+        extractor = ac.ActivationExtractor(model, allow_hooks=[name], **BUDGET)
+        with pytest.raises(error):
+            extractor.extract(PROMPTS)
+        assert next(times) == 4
+        assert in_memory(model) == set()
+        assert {path: hooks_of(module) for path, module in model.named_modules()} == hooks
+        handle.remove()
+        found = extractor.extract(PROMPTS)
+        expected = zoo.reference("llama", 0, tuple(PROMPTS[0]))["resid_post.3"]
+        assert zoo.relative_error(found["resid_post.3"][0], expected) < FLOAT32
+
+    def test_who_stops_listening(self) -> None:
+        model, _ = offloaded()
+        extractor = ac.ActivationExtractor(model, layers="last", **BUDGET)
+        import numpy as np
+
+        ids = [np.asarray(prompt, np.int32) for prompt in PROMPTS]
+        batches = extractor.batches(ids, extractor.sites)
+        next(batches)
+        batches.close()
+        assert in_memory(model) == set()
+        assert not any("_call_impl" in module.__dict__ for module in model.modules())
+
+    def test_a_weight_that_cannot_be_read(self) -> None:
+        model, state = offloaded()
+        extractor = ac.ActivationExtractor(model, **BUDGET)
+        extractor.extract(PROMPTS)
+        gone = state.data.pop("model.layers.2.mlp.up_proj.weight")
+        with pytest.raises(KeyError):
+            extractor.extract(PROMPTS)
+        assert not any(name.startswith("model.layers.1") for name in in_memory(model))
+        state.data["model.layers.2.mlp.up_proj.weight"] = gone
+        found = extractor.extract(PROMPTS)
+        expected = zoo.reference("llama", 0, tuple(PROMPTS[0]))["resid_post.3"]
+        assert zoo.relative_error(found["resid_post.3"][0], expected) < FLOAT32
+
+    def test_no_more_threads(self, monkeypatch: pytest.MonkeyPatch, swept: list[bool]) -> None:
+        model, _ = offloaded()
+        extractor = ac.ActivationExtractor(model, layers="last", **BUDGET)
+        whole = extractor.extract(PROMPTS)
+        plain, started = threading.Thread.start, itertools.count()
+
+        def start(self: threading.Thread) -> None:
+            if self.name == "actcache-pass" and next(started) >= 2:
+                raise RuntimeError("can't start new thread")
+            plain(self)
+
+        monkeypatch.setattr(threading.Thread, "start", start)
+        swept.clear()
+        found = extractor.extract(PROMPTS)
+        assert swept.count(True) == 2
+        assert swept.count(False) > 1
+        for ours, theirs in zip(found["resid_post.3"], whole["resid_post.3"], strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_what_is_finished_is_stored_before_the_next_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill loses what runs together, and what the next run does is the rest."""
+    monkeypatch.setenv("ACTCACHE_SWEEP_GB", str(10_000 / 2**30))
+    model, _ = offloaded()
+    cache = ac.UnifiedCache(model, layers="last", **BUDGET)
+    plain, sweeps = LocalSession._sweep, itertools.count()
+
+    def ending(self: LocalSession, begun: Any) -> Any:
+        if next(sweeps) == 2:
+            raise KeyboardInterrupt
+        return plain(self, begun)
+
+    monkeypatch.setattr(LocalSession, "_sweep", ending)
+    with pytest.raises(KeyboardInterrupt):
+        cache.warmup(PROMPTS)
+    missing = cache.plan(PROMPTS).missing
+    assert 0 < missing < len(PROMPTS)
+    again = ac.UnifiedCache(model, layers="last", **BUDGET).warmup(PROMPTS)
+    assert f"{missing}" in str(again)
+    assert cache.plan(PROMPTS).missing == 0
+
+
+def test_edits_run_one_batch_after_the_other(swept: list[bool]) -> None:
+    model, _ = offloaded()
+    edits = [ac.ablate("mlp_out.1")]
+    found = ac.ActivationExtractor(model, layers="last", edits=edits, **BUDGET).extract(PROMPTS)
+    plain = ac.ActivationExtractor(tiny_model("llama"), layers="last", edits=edits, **BUDGET).extract(PROMPTS)
+    assert not swept
+    for ours, theirs in zip(found["resid_post.3"], plain["resid_post.3"], strict=True):
+        assert zoo.relative_error(ours, theirs) < FLOAT32
+
+
+def test_a_hook_of_accelerate_that_is_not_known(swept: list[bool]) -> None:
+    model = tiny_model("llama")
+    accelerate.cpu_offload_with_hook(model, "cpu")
+    found = ac.ActivationExtractor(model, layers="last", **BUDGET).extract(PROMPTS)
+    assert not swept
+    expected = zoo.reference("llama", 0, tuple(PROMPTS[0]))["resid_post.3"]
+    assert zoo.relative_error(found["resid_post.3"][0], expected) < FLOAT32
