@@ -195,7 +195,7 @@ def test_a_buffer_gives_every_token_once() -> None:
                 at += size
 
         draw = np.random.default_rng(0) if shuffle else None
-        batches = list(Buffer(8, 4, draw).batches(chunks(), drop_last=drop))
+        batches = list(Buffer(8, 4, draw, 277).batches(chunks(), drop_last=drop))
         assert [len(numbers) for numbers, _ in batches] == [8] * 34 + ([] if drop else [5])
         together = np.concatenate([numbers for numbers, _ in batches])
         for numbers, vectors in batches:
@@ -203,3 +203,73 @@ def test_a_buffer_gives_every_token_once() -> None:
             assert (vectors["b"] == numbers[:, None] * [1.0, 2.0]).all()
         assert len(set(together.tolist())) == len(together) == (272 if drop else 277)
         assert (together.tolist() == list(range(len(together)))) is not shuffle
+
+
+def test_nobody_waits_for_a_buffer() -> None:
+    """It grows with what has come and shrinks with what is to come: batches are given out from the first one on, and
+    when all has come hardly any is left; in between it is drawn from as many as were asked for."""
+    size, number = 4, 400
+    came, held = 0, []
+
+    def chunks() -> Iterator[Any]:
+        nonlocal came
+        for start in range(0, number * size, size):
+            came += size
+            yield np.arange(start, start + size), {"a": np.zeros((size, 1), np.float32)}
+
+    buffer = Buffer(size, 8, np.random.default_rng(0), number * size)
+    given = 0
+    mixed: list[int] = []
+    for numbers, _ in buffer.batches(chunks(), drop_last=False):
+        given += len(numbers)
+        held.append((came - given) // size)
+        mixed.append(int(came - numbers.min()))
+    assert given == number * size
+    assert held[0] == 0
+    assert max(held) == 8 - 1
+    assert held[len(held) // 2] == 8 - 1
+    # Of the batches that are left when the model is done, as of those that the first one waited for.
+    assert sum(mine > 0 for mine in held[-8:]) <= 1
+    # What is drawn has often waited for some time.
+    assert np.mean([age > 8 * size for age in mixed[100:300]]) > 0.5
+
+
+@pytest.mark.parametrize("pooling", ["last_token", "mean"])
+def test_pooled_vectors_of_what_is_stored_in_full(folder: Path, tmp_path: Path, pooling: str) -> None:
+    """A cache answers pooled questions out of full sequences, and so does its stream, whatever is missing."""
+    cache_in(folder, tmp_path).warmup(TEXTS[:9])
+    pooled = cache_in(folder, tmp_path, cache_pooled=True, pooling=pooling)
+    wanted = {t: pooled.get_activations([t], site="resid_post")[0][0] for t in TEXTS[:9]}
+    for prompts in (TEXTS[:9], TEXTS[:20]):
+        stream = ac.stream_activations(pooled, SITES[0], prompts=prompts, batch_size=5, with_tokens=True)
+        got = {stream.prompts.texts[p]: v for b, t in stream for v, p in zip(b, t.prompt.tolist(), strict=True)}
+        assert len(got) == len(prompts)
+        for text, value in wanted.items():
+            torch.testing.assert_close(got[text], value[: len(value) // 2], atol=1e-6, rtol=0)
+
+
+def test_prompts_that_were_only_pulled(folder: Path, tmp_path: Path) -> None:
+    """Their features are encoded out of the dataset; a stream of the cache has what the model gives for them."""
+    first = cache_in(folder, tmp_path / "first")
+    first.warmup(TEXTS[:6])
+    wanted = of_store(first, SITES[:1])
+    (space,) = first.store.spaces()
+    ac.push_dataset(tmp_path / "set", space.model_name, None, store=first.store, tensors=SITES, pooling=None)
+    cache = cache_in(folder, tmp_path / "second")
+    ac.pull_dataset(tmp_path / "set", store=cache.store)
+    assert cache.plan(TEXTS[:6]).missing == 0
+    sae = torch.nn.Linear(wanted[next(iter(wanted))][SITES[0]].shape[0], 9)
+    features = ac.encode_store(cache, lambda x: sae(x).relu(), SITES[0], digest="one")
+    assert (features.encoded, features.found) == (6, 0)
+    table = features.prompts()
+    for i, rows in enumerate(features.read(table)):
+        given = torch.stack([wanted[table.tokens(i).tobytes(), q][SITES[0]] for q in range(len(table.tokens(i)))])
+        torch.testing.assert_close(rows.to_dense(), sae(given).relu().detach())
+    cache.warmup(TEXTS[6:9])
+    assert ac.encode_store(cache, lambda x: sae(x).relu(), SITES[0], digest="one").encoded == 3
+    stream = ac.stream_activations(cache, SITES[0], prompts=TEXTS[:9], batch_size=7, with_tokens=True)
+    got = of_stream(stream)
+    assert {key: got[key] for key in wanted}.keys() == wanted.keys()
+    assert of_stream(stream).keys() == got.keys()
+    for key, vectors in wanted.items():
+        torch.testing.assert_close(got[key][SITES[0]], vectors[SITES[0]], atol=1e-5, rtol=1e-5)

@@ -151,6 +151,12 @@ class Lookup:
         self.missing.update(zip(at[left].tolist(), (kinds[k] for k in which.ravel()), strict=True))
 
     @property
+    def pooled_here(self) -> npt.NDArray[np.intp]:
+        """The prompts some of whose pooled vectors are not stored, and follow from their full sequences, which are."""
+        pieces = [piece.at for piece in self._pieces if any(one.full_rows for one in piece.strips)]
+        return np.concatenate([np.empty(0, np.intp), *pieces])
+
+    @property
     def one_width(self) -> bool:
         """Whether all that was found has one width."""
         self._bring()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,12 @@ def encode_store(
         model = cached.extractor.source.model()
     if store.limit.value == 0:
         raise OptionError(f"store {store.location} has a limit of 0 and keeps nothing: raise it (ac.set_cache_limit).")
-    work = _Work(store, of.space, str(site), pooling, Encoder(encoder, trained, None, model))
+    spaces = [of.space]
+    if cached is not None:
+        # Of datasets that claim no more than the name nobody knows whether they are of this model.
+        pulled = store.pulled_for(of.space, of.model_name, names="none")
+        spaces += [one.info.space for one in pulled if one.offers([str(site)], pooling or TOKENS)]
+    work = _Work(store, spaces, str(site), pooling, Encoder(encoder, trained, None, model))
     with evaluating(sae):
         encoded, found = work.run(target, show_progress)
     if store.limit.value is not None:
@@ -123,64 +128,76 @@ def _source(
         raise OptionError("space= names a space of an ac.Store; a cache has its own.")
     identity = cached.identity()
     found = SpaceInfo(space_id(identity.values), dict(identity.values), dict(identity.label))
+    # Perhaps nothing of it is stored but what was pulled.
+    cached.store.open_space(identity.values, identity.label)
     own = None if cached.layout == TOKENS else cached.layout
     return cached.store, found, pooling or own, cached
 
 
 class _Work:
-    """One autoencoder over one site of one space. `size`: how many features it has, once that is known."""
+    """One autoencoder over one site of `spaces` of one model, of which earlier ones come first. `size`: how many
+    features it has, once that is known."""
 
-    def __init__(self, store: Store, space: str, site: str, pooling: str | None, encoder: Encoder) -> None:
+    def __init__(self, store: Store, spaces: Sequence[str], site: str, pooling: str | None, encoder: Encoder) -> None:
         if encoder.dims != 1:
             raise OptionError(
                 "this autoencoder joins the heads itself, and stored vectors have theirs joined: "
                 "sae.turn_off_forward_pass_hook_z_reshaping() makes it take them"
             )
-        self._store, self._space, self._site, self._pooling = store, space, site, pooling
+        self._store, self._spaces, self._site, self._pooling = store, spaces, site, pooling
         self._encoder, self._tried = encoder, False
         self.size: int | None = None
 
     def run(self, target: SpaceInfo, show_progress: bool | None) -> tuple[int, int]:
         """Encode what is not in `target` yet: how many prompts that were, and how many were there."""
-        table = self._prompts()
+        parts = self._prompts()
         self._store.open_space(target.identity, target.label)
         known = stored_site(self._store, target.space, self._pooling)
-        found = np.zeros(len(table), bool)
-        if known is not None:
-            self.size = known.size
-            found = self._store.locate(target.space, table=table, sites=known.columns, layout=SPARSE).found
-        missing = np.flatnonzero(~found)
-        if not len(missing):
-            return 0, len(table)
+        todo = []
+        for space, table in parts:
+            found = np.zeros(len(table), bool)
+            if known is not None:
+                self.size = known.size
+                found = self._store.locate(target.space, table=table, sites=known.columns, layout=SPARSE).found
+            todo.append((space, table, np.flatnonzero(~found)))
+        every, left = (sum(map(len, some)) for some in ((table for _, table in parts), (m for _, _, m in todo)))
+        if not left:
+            return 0, every
         damaged = 0
         with (
             self._store.writer(target.space) as writer,
-            progress(len(missing), f"features of {self._site}", show=show_progress) as bar,
+            progress(left, f"features of {self._site}", show=show_progress) as bar,
         ):
-            for chosen in _in_turn(missing, table.lengths):
-                damaged += self._encode(table.select(chosen), writer)
-                bar.update(len(chosen))
+            for space, table, missing in todo:
+                for chosen in _in_turn(missing, table.lengths):
+                    damaged += self._encode(space, table.select(chosen), writer)
+                    bar.update(len(chosen))
         if damaged:
             raise NotCachedError(
-                f"{damaged} of {len(table)} prompts that have {self._site!r} turned out damaged, or have gone: the "
+                f"{damaged} of {every} prompts that have {self._site!r} turned out damaged, or have gone: the "
                 "features of the others are stored. Extract them again, and then call this again."
             )
-        return len(missing), len(table) - len(missing)
+        return left, every - left
 
-    def _prompts(self) -> PromptTable:
-        layout = self._pooling or TOKENS
-        self._store.fetch(self._space, self._site, pooling=self._pooling)
-        table = self._store.prompts(self._space, site=self._site, layout=layout)
-        if not len(table):
+    def _prompts(self) -> list[tuple[str, PromptTable]]:
+        """Which prompts are encoded out of which space, each in one."""
+        layout, found, seen = self._pooling or TOKENS, [], np.empty(0, "V16")
+        for space in self._spaces:
+            self._store.fetch(space, self._site, pooling=self._pooling)
+            table = self._store.prompts(space, site=self._site, layout=layout)
+            keys = np.ascontiguousarray(table.token_key).view("V16").reshape(-1)
+            found.append((space, table.select(~np.isin(keys, seen)) if len(seen) else table))
+            seen = np.concatenate([seen, keys])
+        if not len(seen):
             # Which says what there is instead.
-            self._store.statistics(self._space, self._site, pooling=self._pooling)
+            self._store.statistics(self._spaces[0], self._site, pooling=self._pooling)
             raise NotCachedError(f"all prompts that had {self._site!r} ({layout}) are gone.")
-        return table
+        return found
 
-    def _encode(self, table: PromptTable, writer: SegmentWriter) -> int:
-        """Encode the prompts of `table` and hand them to `writer`; how many cannot be read."""
+    def _encode(self, space: str, table: PromptTable, writer: SegmentWriter) -> int:
+        """Encode the prompts of `table`, which are in `space`, and hand them to `writer`; how many cannot be read."""
         layout = self._pooling or TOKENS
-        placement = self._store.locate(self._space, table=table, sites=[self._site], layout=layout)
+        placement = self._store.locate(space, table=table, sites=[self._site], layout=layout)
         here = np.flatnonzero(placement.found)
         rows = [values for (values,) in placement.all_rows(here)]
         parts: list[tuple[Ints, Ints, Any]] = [_NOTHING] * len(rows)

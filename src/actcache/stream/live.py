@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from actcache.errors import NotCachedError, OptionError, did_you_mean
 from actcache.extract.cached import CachedExtractor
-from actcache.extract.prompts import read_prompts, tokenize
+from actcache.extract.prompts import prompt_table, tokenize
 from actcache.extract.request import Request, partial_failure
 from actcache.store.dtypes import SCALED_DTYPES, code_for, matrix_dtype
 from actcache.store.prompts import PromptTable
@@ -26,9 +26,13 @@ from actcache.stream.stored import Address, StoredTokens, Tokens
 from actcache.stream.tokens import Exclusion, asks_for_bos, exclusion
 
 LIVE_BATCHES = 8
-"""How many batches of tokens of a running model are drawn from."""
+"""How many batches of tokens of a running model are drawn from at most."""
+_EASE = 8
+"""And at most so small a part of what has come, and of what is to come. A buffer that has to be full would let the
+consumer wait at the beginning, and the model be long done when it has taken the rest."""
 _QUEUED = 4
 _CHUNK_ROWS = 4096
+_PROMPTS_AT_ONCE = 1024
 
 Chunk = tuple[Ints, dict[str, npt.NDArray[Any]]]
 """Numbers of tokens, and their vectors by site."""
@@ -39,9 +43,9 @@ class _Stopped(Exception):
 
 
 class Extraction:
-    """What `prompts` (each different one once) are to give at `sites`, of which some are not stored."""
+    """What the prompts of `request` (each different one once) are to give at `sites`, of which some are not stored."""
 
-    def __init__(self, cached: CachedExtractor, sites: Sequence[str], prompts: Any, exclude: Any) -> None:
+    def __init__(self, cached: CachedExtractor, sites: Sequence[str], request: Request, exclude: Any) -> None:
         self._cached, self._sites = cached, tuple(sites)
         for site in sites:
             if site not in cached.extractor.sites:
@@ -54,7 +58,7 @@ class Extraction:
         self.leave_out: Exclusion = exclusion(exclude, bos, known=True)
         if self.leave_out and cached.layout != TOKENS:
             raise OptionError(f"exclude= leaves out tokens: vectors pooled by {cached.layout!r} belong to no one.")
-        read = read_prompts(prompts)
+        read = request.prompts
         tokenize(read, range(len(read)), source, add_special_tokens=cached.extractor.add_special_tokens)
         context = cached.text_context(read)
         table = PromptTable.build([ids for ids in read.ids if ids is not None], read.texts, read.kinds, context)
@@ -69,8 +73,7 @@ class Extraction:
         if self.leave_out:
             self._keep[:] = False
             self._keep[self.leave_out.kept(self.table)] = True
-        self.missing = 0
-        self.stored()
+        self.missing = request.to_compute
 
     @classmethod
     def of(cls, source: Any, sites: Sequence[str], prompts: Any, exclude: Any) -> Extraction | None:
@@ -80,9 +83,9 @@ class Extraction:
             return None
         if getattr(source, "_completions", None) is not None:
             raise OptionError("of a cache with generate= what is stored can be streamed: leave prompts= out.")
-        if not cached.request(prompts, list(sites), check=False).missing:
-            return None
-        return cls(cached, sites, prompts, exclude)
+        request = cached.request(prompts, list(sites), check=False, own=True)
+        store_pooled(cached, sites, request)
+        return cls(cached, sites, request, exclude) if request.missing else None
 
     @property
     def tokens(self) -> int:
@@ -97,7 +100,7 @@ class Extraction:
         return prompt, numbers - self._starts[prompt], self.table.token_ids[numbers].astype(np.int64)
 
     def _request(self) -> Request:
-        return self._cached.request(self._prompts, list(self._sites), check=False)
+        return self._cached.request(self._prompts, list(self._sites), check=False, own=True)
 
     def stored(self) -> Tokens | None:
         """The tokens out of the store; None while some are missing there."""
@@ -194,6 +197,24 @@ class Extraction:
         return numbers[keep], vectors
 
 
+def store_pooled(cached: CachedExtractor, sites: Sequence[str], request: Request) -> None:
+    """Store the pooled vectors that follow from stored full sequences: what is streamed is read again and again."""
+    at = request.lookup.pooled_here
+    if not len(at):
+        return
+    identity, read = cached.identity(), request.prompts
+    with cached.session(), cached.store.writer(cached.store.open_space(identity.values, identity.label)) as writer:
+        for start in range(0, len(at), _PROMPTS_AT_ONCE):
+            some = read.select(at[start : start + _PROMPTS_AT_ONCE].tolist())
+            answer = cached.look_up(some, sites, cached.layout, own=True)
+            special = cached.extractor.add_special_tokens
+            tokenize(some, range(len(some)), cached.extractor.source, add_special_tokens=special)
+            table = prompt_table(some, range(len(some)), request.text_context)
+            vectors = {site: answer.of_site(site).pooled()[:, 0] for site in sites}
+            writer.put(Records(table, cached.layout, np.arange(len(some) + 1), vectors))
+        cached.note_added()
+
+
 def as_stored(rows: npt.NDArray[Any], storage: str | None) -> npt.NDArray[Any]:
     """`rows` rounded as they are in the store; of int8 and float8_e4m3, of which scales are not known yet, as given."""
     if not is_float(rows.dtype):
@@ -205,10 +226,14 @@ def as_stored(rows: npt.NDArray[Any], storage: str | None) -> npt.NDArray[Any]:
 
 
 class Buffer:
-    """Chunks of any size in, batches out: drawn from up to `batches` batches of tokens, or without `draw` in order."""
+    """Chunks of any size in, batches out: drawn from up to `batches` batches of tokens, or without `draw` in order.
 
-    def __init__(self, batch_size: int, batches: int, draw: np.random.Generator | None) -> None:
+    `total`: how many tokens are to come.
+    """
+
+    def __init__(self, batch_size: int, batches: int, draw: np.random.Generator | None, total: int) -> None:
         self._size, self._room, self._draw = batch_size, batch_size * batches, draw
+        self._came, self._total = 0, total
         self._numbers = np.empty(0, np.int64)
         self._vectors: dict[str, npt.NDArray[Any]] = {}
         self._count = 0
@@ -218,15 +243,22 @@ class Buffer:
         try:
             for chunk in chunks:
                 self._add(chunk)
-                while self._count >= self._room:
+                while self._count >= self._wanted():
                     yield self._batch(self._size)
             while self._count >= (self._size if drop_last else 1):
                 yield self._batch(min(self._size, self._count))
         finally:
             chunks.close()  # type: ignore[attr-defined]
 
+    def _wanted(self) -> int:
+        """Of how many tokens there have to be for a batch to be drawn."""
+        if self._draw is None:
+            return self._size
+        return max(self._size, min(self._room, min(self._came, self._total - self._came) // _EASE))
+
     def _add(self, chunk: Chunk) -> None:
         numbers, vectors = chunk
+        self._came += len(numbers)
         end = self._count + len(numbers)
         for site, rows in vectors.items():
             kept = self._vectors.get(site)

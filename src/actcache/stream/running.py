@@ -22,7 +22,8 @@ class LiveStream(ActivationStream):
     """The stream of a `UnifiedCache` some of whose `prompts` are not stored yet.
 
     While one of them is not, an iteration runs the model in a thread of its own, which waits where its tokens are not
-    taken: they come as they are computed, out of a buffer of `LIVE_BATCHES` batches in random order, and are stored.
+    taken: they come as they are computed, in random order out of a buffer of up to `LIVE_BATCHES` batches (fewer at the
+    beginning and at the end, so that nobody waits for it), and are stored.
     Afterwards all is as with what is stored.
     """
 
@@ -79,7 +80,8 @@ class LiveStream(ActivationStream):
 
     def _extracted(self, draw: np.random.Generator) -> Iterator[Any]:
         options = self._options
-        buffer = Buffer(options.batch_size, LIVE_BATCHES if options.shuffle else 1, draw if options.shuffle else None)
+        total = self._extraction.tokens
+        buffer = Buffer(options.batch_size, LIVE_BATCHES, draw if options.shuffle else None, total)
         for numbers, vectors in buffer.batches(self._extraction.chunks(), drop_last=options.drop_last):
             delivered, ready = self._delivered({site: tensors.to_tensor(array) for site, array in vectors.items()})
             await_copy(ready, options.device)
