@@ -69,26 +69,31 @@ def command(
         raise click.UsageError(f"--out {out}: expected a name that ends with {' or '.join(_SUFFIXES)}.")
     if not path.absolute().parent.is_dir():
         raise click.UsageError(f"--out {out}: there is no folder {path.parent}.")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise click.UsageError(f"--out {out}: {path.absolute().parent} may not be written to. Name another folder.")
     asked = read_prompts(files, (), column=column) if files else None
-    found = fetch_dataset_metadata(repo, revision=revision)
-    # The same commit, whatever is pushed meanwhile.
-    loaded = load_activations(
-        repo,
-        prompts=asked,
-        layers=_layers(layers),
-        pooling=None if pooling == "none" else pooling,
-        return_labels=labels,
-        site=site,
-        revision=found.commit,
-    )
-    values, given = loaded if labels else (loaded, None)
-    prompts = found.prompts if asked is None else asked
-    arrays = _arrays(values, site)
-    if path.suffix == ".npz":
-        _write_npz(path, arrays, prompts, given)
-    else:
-        said = {"dataset": found.dataset, "commit": found.commit, "model": found.model_name}
-        _write_safetensors(path, arrays, {**said, "site": site, "pooling": pooling}, prompts, given)
+    try:
+        found = fetch_dataset_metadata(repo, revision=revision)
+        # The same commit, whatever is pushed meanwhile.
+        loaded = load_activations(
+            repo,
+            prompts=asked,
+            layers=_layers(layers),
+            pooling=None if pooling == "none" else pooling,
+            return_labels=labels,
+            site=site,
+            revision=found.commit,
+        )
+        values, given = loaded if labels else (loaded, None)
+        prompts = found.prompts if asked is None else asked
+        arrays = _arrays(values, site)
+        if path.suffix == ".npz":
+            _write_npz(path, arrays, prompts, given)
+        else:
+            said = {"dataset": found.dataset, "commit": found.commit, "model": found.model_name}
+            _write_safetensors(path, arrays, {**said, "site": site, "pooling": pooling}, prompts, given)
+    except KeyboardInterrupt:
+        raise click.ClickException(f"stopped, and {out} is as it was. The same command begins anew.") from None
     written = path.stat().st_size
     if as_json:
         shapes = {name: list(array.shape) for name, array in arrays.items()}
@@ -149,9 +154,17 @@ def _write_safetensors(
 @contextlib.contextmanager
 def _replaced(path: Path) -> Iterator[Path]:
     """A name beside `path` that takes its place when the block ends well."""
+    from safetensors import SafetensorError
+
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        reason = os.strerror(number) if number else str(error)
+        raise click.ClickException(
+            f"--out {path} cannot be written ({reason}): name another place, or make room. It is as it was."
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)

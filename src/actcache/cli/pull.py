@@ -71,20 +71,23 @@ def command(
     from actcache.store.default import store_at
 
     where = store_at(store)
-    space, prompts = pull(
-        where,
-        repo,
-        tensors=tensors,
-        layers=layers,
-        target_prompts=read_prompts(files, (), column=column) if files else None,
-        overwrite=overwrite,
-        token=None,
-        materialize=materialize,
-        num_workers=num_workers,
-        show=None,
-        trust_names=trust_names,
-        revision=revision,
-    )
+    try:
+        space, prompts = pull(
+            where,
+            repo,
+            tensors=tensors,
+            layers=layers,
+            target_prompts=read_prompts(files, (), column=column) if files else None,
+            overwrite=overwrite,
+            token=None,
+            materialize=materialize,
+            num_workers=num_workers,
+            show=None,
+            trust_names=trust_names,
+            revision=revision,
+        )
+    except KeyboardInterrupt:
+        raise click.ClickException("stopped. What has come is kept; the same command goes on from there.") from None
     pulled, said = space.identity["pulled"], space.label["pulled"]
     if as_json:
         print_json(

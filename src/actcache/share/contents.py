@@ -20,9 +20,8 @@ from actcache.share.format import VERSION as FORMAT_VERSION
 from actcache.share.index_file import Index
 from actcache.share.selection import Selection
 from actcache.share.shard_files import Shards
-from actcache.share.staging import Staged
+from actcache.share.staging import Staged, writing_to
 from actcache.share.target import Target
-from actcache.store.files import translated
 
 _AT_ONCE = 10_000
 
@@ -93,7 +92,7 @@ class Contents:
             "provenance": provenance,
         }
         index, readme = folder / "index.parquet", folder / CARD
-        with translated(folder):
+        with writing_to(folder):
             self._index.write(index, described, own)
             readme.write_text(self._card(provenance), encoding="utf-8")
         return {CARD: readme, INDEX: index}

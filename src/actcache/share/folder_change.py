@@ -22,9 +22,9 @@ from actcache.progress import progress
 from actcache.share.change import Change, damaged, made
 from actcache.share.exchange import change_places, drop_aside, staging_root
 from actcache.share.format import INDEX
-from actcache.share.staging import Staging
+from actcache.share.staging import Staging, writing_to
 from actcache.share.target import intact, sync_tree
-from actcache.store.files import log, translated
+from actcache.store.files import log
 
 _ROOM = 16 << 20
 _FICLONE = 0x40049409
@@ -52,7 +52,7 @@ def apply(change: Change, folder: Path, before: Snapshot, *, doing: str) -> str:
             raise _changed(folder)
         _make(change, staging, doing, folder)
         small = change.finish(staging.done)
-        with translated(real):
+        with writing_to(real):
             _add_small(real, staging.files, small)
             _link_others(real, staging.files, {*staging.done, *small, *change.removed, *change.used})
             sync_tree(staging.files)
@@ -151,7 +151,7 @@ def _make(change: Change, staging: Staging, doing: str, folder: Path) -> None:
             (staging.files / path).unlink()
     left = [file for file in change.files if file.path not in staging.done]
     needed = sum(file.nbytes for file in left) + max((layer.aside_bytes for layer in change.layers), default=0)
-    with translated(staging.folder, needed):
+    with writing_to(staging.folder, needed):
         free = shutil.disk_usage(staging.folder).free
     if free < needed + _ROOM:
         raise DiskFullError(f"{staging.folder} needs {needed:,} bytes for the new files, and {free:,} are free.")

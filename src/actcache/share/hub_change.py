@@ -14,9 +14,9 @@ from actcache.progress import progress
 from actcache.share.change import AT_ONCE, Change, damaged, made
 from actcache.share.format import CARD
 from actcache.share.hub_target import HubTarget, quiet_client
-from actcache.share.staging import Staged, Staging
+from actcache.share.staging import Staged, Staging, writing_to
 from actcache.share.transfer import needs_plain_requests
-from actcache.store.files import log, translated
+from actcache.store.files import log
 
 _ROOM = 16 << 20
 
@@ -99,7 +99,7 @@ def _send(change: Change, target: _Target, staging: Staging) -> None:
 
 
 def _check_room(folder: Path, needed: int) -> None:
-    with translated(folder, needed):
+    with writing_to(folder, needed):
         free = shutil.disk_usage(folder).free
     if free < needed + _ROOM:
         raise DiskFullError(

@@ -41,8 +41,8 @@ from actcache.share.source import open_source
 from actcache.share.split import Split, SplitLayer
 from actcache.store.files import log
 
+# Files of 1.0, with all layers of a shard.
 _TOGETHER_FILES = "tensors/hidden_layers_{shard:03d}.safetensors"
-"""Files of 1.0, with all layers of a shard."""
 
 
 def migrate_dataset(
@@ -155,7 +155,7 @@ class Job:
     def planned(self) -> Iterator[Plan]:
         """The plan; what it needs on disk is there as long as the block runs."""
         source = open_source(self._repo_id, token=self.token)
-        before = {} if self.folder is None else folder_change.snapshot(self.folder)
+        before = folder_change.snapshot(self.folder) if self.folder is not None and self.folder.is_dir() else {}
         index = Index(source)
         name = index.source.name
         url = str(self.folder) if self.folder is not None else hub_change.address(name)

@@ -131,6 +131,10 @@ def push_dataset(
     target: Target
     if folder is not None:
         target = Folder(folder, exist_ok=exist_ok)
+        if private:
+            log.warning(
+                "%s: private=True is for repositories of the Hub; who may read a folder its permissions say", folder
+            )
     else:
         target = HubTarget(str(repo_id), token=token, private=bool(private), exist_ok=exist_ok, num_threads=workers)
         target.keep_out(description, "description")

@@ -198,6 +198,8 @@ class _Download(Stream):
             return DatasetNotFoundError(f"{name} has no file {self._path}.")
         if code == "RevisionNotFound":
             wanted = self._repository.revision
+            if wanted is None:
+                return DatasetNotFoundError(f"dataset {name!r} is empty on the Hub: nothing was ever pushed to it.")
             return DatasetNotFoundError(
                 f"dataset {name!r} has no revision {wanted!r} on the Hub: expected a branch, a tag or a commit of it."
             )

@@ -8,6 +8,7 @@ they have arrived (`sent`); what is not listed is made or sent again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,13 +19,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actcache.errors import DatasetAccessError, DiskFullError
+from actcache.errors import ActCacheError, DatasetAccessError, DiskFullError
 from actcache.share.shard_files import ShardFile
-from actcache.store.files import log, translated
+from actcache.store.files import DENIED, FULL, log
 
 _DONE, _SENT, _LOCK = "done.jsonl", "sent.jsonl", "lock"
 _ROOM = 16 << 20
 """What is left free beside what is staged: index, card, the file system's own."""
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path, needed: int = 0, *, absent: bool = False) -> Iterator[None]:
+    """Turn errors of the operating system inside the block into ours, naming `folder` and what to do; those of folders
+    that are not there only where `absent`, since files of a store may go meanwhile."""
+    try:
+        yield
+    except ActCacheError:
+        raise
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        if error.errno in FULL:
+            raise DiskFullError(
+                f"no room in {folder} for {needed:,} more bytes ({reason}): free space there, or raise the quota."
+            ) from error
+        if error.errno in DENIED or (absent and error.errno == errno.ENOENT):
+            raise DatasetAccessError(
+                f"cannot write to {folder} ({reason}): change its permissions, or choose another place."
+            ) from error
+        raise
 
 
 @dataclass(frozen=True)
@@ -64,7 +86,7 @@ class Staging:
         return self._mine
 
     def __enter__(self) -> Staging:
-        with translated(self._root):
+        with writing_to(self._root, absent=True):
             self._root.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
             self.sent_before = {(s.path, s.sha256) for s in self._of_this_target(_SENT)}
@@ -126,7 +148,7 @@ class Staging:
             return self.done[shard.path]
         file = self.files / shard.path
         temporary = file.with_name(f"{file.name}.making")
-        with self._translated(shard.nbytes):
+        with self._written(shard.nbytes):
             file.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as out:
                 sha256 = shard.write(out)
@@ -153,7 +175,7 @@ class Staging:
 
     def check_room(self, needed: int) -> None:
         """`DiskFullError` unless there is room for so many more bytes."""
-        with self._translated(needed):
+        with self._written(needed):
             free = shutil.disk_usage(self.folder).free
         if free < needed + _ROOM:
             raise DiskFullError(
@@ -171,12 +193,12 @@ class Staging:
             yield from self._read(folder / name)
             yield from self._read(folder / "before.jsonl")
 
-    def _translated(self, needed: int) -> Any:
-        return translated(self.folder, needed)
+    def _written(self, needed: int) -> Any:
+        return writing_to(self.folder, needed)
 
     def _note(self, name: str, staged: Staged) -> None:
         line = json.dumps([staged.path, staged.size, staged.sha256]) + "\n"
-        with self._translated(len(line)):
+        with self._written(len(line)):
             fd = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
                 os.write(fd, line.encode())

@@ -13,8 +13,8 @@ from actcache.errors import DatasetExistsError, OptionError
 from actcache.share.exchange import recover
 from actcache.share.format import INFO
 from actcache.share.location import folder_exists
-from actcache.share.staging import Staged, Staging
-from actcache.store.files import make_folder, sync_folder, translated
+from actcache.share.staging import Staged, Staging, writing_to
+from actcache.store.files import make_folder, sync_folder
 
 _OF_A_DATASET = ("tensors/", "index/")
 _OLD_FILES = (INFO, "_stage_complete")
@@ -96,7 +96,7 @@ class Folder(Target):
             )
 
     def begin(self, paths: Sequence[str]) -> None:
-        with translated(self.folder):
+        with writing_to(self.folder):
             make_folder(self.folder.parent)
 
     def has(self, staged: Staged) -> bool:
@@ -110,7 +110,7 @@ class Folder(Target):
         return []
 
     def finish(self, small: Mapping[str, Path], wanted: Sequence[str], staging: Staging) -> None:
-        with translated(self.folder):
+        with writing_to(self.folder):
             for path, file in small.items():
                 if file != staging.files / path:
                     (staging.files / path).parent.mkdir(parents=True, exist_ok=True)

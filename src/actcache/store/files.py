@@ -42,7 +42,9 @@ ELSEWHERE = (BackendError, StoreAccessError, DiskFullError)
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Errors of a disk that has no room."""
 
-_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
+DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
+"""Errors of a place that may not be written to, or is none."""
+
 _TEMP_GRACE_S = 60.0
 _TEMP_OLD_S = 24 * 3600.0
 _LOCAL = {0xEF53, 0x58465342, 0x9123683E, 0x01021994, 0x794C7630, 0x2FC12FC1, 0xF2F52010, 0xCA451A4E}
@@ -65,7 +67,7 @@ def translated(folder: Path, needed: int = 0) -> Iterator[None]:
                 f"no room in {folder} for {needed:,} more bytes ({os.strerror(error.errno)}): free space there, "
                 "raise the quota, or choose another folder with ACTCACHE_DIR or set_cache_backend(path)"
             ) from error
-        if error.errno in _DENIED:
+        if error.errno in DENIED:
             raise access_error(folder, error) from error
         raise
 
