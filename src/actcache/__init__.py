@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from actcache.probing.difference import mean_difference
     from actcache.probing.probe import probe_by_layer
     from actcache.probing.report import ProbeReport
+    from actcache.report import plot
     from actcache.selftest.report import SelftestReport
     from actcache.selftest.run import selftest
     from actcache.share.load import load_activation_dataset, load_activations
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
 _PUBLIC: dict[str, tuple[str, str]] = {
     "__version__": ("_version", "__version__"),
     "errors": ("errors", ""),
+    "plot": ("report.plot", ""),
     "ActCacheError": ("errors", "ActCacheError"),
     # One forward pass
     "capture": ("capture", ""),  # the room itself, which is callable: see there
@@ -240,6 +242,7 @@ __all__ = [
     "migrate_dataset",
     "new_space",
     "patch",
+    "plot",
     "probe_by_layer",
     "pull_dataset",
     "push_dataset",

@@ -21,14 +21,19 @@ _NOTEBOOK_CELLS = 20_000
 _STRONG = 0.66
 
 
+def script() -> str:
+    """The only script that is in a page."""
+    return _file("lens.js")
+
+
 def page(lens: LogitLens, prompts: Sequence[int] | None = None, *, title: str | None = None, note: str = "") -> str:
     """The whole document, of some `prompts` or (None) of all. Whatever tokens are made of, they are text in it."""
     numbers = range(len(lens.mask)) if prompts is None else prompts
     numbers = [i for i in numbers if lens.layers and bool(lens.mask[i].any())]
     heading = html.escape(visible(title) if title else f"Logit lens of {lens.site}")
-    script = _file("lens.js") if numbers else ""
+    code = script() if numbers else ""
     # Nothing but this script runs, and nothing is fetched.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     about = (
         f"Each row is a {'kept position, of those that were chosen' if lens.kept else 'position of the prompt'}"
@@ -62,7 +67,7 @@ def page(lens: LogitLens, prompts: Sequence[int] | None = None, *, title: str | 
             '<aside class="details" id="details" role="status" aria-live="polite" aria-label="details" hidden></aside>',
             "</div>",
             f'<script type="application/json" id="data">{_json(_data(lens, numbers))}</script>',
-            f"<script>{script}</script>",
+            f"<script>{code}</script>",
         ]
     return "\n".join([*(part for part in parts if part), "</body>", "</html>", ""])
 
@@ -102,10 +107,6 @@ def visible(text: str) -> str:
         else:
             shown.append(char)
     return "".join(shown)
-
-
-def _file(name: str) -> str:
-    return files("actcache.capture").joinpath(name).read_text(encoding="utf-8")
 
 
 def _prompt_chooser(lens: LogitLens, numbers: list[int]) -> str:
@@ -214,3 +215,7 @@ def _json(value: Any) -> str:
     """JSON that ends no element, whatever strings are in it."""
     made = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return made.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _file(name: str) -> str:
+    return files("actcache.capture").joinpath(name).read_text(encoding="utf-8")

@@ -31,6 +31,7 @@ VERBS = {
     "migrate": "Give last tokens of a dataset files of their own.",
     "upgrade": "Bring a dataset of format 1.x to 2.0.",
     "dataset-info": "Say what a dataset of the Hub or in a folder holds.",
+    "report": "Write one HTML page about the store or a dataset.",
     "sites": "List the places of a model that can be read.",
     "selftest": "Prove on this machine that a model's activations are right.",
     "verify": "Check every byte of the store, or repair it.",

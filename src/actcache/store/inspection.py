@@ -25,6 +25,7 @@ from actcache.store.eviction import bytes_on_disk
 from actcache.store.index import SpaceIndex
 from actcache.store.indexes import Indexes
 from actcache.store.keys import Ints
+from actcache.store.last_reads import last_reads
 from actcache.store.locations import place_of
 from actcache.store.lookup import Query, locate
 from actcache.store.numbered import NumberedRows, numbered
@@ -111,6 +112,10 @@ class Inspection(ABC):
     def everything(self, space: str | SpaceInfo) -> Placement:
         """The prompts that `prompts` gives, as where they are: `Placement.prompts` reads some of them."""
         return reports.stored_places(self._index(self._space(space)))
+
+    def last_reads(self, space: str | SpaceInfo) -> tuple[Placement, Ints]:
+        """The prompts of a space, and when each was last read: int64 ``[n]``, nanoseconds since the epoch."""
+        return last_reads(self._index(self._space(space)))
 
     def imports_of(self, model_name: str) -> list[tuple[str, list[str]]]:
         """The spaces imported under a model's name, newest first, each with the text contexts it has."""
