@@ -35,6 +35,18 @@ def test_load_writes_what_the_function_returns(cli: Cli, tmp_path, suffix):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([out.name, "set"]), "nothing else is left"
 
 
+def test_texts_that_no_array_of_texts_can_hold(cli: Cli, tmp_path):
+    made = make(tmp_path / "set", labels=["a\0", *["b"] * 10])
+    made.columns["text"][4] = "ends in zeros\0\0"
+    made.write()
+    status, _, error = cli("load", str(made.folder), "--out", str(tmp_path / "a.npz"), "--no-labels")
+    assert status == 2 and "NUL character" in error and not (tmp_path / "a.npz").exists()
+    assert cli("load", str(made.folder), "--out", str(tmp_path / "a.safetensors"))[0] == 0
+    with safe_open(tmp_path / "a.safetensors", "np") as file:
+        assert json.loads(file.metadata()["prompts"]) == made.columns["text"]
+        assert json.loads(file.metadata()["labels"]) == made.columns["label"]
+
+
 def test_load_takes_prompts_in_the_order_of_a_file(cli: Cli, tmp_path):
     made = make(tmp_path / "set", "1.1 full")
     (tmp_path / "p.txt").write_text(f"{made.texts[7]}\n{made.texts[0]}\n")

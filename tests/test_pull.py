@@ -569,7 +569,7 @@ def refused(made, store, named, **options):
         (lambda t: t.update(label=dict(t["hidden_layers"])), "cannot be called 'label'"),
         (lambda t: t.update(pulled=dict(t["hidden_layers"])), "cannot be called 'pulled'"),
         (lambda t: t.update(perplexity=dict(t["hidden_layers"])), "cannot be called 'perplexity'"),
-        (lambda t: t.update(resid_post=dict(t["hidden_layers"])), "two of its tensors are 'resid_post.0'"),
+        (lambda t: t.update(resid_post=dict(t["hidden_layers"])), "both the site 'resid_post'"),
         (lambda t: t.update({"x.scale": dict(t["hidden_layers"])}), "cannot be called 'x.scale'"),
     ],
 )

@@ -108,6 +108,10 @@ def test_the_oldest_called_tensors_by_another_name():
         (("tensors", "hidden_layers", "file_pattern"), "{shard:03d}{.safetensors", "no pattern"),
         (("tensors", "hidden_layers", "file_pattern"), 7, "no pattern"),
         (("tensors", "hidden_layers", "key_pattern"), "{other}", "no pattern"),
+        (("tensors", "hidden_layers", "key_pattern"), "hidden", "names no layer.* 2 layers"),
+        (("tensors", "hidden_layers", "key_pattern"), "{shard}{layer}", "nothing but digits between"),
+        (("tensors", "hidden_layers", "file_pattern"), "{layer}{shard}.safetensors", "nothing but digits between"),
+        (("tensors", "hidden_layers", "file_pattern"), "{layer:02d}0{shard}.safetensors", "nothing but digits between"),
     ],
 )
 def test_what_metadata_may_not_say_is_refused_by_name(path, value, named):

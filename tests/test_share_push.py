@@ -75,6 +75,27 @@ def push(store, folder, prompts=TEXTS, model=MODEL, **options):
     return Published(folder)
 
 
+def test_what_is_given_as_ids_is_published_as_ids(store, tmp_path):
+    space = new_space(store)
+    fill_pooled(store, space, range(6))
+    ids = [table([i]).tokens(0).tolist() for i in range(6)]
+    given = [text(0), ids[1], text(2), ids[3]]
+    ac.push_dataset(tmp_path / "set", MODEL, given, store=store, labels=[0, 1, 2, 3], shuffle=False)
+    made = Published(tmp_path / "set")
+    assert [row["text"] for row in made.index] == [text(0), str(ids[1]), text(2), str(ids[3])]
+    assert [row["prompt_kind"] for row in made.index] == ["text", "ids", "text", "ids"]
+    assert [row["token_ids"] for row in made.index] == ids[:4] and [row["label"] for row in made.index] == [0, 1, 2, 3]
+    assert text(1) not in (tmp_path / "set" / INDEX).read_bytes().decode("latin-1")
+    assert ac.fetch_dataset_metadata(tmp_path / "set").prompts == given
+    found = ac.load_activations(tmp_path / "set", prompts=[ids[3], text(0)], layers=[1], show_progress=False)
+    assert np.array_equal(found[1], np.stack([rows(i, "resid_post.1")[-1] for i in (3, 0)]))
+    with pytest.raises(NotCachedError, match="has no prompt"):
+        ac.load_activations(tmp_path / "set", prompts=[text(1)], show_progress=False)
+    # Whose text is what all of them are known by.
+    ac.push_dataset(tmp_path / "all", MODEL, None, store=store)
+    assert {row["text"] for row in Published(tmp_path / "all").index} == {text(i) for i in range(6)}
+
+
 class TestPooled:
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
     def test_every_row_is_the_stored_one(self, store, space, tmp_path, dtype):

@@ -128,9 +128,12 @@ def _write_npz(path: Path, arrays: dict[str, npt.NDArray[Any]], prompts: Any, la
     import numpy as np
 
     longest = max(map(len, prompts))
-    if (labels is not None and labels.dtype == object) or 4 * longest * len(prompts) > 1 << 30:
+    # An array of texts loses zeros at their ends, and has no room for anything but texts.
+    plain = all(isinstance(prompt, str) and not prompt.endswith("\0") for prompt in prompts)
+    if (labels is not None and labels.dtype == object) or not plain or 4 * longest * len(prompts) > 1 << 30:
         raise click.UsageError(
-            f"--out {path}: some prompts have no label, or are very long, which only a .safetensors file holds."
+            f"--out {path}: some prompts have no label, are no texts, are very long, or end in a NUL character, which "
+            "only a .safetensors file holds."
         )
     named = {"prompts": np.array(prompts, np.str_), **({} if labels is None else {"labels": labels}), **arrays}
     with _replaced(path) as temporary, temporary.open("wb") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections import OrderedDict
@@ -20,15 +19,15 @@ from actcache.errors import (
     ValueOverflowError,
 )
 from actcache.share.checksums import DamagedFileError
-from actcache.share.folder import Folder
-from actcache.share.format import INDEX, INFO, TensorGroup
+from actcache.share.format import TensorGroup
 from actcache.share.index import Index
 from actcache.share.index_prompts import lengths_of, results_of
 from actcache.share.location import local_folder
 from actcache.share.offered import Column, Offered
 from actcache.share.rows import Ints, Runs, every_row, one_row
 from actcache.share.shards import ShardReader
-from actcache.share.source import Source, open_source
+from actcache.share.source import open_source
+from actcache.share.unchanged import check_unchanged, files_of
 from actcache.store.dtypes import FLOATING, common_dtype
 from actcache.store.files import log
 from actcache.store.locks import exclusive
@@ -82,8 +81,7 @@ class Dataset:
         runs = self.runs(group, layout).take(rows)
         for members in _slices(runs, self._row_bytes(reader, runs, columns), most):
             part = runs.take(members)
-            count = int(part.length.sum())
-            made = {c.site: np.empty((count, width), kind) for c, width, kind in self._shapes(reader, part, columns)}
+            made = self._room(reader, part, columns, most)
             reader.read(part, [(c.layer, c.key, made[c.site]) for c in columns])
             if self.index.source.stop.is_set():
                 # Whoever stopped it left rows that nobody has read.
@@ -92,6 +90,14 @@ class Dataset:
                 if column.site.endswith(".indices"):
                     made[column.site] = self._indices(column, made[column.site])
             yield members, made
+
+    def _room(self, reader: ShardReader, part: Runs, columns: Sequence[Column], most: int) -> dict[str, Array]:
+        """New arrays for the rows of `part`, by site. What is more than `most` bytes is not taken on trust."""
+        count, shapes = int(part.length.sum()), self._shapes(reader, part, columns)
+        nbytes = count * sum(width * kind.itemsize for _, width, kind in shapes)
+        if nbytes > most:
+            reader.verify(np.unique(part.shard).tolist(), [(column.layer, column.key) for column in columns])
+        return {column.site: np.empty((count, width), kind) for column, width, kind in shapes}
 
     def verify(self, column: Column) -> None:
         """Check that the files of a column hold as many rows as the dataset says."""
@@ -110,13 +116,13 @@ class Dataset:
     def of_file(self, path: str) -> Ints:
         """The rows of the index of which anything is in a file."""
         found = np.zeros(self.index.num_rows, bool)
-        for (name, _), runs in self._runs.items():
-            group = self.index.description.tensors[name]
-            layers = [column.layer for column in self.offered.columns.values() if column.group is group]
-            for number, shard in enumerate(group.shards):
-                if shard.rows and path in {group.file(number, layer) for layer in layers}:
-                    first = np.searchsorted(runs.offset, np.flatnonzero(runs.shard == number), side="right") - 1
-                    found[first] = True
+        for group in {c.group.name: c.group for c in self.offered.columns.values() if c.group is not None}.values():
+            holds = [number for number, _, file in files_of(group) if file == path]
+            if holds:
+                # Whatever other processes have read of it, in whichever layout, is among these.
+                runs = self.runs(group, TOKENS if group.pooling is None else group.pooling)
+                first = np.searchsorted(runs.offset, np.flatnonzero(np.isin(runs.shard, holds)), side="right") - 1
+                found[first] = True
         return np.flatnonzero(found)
 
     def _reader(self, group: TensorGroup) -> ShardReader:
@@ -225,24 +231,6 @@ def _what(info: SpaceInfo) -> str:
     return f"{pulled['dataset']} (pulled at {str(pulled['commit'])[:12]})"
 
 
-def fingerprint(source: Source, offered: Offered) -> str:
-    """What stands for the commit of a folder: the names, sizes and times of its files."""
-    assert isinstance(source, Folder)
-    # What the JSON of 1.x says of the files decides what their rows are.
-    paths = {INDEX, INFO}
-    for column in offered.columns.values():
-        if column.group is not None:
-            paths |= {column.group.file(n, column.layer) for n, s in enumerate(column.group.shards) if s.rows}
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        try:
-            status = os.stat(source.folder / path)
-            digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
-        except OSError:
-            digest.update(f"{path} is not there\n".encode())
-    return digest.hexdigest()[:40]
-
-
 # -- fetching --------------------------------------------------------------------------------------------
 
 
@@ -272,7 +260,7 @@ def fetch(
                 dataset = _opened(info)
             missing = _missing(store, info, table, sites, layout)
             told(lacking - _count(missing))
-            _check_unchanged(info, dataset)
+            check_unchanged(info, dataset.index.source, dataset.offered)
             for members, absent in missing:
                 _fetch(store, info, dataset, table.select(members), absent, layout, told)
     except BaseException as error:
@@ -314,15 +302,6 @@ def _count(missing: Sequence[tuple[Ints, Sequence[str]]]) -> int:
     return sum(len(members) for members, _ in missing)
 
 
-def _check_unchanged(info: SpaceInfo, dataset: Dataset) -> None:
-    source, commit = dataset.index.source, info.identity["pulled"]["commit"]
-    if isinstance(source, Folder) and fingerprint(source, dataset.offered) != commit:
-        raise DatasetFormatError(
-            f"{source.name} was changed since it was pulled: pull it again, and drop what was pulled before with "
-            "overwrite=True."
-        )
-
-
 def _fetch(
     store: Store, info: SpaceInfo, dataset: Dataset, table: PromptTable, sites: Sequence[str], layout: str, told: Told
 ) -> None:
@@ -344,13 +323,17 @@ def _fetch(
                 order = np.argsort(rows, kind="stable")
                 for records in results_of(dataset.index, rows[order], table.select(order)):
                     if set(records.data) & {column.site for column in columns}:
+                        check_unchanged(info, dataset.index.source, dataset.offered)
                         writer.put(records)
                 continue
             _check_lengths(info, dataset, columns, rows, table, layout)
             for members, data in dataset.read(rows, columns, layout):
                 prompts = table.select(members)
                 records = Records.tokens(prompts, data) if layout == TOKENS else Records.pooled(prompts, layout, data)
-                writer.put(_screened(store, info, records))
+                records = _screened(store, info, records)
+                # What was read after somebody had begun to change the files is not what was pulled.
+                check_unchanged(info, dataset.index.source, dataset.offered)
+                writer.put(records)
                 told(len(members))
     log.info("fetched %d prompts of %s", len(table), info.pulled)
 

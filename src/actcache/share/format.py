@@ -41,6 +41,7 @@ _MOST = 1 << 62
 _MAX_WIDTH = 1 << 28
 _MAX_LAYERS = 1 << 16
 _FIELD = re.compile(r"\{(layer|shard)(?::0(\d)d)?\}")
+_JOINED = re.compile(r"\}\d*\{")
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
 
 
@@ -151,7 +152,11 @@ def describe(metadata: Any, where: str) -> Description:
         raise DatasetFormatError(f"{where}: its metadata names no tensors.")
     prompts = _number(metadata.get("num_prompts"), f"{where}: num_prompts", _MOST)
     tensors = {key: _group(key, value, f"{where}: {key:.60}") for key, value in given.items()}
+    named: dict[str, str] = {}
     for group in tensors.values():
+        if group.site in named:
+            raise DatasetFormatError(f"{where}: {named[group.site]} and {group.name} are both the site {group.site!r}.")
+        named[group.site] = group.name
         placed = sum(shard.prompts for shard in group.placed)
         if placed != prompts:
             raise DatasetFormatError(
@@ -187,7 +192,7 @@ def _group(name: str, given: Any, where: str) -> TensorGroup:
     pooling = None if whole else given.get("pooling")
     if not whole and not isinstance(pooling, str):
         raise DatasetFormatError(f"{where}: pooling is {pooling!r:.60}, and it is no {FULL_SEQUENCE}.")
-    files, keys = _patterns(name, given, where)
+    files, keys = _patterns(name, given, len(layers), where)
     shards = _shards(given.get("shards"), files, whole, where)
     last = _number(given.get("last_token_shards", 0), f"{where}: last_token_shards", len(shards))
     if last and not whole:
@@ -200,8 +205,9 @@ def _group(name: str, given: Any, where: str) -> TensorGroup:
     return TensorGroup(name, layers, dim, pooling, shards, last, files, keys, given)
 
 
-def _patterns(name: str, given: Mapping[str, Any], where: str) -> tuple[str | None, str | None]:
-    """The patterns of files and keys, those of the published layout where none are given."""
+def _patterns(name: str, given: Mapping[str, Any], layers: int, where: str) -> tuple[str | None, str | None]:
+    """The patterns of files and keys, those of the published layout where none are given. The `layers` layers are
+    tensors of different names."""
     files = given.get("file_pattern")
     if files is None and name == HIDDEN and given.get("layout") == "per_layer":
         files = HIDDEN_FILES
@@ -213,8 +219,17 @@ def _patterns(name: str, given: Mapping[str, Any], where: str) -> tuple[str | No
             raise DatasetFormatError(
                 f"{where}: {what} {pattern!r:.80} is no pattern: braces may hold layer or shard, as in {{shard:03d}}."
             )
+        if _JOINED.search(pattern):
+            raise DatasetFormatError(
+                f"{where}: {what} {pattern!r:.80} has two numbers with nothing but digits between: several files or "
+                "tensors may have one name."
+            )
     if files is not None:
         check_path(expand(files, 0, 0), where)
+    if layers > 1 and keys is not None and "{layer" not in keys:
+        raise DatasetFormatError(
+            f"{where}: key_pattern {keys!r:.80} names no layer, as in {HIDDEN_KEYS}, and it has {layers:,} layers."
+        )
     return files, keys
 
 

@@ -276,7 +276,8 @@ def _all_rows(index: Index, group: TensorGroup, layers: Layers) -> dict[str, Arr
     if not filled:
         return {key: np.empty((0, group.dim or 0), np.float32) for layer in layers for key in keys[layer]}
     places = {(layer, key): reader.placed(filled[0], layer, key) for layer in layers for key in keys[layer]}
-    if sum(int(rows.sum()) * place.row_bytes for place in places.values()) > _LARGE:
+    # Numbers as large as a dataset may say add up to more than 64 bits.
+    if sum(rows.tolist()) * sum(place.row_bytes for place in places.values()) > _LARGE:
         reader.verify(filled, places)
     arrays = {at: np.empty((int(rows.sum()), place.width), place.dtype) for at, place in places.items()}
     reader.read(runs, [(layer, key, array) for (layer, key), array in arrays.items()])

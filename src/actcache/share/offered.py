@@ -16,6 +16,7 @@ from actcache.share.index_prompts import LOSSES_COLUMN, PERPLEXITIES
 from actcache.store.pulled import kind_of
 from actcache.store.records import COMPLETION, DERIVED, LABEL, METADATA, PULLED, SCALE, TOKENS, is_layout, is_result
 
+_MOST = 1 << 16
 _TAKEN = (TOKENS, DERIVED, COMPLETION, LABEL, METADATA, PULLED)
 
 
@@ -35,7 +36,7 @@ class Offered:
 
     Attributes:
         columns: by the names of sites in a store.
-        forms: of each kind of sites its layout.
+        forms: of each kind of sites its layout; where those of a kind differ in it, of each site.
     """
 
     def __init__(self, index: Index) -> None:
@@ -49,9 +50,17 @@ class Offered:
             self._add(PERPLEXITY, Column(PERPLEXITY, DERIVED))
             if LOSSES_COLUMN in index.columns:
                 self._add(PERPLEXITY, Column(TOKEN_NLL, TOKENS))
-        self.forms = {kind_of(site): column.layout for site, column in self.columns.items()}
+        layouts: dict[str, set[str]] = {}
+        for site, column in self.columns.items():
+            layouts.setdefault(kind_of(site), set()).add(column.layout)
+        self.forms = {
+            kind_of(site) if len(layouts[kind_of(site)]) == 1 else site: column.layout
+            for site, column in self.columns.items()
+        }
 
     def _add(self, tensor: str, column: Column) -> None:
+        if len(self.columns) == _MOST:
+            raise DatasetFormatError(f"{self.name}: its tensors have more than {_MOST:,} layers together.")
         if column.site in self.columns:
             raise DatasetFormatError(f"{self.name}: two of its tensors are {column.site!r}.")
         self.columns[column.site] = column
@@ -84,9 +93,9 @@ class Offered:
         numbers; None: all). OptionError and DatasetLayerError name what there is."""
         wanted = None if tensors is None else [tensors] if isinstance(tensors, str) else list(tensors)
         found: dict[str, Column] = {}
-        by_site = {
-            group: columns for columns in self._by_tensor.values() for group in {kind_of(c.site) for c in columns}
-        }
+        by_site: dict[str, list[Column]] = {}
+        for column in self.columns.values():
+            by_site.setdefault(kind_of(column.site), []).append(column)
         for name in self._by_tensor if wanted is None else wanted:
             columns = self._by_tensor.get(name) or by_site.get(name) or [*filter(None, [self.columns.get(name)])]
             if not columns:

@@ -11,7 +11,7 @@ import numpy as np
 
 from actcache.errors import DatasetAccessError, DatasetFormatError, OptionError
 from actcache.progress import progress
-from actcache.share.fetching import Dataset, fetch, fingerprint, remember
+from actcache.share.fetching import Dataset, fetch, remember
 from actcache.share.folder import Folder
 from actcache.share.index import Index
 from actcache.share.index_prompts import first_rows, lengths_of, results_of, said_of, table_of
@@ -19,6 +19,7 @@ from actcache.share.offered import Column, Offered
 from actcache.share.prompts import find_prompts
 from actcache.share.rows import Ints
 from actcache.share.source import open_source
+from actcache.share.unchanged import check_unchanged, fingerprint, state_of_index
 from actcache.store.default import store_at
 from actcache.store.files import log
 from actcache.store.locks import exclusive
@@ -119,6 +120,7 @@ def pull(
         raise OptionError("the limit of the store is 0, so that it keeps nothing: raise it (set_cache_limit) and pull.")
     source = open_source(repo_id, token=token, revision=revision)
     source.concurrency = num_workers or source.concurrency
+    before = state_of_index(source)
     index = Index(source)
     dataset = Dataset(index)
     columns = dataset.offered.choose(tensors, layers)
@@ -135,12 +137,15 @@ def pull(
     if index.num_rows and not len(table):
         raise OptionError(f"{source.name} has no prompts.")
     said, results = said_of(index, rows, table), results_of(index, rows, table)
+    if state_of_index(source) != before:
+        raise DatasetFormatError(f"{source.name} was changed while it was read: pull it again.")
     where.check_writable()
     where.open_space(info.identity, info.label)
     with exclusive(where.index_dir, f"pull-{info.space}", wait_s=_WAIT_S):
         if overwrite:
             _forget(where, info)
             where.open_space(info.identity, info.label)
+        check_unchanged(info, source, dataset.offered)
         _register(where, info, columns, rows, table, said, results, trust_names=trust_names)
     remember(info.space, dataset, token)
     if materialize:

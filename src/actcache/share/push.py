@@ -76,7 +76,7 @@ def push_dataset(
         repo_id: ``"org/name"`` on the Hub, or a folder: a `Path`, or a string that starts with ".", "/", "~", "file://".
         model_name: as it is stored, a Hub id or a folder. Of several variants of it `revision`, `dtype` (the model
             computed in) and `space` choose one.
-        prompts: texts, token ids or chats; None for all that are stored.
+        prompts: texts, token ids or chats, which are published as they are given here; None for all that are stored.
         labels: an int, a str or None for each prompt; None for those that are stored with them.
         metadata: a dict for each prompt, all with the same names, or a list for each name; columns keep the types of
             their values. None for what is stored with the prompts.

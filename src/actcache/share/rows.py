@@ -71,7 +71,8 @@ def one_row(index: Index, group: TensorGroup, *, first: bool = False) -> Runs:
 def every_row(index: Index, group: TensorGroup) -> Runs:
     """The rows of all tokens of each prompt, of a dataset of full sequences."""
     runs = _split(index, group) if _is_split(index, group) else _together(index, group)
-    wanted, held = int(runs.length.sum()), sum(shard.rows for shard in group.shards)
+    # Numbers as large as a dataset may say add up to more than 64 bits.
+    wanted, held = int(runs.length.sum(dtype=np.float64)), sum(shard.rows for shard in group.shards)
     if wanted > held:
         # Each token has a row of its own; shared, a few rows could become any number.
         raise index.wrong(f"its prompts have {wanted:,} tokens, and the shards of {group.name} {held:,} rows")

@@ -17,6 +17,7 @@ from actcache.share.stored_prompts import StoredPrompts, StoredTable
 from actcache.store.asking import Located
 from actcache.store.default import model_label, one_variant
 from actcache.store.files import log
+from actcache.store.prompts import IDS
 from actcache.store.records import COMPLETION, DERIVED, TOKENS, is_result
 from actcache.store.site_names import LAST, logits_of
 from actcache.store.tensors import kind_of
@@ -327,7 +328,11 @@ class _Finder:
             token_nll = self._located(TOKEN_NLL, TOKENS, prompts)
         first = groups[0].located if groups else logits[1].located if logits else None
         assert first is not None
-        table = StoredTable(token_nll if token_nll is not None and token_nll.found.all() else first)
+        # Whoever has given ids looks for ids, and may not want to publish the text.
+        bare = None
+        if isinstance(prompts, list):
+            bare = np.array([kind_of(prompt)[0] == IDS for prompt in prompts], bool)
+        table = StoredTable(token_nll if token_nll is not None and token_nll.found.all() else first, bare)
         return Selection(self.space, given, groups, logits, perplexity, token_nll, table, self.left_out)
 
 

@@ -57,9 +57,10 @@ class StoredTable:
     `text_context` as in `PromptTable`, "" where there are several.
     """
 
-    def __init__(self, located: Located) -> None:
+    def __init__(self, located: Located, bare: npt.NDArray[np.bool_] | None = None) -> None:
+        """`bare`: which of the prompts were given as token ids, and are no texts, whatever is stored of them."""
         self._placements = located.placements
-        self._owner, self._local = located.owner, located.local
+        self._owner, self._local, self._bare = located.owner, located.local, bare
         count = len(self._owner)
         self.kind = np.zeros(count, np.uint8)
         self.lengths = np.zeros(count, np.int32)
@@ -83,6 +84,7 @@ class StoredTable:
         other = object.__new__(StoredTable)
         other._placements, other.text_context = self._placements, self.text_context
         other._owner, other._local = self._owner[order], self._local[order]
+        other._bare = None if self._bare is None else self._bare[order]
         other.kind, other.lengths, other.known = self.kind[order], self.lengths[order], self.known[order]
         return other
 
@@ -99,7 +101,8 @@ class StoredTable:
                 order.append(members[ascending])
         if not tables:
             return PromptTable.build([])
-        return PromptTable.concatenate(tables, mixed=True).select(np.argsort(np.concatenate(order), kind="stable"))
+        table = PromptTable.concatenate(tables, mixed=True).select(np.argsort(np.concatenate(order), kind="stable"))
+        return table if self._bare is None else table.by_ids(self._bare[start:stop])
 
     def parts(self) -> Iterator[tuple[int, PromptTable]]:
         """All of them, some at a time, with the number of the first."""

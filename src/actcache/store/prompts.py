@@ -219,13 +219,17 @@ class PromptTable:
             return None
         return self.text[self.text_offset[i] : self.text_offset[i + 1]].tobytes().decode("utf-8", "surrogatepass")
 
-    def by_ids(self) -> PromptTable:
-        """The same prompts by their token ids alone; texts are left where the keys need them."""
-        kinds: Bytes = np.full(len(self), IDS, np.uint8)
-        texts: list[str | None] = [None] * len(self)
-        for i in needs_text(self.token_ids, self.token_offset, self.kind).tolist():
-            kinds[i], texts[i] = self.kind[i], self.text_of(i)
-        return PromptTable.build([self.tokens(i) for i in range(len(self))], texts, kinds, self.text_context)
+    def by_ids(self, which: npt.NDArray[np.bool_] | None = None) -> PromptTable:
+        """The same prompts, those of the mask `which` (default: all) by their token ids alone; texts are left where the
+        keys need them."""
+        keep = np.zeros(len(self), bool) if which is None else ~which
+        keep[needs_text(self.token_ids, self.token_offset, self.kind)] = True
+        kind = np.where(keep, self.kind, np.uint8(IDS))
+        text, _ = gather_ragged(self.text, self.text_offset, np.flatnonzero(keep))
+        return PromptTable(
+            self.token_ids, self.token_offset, kind, text, offsets(np.where(keep, np.diff(self.text_offset), 0)),
+            self.text_context if kind.any() else "", self.token_key, self.text_key * keep[:, None],
+        )  # fmt: skip
 
     def select(self, indices: npt.ArrayLike) -> PromptTable:
         """The prompts at `indices` (integers or a boolean mask), in that order."""

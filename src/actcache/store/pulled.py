@@ -42,7 +42,8 @@ class Pulled:
     """A space that was pulled, and may answer.
 
     Attributes:
-        forms: of each kind of sites ("resid_post", "logits.top5", "perplexity") the layout in which the dataset has it.
+        forms: of each kind of sites ("resid_post", "logits.top5", "perplexity") the layout in which the dataset has it;
+            where those of a kind differ, of each site ("resid_post.5").
         contexts: the text contexts of its prompts.
         only_trusted: whether of its prompts only those count that were pulled with ``trust_names=True``.
     """
@@ -54,7 +55,7 @@ class Pulled:
 
     def form(self, site: str) -> str | None:
         """The layout in which the dataset has a site; None where it has none of that kind."""
-        return self.forms.get(kind_of(site))
+        return form_of(self.forms, site)
 
     def offers(self, sites: Sequence[str], layout: str) -> bool:
         """Whether the dataset can have all `sites` in `layout`: as it is, or one row out of full sequences."""
@@ -71,6 +72,11 @@ def kind_of(site: str) -> str:
     return name if name and last.isdigit() and not name.rpartition(".")[2].isdigit() else site
 
 
+def form_of(forms: Mapping[str, str], site: str) -> str | None:
+    """The layout of a site among `forms` (see `Pulled`)."""
+    return forms.get(site) or forms.get(kind_of(site))
+
+
 def forms_of(info: SpaceInfo) -> dict[str, str]:
     """What the description of a pulled space says of its kinds of sites; empty where it says nothing."""
     said = info.label.get("pulled")
@@ -84,7 +90,7 @@ def expanded(info: SpaceInfo, sites: Mapping[str, set[str]]) -> dict[str, set[st
     forms = forms_of(info)
     for name in sites.get(PULLED, ()):
         site = name.removeprefix(f"{PULLED}.")
-        layout = forms.get(kind_of(site))
+        layout = form_of(forms, site)
         if layout is not None:
             found.setdefault(layout, set()).add(site)
     return found
