@@ -20,7 +20,7 @@ FLOORS = (
     ("extract",),
     ("share", "stream"),
     ("unified",),
-    ("selftest", "probing"),
+    ("selftest", "probing", "distributed"),
     ("report",),
     ("cli",),
     ("demo", "testing", "__main__"),

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from actcache.capture.texts import text_positions
     from actcache.config import enable_cache_logging, set_cache_dtype, set_cache_limit
     from actcache.derive.features import Features
+    from actcache.distributed.warmup import warmup_distributed
     from actcache.errors import ActCacheError
     from actcache.extract.cached import CachedExtractor
     from actcache.extract.completions import Completion
@@ -125,6 +126,8 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "mean_difference": ("probing.difference", "mean_difference"),
     "probe_by_layer": ("probing.probe", "probe_by_layer"),
     "ProbeReport": ("probing.report", "ProbeReport"),
+    # Many machines
+    "warmup_distributed": ("distributed.warmup", "warmup_distributed"),
     # Is it right here?
     "selftest": ("selftest", ""),  # as with capture
     "SelftestReport": ("selftest.report", "SelftestReport"),
@@ -259,6 +262,7 @@ __all__ = [
     "tokens_of",
     "upgrade_dataset_format",
     "verify_cache",
+    "warmup_distributed",
 ]
 
 

@@ -190,6 +190,10 @@ class PartialWarmupError(ActCacheError, RuntimeError):
         self.failed = list(failed)
 
 
+class WorkersError(ActCacheError, RuntimeError):
+    """Workers of a distributed run cannot be started, or end one after the other."""
+
+
 class MissingExtraError(ActCacheError, ImportError):
     """An optional package is needed; the message says how to install it."""
 

@@ -1,0 +1,1 @@
+"""One extraction on many workers: units of an input, and what runs them."""

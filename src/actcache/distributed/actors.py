@@ -1,0 +1,188 @@
+"""Workers that are actors of Ray: on this machine, or on a cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from actcache.distributed.dispatch import Event, Trouble
+from actcache.distributed.job import Job
+from actcache.errors import MissingExtraError, OptionError, WorkersError
+from actcache.store.files import log
+
+if TYPE_CHECKING:
+    from actcache.distributed.worker import Task, Worker
+
+_POLL_S, _PATIENCE_S = 1.0, 10.0
+_OBJECT_STORE_BYTES = 80 << 20
+"""Nothing but tasks and what became of them goes through it."""
+
+
+class Actor:
+    """What runs where Ray has put it."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+
+    def here(self) -> None:
+        """Answers once there was room for it."""
+
+    def begin(self, job: Job) -> Trouble | None:
+        from actcache.distributed.worker import Worker
+
+        try:
+            self._worker = Worker(job)
+        except Exception as error:
+            return Trouble.of(error)
+        return None
+
+    def run(self, task: Task) -> Any:
+        assert self._worker is not None
+        try:
+            return self._worker.run(task)
+        except Exception as error:
+            return Trouble.of(error)
+
+
+class _Member:
+    """One actor: not there yet, there, ready, at work."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self.asked = actor.here.remote()
+        self.stage = "starting"
+        self.task: Task | None = None
+
+
+class Actors:
+    """`size` actors of one worker each; see `Crew`.
+
+    `size`: None for as many as there is room for. A Ray that runs already is used, and left alone; one that is begun
+    here ends with `close`.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        WorkersError: no such cluster; or one begun here that has no room for so many.
+    """
+
+    def __init__(
+        self, job: Job, address: str | None, size: int | None, cpus: float, gpus: float, start_timeout: float
+    ) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise MissingExtraError("engine='ray' needs Ray: pip install 'actcache[ray]'") from None
+        if gpus > 1 and gpus != int(gpus):
+            raise OptionError(f"num_gpus_per_worker is {gpus!r}: expected a share of one, or a whole number of them.")
+        self._ray = ray
+        self._job = job.with_threads(max(1, int(cpus)))
+        self._needs = {"CPU": cpus, "GPU": gpus}
+        self._timeout = start_timeout
+        self._members: dict[int, _Member] = {}
+        self._any_there = False
+        self._warned = False
+        self._owns = not ray.is_initialized()
+        address = address or os.environ.get("RAY_ADDRESS")
+        own_cluster = self._owns and address is None
+        if self._owns:
+            self._begin(address or "local")
+        try:
+            room = self._room(own_cluster)
+            if own_cluster and (size or 1) > room:
+                raise WorkersError(self._no_room(f"{size or 1} workers do not fit on this machine"))
+            self.size = size or max(1, room)
+            self._class = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)(Actor)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, address: str) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address == "local":
+            options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        try:
+            self._ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            where = "on this machine" if address == "local" else f"at address {address!r}"
+            raise WorkersError(f"Ray cannot be reached {where}: {error}") from None
+
+    def _room(self, everything: bool) -> int:
+        """For how many workers the machines have resources, or have them free now."""
+        have = self._ray.cluster_resources() if everything else self._ray.available_resources()
+        fits = [int(have.get(name, 0) / need + 1e-9) for name, need in self._needs.items() if need]
+        return min(fits, default=1)
+
+    def _no_room(self, what: str) -> str:
+        total, free = self._ray.cluster_resources(), self._ray.available_resources()
+        needs = " and ".join(f"{need:g} {name}" for name, need in self._needs.items() if need) or "nothing"
+        has = " and ".join(f"{total.get(name, 0):g} {name} ({free.get(name, 0):g} free)" for name in self._needs)
+        return (
+            f"{what}: each needs {needs}, and Ray has {has}. Give num_workers, num_cpus_per_worker and "
+            "num_gpus_per_worker that fit, or free some."
+        )
+
+    def start(self) -> None:
+        self._started = time.monotonic()
+        for worker in range(self.size):
+            self.replace(worker)
+
+    def idle(self) -> list[int]:
+        return [k for k, one in self._members.items() if one.stage == "ready" and one.task is None]
+
+    def busy(self) -> bool:
+        return any(one.task is not None for one in self._members.values())
+
+    def give(self, worker: int, task: Task) -> None:
+        one = self._members[worker]
+        one.task, one.asked = task, one.actor.run.remote(task)
+
+    def wait(self) -> list[Event]:
+        by_ref = {one.asked: k for k, one in self._members.items() if one.asked is not None}
+        come, _ = self._ray.wait(list(by_ref), timeout=_POLL_S)
+        events = [event for ref in come if (event := self._heard(by_ref[ref], ref)) is not None]
+        if not self._any_there:
+            self._lose_patience()
+        return events
+
+    def _heard(self, worker: int, ref: Any) -> Event | None:
+        one = self._members[worker]
+        task, one.task, one.asked = one.task, None, None
+        try:
+            said = self._ray.get(ref)
+        except self._ray.exceptions.RayError as error:
+            del self._members[worker]
+            self._ray.kill(one.actor)
+            return Event(worker, task, ended=f"ended ({_first_line(error)})")
+        self._any_there = True
+        if one.stage == "starting":
+            one.stage, one.asked = "beginning", one.actor.begin.remote(self._job)
+            return None
+        if one.stage == "beginning" and said is None:
+            one.stage = "ready"
+        return Event(worker, task, said)
+
+    def _lose_patience(self) -> None:
+        waited = time.monotonic() - self._started
+        if waited > self._timeout:
+            raise WorkersError(self._no_room(f"no worker could be started in {self._timeout:g} s"))
+        if waited > _PATIENCE_S and not self._warned:
+            self._warned = True
+            log.warning("%s", self._no_room("still waiting for room for a worker"))
+
+    def replace(self, worker: int) -> None:
+        self._members[worker] = _Member(self._class.remote())
+
+    def close(self) -> None:
+        members, self._members = list(self._members.values()), {}
+        for one in members:
+            self._ray.kill(one.actor)
+        if self._owns:
+            self._ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

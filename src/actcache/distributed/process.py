@@ -1,0 +1,46 @@
+"""What runs in a worker's process: takes tasks out of a pipe, and ends when nobody holds its other end any more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any
+
+
+def main(fd: int) -> None:
+    # What stops the driver is sent to all processes of a terminal; the driver then ends the others itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.set_inheritable(fd, False)
+    pipe = Connection(fd)
+    given: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_listen, args=(pipe, given), daemon=True).start()
+
+    from actcache.distributed.dispatch import Trouble
+    from actcache.distributed.worker import Worker
+
+    try:
+        worker = Worker(given.get())
+    except Exception as error:
+        pipe.send(Trouble.of(error))
+        given.get()
+        return
+    pipe.send(None)
+    while True:
+        task = given.get()
+        try:
+            answer: object = worker.run(task)
+        except Exception as error:
+            answer = Trouble.of(error)
+        pipe.send(answer)
+
+
+def _listen(pipe: Connection, given: SimpleQueue[Any]) -> None:
+    while True:
+        try:
+            given.put(pipe.recv())
+        except (EOFError, OSError):
+            # Also in the middle of a unit: what is not finished is done again by others.
+            os._exit(1)

@@ -1,0 +1,46 @@
+"""What goes wrong in the workers of a distributed run, as the variable ACTCACHE_TEST_FAULT says; nothing elsewhere.
+
+JSON: `slow`: seconds that each batch takes longer. `fatal`: a token; a batch with it ends the process. `failing`:
+likewise, and the batch raises. `once`: a file; who makes it ends its process in the second batch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+_WORKERS = ("default_worker.py", "actcache.distributed.process")
+
+
+def _install(fault: dict[str, Any]) -> None:
+    from actcache.extract.backends.local import LocalSession
+
+    run = LocalSession.run
+    batches = 0
+
+    def faulty(self: Any, sequences: Any, *rest: Any) -> Any:
+        nonlocal batches
+        batches += 1
+        time.sleep(fault.get("slow", 0))
+        tokens = {int(token) for sequence in sequences for token in sequence}
+        if fault.get("failing") in tokens:
+            raise RuntimeError("this batch fails")
+        if fault.get("fatal") in tokens:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "once" in fault and batches == 2:
+            try:
+                os.close(os.open(fault["once"], os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return run(self, sequences, *rest)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run(self, sequences, *rest)
+
+    LocalSession.run = faulty  # type: ignore[method-assign]
+
+
+if "ACTCACHE_TEST_FAULT" in os.environ and any(name in part for part in sys.orig_argv for name in _WORKERS):
+    _install(json.loads(os.environ["ACTCACHE_TEST_FAULT"]))

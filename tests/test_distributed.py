@@ -1,0 +1,254 @@
+"""A warm-up in units: what is refused before anything is started, one process's share, and a worker's handling of
+prompts that cannot be done."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import actcache as ac
+from actcache.distributed.inputs import find_inputs
+from actcache.distributed.job import make_job
+from actcache.distributed.processes import visible_gpus
+from actcache.distributed.ranks import own_rank
+from actcache.distributed.units import Units
+from actcache.distributed.worker import Task, Worker
+from actcache.errors import (
+    MissingFileError,
+    ModelChangedError,
+    OptionError,
+    PartialWarmupError,
+    PromptError,
+    StoreAccessError,
+    TokenizerError,
+)
+from actcache.extract.backends.local import LocalSession
+from actcache.testing.tiny import tiny_model
+from distributed_helpers import OPTIONS, PROMPTS, bare_forwards, check_stored, make_model, stored, write
+
+RANKS = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "JOB_COMPLETION_INDEX", "JOB_COMPLETIONS")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "gpt2")
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> Any:
+    return bare_forwards(folder, PROMPTS)
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_ranks_share_the_units(folder: Path, tmp_path: Path, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "prompts.jsonl")
+    totals = []
+    for rank in range(3):
+        monkeypatch.setenv(RANKS[0], str(rank))
+        monkeypatch.setenv(RANKS[1], "3")
+        stats = ac.warmup_distributed(source, folder, engine="rank", store=tmp_path / "s", unit_prompts=10, **OPTIONS)
+        assert stats.activations_extracted == stats.total_prompts
+        totals.append(stats.total_prompts)
+        again = ac.warmup_distributed(source, folder, engine="rank", store=tmp_path / "s", unit_prompts=10, **OPTIONS)
+        assert (again.total_prompts, again.activations_cached) == (totals[-1], totals[-1])
+        assert stored(tmp_path / "s") == sum(totals)
+    assert sum(totals) == 160 and min(totals) >= 40
+    check_stored(tmp_path / "s", expected)
+
+
+@pytest.mark.parametrize(
+    ("environment", "size", "answer"),
+    [
+        ({"RANK": "3", "WORLD_SIZE": "8", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None, (3, 8)),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, None, (1, 2)),
+        ({"JOB_COMPLETION_INDEX": "4"}, 5, (4, 5)),
+        ({"JOB_COMPLETION_INDEX": "4"}, None, "pass num_workers, or set JOB_COMPLETIONS"),
+        ({"RANK": "8", "WORLD_SIZE": "8"}, None, "RANK=8 is not below"),
+        ({"RANK": "x", "WORLD_SIZE": "8"}, None, "expected a number"),
+        ({"RANK": "1", "WORLD_SIZE": "8"}, 4, "num_workers=4, and torchrun says"),
+        ({}, 4, "none of RANK and WORLD_SIZE"),
+    ],
+)
+def test_a_rank_is_what_its_launcher_says(
+    environment: dict[str, str], size: int | None, answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(answer, tuple):
+        assert own_rank(size) == answer
+        return
+    with pytest.raises(OptionError, match=answer):
+        own_rank(size)
+
+
+def alone(source: Path, folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    return ac.warmup_distributed(source, folder, engine="rank", store=store, **{**OPTIONS, **options})
+
+
+BAD: list[tuple[Any, str]] = [
+    ([], "PromptError: the prompt is empty"),
+    ([1, 999], "PromptError: the prompt has the token id 999"),
+    ([1] * 65, "PromptError: the prompt has 65 tokens and the context of"),
+    ([1, "x"], "PromptTypeError: the prompt mixes types"),
+    ({"a": 1, "b": 2}, "PromptError: the line: which of a, b is the prompt"),
+    (7, "PromptError: the line: a prompt is a string"),
+]
+
+
+def test_a_bad_prompt_takes_no_neighbour_with_it(
+    folder: Path, tmp_path: Path, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[Any] = list(PROMPTS)
+    places = [3, 4, 50, 77, 120, 165]
+    for place, (bad, _) in zip(places, BAD, strict=True):
+        prompts.insert(place, bad)
+    source, failures = write(tmp_path / "prompts.jsonl", prompts), tmp_path / "failed.jsonl"
+    for _ in range(2):
+        with pytest.raises(PartialWarmupError, match=r"6 prompts were not stored .* and 3 more") as caught:
+            alone(source, folder, tmp_path / "s", monkeypatch, unit_prompts=16, failed_file=failures)
+        assert [i for i, _ in caught.value.failed] == places
+        for (_, reason), (_, said) in zip(caught.value.failed, BAD, strict=True):
+            assert said in reason and str(source) in reason
+        assert [json.loads(line)["prompt"] for line in failures.read_text().splitlines()] == places
+        assert caught.value.stats.total_prompts == 166  # type: ignore[attr-defined]
+        check_stored(tmp_path / "s", expected)
+    assert caught.value.stats.activations_cached == 160  # type: ignore[attr-defined]
+
+
+def test_a_failing_batch_is_tried_prompt_by_prompt(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = LocalSession.run
+
+    def faulty(self: Any, sequences: Any, *rest: Any) -> Any:
+        if any(200 in list(sequence) for sequence in sequences):
+            raise RuntimeError("odd values")
+        return run(self, sequences, *rest)
+
+    monkeypatch.setattr(LocalSession, "run", faulty)
+    prompts = [*PROMPTS[:20], [200, 1], *PROMPTS[20:40]]
+    with pytest.raises(PartialWarmupError) as caught:
+        alone(write(tmp_path / "p.jsonl", prompts), folder, tmp_path / "s", monkeypatch, unit_prompts=41)
+    ((place, reason),) = caught.value.failed
+    assert place == 20 and reason.endswith("RuntimeError: odd values")
+    stats = caught.value.stats
+    assert (stats.total_prompts, stats.activations_extracted) == (41, 40)  # type: ignore[attr-defined]
+    assert stored(tmp_path / "s") == 40
+
+
+def test_too_many_failed_prompts_end_the_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "p.jsonl", [[], *PROMPTS] * 3 + [[999]] * 2000)
+    with pytest.raises(PartialWarmupError, match=r"more than max_failed=0.05 of [56]\d\d: the run was ended") as caught:
+        alone(source, folder, tmp_path / "s", monkeypatch, unit_prompts=50, max_failed=0.05)
+    assert 51 <= len(caught.value.failed) <= 200
+    assert stored(tmp_path / "s") == 160
+
+
+def test_texts_parquet_and_the_default_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default store's dtype is the workers', too."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = [f"The number {i} is" for i in range(30)]
+    pq.write_table(pa.table({"text": texts, "y": range(30)}), tmp_path / "p.parquet")
+    model = Path(ac.__file__).parent / "demo" / "model"
+    ac.set_cache_dtype("float16")
+    try:
+        stats = alone(tmp_path / "p.parquet", model, None, monkeypatch, layers=[1])  # type: ignore[arg-type]
+        assert stats.activations_extracted == 30
+        found = ac.activations(model, texts, layers=[1])
+        assert found.dtype.name == "float16"  # type: ignore[union-attr]
+        assert stored(None) == 30
+    finally:
+        ac.set_cache_dtype(None)
+
+
+def test_what_workers_cannot_be_given_is_refused_first(folder: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "p.jsonl")
+    live = tiny_model("gpt2", seed=1, n_layer=2)
+    memory = ac.Store(ac.MemoryBackend(), index_dir=tmp_path / "index")
+    for options, error, message in (
+        ({"model": live}, OptionError, "GPT2LMHeadModel in this process.*save_pretrained"),
+        ({"tokenizer": object()}, OptionError, "tokenizer is a object in this process"),
+        ({"store": memory}, OptionError, "store is a MemoryBackend"),
+        ({"store": ac.Store(tmp_path / "none", limit_gb=0)}, OptionError, "limit of the store is 0"),
+        ({"engine": "dask"}, OptionError, "unknown engine 'dask': expected one of 'ray', 'local', 'rank'"),
+        ({"layer": [1]}, OptionError, "unknown option 'layer' of UnifiedCache. Did you mean 'layers'"),
+        ({"layers": [7]}, IndexError, "7"),
+        ({"sites": ("resid_pst",)}, KeyError, "resid_post"),
+        ({"pooling": lambda rows: rows[0]}, OptionError, "cannot be sent to other processes"),
+        ({"source": tmp_path / "q.jsonl"}, MissingFileError, "Did you mean 'p.jsonl'"),
+        ({"source": write(tmp_path / "empty.jsonl", [])}, PromptError, "empty"),
+        ({"num_workers": 0}, OptionError, "num_workers is 0"),
+        ({"num_gpus_per_worker": -1}, OptionError, "num_gpus_per_worker is -1"),
+        ({"device": "cuda"}, OptionError, "workers have no GPU without num_gpus_per_worker=1"),
+        ({"max_failed": 2}, OptionError, "max_failed is 2"),
+        ({"address": "auto"}, OptionError, "engine is 'local'"),
+        ({"file_format": "json"}, OptionError, "Did you mean 'jsonl'"),
+        ({"failed_file": tmp_path / "no" / "such"}, OptionError, "failed_file"),
+    ):
+        given = {"source": source, "model": folder, "engine": "local", "store": tmp_path / "s", **OPTIONS, **options}
+        with pytest.raises(error, match=message):
+            ac.warmup_distributed(**given)
+        assert not list((tmp_path / "s").rglob("*.safetensors"))
+
+
+def test_a_worker_refuses_another_model_and_a_store_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "model")
+    job = make_job(other, tmp_path / "s", OPTIONS)
+    tiny_model("gpt2", seed=2, n_layer=2).save_pretrained(other)
+    with pytest.raises(ModelChangedError, match="not the same on"):
+        Worker(job)
+    job = make_job(folder, tmp_path / "s", OPTIONS)
+    (tmp_path / "s" / "v1").rmdir()
+    (tmp_path / "s").rmdir()
+    with pytest.raises(StoreAccessError, match=r"not on this machine.*s3://"):
+        Worker(job)
+
+
+def test_texts_without_a_tokenizer_concern_all(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TokenizerError):
+        alone(write(tmp_path / "p.jsonl", ["a", "b"]), folder, tmp_path / "s", monkeypatch)
+
+
+def test_part_of_a_unit_after_another_worker_stored_some(folder: Path, tmp_path: Path) -> None:
+    """What a worker has seen of the store before does not hide what one that died has stored since."""
+    job = make_job(folder, tmp_path / "s", OPTIONS)
+    (unit,) = Units(find_inputs(write(tmp_path / "p.jsonl", PROMPTS[:21])), prompts=100)
+    first, second = Worker(job), Worker(job)
+    assert second.run(Task(unit, first=5, step=21)).stats.activations_extracted == 1
+    first.run(Task(unit, first=1, step=2))
+    done = second.run(Task(unit, tries=1))
+    assert (done.rows, done.prompts) == (21, 21)
+    assert (done.stats.activations_cached, done.stats.activations_extracted) == (10, 11)
+    halves = Task(unit).halves(21)
+    assert [len(range(h.first, 21, h.step)) for h in halves] == [11, 10]
+    first.close()
+    second.close()
+
+
+def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus(3, 0) == ["", "", ""]
+    assert visible_gpus(2, 2) == ["0,1", "2,3"]
+    assert visible_gpus(6, 0.5) == ["0", "1", "2", "3", "0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
+    assert visible_gpus(2, 1) == ["3", "5"]
+    for size, gpus, message in ((5, 1, "5 workers of that need more than the 4"), (9, 0.5, "more"), (1, 1.5, "whole")):
+        with pytest.raises(OptionError, match=message):
+            visible_gpus(size, gpus)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5,6,7"
