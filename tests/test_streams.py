@@ -422,6 +422,25 @@ def test_a_state_of_another_stream_is_refused(made: tuple[ac.Store, str], tmp_pa
         stream_of((store, space)).load_state_dict(state)
 
 
+def test_what_is_no_state_is_refused(made: tuple[ac.Store, str]) -> None:
+    state = stream_of(made).state_dict()
+    (source,) = state["sources"]
+    for wrong in (
+        None, {}, [state], {**state, "batches": -3}, {**state, "batches": "4"}, {**state, "epoch": -1},
+        {**state, "epoch": 1.5}, {**state, "sources": 5}, {**state, "sources": [{}]},
+        {**state, "sources": [{**source, "prompts": 10**6, "pieces": [[1, "zz", "00"]]}]},
+        {**state, "sources": [{**source, "prompts": True}]},
+    ):  # fmt: skip
+        stream = stream_of(made)
+        with pytest.raises(ac.errors.OptionError):
+            stream.load_state_dict(wrong)  # type: ignore[arg-type]
+        assert sorted(taken(stream)) == ALL
+    # Pieces that lie nowhere, or of which one has another content.
+    for pieces in ([[1, "00" * 8, "00" * 8]], [[59, source["pieces"][0][1], "00" * 8]], []):
+        with pytest.raises(ac.errors.OptionError, match="not all among"):
+            stream_of(made).load_state_dict({**state, "sources": [{**source, "digest": "00" * 16, "pieces": pieces}]})
+
+
 def test_a_state_goes_on_where_more_has_been_stored_since(tmp_path: Path) -> None:
     store, space = make_store(tmp_path)
     store.append(space, every_token(range(30)))
@@ -551,6 +570,36 @@ def test_sites_that_are_none(made: tuple[ac.Store, str]) -> None:
             stream_of(made, sites)  # type: ignore[arg-type]
     with pytest.raises(ac.errors.NotCachedError, match=r"resid_post.7.*Did you mean 'resid_post"):
         stream_of(made, "resid_post.7")
+
+
+def test_sites_have_the_names_of_other_libraries(made: tuple[ac.Store, str], tmp_path: Path) -> None:
+    wanted = taken(stream_of(made))
+    for name in (ac.Site.parse(SITE), "blocks.0.hook_resid_post", "layer_0"):
+        assert taken(stream_of(made, name)) == wanted
+    both = stream_of(made, ["blocks.0.hook_resid_post", ac.Site.parse(SITES[1])])
+    assert list(next(iter(both))[0]) == SITES
+    with pytest.raises(ac.errors.OptionError, match="sites="):
+        stream_of(made, [SITE, "layer_0"])
+    store, space = make_store(tmp_path)
+    store.write(space, ["a b"], {"layer_0": [torch.ones(3, 2)]})
+    (batch, _) = next(iter(stream_of((store, space), "layer_0")))
+    assert torch.equal(batch, torch.ones(3, 2))
+
+
+def test_numbers_of_numpy(made: tuple[ac.Store, str]) -> None:
+    wanted = taken(stream_of(made, seed=3, rank=1, world_size=2))
+    odd = stream_of(made, seed=np.int64(3), batch_size=np.int32(16), rank=np.int64(1), world_size=np.int64(2))
+    assert taken(odd) == wanted
+    assert json.loads(json.dumps(odd.state_dict()))["seed"] == 3
+    with pytest.raises(ac.errors.OptionError, match="rank=True"):
+        stream_of(made, rank=True, world_size=2)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", 3.5])
+def test_devices_that_are_not_there(made: tuple[ac.Store, str], device: Any) -> None:
+    with pytest.raises(ac.errors.OptionError, match=r"device"):
+        stream_of(made, device=device)
+    assert next(iter(stream_of(made, device="auto")))[0].device.type in ("cpu", "cuda", "mps")
 
 
 def test_spaces_are_named(two: list[ac.Store], tmp_path: Path) -> None:

@@ -18,16 +18,15 @@ from actcache.store.dtypes import common_dtype
 from actcache.store.prompts import PromptTable
 from actcache.store.statistics import Moments, SiteStatistics, as_float
 from actcache.stream.ahead import ahead
+from actcache.stream.device import Copied, await_copy, sent
 from actcache.stream.epochs import Epochs, Reader, is_spawning, rank_and_world, share_of
 from actcache.stream.lending import can_lend, lent
 from actcache.stream.mixture import Mixture
 from actcache.stream.normalize import Finish
 from actcache.stream.permutation import Ints, Permutation
+from actcache.stream.states import check_state
 from actcache.stream.stored import Order, Tokens
 from actcache.stream.tokens import TokenBatch
-
-Copied = tuple[torch.cuda.Event, list[torch.Tensor]]
-"""When tensors are there that are being copied onto a device, and which they are."""
 
 _STATE_VERSION = 1
 # What the keys of permutations are for, besides the seed and the epoch.
@@ -220,13 +219,7 @@ class ActivationStream(IterableDataset[Any]):
             site: self._finish[site](tensor, lambda at, site=site: f"{site}, token {at[0]} of a batch")  # type: ignore[misc]
             for site, tensor in vectors.items()
         }
-        device = self._options.device
-        if device.type != "cuda":
-            return {site: tensor.to(device) for site, tensor in found.items()}, None
-        stream = _copy_stream(device)
-        with torch.cuda.stream(stream):
-            found = {site: tensor.pin_memory().to(device, non_blocking=True) for site, tensor in found.items()}
-            return found, (stream.record_event(), list(found.values()))
+        return sent(found, self._options.device)
 
     # -- where it stands -------------------------------------------------------------------------------
 
@@ -260,6 +253,7 @@ class ActivationStream(IterableDataset[Any]):
         Raises:
             OptionError: it is of another stream, or of another number of ranks; what differs is named.
         """
+        check_state(state)
         terms = {**self._terms(), "world_size": self._rank()[1]}
         for name, value in terms.items():
             if state.get(name) != value:
@@ -307,22 +301,3 @@ class ActivationStream(IterableDataset[Any]):
             rank, world = self._rank()
             state["_options"] = replace(self._options, rank=rank, world=world)
         return state
-
-
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
-
-
-def await_copy(copied: Copied | None, device: torch.device) -> None:
-    """Let what is done next on `device` wait until a batch is there, and its memory for what is done with it."""
-    if copied is not None:
-        ready, vectors = copied
-        current = torch.cuda.current_stream(device)
-        current.wait_event(ready)
-        for tensor in vectors:
-            tensor.record_stream(current)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from multiprocessing.context import get_spawning_popen
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -54,12 +55,13 @@ def rank_and_world(rank: int | None, world: int | None) -> tuple[int, int]:
     return said if 0 <= said[0] < said[1] else (0, 1)
 
 
-def check_ranks(rank: Any, world: Any) -> None:
-    """OptionError unless both are None, or `rank` is one of `world`."""
+def check_ranks(rank: Any, world: Any) -> tuple[int, int] | tuple[None, None]:
+    """Both as they are; OptionError unless both are None, or `rank` is one of `world`."""
     if rank is None and world is None:
-        return
-    if not (isinstance(rank, int) and isinstance(world, int) and 0 <= rank < world):
-        raise OptionError(f"rank={rank!r}, world_size={world!r}: give both, with 0 <= rank < world_size, or neither.")
+        return None, None
+    if all(isinstance(one, Integral) and not isinstance(one, bool) for one in (rank, world)) and 0 <= rank < world:
+        return int(rank), int(world)
+    raise OptionError(f"rank={rank!r}, world_size={world!r}: give both, with 0 <= rank < world_size, or neither.")
 
 
 class Epochs:

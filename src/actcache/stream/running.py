@@ -12,7 +12,8 @@ from actcache.errors import NotCachedError, OptionError
 from actcache.store import tensors
 from actcache.store.prompts import PromptTable
 from actcache.store.statistics import Moments
-from actcache.stream.batches import ActivationStream, Options, await_copy
+from actcache.stream.batches import ActivationStream, Options
+from actcache.stream.device import await_copy
 from actcache.stream.live import LIVE_BATCHES, Buffer, Extraction
 from actcache.stream.normalize import Finish
 from actcache.stream.tokens import TokenBatch

@@ -17,6 +17,7 @@ from actcache.store.prompts import offsets
 from actcache.store.records import TOKENS
 from actcache.store.statistics import Moments
 from actcache.stream.permutation import Ints, Permutation
+from actcache.stream.states import MOST_PIECES, arranged, pieces
 from actcache.stream.tokens import Exclusion
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from actcache.store.store import Store
 
 
-_MOST_PIECES = 1024
 _MOST_STORES = 8
 
 
@@ -107,7 +107,7 @@ class Tokens(ABC):
     def said(self) -> dict[str, Any]:
         """What `before` knows these tokens by in another process, or another time: plain numbers and strings."""
         said = {"prompts": len(self.prompts), "digest": self.fingerprint(len(self.prompts))}
-        if len(self.begins) <= _MOST_PIECES:
+        if len(self.begins) <= MOST_PIECES:
             said["pieces"] = pieces(self.prompts.token_key, self.begins)
         return said
 
@@ -216,32 +216,3 @@ def picked(table: PromptTable, keys: npt.NDArray[np.uint8]) -> PromptTable:
             f"{found.count(-1)} of {len(keys)} prompts of this stream are not in the store any more: make a new stream"
         )
     return table.select(found)
-
-
-Keys = npt.NDArray[np.uint8]
-
-
-def pieces(keys: Keys, begins: Ints) -> list[list[Any]]:
-    """Runs of prompts that begin at `begins`: how many each has, what the key of its first begins with, and a digest of
-    all their keys."""
-    parts = np.split(keys, begins[1:])
-    return [[len(part), part[0, :8].tobytes().hex(), xxhash.xxh3_64_hexdigest(part.tobytes())] for part in parts]
-
-
-def arranged(keys: Keys, said: Sequence[Sequence[Any]]) -> Ints | None:
-    """Where the `pieces` that were said are among the prompts with these `keys` now, in their order then; None where
-    one of them is not there in one piece."""
-    heads = np.ascontiguousarray(keys[:, :8]).view(np.uint64).reshape(-1)
-    order = np.argsort(heads, kind="stable")
-    found = []
-    for count, head, digest in said:
-        first = np.frombuffer(bytes.fromhex(head), np.uint64)
-        places = order[slice(*(int(np.searchsorted(heads, first, side, order)[0]) for side in ("left", "right")))]
-        for place in places.tolist():
-            part = keys[place : place + count]
-            if len(part) == count and xxhash.xxh3_64_hexdigest(np.ascontiguousarray(part).tobytes()) == digest:
-                found.append(np.arange(place, place + count))
-                break
-        else:
-            return None
-    return np.concatenate(found) if found else None
