@@ -246,8 +246,34 @@ def test_the_files_are_as_open_as_before(tmp_path):
     made = make(tmp_path / "set", "1.1 full")
     (made.folder / INDEX).chmod(0o640)
     made.folder.chmod(0o750)
+    ac.migrate_dataset(made.folder)
+    files = [path for path in made.folder.rglob("*") if path.is_file() and path.name != "logits_topk_000.safetensors"]
+    assert len(files) > 3 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
+    assert made.folder.stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+@pytest.mark.parametrize("name", JOBS)
+def test_the_files_are_of_whom_they_were(tmp_path, name):
+    made = make(tmp_path / "set", "1.1 full")
+    (made.folder / "link").symlink_to("absent")
+    for path in [made.folder, *made.folder.rglob("*")]:
+        os.chown(path, 1234, 2345, follow_symlinks=False)
+    JOBS[name][0](made.folder)
+    found = {(path.lstat().st_uid, path.lstat().st_gid) for path in [made.folder, *made.folder.rglob("*")]}
+    assert found == {(1234, 2345)}
+
+
+def test_nobody_else_looks_into_what_is_on_its_way(tmp_path, monkeypatch):
+    made = make(tmp_path / "set", "1.1 full")
+    made.folder.chmod(0o700)
+    modes = []
+    link = folder_change._link_others
+    monkeypatch.setattr(
+        folder_change, "_link_others", lambda *a: modes.append((tmp_path / ".set.migrating").stat().st_mode) or link(*a)
+    )
     ac.upgrade_dataset_format(made.folder)
-    assert [(made.folder / path).stat().st_mode & 0o777 for path in (INDEX, "README.md", ".")] == [0o640, 0o640, 0o750]
+    assert [mode & 0o777 for mode in modes] == [0o700] and made.folder.stat().st_mode & 0o777 == 0o700
 
 
 class TestWhatElseIsThere:

@@ -668,6 +668,14 @@ class TestCard:
         for part in ("org/model", "`r1`", "About *cats*.", "| hidden_layers | resid_post | 0 to 1 | 8 | float32 |"):
             assert part in card
 
+    @pytest.mark.parametrize(("name", "linked"), [("org/gpt", True), ("/home/me/models/gpt2", False)])
+    def test_links_to_models_of_the_hub_alone(self, store, tmp_path, name, linked):
+        fill_pooled(store, new_space(store, name=name), N)
+        card = (push(store, tmp_path / "set", model=name).folder / "README.md").read_text()
+        assert (
+            ("](https://huggingface.co/" in card) is linked and name.rpartition("/")[2] in card and "/home" not in card
+        )
+
     def test_nobody_s_name_breaks_it(self, store, tmp_path):
         name = "evil`\n---\n| x | [a](http://b) <script>"
         fill_pooled(store, new_space(store, name=name), N)

@@ -41,6 +41,7 @@ def build(
     *,
     repo_id: str,
     model: str,
+    on_hub: bool,
     revision: str | None,
     described: Mapping[str, Any],
     columns: list[str],
@@ -52,7 +53,7 @@ def build(
     """The text of README.md."""
     shown = plain(model)
     edited = "(edited: " in model
-    link = f"[`{shown}`](https://huggingface.co/{model})" if _HUB_ID.fullmatch(model) else f"`{shown}`"
+    link = f"[`{shown}`](https://huggingface.co/{model})" if on_hub and _HUB_ID.fullmatch(model) else f"`{shown}`"
     parts = [
         _front_matter(model, count, license),
         f"# Activations of {shown}",

@@ -120,6 +120,7 @@ class Contents:
         return card.build(
             repo_id=self._target.shown,
             model=self.model,
+            on_hub=not os.path.isabs(space.model_name),
             revision=space.revision,
             described=self.tensors,
             columns=self._index.schema().names,

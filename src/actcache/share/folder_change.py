@@ -54,6 +54,8 @@ def apply(change: Change, folder: Path, before: Snapshot, *, doing: str) -> str:
         small = change.finish(staging.done)
         with writing_to(real):
             _add_small(real, staging.files, small)
+            for path in staging.done:
+                _as_open(real / INDEX, staging.files / path)
             _link_others(real, staging.files, {*staging.done, *small, *change.removed, *change.used})
             sync_tree(staging.files)
             if snapshot(real) != before:
@@ -96,19 +98,17 @@ def _replace(real: Path, staging: Staging, before: Snapshot, folder: Path) -> No
     """Let the new folder take the place of the old one, which goes with what is staged."""
     here = _current_folder()
     old = change_places(staging.files, real, staging.owner)
-    try:
-        if old == staging.files and snapshot(old) != before:
-            # Between the last look and the exchange.
-            change_places(staging.files, real, staging.owner)
-            raise _changed(folder)
-        if old != staging.files:
-            os.rename(old, staging.folder / "old")
-    finally:
-        if here is not None and here.is_relative_to(real):
-            # Else whoever stands in it stands in the one that is removed.
-            with contextlib.suppress(OSError):
-                os.chdir(here)
-            log.warning("%s is a new folder now: a shell that stands in it finds it with `cd .`", folder)
+    if old != staging.files:
+        os.rename(old, staging.folder / "old")
+    elif snapshot(old) != before:
+        # Between the last look and the exchange.
+        change_places(staging.files, real, staging.owner)
+        raise _changed(folder)
+    if here is not None and here.is_relative_to(real):
+        # Else this process stands in the folder that is removed.
+        with contextlib.suppress(OSError):
+            os.chdir(here)
+        log.warning("%s is a new folder now: a shell that stands in it finds it with `cd .`", folder)
 
 
 def _current_folder() -> Path | None:
@@ -125,8 +125,19 @@ def _add_small(old: Path, new: Path, small: Mapping[str, Path]) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.unlink(missing_ok=True)
         shutil.copyfile(file, place)
-        like = old / path if (old / path).is_file() else old / INDEX
-        place.chmod(stat.S_IMODE(like.lstat().st_mode))
+        _as_open(old / path if (old / path).is_file() else old / INDEX, place)
+
+
+def _as_open(like: Path, place: Path) -> None:
+    _give(like, place)
+    place.chmod(stat.S_IMODE(like.lstat().st_mode))
+
+
+def _give(like: Path, place: Path) -> None:
+    """Let a new file or folder be of whom that one is, as far as one may."""
+    said = like.lstat()
+    with contextlib.suppress(OSError):
+        os.chown(place, said.st_uid, said.st_gid, follow_symlinks=False)
 
 
 def _check_place(folder: Path) -> None:
@@ -194,12 +205,14 @@ def _link_others(old: Path, new: Path, but: set[str]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_symlink():
             target.symlink_to(os.readlink(source))
+            _give(source, target)
             continue
         _same_file(source, target)
     for place, folders, _ in os.walk(old, topdown=False):
         for name in (*folders, ""):
             source = Path(place, name)
             if not source.is_symlink():
+                _give(source, new / source.relative_to(old))
                 shutil.copystat(source, new / source.relative_to(old))
 
 
@@ -223,6 +236,7 @@ def _same_file(source: Path, target: Path) -> None:
         if free < said.st_size + _ROOM:
             raise DiskFullError(f"{target} needs {said.st_size:,} bytes, and {free:,} are free.")
         shutil.copyfile(source, target)
+    _give(source, target)
     shutil.copystat(source, target)
 
 

@@ -87,7 +87,8 @@ class Staging:
 
     def __enter__(self) -> Staging:
         with writing_to(self._root, absent=True):
-            self._root.mkdir(parents=True, exist_ok=True)
+            # What is in a folder that nobody else may look into is on its way here.
+            self._root.mkdir(0o700, parents=True, exist_ok=True)
             self._lock = self._locked()
             self.sent_before = {(s.path, s.sha256) for s in self._of_this_target(_SENT)}
             self.files.mkdir(parents=True, exist_ok=True)
