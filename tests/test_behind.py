@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from actcache.errors import NotCachedError
+from actcache.errors import BackendError, NotCachedError
 from actcache.store import behind, checks, fetching, mirror
 from actcache.store.backend import Bytes, LocalBackend, MemoryBackend
 from actcache.store.container import Tensor
@@ -218,6 +218,57 @@ def test_two_readers_of_the_same_rows(reader: tuple[Store, str], backend: Counti
     behind.settle()
     asked = backend.reads
     assert equal(place(reader).take()) and backend.reads == asked
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_readers_of_one_space_read_at_the_same_time(reader: tuple[Store, str], backend: Counting, listed: bool) -> None:
+    """Each request is answered when that of the other reader is there, too."""
+    both = threading.Barrier(2)
+    place(reader, ["a"])
+    backend.on_read = lambda data, start: both.wait(20)
+
+    def read(site: str) -> npt.NDArray[Any]:
+        if listed:
+            return reader[0].read(reader[1], None, site, pooling="mean").numpy()  # type: ignore[no-any-return]
+        return place(reader, [site], check=True).take()[:, 0]
+
+    with ThreadPoolExecutor(2) as pool:
+        for site, rows in zip(SITES, pool.map(read, SITES), strict=True):
+            assert np.array_equal(rows, VALUES[site])
+    assert backend.reads == 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_readers_of_the_same_rows_ask_for_them_once(
+    reader: tuple[Store, str], backend: Counting, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """The second one waits for the first; where that one fails it asks itself."""
+    place(reader)
+    waiting = threading.Event()
+    waits_for = threading.Condition.wait_for
+
+    def wait_for(condition: threading.Condition, *args: Any, **options: Any) -> bool:
+        waiting.set()
+        return waits_for(condition, *args, **options)
+
+    def answer(data: bytearray, start: int) -> None:
+        if backend.reads == 1:
+            assert waiting.wait(20)
+            if fails:
+                raise BackendError("told to fail")
+
+    backend.on_read = answer
+    flights = reader[0]._copy._threads.flights  # type: ignore[union-attr]
+    monkeypatch.setattr(flights._changed, "wait_for", lambda *args: wait_for(flights._changed, *args), raising=False)
+    # Bytes that another one received are waited for till they are in the file.
+    monkeypatch.setattr(behind, "_LINGER_S", 0.0)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(lambda: equal(place(reader, check=True).take())) for _ in range(2)]
+        failed = [job.exception(60) for job in jobs]
+    assert sum(isinstance(error, BackendError) for error in failed) == fails
+    assert all(job.result() for job, error in zip(jobs, failed, strict=True) if error is None)
+    assert backend.reads == 1 + fails
+    assert not flights._coming
 
 
 def test_a_reader_waits_for_what_another_one_has_received(reader: tuple[Store, str], backend: Counting) -> None:

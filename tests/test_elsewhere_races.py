@@ -286,3 +286,28 @@ def test_an_upload_that_a_listing_misses_is_remembered(tmp_path: Path, monkeypat
     watched.before = once("put", ".safetensors", look)
     one.flush()
     assert not list((one.root / space).glob("*.sent"))
+
+
+def test_an_older_listing_takes_away_no_mirror_that_another_process_has_just_brought(tmp_path: Path) -> None:
+    objects_ = MemoryBackend()
+    writer, space = machine(objects_, tmp_path / "a")
+    stored(writer, space, [1])
+    watched = Watched(objects_)
+    slow, _ = machine(watched, tmp_path / "b")
+    fast, _ = machine(objects_, tmp_path / "b")
+    assert found(fast, space, [1]) == found(slow, space, [1]) == [True]
+
+    def meanwhile() -> None:
+        stored(writer, space, [2])
+        assert found(fast, space, [1, 2]) == [True, True]
+
+    watched.after = once("list", "", meanwhile)
+    slow.refresh()
+    assert len(list((slow.root / space).glob("*.safetensors"))) == 2
+    watched.calls.clear()
+    assert check_pooled(slow, space, [1, 2]).all() and check_pooled(fast, space, [1, 2]).all()
+    assert not watched.count("list") and not watched.count("read", ".safetensors"), "nothing had to be looked for again"
+    # What is gone before anybody lists goes, as ever.
+    assert writer.evict(0).segments == 2
+    assert found(slow, space, [1, 2]) == [False, False]
+    assert not list((slow.root / space).glob("*.safetensors"))

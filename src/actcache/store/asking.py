@@ -17,9 +17,10 @@ from actcache.store import tensors
 from actcache.store.index import SpaceIndex
 from actcache.store.joined_places import join
 from actcache.store.keys import Ints
-from actcache.store.lookup import Query, locate, locate_all, pulled
+from actcache.store.lookup import locate, locate_all, pulled
 from actcache.store.placement import Placement
 from actcache.store.prompts import IDS, TEXT, PromptTable
+from actcache.store.queries import Query
 from actcache.store.records import COMPLETION, DERIVED, LABEL, METADATA, PULLED, SPARSE, TOKENS, is_result
 from actcache.store.reports import stored_prompts
 from actcache.store.site_names import in_order

@@ -350,8 +350,26 @@ def receive_together(
     They are written to the mirrors behind it. Of segments that are not named all is in the file. `meanwhile` is called
     where there is time for it.
     """
-    found = [(checks, *checks.missing(sites, starts, stops)) for checks, sites, starts, stops in wanted]
-    absent = [one for _, one, _ in found if one is not None]
+    wanted = list(wanted)
+    while True:
+        found = [(checks, *checks.missing(sites, starts, stops)) for checks, sites, starts, stops in wanted]
+        absent = [one for _, one, _ in found if one is not None]
+        if not absent:
+            return {}
+        flights, blocks = absent[0].fetcher.threads.flights, [(one.fetcher.path, one.numbers) for one in absent]
+        if flights.begin(blocks):
+            break
+    try:
+        return _received(found, absent, meanwhile)
+    finally:
+        flights.end(blocks)
+
+
+def _received(
+    found: Sequence[tuple[BlockChecks, Wanted | None, bool]],
+    absent: Sequence[Wanted],
+    meanwhile: Callable[[], object],
+) -> dict[BlockChecks, Received]:
     # Of each segment all that is wanted or nothing: some of it may be wanted apart from the rest.
     partly = {checks for checks, _, alone in found if not alone}
     received = {checks: Received() for checks, one, _ in found if one is not None and checks not in partly}

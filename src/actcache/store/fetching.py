@@ -18,6 +18,7 @@ from actcache.errors import BackendError, DiskFullError, StoreAccessError
 from actcache.store import behind, mirror
 from actcache.store.backend import CacheBackend
 from actcache.store.files import FULL, log, write_all
+from actcache.store.flights import Flights
 from actcache.store.keys import Ints
 from actcache.store.locks import is_ending
 from actcache.store.mirror import Marks
@@ -54,6 +55,7 @@ class Threads:
         self.backend = backend
         self.lacks_room = False
         """Whether the disk had no room lately for what was to be written behind an answer."""
+        self.flights = Flights()
         self._pool: ThreadPoolExecutor | None = None
 
     @property
@@ -68,8 +70,12 @@ class Threads:
         return found
 
     def forget(self) -> None:
-        """Let them end with their work; in a forked child there are none."""
+        """Let them end with their work."""
         self._pool = None
+
+    def after_fork(self) -> None:
+        """In a child process: there are none, and nothing is on its way."""
+        self._pool, self.flights = None, Flights()
 
 
 class Fetcher:

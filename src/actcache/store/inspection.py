@@ -27,11 +27,12 @@ from actcache.store.indexes import Indexes
 from actcache.store.keys import Ints
 from actcache.store.last_reads import last_reads
 from actcache.store.locations import place_of
-from actcache.store.lookup import Query, locate
+from actcache.store.lookup import locate
 from actcache.store.numbered import NumberedRows, numbered
 from actcache.store.placement import Placement
 from actcache.store.prompts import PromptTable
 from actcache.store.pulled import Pulled, bring, expanded, forms_of, pulled_for
+from actcache.store.queries import Query
 from actcache.store.records import SPARSE, TOKENS
 from actcache.store.reports import CacheInfo
 from actcache.store.site_names import in_order

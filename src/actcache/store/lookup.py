@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,89 +16,13 @@ from actcache.store.files import log
 from actcache.store.gather import THREAD_BYTES, allowed_threads
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import KEY_WORDS, Ints
-from actcache.store.lazy import lazy
 from actcache.store.mapping import Segment
 from actcache.store.placement import Part, Placement, by_segment
-from actcache.store.prompts import PromptTable, encode_texts, text_digest, text_digests
+from actcache.store.queries import Query
 from actcache.store.receiving import Received
 
 _ATTEMPTS = 16
 _AHEAD_BYTES = 128 << 20
-
-Kinds = Sequence[int] | npt.NDArray[np.uint8] | int
-
-
-class Query:
-    """Prompts to look for: their keys, and the bytes that a hit must equal.
-
-    `kind`: "token", or "text" with the kinds of the texts and the context they are read under.
-    """
-
-    def __init__(self, kind: str, kinds: Kinds = 0, context: str = "") -> None:
-        self.kind = kind
-        self.context = context
-        self._kinds = kinds
-        self._table: PromptTable | None = None
-
-    @classmethod
-    def by_text(cls, texts: Sequence[str], kinds: Kinds, context: str) -> Query:
-        query = cls("text", kinds, context)
-        query.content = encode_texts(texts)
-        return query
-
-    @classmethod
-    def by_tokens(cls, table: PromptTable) -> Query:
-        query = cls("token")
-        query._table = table
-        return query
-
-    def __len__(self) -> int:
-        return len(self.content) if self._table is None else len(self._table)
-
-    @lazy
-    def content(self) -> list[bytes]:
-        assert self._table is not None
-        data = np.ascontiguousarray(self._table.token_ids, "<i4").tobytes()
-        ends = (self._table.token_offset * 4).tolist()
-        return [data[a:b] for a, b in pairwise(ends)]
-
-    @lazy
-    def keys(self) -> npt.NDArray[np.uint8]:
-        if self._table is not None:
-            return self._table.token_key
-        return text_digests(self.content, self._kinds, self.context)
-
-    @lazy
-    def kinds(self) -> npt.NDArray[np.uint8]:
-        return np.broadcast_to(np.asarray(self._kinds, np.uint8), (len(self),))
-
-    def key_of_one(self) -> bytes:
-        """The key of the only prompt."""
-        if self._table is not None:
-            return self._table.token_key.tobytes()
-        return text_digest(self.content[0], self.kind_of_one(), self.context)
-
-    def kind_of_one(self) -> int:
-        """The kind of the only text."""
-        return self._kinds if isinstance(self._kinds, int) else int(self._kinds[0])
-
-    def matches(self, segment: Segment, members: Ints, prompts: Ints) -> npt.NDArray[np.bool_]:
-        """Which of the queries `members` are exactly what `segment` holds as `prompts`."""
-        content = self.content if len(members) == len(self) else [self.content[i] for i in members.tolist()]
-        if self.kind == "token":
-            return segment.holds("token", prompts, content)
-        if segment.prompts.text_context != self.context:
-            return np.zeros(len(members), bool)
-        same = segment.holds("text", prompts, content)
-        return np.asarray(same & (segment.prompts.kind[prompts] == self.kinds[members]))
-
-    def matches_one(self, segment: Segment, prompt: int) -> bool:
-        """Whether the only query is exactly what `segment` holds as `prompt`."""
-        if segment.content(self.kind, prompt) != self.content[0]:
-            return False
-        return self.kind == "token" or (
-            segment.prompts.text_context == self.context and segment.prompts.kind[prompt] == self.kind_of_one()
-        )
 
 
 def locate(
@@ -127,37 +51,41 @@ def locate(
 def _locate_elsewhere(
     index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, check: bool, pull: bool
 ) -> Placement:
-    """`locate`, where the objects do not lie in the folder of the index."""
+    """`locate`, where the objects do not lie in the folder of the index. Others may use it while something comes."""
     began = time.monotonic()
     with index.lock:
         index.refresh()
         one = locate_one(index, query, sites, layout, check) if len(query) == 1 else None
-        if one is not None and (one.found.all() or not (pull and pulled(index, began))):
-            return one
-        found, changed = Placement(0, sites, layout, [], []), True
-        for attempt in range(_ATTEMPTS):
-            try:
-                found, changed = _locate(index, query, sites, layout, check)
-            except Vanished as vanished:
-                if attempt == _ATTEMPTS - 1:
-                    raise
-                _look_again(index, vanished, began)
-                changed = True
-            if not changed and (found.found.all() or not (pull and pulled(index, began))):
-                break
-            index.refresh()
-        return found
+    if one is not None and (one.found.all() or not (pull and pulled(index, began))):
+        return one
+    found, changed = Placement(0, sites, layout, [], []), True
+    for attempt in range(_ATTEMPTS):
+        try:
+            with index.lock:
+                holders = _find(index, query, sites, layout)
+            received = _received_together(holders.wanted()) if check else {}
+            with index.lock:
+                found, changed = _placed(index, query, holders, layout, check, received)
+        except Vanished as vanished:
+            if attempt == _ATTEMPTS - 1:
+                raise
+            _look_again(index, vanished, began)
+            changed = True
+        if not changed and (found.found.all() or not (pull and pulled(index, began))):
+            break
+        index.refresh()
+    return found
 
 
 def _look_again(index: SpaceIndex, vanished: Vanished, began: float) -> None:
     """Take notice that objects are gone, or that their mirrors are other files by now."""
     assert index.copy is not None
+    for path in vanished.gone:
+        index.copy.drop(path)
     with index.lock:
-        for path in vanished.gone:
-            index.copy.drop(path)
         for path in (*vanished.gone, *vanished.replaced):
             index.unmap(path.name[:32])
-        pulled(index, began)
+    pulled(index, began)
 
 
 def pulled(index: SpaceIndex, began: float) -> bool:
@@ -198,9 +126,11 @@ def _locate_all(index: SpaceIndex, site: str, layout: str) -> Placement | None:
         rows = [
             np.arange(i.prompts) if m is None else np.flatnonzero(m) for (_, i, _), m in zip(held, live, strict=True)
         ]
-        segments = [segment for _, _, segment in held]
-        wanted = list(zip(segments, [[site]] * len(held), rows, strict=True))
-        received = _received_together(wanted) if index.copy is not None else {}
+    segments = [segment for _, _, segment in held]
+    wanted = list(zip(segments, [[site]] * len(held), rows, strict=True))
+    # Others may use the index while it comes.
+    received = _received_together(wanted) if index.copy is not None else {}
+    with index.lock:
         _check_together(wanted, received)
         slots = [np.empty(0, np.int32)]
         for slot, ((number, _, segment), prompts) in enumerate(zip(held, rows, strict=True)):
@@ -293,19 +223,43 @@ def locate_one(index: SpaceIndex, query: Query, sites: Sequence[str], layout: st
     return Placement.of_one(sites, layout, segment, row)
 
 
+@dataclass
+class _Sites:
+    """Sites that lie together: their numbers and names, which prompt of its segment each query is, and the segments,
+    each with its number and the queries that it may hold."""
+
+    columns: list[int]
+    names: list[str]
+    prompt: Ints
+    opened: list[tuple[int, Segment, Ints]]
+
+
+@dataclass
+class _Holders:
+    """Where prompts may be, by their keys. `changed`: a segment went away meanwhile."""
+
+    sites: list[str]
+    groups: list[_Sites]
+    changed: bool
+
+    def wanted(self) -> list[tuple[Segment, Sequence[str], Ints]]:
+        return [(s, group.names, group.prompt[members]) for group in self.groups for _, s, members in group.opened]
+
+
 def _locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, check: bool) -> tuple[Placement, bool]:
     """Where each prompt is, and whether a segment went away or turned out damaged meanwhile."""
+    return _placed(index, query, _find(index, query, sites, layout), layout, check, {})
+
+
+def _find(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str) -> _Holders:
+    """Where each prompt may be, as its key says."""
     groups = index.groups(layout)
     together: dict[tuple[int, ...], list[int]] = {}
     for j, site in enumerate(sites):
         holders = tuple(g for g, group in enumerate(groups) if site in group.sites)
         together.setdefault(holders, []).append(j)
     answers = {g: index.find(groups[g], query.kind, query.keys) for holders in together for g in holders}
-    slots: dict[int, int] = {}
-    segments: list[Segment] = []
-    parts = []
-    changed = False
-    chosen = []
+    chosen = _Holders(list(sites), [], False)
     for holders, columns in together.items():
         number = np.full(len(query), -1, np.int32)
         prompt = np.full(len(query), -1, np.int64)
@@ -316,22 +270,36 @@ def _locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, 
         found = by_segment(number, np.flatnonzero(number >= 0))
         index.ask_for([n for n, _ in found])
         opened = [(n, segment, members) for n, members in found if (segment := index.open(n)) is not None]
-        changed = changed or len(opened) < len(found)
-        chosen.append((columns, [sites[j] for j in columns], prompt, opened))
-    received: dict[BlockChecks, Received] = {}
-    if check and index.copy is not None:
-        received = _received_together(
-            [(s, named, prompt[members]) for _, named, prompt, opened in chosen for _, s, members in opened]
-        )
-    for columns, named, prompt, opened in chosen:
+        chosen.changed |= len(opened) < len(found)
+        chosen.groups.append(_Sites(columns, [sites[j] for j in columns], prompt, opened))
+    return chosen
+
+
+def _placed(
+    index: SpaceIndex,
+    query: Query,
+    holders: _Holders,
+    layout: str,
+    check: bool,
+    received: Mapping[BlockChecks, Received],
+) -> tuple[Placement, bool]:
+    """Where each prompt is: what is held is compared with it, and with `check` its blocks with their checksums."""
+    slots: dict[int, int] = {}
+    segments: list[Segment] = []
+    parts = []
+    changed = holders.changed
+    for group in holders.groups:
+        prompt, opened = group.prompt, group.opened
         slot = np.full(len(query), -1, np.int32)
         good = [False] * len(opened)
         if check and len(opened) > 1:
-            good = _check_together([(segment, named, prompt[members]) for _, segment, members in opened], received)
+            good = _check_together(
+                [(segment, group.names, prompt[members]) for _, segment, members in opened], received
+            )
         for (n, segment, members), known in zip(opened, good, strict=True):
             right = query.matches(segment, members, prompt[members])
             if check and not known:
-                intact = _intact(index, n, segment, named, prompt[members], received)
+                intact = _intact(index, n, segment, group.names, prompt[members], received)
                 changed = changed or not intact.all()
                 right &= intact
             if n not in slots:
@@ -340,8 +308,8 @@ def _locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, 
             slot[members[right]] = slots[n]
             if check:
                 index.note_read(n, prompt[members[right]])
-        parts.append(Part(tuple(columns), slot, prompt))
-    return Placement(len(query), sites, layout, parts, segments, received), changed
+        parts.append(Part(tuple(group.columns), slot, prompt))
+    return Placement(len(query), holders.sites, layout, parts, segments, received), changed
 
 
 def _intact(

@@ -95,6 +95,8 @@ class Pull:
 
     def __init__(self, copy: WorkingCopy, space: str | None) -> None:
         self.copy, self.space = copy, space
+        self._before: set[str] = set()
+        """Mirrors that were here before anything was listed: another process may bring others meanwhile."""
 
     def run(self) -> bool:
         """Whether anything has changed here."""
@@ -120,7 +122,7 @@ class Pull:
         A merged segment can appear behind the reading position of a long listing, and its sources go before it gets to
         them, so that one listing shows neither.
         """
-        known = {f"{folder.name}/{name}" for folder in self._folders() for name in _mirrors(folder)}
+        known = self._before = {f"{folder.name}/{name}" for folder in self._folders() for name in _mirrors(folder)}
         found = self._list()
         for _ in range(_LISTINGS):
             names = _flat(found)
@@ -159,7 +161,9 @@ class Pull:
             for other, info in there.items():
                 if other not in held:
                     (space.segments if SEGMENT_NAME.fullmatch(other) else space.small)[other] = info.size
-            space.vanished = [other for other in _mirrors(space.folder) if other not in there]
+            space.vanished = [
+                other for other in _mirrors(space.folder) if other not in there and f"{name}/{other}" in self._before
+            ]
             space.tombs = {other for other in held - there.keys() if TOMB_NAME.fullmatch(other)}
             work.append(space)
         return work

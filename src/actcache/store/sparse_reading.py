@@ -14,9 +14,10 @@ from actcache.store import tensors
 from actcache.store.asking import locate_sites, sparse_sites
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import Ints
-from actcache.store.lookup import Query, locate
+from actcache.store.lookup import locate
 from actcache.store.placement import Placement
 from actcache.store.prompts import PromptTable
+from actcache.store.queries import Query
 from actcache.store.records import SPARSE, TOKENS
 from actcache.store.reports import stored_prompts
 from actcache.store.sparse import SparseSite

@@ -29,10 +29,11 @@ from actcache.store.files import SPACE_NAME, log, require_writable, translated
 from actcache.store.index import SpaceIndex
 from actcache.store.indexes import Indexes
 from actcache.store.locations import Place
-from actcache.store.lookup import Query, locate
+from actcache.store.lookup import locate
 from actcache.store.maintenance import Maintenance
 from actcache.store.placement import Placement
 from actcache.store.prompts import PromptTable
+from actcache.store.queries import Query
 from actcache.store.records import Records, SegmentInfo
 from actcache.store.reports import CacheInfo, ModelCacheInfo
 from actcache.store.spaces import ROOT, SpaceInfo, read_space, space_id, write_space

@@ -230,7 +230,7 @@ class WorkingCopy:
     def after_fork(self) -> None:
         """In a child process: what a thread of the parent held is free."""
         self._pulling = threading.Lock()
-        self._threads.forget()
+        self._threads.after_fork()
 
 
 _held: set[int] = set()
