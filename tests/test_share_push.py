@@ -172,17 +172,18 @@ class TestPooled:
         assert np.array_equal(read, values[[1, 0]].numpy())
 
     def test_one_prompt_as_text_and_as_ids(self, store, tmp_path):
-        """Published as it is stored, with its text, it is found by both."""
+        """As a text it is found by both, as ids by these alone, whatever is stored of it."""
         fill_tokens(store, new_space(store), N)
         ids = table([3, 9]).tokens(0).tolist(), table([3, 9]).tokens(1).tolist()
+        of_text = table([1]).tokens(0).tolist()
         found = push(store, tmp_path / "set", [ids[0], text(3), text(1), ids[1]], labels=["a", "a", "b", "c"])
-        assert sorted(found.by_text) == sorted([text(3), text(1), text(9)]) and len(found.index) == 4
+        assert sorted(found.by_text) == sorted([text(3), text(1), *map(str, ids)]) and len(found.index) == 4
         values, labels = ac.load_activations(
-            tmp_path / "set", prompts=[ids[1], text(3), ids[0], text(1), text(9)], layers=[0], return_labels=True
+            tmp_path / "set", prompts=[ids[1], text(3), ids[0], text(1), of_text], layers=[0], return_labels=True
         )
-        wanted = [rows(i, "resid_post.0")[-1] for i in (9, 3, 3, 1, 9)]
-        assert np.array_equal(values[0], np.stack(wanted)) and labels.tolist() == ["c", "a", "a", "b", "c"]
-        for absent in ([3], ids[0][:-1], [*ids[0], 7], [4, *ids[0][1:]]):
+        wanted = [rows(i, "resid_post.0")[-1] for i in (9, 3, 3, 1, 1)]
+        assert np.array_equal(values[0], np.stack(wanted)) and labels.tolist() == ["c", "a", "a", "b", "b"]
+        for absent in (text(9), [3], ids[0][:-1], [*ids[0], 7], [4, *ids[0][1:]]):
             with pytest.raises(NotCachedError, match=re.escape(str(absent))):
                 ac.load_activations(tmp_path / "set", prompts=[text(3), absent])
         with pytest.raises(OptionError, match="prompts 0 and 1 are the same, and their 'label' is not"):

@@ -67,8 +67,8 @@ def _key(prompt: Any, number: int) -> tuple[int, str]:
 
 
 def _rows_of_ids(index: Index, wanted: Sequence[str]) -> dict[tuple[int, str], int]:
-    """The first row of each of some prompts as ids whose tokens are those of a text: what is stored with its text is
-    published with it, whatever it was pushed as."""
+    """The first row of each of some prompts as ids whose tokens are those of a text: a prompt that was published as a
+    text is found by its ids, too."""
     import pyarrow.types as types
 
     if not wanted or not index.ours or _IDS_COLUMN not in index.columns:
