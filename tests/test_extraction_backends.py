@@ -102,10 +102,12 @@ def test_each_call_may_say_where(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     here = cache(folder, cache_logits=False)
     here.warmup(PROMPTS, labels=[1, 2, 3, 4])
     assert here.plan(PROMPTS).missing == 0
-    # The toy has one identity in both places, so that one's results are the other's.
-    assert here.plan(PROMPTS, remote=True).missing == 0
-    assert here.warmup(PROMPTS, True).activations_cached == 4
-    assert here.get_labels(PROMPTS, True) == [1, 2, 3, 4]
+    # Elsewhere a model is known by name, and no value is taken for one of the weights here.
+    assert here.plan(PROMPTS, remote=True).missing == 4
+    assert here.warmup(PROMPTS, True, labels=[5, 6, 7, 8]).activations_extracted == 4
+    assert (here.get_labels(PROMPTS, True), here.get_labels(PROMPTS)) == ([5, 6, 7, 8], [1, 2, 3, 4])
+    assert here.cached.extract(PROMPTS, True, cache_only=True) is None
+    assert cache(folder, remote=True).plan(PROMPTS).missing == 0
     monkeypatch.setattr(Toy, "identity", {"name": "toy", "version": 2})
     other = cache(folder)
     assert other.plan(PROMPTS).missing == 4

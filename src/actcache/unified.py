@@ -118,6 +118,8 @@ class UnifiedCache(Results):
         given = dict(locals())
         if not callable(pooling):
             require_choice(pooling, POOLINGS, "pooling")
+        if generate is not None and remote is not False:
+            raise OptionError("generate= continues prompts with the model in this process: leave out remote=.")
         self._made_of = {name: given[name] for name in given if name != "self"}
         self._elsewhere: dict[Remote, Self] = {}
         self.extractor = ActivationExtractor(

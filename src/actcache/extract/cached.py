@@ -14,7 +14,7 @@ import numpy as np
 from actcache.derive.results import NOTHING, Asked
 from actcache.errors import ModelChangedError, OptionError
 from actcache.extract.answer import Lookup, Question
-from actcache.extract.backends import RESULT, Remote
+from actcache.extract.backends import DRY_RUN, RESULT, Remote
 from actcache.extract.declared import check_edited
 from actcache.extract.extractor import ActivationExtractor
 from actcache.extract.given import Said, Unsaid
@@ -77,6 +77,8 @@ class CachedExtractor:
                 f"positions={extractor.reduction.positions!r} cannot be cached: keep positions='all' here and choose "
                 "positions when reading (get_activations(..., positions=...))."
             )
+        if extractor.remote == DRY_RUN:
+            raise OptionError(f"remote={DRY_RUN!r} is a dry run of what would be sent, and nothing of it is stored.")
         self.extractor = extractor
         self.layout = layout_name(extractor.reduction.pooling)
         self._store = store_at(store)

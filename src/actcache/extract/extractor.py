@@ -13,7 +13,7 @@ from actcache.derive.results import LOGITS, NOTHING, Asked
 from actcache.errors import OptionError, SiteUnavailableError, UnknownSiteError, did_you_mean, require_choice
 from actcache.extract.activations import Activations
 from actcache.extract.attempts import Attempts, check_retries
-from actcache.extract.backends import Backend, Pooling, Reduction, Remote, Rows, Setting
+from actcache.extract.backends import DRY_RUN, Backend, Pooling, Reduction, Remote, Rows, Setting
 from actcache.extract.backends.registry import open_backend, refuse_remote
 from actcache.extract.batching import Batch, check_limits, make_batches, token_budget
 from actcache.extract.declared import check_edited, declared_edits
@@ -126,7 +126,7 @@ class ActivationExtractor:
             model_kwargs=dict(model_kwargs or {}),
             allow_hooks=tuple(allow_hooks),
         )
-        self.source: ModelSource = open_source(model, options, tokenizer)
+        self.source: ModelSource = open_source(model, options, tokenizer, elsewhere=remote not in (False, DRY_RUN))
         self.edits = declared_edits(edits, self.source)
         self.source.edits = tuple(edit.identity() for edit in self.edits)
         self.source.needs_probabilities = any(edit.needs_probabilities for edit in self.edits)

@@ -133,8 +133,6 @@ def _measured(source: ModelSource, name: str, stack: str | None) -> dict[int, in
 
 def _held(source: ModelSource, name: str, stack: str | None) -> list[Site]:
     """The sites of this name that the model has, block by block."""
-    from actcache.model.anatomy import describe
-
-    anatomy = describe(source.model_to_run())
+    anatomy = source.anatomy()
     every = (Site(name, layer, stack=stack) for layer in range(anatomy.depth(stack)))
     return [site for site in every if anatomy.why_not(site) is None]

@@ -122,7 +122,8 @@ def settings_of(model: nn.Module, leave_out: frozenset[str] = frozenset()) -> st
         if not plain:
             settings["class"] = f"{kind.__module__}.{kind.__qualname__}"
             settings |= {n: v for n in _SETTINGS if (v := getattr(module, n, None)) is not None and not callable(v)}
-        for name, value in vars(module).items():
+        # A list, since another thread's pass may put something on the module meanwhile.
+        for name, value in list(vars(module).items()):
             # The private ones of known libraries are their bookkeeping.
             if name in apart or (name[0] == "_" and plain) or "cache" in name:
                 continue

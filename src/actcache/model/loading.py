@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from actcache.model.head import Head
 
 
-def open_source(model: Any, options: LoadOptions, tokenizer: Any = None) -> ModelSource:
-    """A source for `model`: a Hub id, a local folder, or a loaded model.
+def open_source(model: Any, options: LoadOptions, tokenizer: Any = None, *, elsewhere: bool = False) -> ModelSource:
+    """A source for `model`: a Hub id, a local folder, or a loaded model. `elsewhere`: its weights are not loaded here.
 
     Raises:
         ModelLoadError: a folder that is not there, or that holds no ``config.json`` or no weights.
@@ -46,6 +46,10 @@ def open_source(model: Any, options: LoadOptions, tokenizer: Any = None) -> Mode
     """
     check_device_name(options.device)
     dtype_name(options.dtype)
+    if elsewhere:
+        from actcache.model.remote import RemoteSource
+
+        return RemoteSource(model, options, tokenizer)
     if isinstance(model, str | Path):
         return PathSource(model, options, tokenizer)
     from actcache.model.live import LiveSource

@@ -18,6 +18,7 @@ from actcache.model.options import LoadOptions
 if TYPE_CHECKING:
     import torch
 
+    from actcache.model.anatomy import Anatomy
     from actcache.model.head import Head
     from actcache.model.invariance import BatchPolicy
     from actcache.model.tokenizer import TokenizerSource
@@ -132,7 +133,7 @@ class ModelSource(ABC):
         self.require_stack(stack, site)
         config = self._text_config(stack)
         n = first_int(config, *depth_names(config, stack))
-        return n if n is not None else int(self._anatomy().depth(stack))
+        return n if n is not None else int(self.anatomy().depth(stack))
 
     def require_stack(self, stack: str | None, site: str) -> None:
         """Raise `SiteUnavailableError` when names of this model's sites do not begin with `stack`."""
@@ -154,7 +155,7 @@ class ModelSource(ABC):
     def d_model(self) -> int:
         """Width of the residual stream."""
         n = first_int(self._text_config(), *WIDTH)
-        return n if n is not None else int(self._anatomy().d_model)
+        return n if n is not None else int(self.anatomy().d_model)
 
     @property
     @abstractmethod
@@ -174,10 +175,11 @@ class ModelSource(ABC):
     def _text_config(self, stack: str | None = None) -> Mapping[str, Any]:
         return text_values(self.config, stack or self.stacks[0])
 
-    def _anatomy(self) -> Any:
+    def anatomy(self) -> Anatomy:
+        """The parts of the model, which is loaded where they are not known without."""
         from actcache.model.anatomy import describe
 
-        return describe(self.model())
+        return describe(self.model_to_run())
 
 
 @cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import weakref
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,20 @@ if TYPE_CHECKING:
     import torch
 
 _HARMLESS = ("transformers", "accelerate")
+# Modules that stand under a forward of ours, which are looked at by other threads meanwhile.
+_ours: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+
+@contextmanager
+def our_forwards(model: torch.nn.Module) -> Iterator[None]:
+    """Let what stands as forward on the modules of `model` inside the block count as ours, in every thread. What stood
+    there before has been looked at."""
+    modules = list(model.modules())
+    _ours.update(modules)
+    try:
+        yield
+    finally:
+        _ours.difference_update(modules)
 
 
 def refuse_foreign_hooks(model: torch.nn.Module, allowed: Collection[str]) -> None:
@@ -39,7 +55,7 @@ def refuse_foreign_hooks(model: torch.nn.Module, allowed: Collection[str]) -> No
             hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
             found += [(path, hook) for hook in hooks if getattr(hook, "__self__", None) is not part]
         found += [(path, type(hook)) for hook in hooks_of(part)]
-        if "forward" in part.__dict__ and (forward := _foreign_forward(part)) is not None:
+        if (forward := _foreign_forward(part)) is not None:
             found.append((path, forward))
     for path, hook in found:
         name = getattr(hook, "__qualname__", type(hook).__qualname__)
@@ -73,7 +89,9 @@ def _changes(part: torch.nn.Module) -> tuple[Any, ...]:
 
 def _foreign_forward(part: torch.nn.Module) -> Any:
     """The forward that was put on `part` itself, unless it is the one of its class, or accelerate's around that."""
-    forward: Any = part.__dict__["forward"]
+    forward: Any = part.__dict__.get("forward")
+    if forward is None or part in _ours:
+        return None
     if getattr(forward, "__func__", None) is type(part).forward and forward.__self__ is part:
         # transformers 4.57 leaves it behind on every module whose outputs it has recorded.
         return None

@@ -28,6 +28,8 @@ RESULT = "result/"
 Pooling = str | Callable[[Any], Any] | None
 # Where the model runs: here (False), at the backend's own service (True), at a server with this address.
 Remote = bool | str
+# As `remote`: run here what would be sent elsewhere.
+DRY_RUN = "local"
 
 
 @dataclass(frozen=True)

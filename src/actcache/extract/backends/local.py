@@ -10,8 +10,8 @@ import copy
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -48,6 +48,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
+# Reads, from a session's passes over a module, the values at points; whether a pass may end behind the last of them.
+Observing = Callable[
+    ["LocalSession", Anatomy, torch.nn.Module, Mapping[str, ReadPoint], bool], AbstractContextManager[object]
+]
+
+
 class LocalBackend:
     """Runs the model of a source here."""
 
@@ -70,19 +76,15 @@ class LocalBackend:
         self._source.model_to_run()
 
     @contextmanager
-    def session(self, sites: Sequence[str], reduction: Reduction, asked: Asked = NOTHING) -> Iterator[LocalSession]:
-        parsed = {name: Site.parse(name) for name in sites}
-        with ExitStack() as stack:
-            # What one thread's pass reads must not be read by another's, nor taken for somebody else's hook.
-            stack.enter_context(lock_of(self._source.model()))
-            model = self._source.model_to_run()
+    def session(
+        self, sites: Sequence[str], reduction: Reduction, asked: Asked = NOTHING, *, observing: Observing | None = None
+    ) -> Iterator[LocalSession]:
+        """`observing`: how values are read where it is not by hooks."""
+        with self.prepared(sites) as model, ExitStack() as stack:
+            parsed = {name: Site.parse(name) for name in sites}
             predictor = Predictor.of(model, asked, self._edits) if asked else None
             if predictor is not None:
                 parsed.setdefault(predictor.site, Site.parse(predictor.site))
-            refuse_edits(model)
-            stack.enter_context(evaluating(model))
-            stack.enter_context(exact_float32())
-            stack.enter_context(torch.autocast(input_device(model).type, enabled=False))
             check_identities(model, sites=list(parsed.values()))
             anatomy = describe(model)
             points = {name: anatomy.read_point(site) for name, site in parsed.items()}
@@ -93,15 +95,34 @@ class LocalBackend:
             if policy.lengths == "any" and not inputs.tells_lengths and not all(e.everywhere for e in self._edits):
                 policy = replace(policy, lengths="equal", why="Edits at positions need to know each prompt's length.")
             session = LocalSession(anatomy, module, reduction, policy, inputs, sites, len(points), predictor)
-            stack.enter_context(torch.no_grad())
             if self._edits:
                 stack.enter_context(Editing(model, self._edits, declared=True))
             # Weights that were brought in for a pass leave at its end, which an exception would skip.
             to_the_end = is_dispatched(model)
-            if to_the_end and not self._edits and not policy.forget_lengths and can_stay(model):
-                session.row_bytes = self._row_bytes(model, sites, asked)
-            session.observer = stack.enter_context(observe(points, session.receive, stop_after_last=not to_the_end))
+            if observing is not None:
+                stack.enter_context(observing(session, anatomy, module, points, not to_the_end))
+            else:
+                if to_the_end and not self._edits and not policy.forget_lengths and can_stay(model):
+                    session.row_bytes = self._row_bytes(model, sites, asked)
+                observer = stack.enter_context(observe(points, session.receive, stop_after_last=not to_the_end))
+                session.reset = observer.reset
             yield session
+
+    @contextmanager
+    def prepared(self, sites: Sequence[str]) -> Iterator[torch.nn.Module]:
+        """The model, to be run by this thread alone as the identity says: checked, in evaluation mode, exact, without
+        gradients."""
+        with ExitStack() as stack:
+            # What one thread's pass reads must not be read by another's, nor taken for somebody else's hook.
+            stack.enter_context(lock_of(self._source.model()))
+            model = self._source.model_to_run()
+            refuse_edits(model)
+            stack.enter_context(evaluating(model))
+            stack.enter_context(exact_float32())
+            stack.enter_context(torch.autocast(input_device(model).type, enabled=False))
+            check_identities(model, sites=[Site.parse(name) for name in sites])
+            stack.enter_context(torch.no_grad())
+            yield model
 
     def _row_bytes(self, model: torch.nn.Module, sites: Sequence[str], asked: Asked) -> int:
         """What a row of all that is kept takes, for each token or prompt, as far as the configuration tells."""
@@ -177,8 +198,6 @@ class OnePass:
 class LocalSession:
     """One model, its sites observed, ready for batches."""
 
-    observer: Any
-
     def __init__(
         self,
         anatomy: Anatomy,
@@ -203,10 +222,13 @@ class LocalSession:
         self._sweeping = False
         # Bytes that a row of all sites takes; None where batches run one after the other.
         self.row_bytes: int | None = None
+        # What stands before a pass, and the pass itself.
+        self.reset: Callable[[], object] = lambda: None
+        self.forward: Callable[[dict[str, Any]], object] = lambda inputs: module(**inputs)
 
     def run(self, sequences: Sequence[npt.NDArray[np.int32]], positions: Sequence[Any] | None = None) -> CopiedRows:
         self._now = OnePass(sequences, positions, self._reduction, self._predictor)
-        self.observer.reset()
+        self.reset()
         if self.policy.forget_lengths:
             forget_lengths(self._module)
         try:
@@ -251,7 +273,7 @@ class LocalSession:
         def turn(one: OnePass) -> None:
             self._now = one
 
-        self.observer.reset()
+        self.reset()
         self._sweeping = True
         try:
             return run_interleaved(
@@ -287,7 +309,7 @@ class LocalSession:
         return known[key]
 
     def _call(self, one: OnePass) -> None:
-        self._module(**self._inputs.make(one.sequences, self._device))
+        self.forward(self._inputs.make(one.sequences, self._device))
 
     def _finish(self, one: OnePass) -> None:
         missed = [site for site in self._sites if site not in one.seen]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from actcache.extract.backends import Backend, BackendFactory, Setting
 
 GROUP = "actcache.backends"
-_OURS = {"local": ("local", "LocalBackend")}
+_OURS = {"local": ("local", "LocalBackend"), "nnsight": ("nnsight", "open_backend")}
 
 
 def open_backend(name: object, setting: Setting) -> Backend:
