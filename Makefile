@@ -37,7 +37,7 @@ offline := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTEST = -m pytest -n auto --dist loadfile --max-worker-restart=0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-tf4 venv-peers venv-lmprobe venv-swift demo test test-all lint types bench format clean
+.PHONY: help venv venv-tf4 venv-peers venv-lmprobe venv-swift demo test test-all lint types docs bench format clean
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3] [TORCH=torch==2.13.0]"
@@ -86,6 +86,9 @@ types: venv ## check types (mypy, strict for src/)
 format: venv ## put the code into its format and fix what can be fixed
 	@$(PY) -m ruff format .
 	@$(PY) -m ruff check --fix .
+
+docs: venv ## build the documentation's site in build/site
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 bench: venv ## run the benchmarks: tables of ratios against a reference in the same run
 	@status=0; for file in $(BENCHMARKS); do echo "==> $$file"; $(offline) $(PY) $$file || status=1; done; exit $$status
