@@ -62,7 +62,7 @@ def test_parts_of_which_one_must_be_cast_are_measured_as_they_are_stored(tmp_pat
 
 @pytest.mark.parametrize("fails", ["measuring", "writing", "both"])
 def test_a_batch_that_fails_waits_for_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
-    monkeypatch.setattr(growing, "_LARGE", 0)
+    monkeypatch.setattr(growing, "LARGE", 0)
     given = parts(2)
     file = GrowingFile(tmp_path, "0" * 32, given, 1 << 20)
     file.add(given)

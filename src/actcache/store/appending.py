@@ -17,7 +17,7 @@ from actcache.store.records import SPARSE, Records
 if TYPE_CHECKING:
     from actcache.store.uploading import Uploader
 
-_SIZES = (16 << 20, 32 << 20, 64 << 20, 128 << 20, merging.TARGET)
+_SIZES = (32 << 20, 64 << 20, 128 << 20, merging.TARGET)
 # A file for fewer batches would rarely be filled.
 _LEAST_BATCHES = 4
 _MOST_FILES = 8

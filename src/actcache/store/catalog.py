@@ -193,8 +193,9 @@ class Catalog:
         # isolation_level: `with db` opens and commits one transaction for the statements inside.
         db = sqlite3.connect(self.path, timeout=5.0, check_same_thread=False)
         try:
-            db.execute("PRAGMA journal_mode=WAL")
+            # First: the change of the journal is written, too.
             db.execute("PRAGMA synchronous=OFF")
+            db.execute("PRAGMA journal_mode=WAL")
             if _version(db) != _SCHEMA_VERSION:
                 with db:
                     db.execute("BEGIN IMMEDIATE")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -67,7 +67,7 @@ def encode(
     text, placed = _described(metadata, list(tensors), 0, {})
     text += b" " * (-(len(text) + 8) % ALIGN)
     base = len(text) + 8
-    moved = {name: replace(t, start=t.start + base, stop=t.stop + base) for name, t in placed.items()}
+    moved = {name: Tensor(name, t.dtype, t.shape, t.start + base, t.stop + base) for name, t in placed.items()}
     return len(text).to_bytes(8, "little") + text, moved
 
 

@@ -37,6 +37,7 @@ def code_for(given: np.dtype[Any], storage: str | None) -> str:
     return code if storage is None or code not in _FLOAT_CODES else _NAMES[storage]
 
 
+@cache
 def matrix_dtype(code: str) -> np.dtype[Any]:
     """The dtype of the matrix in the file."""
     return container.DTYPES[code.removesuffix(SCALED)]

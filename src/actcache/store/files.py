@@ -14,10 +14,12 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from actcache.errors import BackendError, DiskFullError, FormatError, StoreAccessError
+from actcache.store.beside import Beside
 
 log = logging.getLogger("actcache.store")
 
@@ -134,10 +136,16 @@ def make_folder(folder: Path) -> None:
         folder = folder.parent
     if missing:
         missing[0].mkdir(parents=True, exist_ok=True)
-    for made in missing:
-        # A parent that may be passed but not read cannot be synced.
-        with contextlib.suppress(PermissionError):
-            sync_folder(made.parent)
+    with contextlib.ExitStack() as syncing:
+        # The disk is waited for once, not once for each.
+        for made in missing:
+            syncing.enter_context(Beside(partial(_sync_readable, made.parent)))
+
+
+def _sync_readable(folder: Path) -> None:
+    # A parent that may be passed but not read cannot be synced.
+    with contextlib.suppress(PermissionError):
+        sync_folder(folder)
 
 
 def _is_local(fd: int) -> bool:

@@ -167,7 +167,8 @@ class GrowingFile:
         """
         rows, prompts = _rows(group), PromptTable.concatenate([part.prompts for part in group])
         given = [c.site for c in self._columns if not any(is_cast(part.data[c.site], c.code) for part in group)]
-        large = _stored(group) >= LARGE and len(given) == len(self._columns)
+        size = _stored(group)
+        large = size >= LARGE and len(given) == len(self._columns)
         hashed, checksums = threading.Event(), list[int]()
 
         def measure() -> None:
@@ -181,7 +182,7 @@ class GrowingFile:
                 hashed.set()
             measure()
 
-        with translated(self.path.parent, _stored(group)):
+        with translated(self.path.parent, size):
             every = [[np.ascontiguousarray(part.data[c.site]) for part in group] for c in self._columns if large]
             with Beside(look) if large else contextlib.nullcontext() as looking:
                 errors = self._write_rows(group, rows, every, checksums)
@@ -211,7 +212,7 @@ class GrowingFile:
         self._first_row += rows
         self._rows_left -= rows
         self._index_used += _index_bytes(group) + _PER_NAME
-        self._used += _stored(group) + 2 * len(frame)
+        self._used += size + 2 * len(frame)
 
     def _write_rows(
         self,

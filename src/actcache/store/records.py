@@ -15,6 +15,7 @@ from actcache.errors import FormatError, NewerFormatError
 from actcache.store import container
 from actcache.store.blocks import least_scales
 from actcache.store.dtypes import code_for, is_scaled, matrix_dtype
+from actcache.store.lazy import lazy
 from actcache.store.prompts import PromptTable, offsets
 
 VERSION = "1.0"
@@ -77,19 +78,20 @@ class Records:
         """One row per token."""
         return cls(prompts, TOKENS, prompts.token_offset, data)
 
-    @property
+    # These are asked for several times on the way of a batch to the disk, and take as long as writing one of its sites.
+    @lazy
     def nbytes(self) -> int:
         """Bytes of vectors, tokens and text."""
         p = self.prompts
         return sum(a.nbytes for a in self.data.values()) + p.token_ids.nbytes + p.text.nbytes + 72 * len(p)
 
-    @property
+    @lazy
     def signature(self) -> tuple[Any, ...]:
         """What records must share to go into one segment."""
         columns = tuple((n, self.code(n), a.shape[1:]) for n, a in self.data.items())
         return (self.layout, self.prompts.text_context, columns)
 
-    @property
+    @lazy
     def stored_bytes(self) -> int:
         """Bytes of the vectors as they are stored, without scales."""
         return sum(a.size * matrix_dtype(self.code(n)).itemsize for n, a in self.data.items())

@@ -185,7 +185,7 @@ class Store(Maintenance):
     def _ensure(self, space: str) -> None:
         """space.json of `space`, also when someone cleared the store meanwhile."""
         folder = self.root / space
-        if (folder / "space.json").exists():
+        if os.path.exists(folder / "space.json"):
             if space not in self._known:
                 with contextlib.suppress(FormatError, OSError):
                     self._known[space] = read_space(folder)
