@@ -65,6 +65,7 @@ class ModelCacheInfo:
 
     @property
     def size_gb(self) -> float:
+        """The size in GB of 2**30 bytes."""
         return self.size_bytes / GB
 
 
@@ -84,6 +85,7 @@ class CacheInfo:
 
     @property
     def total_size_gb(self) -> float:
+        """The size of everything in GB of 2**30 bytes."""
         return self.total_size_bytes / GB
 
 

@@ -49,10 +49,12 @@ class SpaceInfo:
 
     @property
     def model_name(self) -> str:
+        """What its model is called."""
         return str(self.label.get("model_name") or self.identity.get("model_name") or "")
 
     @property
     def revision(self) -> str | None:
+        """The commit of its model on the Hub; None for a folder, and where it is not known."""
         return _text(self.label.get("revision", self.identity.get("revision")))
 
     @property

@@ -68,6 +68,7 @@ class LoggingBackend(WrappedBackend):
 
     @property
     def requests(self) -> int:
+        """How many requests were made, of all kinds."""
         return sum(self.counts.values())
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
