@@ -104,6 +104,32 @@ def test_a_tomb_that_another_process_clears_away_is_put_all_the_same(tmp_path: P
         assert found(store, space, range(4)) == [False, False, True, False]
 
 
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_clearing_takes_tombs_of_what_is_long_gone(tmp_path: Path, which: str) -> None:
+    """Also where nothing else of the space is left, neither here nor there."""
+    objects_ = MemoryBackend()
+    one, space = machine(objects_, tmp_path / "a")
+    stored(one, space, [1], [2])
+    invalidate_while_it_is_evicted(objects_, tmp_path / "a")
+    one.close()
+    objects_.put("v1/" + space + "/somebody.txt", b"not ours")
+    assert machine(objects_, tmp_path / which)[0].clear() == 0
+    assert [info.name for info in objects_.list()] == [f"v1/{space}/somebody.txt"]
+
+
+def test_clearing_leaves_segments_that_nobody_can_name(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    store.append(space, pooled([1]))
+    store.invalidate(space, make_table([1]))
+    (path,) = (store.root / space).glob("*.safetensors")
+    (tomb,) = (store.root / space).glob("*.tomb")
+    (store.root / space / "space.json").unlink()
+    path.write_bytes(path.read_bytes()[:100])
+    fresh = Store(store.location, index_dir=tmp_path / "other")
+    assert not fresh.spaces() and fresh.clear() == 0
+    assert path.exists() and tomb.exists()
+
+
 def test_a_tomb_that_was_cleared_away_counts_for_a_late_merge(tmp_path: Path) -> None:
     """Another machine has read the segments before, puts what it makes of them when all is over, and is killed."""
     objects_ = MemoryBackend()

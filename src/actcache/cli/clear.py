@@ -36,7 +36,7 @@ def command(model: str | None, yes: bool, store: str | None, as_json: bool) -> N
             raise click.UsageError("nobody to ask here: give --yes to delete this.")
         if not click.confirm("Delete this?", err=True):
             raise click.ClickException("nothing was deleted.")
-    deleted = opened.clear(name) if info.models else 0
+    deleted = opened.clear(name) if info.models or name is None else 0
     if as_json:
         print_json({"deleted": deleted})
     else:

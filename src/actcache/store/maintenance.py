@@ -67,6 +67,11 @@ class Maintenance(Inspection):
             with locks.exclusive(self.index_dir, space.space, wait_s=locks.LOCK_WAIT_S):
                 removal.clear_space(self.root / space.space, self._copy)
             self._index(space.space).refresh(force=True)
+        if model is None:
+            for name in set(eviction.space_folders(self.root)) - {space.space for space in spaces}:
+                # Tombs outlive what they are for; without a description nobody would find them any more.
+                if removal.has_only_tombs(self.root / name):
+                    removal.clear_space(self.root / name, self._copy)
         with contextlib.suppress(OSError):
             self.root.rmdir()
         return deleted

@@ -83,6 +83,15 @@ def clear_space(folder: Path, copy: WorkingCopy | None = None) -> None:
         drop_if_empty(folder, copy)
 
 
+def has_only_tombs(folder: Path) -> bool:
+    """Whether nothing of ours is left in a space's folder but tombs."""
+    with contextlib.suppress(FileNotFoundError):
+        names = os.listdir(folder)
+        content = (SEGMENT_NAME, OPEN_NAME, TEMP_NAME)
+        return any(map(TOMB_NAME.fullmatch, names)) and not any(p.fullmatch(n) for p in content for n in names)
+    return False
+
+
 def _clear_objects(folder: Path, copy: WorkingCopy) -> None:
     """Delete every object of ours of a space, until a listing shows none."""
     for _ in range(_ATTEMPTS):
