@@ -1,20 +1,11 @@
-import os
+from pathlib import Path
 
-import pytest
-from moto.server import ThreadedMotoServer
+from actcache.testing.tiny import tiny_model
 
-import actcache as ac
-
-server = ThreadedMotoServer(port=0, verbose=False)
-server.start()
-os.environ.update(
-    AWS_ENDPOINT_URL="http://{}:{}".format(*server.get_host_and_port()),
-    AWS_ACCESS_KEY_ID="test",
-    AWS_SECRET_ACCESS_KEY="test",
-    AWS_DEFAULT_REGION="us-east-1",
-)
-import botocore.session
-
-botocore.session.get_session().create_client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).create_bucket(
-    Bucket="bucket"
-)
+tiny_model("gpt2").save_pretrained("model")
+# The package that the page speaks of, as if it were installed: its module is the page.
+Path("my_backends.py").write_text("import __main__\n\n\ndef __getattr__(name):\n    return getattr(__main__, name)\n")
+about = Path("my_backends-1.0.dist-info")
+about.mkdir()
+(about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-backends\nVersion: 1.0\n")
+(about / "entry_points.txt").write_text("[actcache.backends]\nhidden-states = my_backends:HiddenStates\n")
