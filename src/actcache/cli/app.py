@@ -11,6 +11,7 @@ from typing import NoReturn
 import click
 
 from actcache._version import __version__
+from actcache.cli.examples import epilog
 from actcache.cli.options import Settings, debug_option
 from actcache.errors import ActCacheError, OptionError, did_you_mean
 
@@ -53,6 +54,7 @@ class Verbs(click.Group):
             return None
         command = import_module(f"actcache.cli.{cmd_name}").command
         assert isinstance(command, click.Command)
+        command.epilog = epilog(cmd_name)
         return command
 
     def resolve_command(

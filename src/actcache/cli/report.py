@@ -34,11 +34,6 @@ def command(
     It has sizes and norms by layer, what storing changed, lengths of prompts, and which were read last. The page needs
     nothing else: no network, no other file. REPO is org/name on the Hub, or a folder, written ./folder; a model that is
     stored under that name comes first.
-
-    \b
-    actcache report --out store.html
-    actcache report gpt2 --prompt "The Eiffel Tower is in" --out gpt2.html
-    actcache report ./dataset --out dataset.html
     """
     from actcache.cli.lookup import stored_name, variants_of
     from actcache.cli.output import console, print_json, size
