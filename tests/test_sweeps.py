@@ -6,9 +6,11 @@ import collections
 import itertools
 import logging
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -200,6 +202,19 @@ class TestReads:
         with pytest.raises(errors.OptionError, match="ACTCACHE_SWEEP_GB is 'much'"):
             extractor.extract(PROMPTS)
 
+    def test_rows_that_were_handed_over_are_let_go(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(interleaved, "MOST_PASSES", 2)
+        model, _ = offloaded()
+        extractor = ac.ActivationExtractor(model, layers="last", **BUDGET)
+        ids = [np.asarray(prompt, np.int32) for prompt in PROMPTS]
+        seen: list[weakref.ref[Tensor]] = []
+        for _, rows in extractor.batches(ids, extractor.sites):
+            seen.append(weakref.ref(rows["resid_post.3"]))
+            del rows
+            # The two of this sweep, and one that is on its way.
+            assert sum(ref() is not None for ref in seen) <= 3
+        assert len(seen) > 4
+
     def test_only_so_many_passes(self, monkeypatch: pytest.MonkeyPatch, swept: list[bool]) -> None:
         monkeypatch.setattr(interleaved, "MOST_PASSES", 3)
         model, _ = offloaded()
@@ -294,8 +309,6 @@ class TestWhatGoesWrong:
     def test_who_stops_listening(self) -> None:
         model, _ = offloaded()
         extractor = ac.ActivationExtractor(model, layers="last", **BUDGET)
-        import numpy as np
-
         ids = [np.asarray(prompt, np.int32) for prompt in PROMPTS]
         batches = extractor.batches(ids, extractor.sites)
         next(batches)

@@ -259,7 +259,12 @@ class LocalSession:
         )
         while passes := self._sweep(begun):
             right = self._right(passes)
-            yield from [one.state.copied if right and one.error is None else None for one in passes]
+            results = [one.state.copied if right and one.error is None else None for one in reversed(passes)]
+            # What was handed over must not wait here while the next ones run.
+            del passes
+            self._now = OnePass([], None, self._reduction, None)
+            while results:
+                yield results.pop()
 
     def _sweep(self, begun: Iterable[tuple[OnePass, Any]]) -> list[Pass]:
         limit: float = sweep_bytes().value
