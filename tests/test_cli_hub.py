@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -337,6 +338,29 @@ class TestControlC:
         process = start(hub, tmp_path / "c", *arguments)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0 and "11 prompts pulled" in out, err
+
+    @pytest.mark.slow
+    def test_once_more(self, hub, home, tmp_path):
+        """The first one waits for what is just sent, which may be large."""
+        processes = []
+
+        def again_and_again():
+            for _ in range(100):
+                if processes[0].poll() is not None:
+                    return
+                processes[0].send_signal(signal.SIGINT)
+                time.sleep(0.3)
+
+        (tmp_path / "c").mkdir()
+        hub.inject(Fault(method="PUT", path="/blobs/", then=again_and_again))
+        processes.append(start(hub, tmp_path / "c", "push", "user/twice", MODEL, "--store", home / "store"))
+        try:
+            out, err = processes[0].communicate(timeout=60)
+        finally:
+            processes[0].kill()
+            processes[0].communicate()
+        assert (processes[0].returncode, out) == (1, "")
+        assert err == "actcache: stopped at once. What was on its way begins anew.\n"
 
     def test_of_a_load(self, hub, home, tmp_path):
         (tmp_path / "c").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -117,8 +118,21 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
+def _interrupt(_signal: int, _frame: object) -> NoReturn:
+    """Ctrl-C ends with what is on its way just then, such as files that are sent; once more, and it ends at once."""
+    signal.signal(signal.SIGINT, _end_at_once)
+    raise KeyboardInterrupt
+
+
+def _end_at_once(_signal: int, _frame: object) -> NoReturn:
+    os.write(2, b"actcache: stopped at once. What was on its way begins anew.\n")
+    os._exit(1)
+
+
 def main() -> NoReturn:
     """The entry point of the console script."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         # A prompt may hold characters that the terminal's encoding lacks.
         if hasattr(stream, "reconfigure"):
