@@ -429,6 +429,7 @@ def test_what_is_no_state_is_refused(made: tuple[ac.Store, str]) -> None:
         None, {}, [state], {**state, "batches": -3}, {**state, "batches": "4"}, {**state, "epoch": -1},
         {**state, "epoch": 1.5}, {**state, "sources": 5}, {**state, "sources": [{}]},
         {**state, "sources": [{**source, "prompts": 10**6, "pieces": [[1, "zz", "00"]]}]},
+        {**state, "sources": [{**source, "digest": "00" * 16, "pieces": [[1, "00", "00"]]}]},
         {**state, "sources": [{**source, "prompts": True}]},
     ):  # fmt: skip
         stream = stream_of(made)

@@ -50,9 +50,8 @@ def check_state(state: Any) -> None:
         numbers = [state["epoch"], state["batches"]]
         for source in state["sources"]:
             numbers += [source["prompts"], *(count for count, _, _ in source.get("pieces", ()))]
-            heads = [source["digest"], *(head for _, head, _ in source.get("pieces", ()))]
-            good = all(isinstance(head, str) and bytes.fromhex(head) for head in heads)
-            if not good:
+            heads = [head for _, head, _ in source.get("pieces", ())]
+            if not isinstance(source["digest"], str) or any(len(bytes.fromhex(head)) != 8 for head in heads):
                 raise ValueError("no digest")
         if not isinstance(state, Mapping) or not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError("no numbers")
