@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy.typing as npt
 import pytest
 
 from actcache.errors import BackendError, NotCachedError
-from actcache.store import behind, checks, fetching, mirror
+from actcache.store import behind, checks, fetching, gather, mirror
 from actcache.store.backend import Bytes, LocalBackend, MemoryBackend
 from actcache.store.container import Tensor
 from actcache.store.placement import Placement
@@ -236,6 +237,11 @@ def test_readers_of_one_space_read_at_the_same_time(reader: tuple[Store, str], b
         for site, rows in zip(SITES, pool.map(read, SITES), strict=True):
             assert np.array_equal(rows, VALUES[site])
     assert backend.reads == 2
+
+
+def test_torch_may_be_half_imported_by_another_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    assert gather.allowed_threads() >= 1
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -188,8 +188,9 @@ def _touch(region: npt.NDArray[Any], index: Ints) -> None:
 
 def allowed_threads() -> int:
     """How many threads may copy: as many as torch may use where it is loaded, and no more than help."""
-    torch = sys.modules.get("torch")
-    return min(_MAX_THREADS, torch.get_num_threads() if torch is not None else _processors())
+    # Another thread may be in the middle of importing it.
+    chosen = getattr(sys.modules.get("torch"), "get_num_threads", _processors)
+    return min(_MAX_THREADS, chosen())
 
 
 def _processors() -> int:
