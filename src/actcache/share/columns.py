@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from actcache.errors import OptionError
 from actcache.extract.given import one_each, plain
@@ -24,6 +24,24 @@ def is_fixed(name: str) -> bool:
     return name in _FIXED or name.startswith(_PREFIXES)
 
 
+class Absent(Sequence[None]):
+    """The values of a column that nobody has any for, `count` in number."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, at: int) -> None: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[None]: ...
+    def __getitem__(self, at: int | slice) -> list[None] | None:
+        found = range(self._count)[at]
+        return None if isinstance(found, int) else [None] * len(found)
+
+
 @dataclass(frozen=True)
 class Column:
     """Values of one column, with the name of their type in Arrow: "int64", "double", "bool", "string", "int32", or
@@ -31,7 +49,7 @@ class Column:
 
     name: str
     type: str
-    values: list[Any]
+    values: Sequence[Any]
 
     def select(self, order: Sequence[int]) -> Column:
         """The values at `order`."""

@@ -56,8 +56,9 @@ class Contents:
                 digest.update(json.dumps(column.values[start : start + _AT_ONCE]).encode())
         groups = [group.located for group in found.groups] + ([found.logits[1].located] if found.logits else [])
         for located in [*groups, *filter(None, [found.perplexity, found.token_nll])]:
-            digest.update(located.owner.tobytes())
-            digest.update(located.local.tobytes())
+            for places in (located.owner, located.local):
+                for start in range(0, len(places), _AT_ONCE):
+                    digest.update(places[start : start + _AT_ONCE].tobytes())
             for placement in located.placements:
                 digest.update(placement.fingerprint())
         return digest.hexdigest()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from actcache.errors import MissingExtraError, PromptError
 from actcache.share import ours
 from actcache.share.format import PREFIX
 from actcache.share.stored_rows import Rows
-from actcache.store.prompts import IDS, TEXT
+from actcache.store.prompts import IDS
 
 if TYPE_CHECKING:
     from actcache.share.columns import Column
@@ -43,7 +45,7 @@ class Index:
     def __init__(self, selection: Selection, shards: Shards, label: Column, metadata: Sequence[Column]) -> None:
         order = shards.order
         self._order = order
-        self._table = selection.table.select(order)
+        self._table = selection.table.in_order(order)
         self._shards = shards
         self._label, self._metadata = label, metadata
         self._losses: Rows | None = None
@@ -53,14 +55,12 @@ class Index:
         if selection.token_nll is not None:
             self._has_losses = selection.token_nll.found[order, 0]
         if self._has_losses.any() and selection.token_nll is not None:
-            self._losses = Rows(selection.token_nll.select(order), "token_nll", whole=True)
+            self._losses = Rows(selection.token_nll, "token_nll", order, whole=True)
         if selection.perplexity is not None:
             self._has_perplexity = selection.perplexity.found[order, 0]
         if self._has_perplexity.any() and selection.perplexity is not None:
-            self._perplexity = Rows(selection.perplexity.select(order), "perplexity", whole=False)
-        kinds = self._table.kind
-        self.all_texts = bool((kinds == TEXT).all())
-        self._has_ids = self._table.known
+            self._perplexity = Rows(selection.perplexity, "perplexity", order, whole=False)
+        self.all_texts = self._table.all_texts
 
     @property
     def has_perplexity(self) -> bool:
@@ -79,10 +79,10 @@ class Index:
         if self._perplexity is not None:
             fields += [(f"perplexity_{name}", pa.float64()) for name in ("mean", "min", "max")]
         fields += [(column.name, self._type(column.type)) for column in self._metadata]
-        fields += [(name, pa.int32()) for name in self._shards.locations]
+        fields += [(name, pa.int32()) for name in self._shards.location_columns]
         if self._shards.lengths is not None:
             fields.append(("token_offset", pa.int64()))
-        if self._has_ids.any():
+        if self._table.any_ids:
             fields.append(("token_ids", pa.list_(pa.int64())))
         if self._losses is not None:
             fields.append(("token_perplexity", pa.list_(pa.float64())))
@@ -99,15 +99,7 @@ class Index:
     def check(self) -> None:
         """Make a few rows and throw them away, and look at all texts: what cannot be written shows before anything is
         sent."""
-        for start, stop in self._groups():
-            for i, text in enumerate(self._table.part(start, stop).texts, start):
-                try:
-                    (text or "").encode()
-                except UnicodeEncodeError:
-                    raise PromptError(
-                        f"a prompt is no valid Unicode text: {text!r:.60} (row {i}). Leave it out."
-                    ) from None
-        self._batch(self.schema(), 0, min(100, len(self._order)))
+        self._batch(self.schema(), 0, min(100, self._groups[-1]))
 
     def write(self, path: Path, described: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         """Write the file, with metadata under the keys of the format and of this library."""
@@ -118,19 +110,28 @@ class Index:
         metadata |= {f"{ours.PREFIX}{key}": json.dumps(value) for key, value in own.items()}
         schema = self.schema().with_metadata(metadata)
         with parquet.ParquetWriter(path, schema, compression="snappy") as writer:
-            for start, stop in self._groups():
+            for start, stop in pairwise(self._groups):
                 writer.write_table(pa.Table.from_batches([self._batch(schema, start, stop)]))
 
-    def _groups(self) -> Iterator[tuple[int, int]]:
-        lengths = self._table.lengths if self._shards.lengths is None else self._shards.lengths
-        ends = np.cumsum(lengths)
-        start = 0
-        while start < len(ends):
-            before = int(ends[start - 1]) if start else 0
-            stop = max(start + 1, int(np.searchsorted(ends, before + _TOKENS, side="right")))
-            stop = min(stop, start + _ROWS)
-            yield start, stop
-            start = stop
+    @cached_property
+    def _groups(self) -> list[int]:
+        """Where row groups begin, and the number of rows. PromptError for a text that cannot be written."""
+        bounds, tokens = [0], 0
+        for start in range(0, len(self._order), _ROWS):
+            some = self._table.part(start, min(start + _ROWS, len(self._order)))
+            lengths = some.lengths if self._shards.lengths is None else self._shards.lengths[start : start + _ROWS]
+            for i, (text, length) in enumerate(zip(some.texts, lengths.tolist(), strict=True), start):
+                try:
+                    (text or "").encode()
+                except UnicodeEncodeError:
+                    raise PromptError(
+                        f"a prompt is no valid Unicode text: {text!r:.60} (row {i}). Leave it out."
+                    ) from None
+                if i > bounds[-1] and (i - bounds[-1] == _ROWS or tokens + length > _TOKENS):
+                    bounds.append(i)
+                    tokens = 0
+                tokens += length
+        return [*bounds, len(self._order)]
 
     def _batch(self, schema: Any, start: int, stop: int) -> Any:
         pa = require_pyarrow()
@@ -169,7 +170,7 @@ class Index:
             found["token_perplexity"] = [
                 exponentials(self._losses.all_of(i)[:-1, 0]) if self._has_losses[i] else None for i in rows
             ]
-        found |= {name: values[start:stop] for name, values in shards.locations.items()}
+        found |= shards.locations(start, stop)
         if shards.lengths is not None:
             found["token_offset"] = found["row_offset"]
             found["token_shard_ids"], found["token_shard_offsets"] = shards.token_locations(start, stop)

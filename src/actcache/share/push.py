@@ -14,7 +14,7 @@ import numpy as np
 from actcache.errors import DatasetAccessError, OptionError, require_choice
 from actcache.progress import progress
 from actcache.share import card
-from actcache.share.columns import Column, label_column, metadata_columns
+from actcache.share.columns import Absent, Column, label_column, metadata_columns
 from actcache.share.contents import Contents
 from actcache.share.hub_target import HubTarget, check_token, quiet_client
 from actcache.share.index_file import Index, require_pyarrow
@@ -185,16 +185,20 @@ def _of_selected(
     store: Store, found: Selection, label: Column | None, columns: list[Column] | None
 ) -> tuple[Column, list[Column]]:
     """Labels and metadata of the prompts that are shared: the caller's, else what is stored with them."""
-    order = found.given.tolist()
-    if label is None:
+    held = store.held(found.space)
+    if label is not None:
+        label = label.select(found.given.tolist())
+    elif LABEL not in held:
+        label = Column("label", "int32", Absent(len(found.given)))
+    else:
         try:
-            label = label_column(_stored(store, found, LABEL), len(order))
+            label = label_column(_stored(store, found, LABEL), len(found.given))
         except OptionError as error:
             raise OptionError(f"the labels that are stored: {error} Or pass labels= here.") from None
-    else:
-        label = label.select(order)
     if columns is not None:
-        columns = [column.select(order) for column in columns]
+        columns = [column.select(found.given.tolist()) for column in columns]
+    elif METADATA not in held:
+        columns = []
     else:
         rows = _stored(store, found, METADATA)
         names = sorted({name for row in rows if row for name in row})
@@ -206,8 +210,6 @@ def _of_selected(
 
 def _stored(store: Store, found: Selection, kind: str) -> list[Any]:
     """What is stored of `kind` with the prompts, in their order."""
-    if kind not in store.held(found.space):
-        return [None] * len(found.given)
     return [value for _, table in found.table.parts() for value in given.read(store, found.space.space, kind, table)]
 
 

@@ -322,6 +322,10 @@ class _Finder:
                     f"{len(damaged)} prompts can no longer be read at {group.name} (the first is prompt "
                     f"{given[damaged[0]]}): `actcache verify` says why. Warm them up again."
                 )
+            # They are all there, and mostly in one place: nothing to be said of each prompt.
+            group.located.found = np.broadcast_to(True, group.located.found.shape)
+            if (group.located.owner == 0).all():
+                group.located.owner = np.broadcast_to(np.int32(0), len(group.located.owner))
         perplexity = self._located(PERPLEXITY, DERIVED, prompts) if self.perplexity else None
         token_nll = None
         if self.perplexity and TOKEN_NLL in self.held.get(TOKENS, ()):

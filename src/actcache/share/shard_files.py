@@ -8,7 +8,7 @@ import random
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -27,7 +27,7 @@ from actcache.share.format import (
     ROUTER_KEYS,
     expand,
 )
-from actcache.share.stored_rows import Array, Ints, Rows
+from actcache.share.stored_rows import Array, Ints, Order, Rows
 from actcache.store import container
 from actcache.store.site_names import LAST
 
@@ -103,14 +103,16 @@ class Shards:
     def __init__(self, selection: Selection, *, name: str, shard_max_bytes: int, shuffle: bool) -> None:
         count = len(selection.given)
         # An array of its own kind: elements of numpy's are slow one at a time, and a list takes four times the room.
-        order = array("q", range(count))
+        order = array("i" if count < 2**31 else "q", range(count))
         if shuffle:
             random.Random(_seed(name)).shuffle(order)
-        self.order: Ints = np.frombuffer(order, np.int64) if count else np.zeros(0, np.int64)
+        self.order: Order = np.frombuffer(order, order.typecode) if count else np.zeros(0, np.int32)
         self.groups: list[tuple[Group, dict[int | None, Rows]]] = []
         for group in selection.groups:
-            located = group.located.select(self.order)
-            rows = {layer: Rows(located, site, whole=group.whole) for layer, site in group.sites.items()}
+            rows: dict[int | None, Rows] = {}
+            for layer, site in group.sites.items():
+                like = next(iter(rows.values()), None)
+                rows[layer] = Rows(group.located, site, self.order, whole=group.whole, like=like)
             self.groups.append((group, rows))
         sites = [rows for _, by_layer in self.groups for rows in by_layer.values()]
         # All groups lie in shards of the same prompts, so that one column says for all of them where a prompt is.
@@ -133,8 +135,9 @@ class Shards:
         self.logits_shards: list[tuple[int, int]] = []
         if selection.logits is not None:
             k, group = selection.logits
-            located = group.located.select(self.order)
-            values, indices = (Rows(located, site, whole=group.whole) for site in group.sites.values())
+            values, indices = (
+                Rows(group.located, site, self.order, whole=group.whole) for site in group.sites.values()
+            )
             self.logits = k, values, indices
             per_shard = max(1, shard_max_bytes // (values.row_bytes + indices.row_bytes))
             self.logits_shards = [(a, min(a + per_shard, count)) for a in range(0, count, per_shard)]
@@ -237,36 +240,34 @@ class Shards:
         ]
         return placed + rest
 
-    @cached_property
-    def locations(self) -> dict[str, Places]:
-        """The columns of the index that say where a prompt's row is, int32 ``[n]`` each."""
-        own = located(self.logits_shards, len(self.order))
-        if not self.placed:
-            return {"shard_index": own[0], "row_offset": own[1]}
-        shard, offset = located(self.placed, len(self.order))
-        found = {"shard_index": shard, "row_offset": offset}
-        if self.logits is not None:
-            found |= {"shard_index_logits": own[0], "row_offset_logits": own[1]}
-        return found
+    @property
+    def location_columns(self) -> list[str]:
+        """The columns of the index that say where a prompt's row is."""
+        names = ["shard_index", "row_offset"]
+        return [*names, *(f"{name}_logits" for name in names)] if self.placed and self.logits is not None else names
+
+    def locations(self, start: int, stop: int) -> dict[str, Places]:
+        """What is in these columns in rows `start` to `stop`, int32 each."""
+        columns = [places(shards, start, stop) for shards in (self.placed, self.logits_shards) if shards]
+        return dict(zip(self.location_columns, (part for column in columns for part in column), strict=True))
 
     def token_locations(self, start: int, stop: int) -> tuple[list[Ints], list[Ints]]:
         """Shard and row of every token of the prompts in rows `start` to `stop`; the last is in the shards in front."""
         assert self.lengths is not None
-        if self._rest_shard is None:
-            self._rest_shard = located(self.rest, len(self.order))[0]
-            before = np.concatenate([[0], np.cumsum(self.lengths - 1)])
-            first = np.array([a for a, _ in self.rest] or [0])
-            self._rest_row = before[:-1] - before[first[self._rest_shard]]
+        where = self.locations(start, stop)
+        of_rest, _ = places(self.rest, start, stop)
+        begins = np.array([a for a, _ in self.rest] or [0])
+        # Rows in the shard of the first prompt that are before it, then what each shard begins with.
+        first = int(begins[of_rest[0]])
+        before = int((self.lengths[first:start] - 1).sum()) + np.cumsum(self.lengths[start:stop] - 1)
+        before -= self.lengths[start:stop] - 1
+        base = np.where(of_rest == of_rest[0], 0, before[np.maximum(begins[of_rest] - start, 0)])
         shards, rows = [], []
-        for i in range(start, stop):
-            length = int(self.lengths[i])
-            in_rest = int(self._rest_row[i]) + np.arange(length - 1)
-            of_rest = np.full(length - 1, len(self.placed) + int(self._rest_shard[i]))
-            shards.append(np.append(of_rest, self.locations["shard_index"][i]))
-            rows.append(np.append(in_rest, self.locations["row_offset"][i]))
+        for i, length in enumerate(self.lengths[start:stop].tolist()):
+            in_rest = int(before[i] - base[i]) + np.arange(length - 1)
+            shards.append(np.append(np.full(length - 1, len(self.placed) + int(of_rest[i])), where["shard_index"][i]))
+            rows.append(np.append(in_rest, where["row_offset"][i]))
         return shards, rows
-
-    _rest_shard: Places | None = None
 
 
 def _file(
@@ -310,6 +311,14 @@ def greedy(sizes: Ints, limit: int) -> list[tuple[int, int]]:
         # Those behind have no row left, and belong somewhere.
         found[-1] = found[-1][0], len(sizes)
     return found
+
+
+def places(shards: Sequence[tuple[int, int]], start: int, stop: int) -> tuple[Places, Places]:
+    """Of the prompts `start` to `stop` the shard, and the place in it: `shards` follow one another from the first."""
+    first = np.array([a for a, _ in shards] or [0], np.int64)
+    prompts = np.arange(start, stop)
+    shard = np.searchsorted(first, prompts, side="right") - 1
+    return shard.astype(np.int32), (prompts - first[shard]).astype(np.int32)
 
 
 def located(shards: Sequence[tuple[int, int]], count: int) -> tuple[Places, Places]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from actcache.store.prompts import CHAT, IDS, PromptTable
+from actcache.store.prompts import CHAT, IDS, TEXT, PromptTable
 
 if TYPE_CHECKING:
     from actcache.store.asking import Located
@@ -26,52 +27,52 @@ class StoredPrompts(Sequence[Any]):
     def __init__(self, places: Placement) -> None:
         self._places = places
         # The same text under two tokenizers is one.
-        keys = [np.empty((0, 2), np.uint64)]
+        words = np.empty((len(places), 2), np.uint64)
         for start in range(0, len(places), _AT_ONCE):
             table = places.prompts(np.arange(start, min(start + _AT_ONCE, len(places))))
             digests = b"".join(xxhash.xxh3_128_digest(_identity(table, i)) for i in range(len(table)))
-            keys.append(np.frombuffer(digests, np.uint64).reshape(-1, 2))
-        words = np.concatenate(keys)
+            words[start : start + len(table)] = np.frombuffer(digests, np.uint64).reshape(-1, 2)
         order = np.lexsort((words[:, 1], words[:, 0]))
         first = np.ones(len(order), bool)
-        first[1:] = (words[order[1:]] != words[order[:-1]]).any(axis=1)
-        self._numbers: Ints = np.sort(order[first])
+        for start in range(1, len(order), _AT_ONCE):
+            some = words[order[start - 1 : start + _AT_ONCE]]
+            first[start : start + len(some) - 1] = (some[1:] != some[:-1]).any(axis=1)
+        self._count = int(first.sum())
+        # None: all of them.
+        self._numbers: Ints | None = None if self._count == len(order) else np.sort(order[first])
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return self._count
 
     @overload
     def __getitem__(self, at: int) -> Any: ...
     @overload
     def __getitem__(self, at: slice) -> list[Any]: ...
     def __getitem__(self, at: int | slice) -> Any:
-        if isinstance(at, slice):
-            return _given(self._places.prompts(self._numbers[at]))
-        return _given(self._places.prompts(self._numbers[[at]]))[0]
+        if not isinstance(at, slice):
+            at = range(self._count)[at]
+            return self[at : at + 1][0]
+        numbers = np.arange(*at.indices(self._count)) if self._numbers is None else self._numbers[at]
+        return _given(self._places.prompts(numbers))
 
 
 class StoredTable:
     """What is stored of located prompts themselves, in an order of their own.
 
-    `kind` uint8 ``[n]``, `lengths` int32 ``[n]`` (tokens), `known` bool ``[n]``: whether these are known;
-    `text_context` as in `PromptTable`, "" where there are several.
+    `all_texts`, `any_ids`: whether all are texts, and whether the token ids of some are known; `text_context` as in
+    `PromptTable`, "" where there are several.
     """
 
     def __init__(self, located: Located, bare: npt.NDArray[np.bool_] | None = None) -> None:
         """`bare`: which of the prompts were given as token ids, and are no texts, whatever is stored of them."""
         self._placements = located.placements
         self._owner, self._local, self._bare = located.owner, located.local, bare
-        count = len(self._owner)
-        self.kind = np.zeros(count, np.uint8)
-        self.lengths = np.zeros(count, np.int32)
-        self.known = np.zeros(count, bool)
+        self._order: npt.NDArray[np.integer[Any]] | None = None
+        self.all_texts, self.any_ids = True, False
         contexts = set()
-        for start, table in self.parts():
-            stop = start + len(table)
-            self.kind[start:stop] = table.kind
-            self.lengths[start:stop] = table.lengths
-            first = table.token_ids[np.minimum(table.token_offset[:-1], max(0, len(table.token_ids) - 1))]
-            self.known[start:stop] = (table.lengths == 0) | (first >= 0) if len(table.token_ids) else True
+        for _, table in self.parts():
+            self.all_texts = self.all_texts and bool((table.kind == TEXT).all())
+            self.any_ids = self.any_ids or any(ids is not None for ids in table.ids)
             if table.kind.any():
                 contexts.add(table.text_context)
         self.text_context = contexts.pop() if len(contexts) == 1 else ""
@@ -79,22 +80,21 @@ class StoredTable:
     def __len__(self) -> int:
         return len(self._owner)
 
-    def select(self, order: Ints) -> StoredTable:
-        """The prompts at `order`."""
-        other = object.__new__(StoredTable)
-        other._placements, other.text_context = self._placements, self.text_context
-        other._owner, other._local = self._owner[order], self._local[order]
-        other._bare = None if self._bare is None else self._bare[order]
-        other.kind, other.lengths, other.known = self.kind[order], self.lengths[order], self.known[order]
+    def in_order(self, order: npt.NDArray[np.integer[Any]]) -> StoredTable:
+        """The same prompts in another order."""
+        other = copy(self)
+        other._order = order
         return other
 
     def part(self, start: int, stop: int) -> PromptTable:
         """The prompts `start` to `stop`."""
+        at = slice(start, stop) if self._order is None else self._order[start:stop]
+        owner, numbers = self._owner[at], self._local[at]
         tables, order = [], []
         for number, placement in enumerate(self._placements):
-            members = np.flatnonzero(self._owner[start:stop] == number)
+            members = np.flatnonzero(owner == number)
             if len(members):
-                local = self._local[start:stop][members]
+                local = numbers[members]
                 # As they lie; one that is there twice is so here.
                 ascending = np.argsort(local, kind="stable")
                 tables.append(placement.prompts(local[ascending]))
@@ -102,7 +102,7 @@ class StoredTable:
         if not tables:
             return PromptTable.build([])
         table = PromptTable.concatenate(tables, mixed=True).select(np.argsort(np.concatenate(order), kind="stable"))
-        return table if self._bare is None else table.by_ids(self._bare[start:stop])
+        return table if self._bare is None else table.by_ids(self._bare[at])
 
     def parts(self) -> Iterator[tuple[int, PromptTable]]:
         """All of them, some at a time, with the number of the first."""

@@ -16,30 +16,28 @@ if TYPE_CHECKING:
 
 Ints = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
+Order = npt.NDArray[np.integer[Any]]
 _CHUNK_BYTES = 2 << 20
+_AT_ONCE = 1 << 16
 
 
 class Rows:
     """The rows of one stored site, by number of prompt in the order of the dataset."""
 
-    def __init__(self, located: Located, site: str, *, whole: bool) -> None:
-        """`located`: the prompts in the order of the dataset."""
+    def __init__(self, located: Located, site: str, order: Order, *, whole: bool, like: Rows | None = None) -> None:
+        """`order`: which of the `located` prompts comes first, and so on. `like`: another site of the same ones."""
         self.site, self.whole = site, whole
         self._placements = [placement.of_site(site) for placement in located.placements]
         # Of all sites the same arrays: there are many of these, and of prompts more.
-        self._owner, self._local = located.owner, located.local
-        used = [p for number, p in enumerate(self._placements) if (self._owner == number).any()]
-        self.dtype = common_dtype(p.dtype for p in used)
-        self.width = next(iter(width for p in used for width in p.widths))
-        self.stored_as = sorted(
-            {
-                p.stored_as(int(self._local[np.flatnonzero(self._owner == n)[0]]))[0]
-                for n, p in enumerate(self._placements)
-                if (self._owner == n).any()
-            }
-        )
+        self._owner, self._local, self._order = located.owner, located.local, order
+        first = {n: _first(located.owner, n, order) for n in range(len(self._placements))}
+        used = {n: self._placements[n] for n, at in first.items() if at is not None}
+        self.dtype = common_dtype(p.dtype for p in used.values())
+        self.width = next(iter(width for p in used.values() for width in p.widths))
+        self.stored_as = sorted({p.stored_as(int(self._local[first[n]]))[0] for n, p in used.items()})
         self._loaded: Array | None = None
         self._lengths: Ints | None = None
+        self._like = like
 
     @property
     def row_bytes(self) -> int:
@@ -49,16 +47,29 @@ class Rows:
         """How many rows each prompt has, int64 ``[n]``."""
         if self._lengths is not None:
             return self._lengths
-        found = np.ones(len(self._owner), np.int64)
-        for number, placement in enumerate(self._placements if self.whole else ()):
-            mine = np.flatnonzero(self._owner == number)
-            found[mine] = placement.row_counts()[self._local[mine]]
+        if self._like is not None:
+            return self._like.lengths()
+        found = np.ones(len(self._order), np.int64)
+        counts = [placement.row_counts() if self.whole else None for placement in self._placements]
+        for start in range(0, len(found), _AT_ONCE):
+            members = np.arange(start, min(start + _AT_ONCE, len(found)))
+            for number, mine, local in self._places(members) if self.whole else ():
+                found[members[mine]] = counts[number][local]  # type: ignore[index]
         self._lengths = found
         return found
 
+    def _places(self, members: Ints) -> Iterator[tuple[int, Ints, Ints]]:
+        """Which of the prompts `members` are in which placement, and their numbers there."""
+        at = self._order[members]
+        owner, local = self._owner[at], self._local[at]
+        for number in range(len(self._placements)):
+            mine = np.flatnonzero(owner == number)
+            if len(mine):
+                yield number, mine, local[mine]
+
     def load(self, workers: int) -> None:
         """Read everything there is of this site into memory, in the order in which it lies."""
-        count = len(self._owner)
+        count = len(self._order)
         if self.whole:
             lengths = self.lengths()
             ends = np.concatenate([[0], np.cumsum(lengths)])
@@ -76,7 +87,7 @@ class Rows:
                 made[members] = self._pooled(members)
 
         # Neighbours on disk are read one after the other, wherever they go.
-        stored = np.lexsort((self._local, self._owner))
+        stored = np.lexsort((self._local[self._order], self._owner[self._order]))
         parts = [part for part in np.array_split(stored, max(1, min(workers * 4, count))) if len(part)]
         with ThreadPoolExecutor(max(1, workers)) as pool:
             list(pool.map(fill, parts))
@@ -124,19 +135,23 @@ class Rows:
 
     def _pooled(self, members: Ints) -> Array:
         out = np.empty((len(members), 1, self.width), self.dtype)
-        owner = self._owner[members]
-        for number, placement in enumerate(self._placements):
-            mine = np.flatnonzero(owner == number)
-            if len(mine):
-                placement.take(out, index=self._local[members[mine]], at=mine)
+        for number, mine, local in self._places(members):
+            self._placements[number].take(out, index=local, at=mine)
         return out[:, 0]
 
     def _all(self, members: Ints) -> list[Array]:
         found: list[Any] = [None] * len(members)
-        owner = self._owner[members]
-        for number, placement in enumerate(self._placements):
-            mine = np.flatnonzero(owner == number)
-            if len(mine):
-                for at, (rows,) in zip(mine.tolist(), placement.all_rows(self._local[members[mine]]), strict=True):
-                    found[at] = rows
+        for number, mine, local in self._places(members):
+            for at, (rows,) in zip(mine.tolist(), self._placements[number].all_rows(local), strict=True):
+                found[at] = rows
         return found
+
+
+def _first(owner: npt.NDArray[np.int32], number: int, order: Order) -> int | None:
+    """The first prompt of `order` that is in a placement."""
+    for start in range(0, len(order), _AT_ONCE):
+        at = order[start : start + _AT_ONCE]
+        mine = np.flatnonzero(owner[at] == number)
+        if len(mine):
+            return int(at[mine[0]])
+    return None
