@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ from children import children, end_all_but
 from distributed_helpers import OPTIONS, PROMPTS, bare_forwards, check_stored, make_model, set_fault, stored, write
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning:ray.*")]
-
-Run = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +179,10 @@ def test_prompts_that_cannot_be_done_are_reported_alone(
     check_stored(tmp_path / "s", expected)
 
 
-def test_a_small_input_is_spread_over_workers(engine: str, folder: Path, tmp_path: Path) -> None:
-    """Of a Parquet file of one row group; who stored what is told by the names of segments' writers."""
+def test_a_small_input_is_spread_over_workers(
+    engine: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a Parquet file of one row group: neither worker goes on before the other has something to do."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -191,10 +191,13 @@ def test_a_small_input_is_spread_over_workers(engine: str, folder: Path, tmp_pat
 
     pq.write_table(pa.table({"input_ids": PROMPTS[:40]}), tmp_path / "p.parquet")
     assert len(list(Units(find_inputs(tmp_path / "p.parquet")))) == 5
+    (tmp_path / "together").mkdir()
+    set_fault(monkeypatch, together=str(tmp_path / "together"))
     given = arguments(engine)
     del given["unit_prompts"]
     stats = ac.warmup_distributed(tmp_path / "p.parquet", folder, store=tmp_path / "s", **given)
     assert stats.activations_extracted == 40
+    assert len(list((tmp_path / "together").iterdir())) == 2
 
 
 def test_what_ends_every_worker_is_an_error(

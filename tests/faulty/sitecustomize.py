@@ -1,7 +1,8 @@
 """What goes wrong in the workers of a distributed run, as the variable ACTCACHE_TEST_FAULT says; nothing elsewhere.
 
 JSON: `slow`: seconds that each batch takes longer. `fatal`: a token; a batch with it ends the process. `failing`:
-likewise, and the batch raises. `once`: a file; who makes it ends its process in the second batch.
+likewise, and the batch raises. `once`: a file; who makes it ends its process in the second batch. `together`: a folder;
+no first batch is run before two processes have one.
 """
 
 from __future__ import annotations
@@ -11,9 +12,19 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 _WORKERS = ("default_worker.py", "actcache.distributed.process")
+
+
+def _wait(folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    deadline = time.monotonic() + 200
+    while len(list(folder.iterdir())) < 2:
+        if time.monotonic() > deadline:
+            raise TimeoutError("only one process has anything to do")
+        time.sleep(0.05)
 
 
 def _install(fault: dict[str, Any]) -> None:
@@ -27,6 +38,8 @@ def _install(fault: dict[str, Any]) -> None:
         batches += 1
         time.sleep(fault.get("slow", 0))
         tokens = {int(token) for sequence in sequences for token in sequence}
+        if "together" in fault and batches == 1:
+            _wait(Path(fault["together"]))
         if fault.get("failing") in tokens:
             raise RuntimeError("this batch fails")
         if fault.get("fatal") in tokens:

@@ -12,14 +12,21 @@ from typing import IO, Any, TypeVar
 
 import click
 
-from actcache.errors import PromptError, did_you_mean
+from actcache.distributed.rows import choose
+from actcache.errors import PromptError
 
 # What `UnifiedCache` takes: text, token ids, or chat messages.
 Prompt = str | list[int] | list[dict[str, Any]]
 F = TypeVar("F", bound=Any)
 
-_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
-_USUAL_COLUMNS = ("prompt", "text", "messages", "input_ids")
+_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+
+
+class _Place(click.Path):
+    """A file or folder that is there, standard input, or a dataset of the Hub."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if str(value).startswith("hf://") else super().convert(value, param, ctx)
 
 
 def prompt_arguments(command: F) -> F:
@@ -28,7 +35,7 @@ def prompt_arguments(command: F) -> F:
         click.option(
             "--format",
             "file_format",
-            type=click.Choice(["text", "jsonl", "csv", "tsv"]),
+            type=click.Choice(["text", "jsonl", "csv", "tsv", "parquet"]),
             help="Format of FILES. [default: by suffix; text for others and for standard input]",
         ),
         click.option(
@@ -37,7 +44,7 @@ def prompt_arguments(command: F) -> F:
             help="Column or field that holds the prompt. [default: prompt, text, messages, input_ids, or the only one]",
         ),
         click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="A prompt; may be repeated."),
-        click.argument("files", nargs=-1, type=click.Path(allow_dash=True, exists=True, dir_okay=False)),
+        click.argument("files", nargs=-1, type=_Place(allow_dash=True, exists=True)),
     ):
         command = decorate(command)
     return command
@@ -101,6 +108,10 @@ def _read_file(
 ) -> list[tuple[Prompt, Any]]:
     shown = "standard input" if name == "-" else name
     kind = file_format or _FORMATS.get(Path(name).suffix.lower(), "text")
+    if name.startswith("hf://") or Path(name).is_dir() or (kind == "parquet" and name != "-"):
+        if label_column is not None:
+            raise click.UsageError(f"--label-column {label_column}: labels are read of JSONL and CSV, not of {name}.")
+        return [(prompt, None) for prompt in _read_units(name, column, file_format)]
     try:
         if name == "-":
             return _parse(sys.stdin, kind, column, label_column, shown)
@@ -109,6 +120,20 @@ def _read_file(
             return _parse(file, kind, column, label_column, shown)
     except UnicodeDecodeError as error:
         raise PromptError(f"{shown} is not UTF-8 text (byte {error.start}): convert it first.") from error
+
+
+def _read_units(name: str, column: str | None, file_format: str | None) -> Iterator[Prompt]:
+    """What is no single file of lines is read as a distributed run reads it."""
+    from actcache.distributed.inputs import find_inputs
+    from actcache.distributed.units import Reader, Units
+
+    reader = Reader()
+    for unit in Units(find_inputs(name, column=column, kind=file_format)):
+        for row in reader.rows(unit):
+            if row.reason:
+                raise PromptError(f"{unit.input.path}, {row.at}: {row.reason.partition(': ')[2]}")
+            yield row.prompt
+    reader.close()
 
 
 def _parse(
@@ -148,9 +173,9 @@ def _parse_jsonl(
         if label_column is not None:
             if not isinstance(value, dict):
                 raise PromptError(f"{where}: no object, so that it has no {label_column!r}.")
-            label = value[_choose([n for n in value if n != column], label_column, where)]
+            label = value[choose([n for n in value if n != column], label_column, where)]
         if isinstance(value, dict):
-            value = value[_choose([n for n in value if n != label_column], column, where)]
+            value = value[choose([n for n in value if n != label_column], column, where)]
         if not isinstance(value, (str, list)):
             raise PromptError(
                 f"{shown}, line {number}: a prompt is a string, a list of token ids or a list of messages, "
@@ -167,25 +192,12 @@ def _parse_csv(
     if rows.fieldnames is None:
         return
     names = list(rows.fieldnames)
-    wanted = [_choose([n for n in names if n != label_column], column, shown)]
+    wanted = [choose([n for n in names if n != label_column], column, shown)]
     if label_column is not None:
-        wanted.append(_choose([n for n in names if n != column], label_column, shown))
+        wanted.append(choose([n for n in names if n != column], label_column, shown))
     for row in rows:
         for name in wanted:
             if row[name] is None:
                 raise PromptError(f"{shown}, line {rows.line_num}: the row is too short to have a {name!r}.")
         if row[wanted[0]].strip():
             yield row[wanted[0]], None if label_column is None else row[label_column]
-
-
-def _choose(names: list[str], column: str | None, where: str) -> str:
-    if column is not None:
-        if column in names:
-            return column
-        raise PromptError(f"{where}: no {column!r} among {', '.join(names)}.{did_you_mean(column, names)}")
-    for name in _USUAL_COLUMNS:
-        if name in names:
-            return name
-    if len(names) == 1:
-        return names[0]
-    raise PromptError(f"{where}: which of {', '.join(names)} is the prompt? Say so with --column.")

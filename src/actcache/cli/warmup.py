@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from actcache.cli.options import debug_option, json_option, model_options, unified_cache
 from actcache.cli.prompts import prompt_arguments, read_labelled
+from actcache.cli.workers import distributed, worker_options
 from actcache.errors import PartialWarmupError
 
 
@@ -25,6 +27,7 @@ from actcache.errors import PartialWarmupError
     metavar="N",
     help="How often a batch that fails is tried again. [default: 3 with --remote, else 0]",
 )
+@worker_options
 @model_options
 @json_option
 @debug_option
@@ -37,17 +40,35 @@ def command(
     file_format: str | None,
     as_json: bool,
     max_retries: int | None,
+    engine: str | None,
+    workers: dict[str, Any],
     **options: Any,
 ) -> None:
     """Extract activations of MODEL for the prompts in FILES and store those that are not stored yet.
 
-    MODEL is a folder made by save_pretrained or an id on the Hugging Face Hub. FILES are text (a prompt a line), JSONL
-    or CSV; - is standard input.
+    MODEL is a folder made by save_pretrained or an id on the Hugging Face Hub. FILES are text (a prompt a line), JSONL,
+    CSV or Parquet, folders of these, or datasets of the Hub (hf://datasets/org/name); - is standard input. With
+    --engine many processes or machines share the work, and the input is never in memory.
     """
+    if engine is not None:
+        for value, name in ((texts, "--prompt"), (label_column, "--label-column"), (max_retries, "--max-retries")):
+            if value:
+                raise click.UsageError(f"{name} is not for --engine {engine}, whose workers read files of prompts.")
+        if not files or "-" in files:
+            raise click.UsageError(
+                f"--engine {engine} needs files, folders or hf://datasets/org/name, which workers read."
+            )
+        given = {"engine": engine, "column": column, "file_format": file_format, **workers}
+        _report(lambda: distributed(model, list(files), given, options), as_json)
+        return
     prompts, labels = read_labelled(files, texts, column=column, label_column=label_column, file_format=file_format)
     cache = unified_cache(model, **options)
+    _report(lambda: cache.warmup(prompts, max_retries=max_retries, labels=labels), as_json)
+
+
+def _report(run: Callable[[], Any], as_json: bool) -> None:
     try:
-        stats = cache.warmup(prompts, max_retries=max_retries, labels=labels)
+        stats = run()
     except PartialWarmupError as error:
         # All others are stored: say so before the failure is reported.
         _print(error.stats, as_json)

@@ -1,0 +1,72 @@
+"""`actcache warmup --engine`, and prompts out of Parquet and folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from actcache.cli.prompts import read_prompts
+from cli_helpers import Cli
+from distributed_helpers import PROMPTS, bare_forwards, check_stored, make_model, write
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "gpt2")
+
+
+def test_a_rank_does_its_share(cli: Cli, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "a.jsonl", PROMPTS[:20])
+    pq.write_table(pa.table({"ids": PROMPTS[20:40]}), tmp_path / "in" / "b.parquet")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.delenv("RANK", raising=False)
+    place = str(tmp_path / "s")
+    line = ["warmup", str(model), str(tmp_path / "in"), "--engine", "rank", "--store", place, "--json"]
+    status, out, err = cli(*line, "--unit-prompts", "7", "--layers", "0,1")
+    assert status == 0, err
+    said = json.loads(out)
+    assert (said["total_prompts"], said["activations_extracted"]) == (40, 40)
+    check_stored(place, bare_forwards(model, PROMPTS[:40]), PROMPTS[:40])
+
+
+def test_failed_prompts_are_reported_behind_what_was_done(
+    cli: Cli, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    source = write(tmp_path / "p.jsonl", [[1, 2], [999], [3]])
+    line = ["warmup", str(model), str(source), "--engine", "rank", "--store", str(tmp_path / "s")]
+    status, out, err = cli(*line, "--failed-file", str(tmp_path / "failed.jsonl"))
+    assert status == 1 and out.startswith("3 prompts: 0 were stored, 2 extracted")
+    assert "1 prompt was not stored (prompt 1:" in err and "id 999" in err
+    assert json.loads((tmp_path / "failed.jsonl").read_text())["prompt"] == 1
+
+
+def test_misuse_is_told(cli: Cli, model: Path, tmp_path: Path) -> None:
+    source = str(write(tmp_path / "p.jsonl"))
+    for arguments, message in (
+        (["--engine", "local"], "--engine local needs files"),
+        (["-", "--engine", "local"], "--engine local needs files"),
+        ([source, "--engine", "local", "--prompt", "x"], "--prompt is not for --engine local"),
+        ([source, "--engine", "local", "--label-column", "y"], "--label-column is not for"),
+        ([source, "--num-workers", "2"], "--num-workers belongs to --engine"),
+        ([source, "--engine", "dask"], "'dask' is not one of"),
+        ([source, "--engine", "local", "--device", "cuda"], "num_gpus_per_worker"),
+    ):
+        status, out, err = cli("warmup", str(model), *arguments)
+        assert (status, out) == (2, "") and message in err, err
+
+
+def test_parquet_and_folders_are_read_without_an_engine_too(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": ["a", "b"], "y": [0, 1]}), folder / "a.parquet")
+    (folder / "b.txt").write_text("c\n\nd\n")
+    assert read_prompts([str(folder / "a.parquet")], []) == ["a", "b"]
+    assert read_prompts([str(folder)], ["first"]) == ["first", "a", "b", "c", "d"]
