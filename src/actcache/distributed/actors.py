@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from actcache.distributed.worker import Task, Worker
 
 _POLL_S, _PATIENCE_S = 1.0, 10.0
+_ADDRESS = re.compile(r"(?:ray://)?([^/:]+):(\d+)")
 _OBJECT_STORE_BYTES = 80 << 20
 """Nothing but tasks and what became of them goes through it."""
 
@@ -104,8 +107,11 @@ class Actors:
         if address == "local":
             options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         try:
+            # Ray itself would ask for minutes.
+            if found := _ADDRESS.fullmatch(address):
+                socket.create_connection((found[1], int(found[2])), _PATIENCE_S).close()
             self._ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError, self._ray.exceptions.RayError) as error:
             where = "on this machine" if address == "local" else f"at address {address!r}"
             raise WorkersError(f"Ray cannot be reached {where}: {error}") from None
 
