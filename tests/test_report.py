@@ -242,6 +242,7 @@ def test_a_lens_as_a_figure(filled):
         }
         np.testing.assert_array_equal(image.get_array(), exact[metric].numpy())
         figure.canvas.draw()
+        assert figure._repr_png_().startswith(b"\x89PNG")
     for wrong in ({"prompt": 2}, {"metric": "entrop"}):
         with pytest.raises(OptionError):
             ac.plot.lens(lens, **wrong)

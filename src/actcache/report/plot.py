@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -153,7 +154,16 @@ def _figure(asked: str, width: float = 6.4, height: float = 4.8) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError(f"{asked} needs matplotlib: pip install 'actcache[viz]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+
+    class Shown(Figure):
+        """Notebooks show it: of others they do so only once pyplot has drawn something."""
+
+        def _repr_png_(self) -> bytes:
+            written = BytesIO()
+            self.savefig(written, format="png")
+            return written.getvalue()
+
+    return Shown(figsize=(width, height), layout="constrained")
 
 
 def _short(text: str) -> str:
