@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import actcache as ac
-from actcache.errors import OptionError, PartialWarmupError, WorkersError
+from actcache.errors import PartialWarmupError, WorkersError
 from children import children, end_all_but
 from distributed_helpers import OPTIONS, PROMPTS, bare_forwards, check_stored, make_model, set_fault, stored, write
 
@@ -232,8 +232,6 @@ def test_workers_without_room_are_an_error_and_not_a_wait(folder: Path, tmp_path
         ray.shutdown()
     with pytest.raises(WorkersError, match=r"cannot be reached at address '127.0.0.1:1'"):
         ac.warmup_distributed(source, folder, store=tmp_path / "s", address="127.0.0.1:1", **OPTIONS)
-    with pytest.raises(OptionError, match="Store"):
-        ac.warmup_distributed(source, folder, store=ac.Store(ac.MemoryBackend(), index_dir=tmp_path / "i"), **OPTIONS)
 
 
 def test_ranks_that_run_at_once(folder: Path, tmp_path: Path, expected: Any) -> None:
