@@ -11,6 +11,7 @@ import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -30,7 +31,8 @@ from actcache.errors import (
 from actcache.share.columns import label_column, metadata_columns
 from actcache.share.shard_files import greedy
 from actcache.store import given as said
-from actcache.store.records import LABEL, METADATA, Records
+from actcache.store.prompts import PromptTable
+from actcache.store.records import DERIVED, LABEL, METADATA, Records
 from share_helpers import (
     INDEX,
     LAYERS,
@@ -91,9 +93,55 @@ def test_what_is_given_as_ids_is_published_as_ids(store, tmp_path):
     assert np.array_equal(found[1], np.stack([rows(i, "resid_post.1")[-1] for i in (3, 0)]))
     with pytest.raises(NotCachedError, match="has no prompt"):
         ac.load_activations(tmp_path / "set", prompts=[text(1)], show_progress=False)
+    for ids_of_none in ([2**31], [2**70], [-1]):
+        with pytest.raises(NotCachedError, match="has no prompt"):
+            ac.load_activations(tmp_path / "set", prompts=[ids_of_none], show_progress=False)
+    # Found by the ids of a text, whichever whole numbers the column has.
+    index = pq.read_table(tmp_path / "set" / INDEX)
+    at = index.schema.get_field_index("token_ids")
+    for kind in (pa.uint8(), pa.uint64()):
+        column = index["token_ids"].cast(pa.list_(kind))
+        pq.write_table(index.set_column(at, "token_ids", column), tmp_path / "set" / INDEX)
+        found = ac.load_activations(tmp_path / "set", prompts=[ids[2]], layers=[1], show_progress=False)
+        assert np.array_equal(found[1][0], rows(2, "resid_post.1")[-1])
     # Whose text is what all of them are known by.
     ac.push_dataset(tmp_path / "all", MODEL, None, store=store)
     assert {row["text"] for row in Published(tmp_path / "all").index} == {text(i) for i in range(6)}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("others", [[7, 8, 9], [5, 6]])
+def test_a_text_of_two_tokenizers_is_not_published_as_one(store, tmp_path, whole, others):
+    space, ids = new_space(store), {"resid_post.0": [4, 5, 6], "attn_out.0": others}
+    for site, tokens in ids.items():
+        told = PromptTable.build([tokens], ["a text"], text_context=str(tokens))
+        values = np.full((len(tokens), 3), tokens[0], np.float32)
+        records = Records.tokens(told, {site: values}) if whole else Records.pooled(told, "mean", {site: values[:1]})
+        store.append(space, records)
+    for prompts in (["a text"], None):
+        with pytest.raises(OptionError, match="1 prompts are stored with other token ids at attn_out than at hidden_l"):
+            ac.push_dataset(tmp_path / "set", MODEL, prompts, store=store)
+    assert not (tmp_path / "set").exists()
+    for site, tokens in ids.items():
+        folder = tmp_path / site
+        ac.push_dataset(folder, MODEL, ["a text"], store=store, tensors=[site])
+        assert [row["token_ids"] for row in Published(folder).index] == [tokens]
+        name = site.partition(".")[0]
+        found = ac.load_activations(folder, site=name, pooling="mean", show_progress=False)[0]
+        assert (found == tokens[0]).all()
+
+
+def test_the_perplexity_of_other_tokens_is_left_out(store, tmp_path):
+    space = new_space(store)
+    fill_pooled(store, space, range(3))
+    other = PromptTable.build([[90, 91]], ["a text"], text_context="another")
+    own = PromptTable.build([[1, 2, 3]], ["a text"], text_context="tokenizer")
+    store.append(space, Records.pooled(own, "last_token", {site: np.ones((1, 8), np.float32) for site in LAYERS}))
+    store.append(space, Records.pooled(other, DERIVED, {"perplexity": np.full((1, 3), 7, np.float32)}))
+    fill_perplexity(store, space, range(3))
+    found = push(store, tmp_path / "set", None).by_text
+    assert found["a text"]["perplexity_mean"] is None and found["a text"]["token_ids"] == [1, 2, 3]
+    assert all(found[text(i)]["perplexity_mean"] is not None for i in range(3))
 
 
 class TestPooled:

@@ -13,13 +13,26 @@ import pytest
 from actcache.store.store import Store
 from actcache.testing.hub import Fault, LoopbackHub
 from hub_client import TOKEN, Client, ClientError
-from share_helpers import INDEX, MODEL, Published, fill_pooled, new_space, new_store, rows, text
+from share_helpers import INDEX, MODEL, Published, fill_pooled, new_space, new_store, rows, table, text
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "lmprobe"
 N = range(20)
 TEXTS = [text(i) for i in N]
 READ_TOKEN = "hf_mayonlyread"
 PUSH = "import actcache as ac\nac.push_dataset(repo, model, prompts, store=store, **options)"
+CUT = f"""
+from actcache.share.staging import Staging
+remove = Staging.remove
+def cut(self):
+    raise KeyboardInterrupt
+Staging.remove = cut
+try:
+    {PUSH.replace(chr(10), "; ")}
+except KeyboardInterrupt:
+    pass
+finally:
+    Staging.remove = remove
+"""
 # 7 shards of 3 prompts at each of 2 layers.
 SMALL = {"shard_max_bytes": 100}
 FILES = 14
@@ -126,6 +139,14 @@ class TestArrives:
         sizes = [len(c.files) for c in reversed(hub.dataset(repo).history())]
         assert sizes == [1, 6, 11, 15, 17]
         assert holds(published(hub, repo, tmp_path / "found"), seed)
+
+    def test_as_ids_after_a_push_as_texts_that_was_cut_at_its_very_end(self, hub, client, home, repo, tmp_path):
+        client.run(CUT, repo=repo, model=MODEL, prompts=TEXTS, store=str(home / "store"), options={})
+        ids = [table([i]).tokens(0).tolist() for i in N]
+        with pytest.raises(ClientError, match="DatasetExistsError"):
+            push(client, home, repo, ids)
+        push(client, home, repo, ids, exist_ok=True)
+        assert {row["prompt_kind"] for row in published(hub, repo, tmp_path / "found").index} == {"ids"}
 
     def test_rows_in_the_order_of_the_published_format(self, hub, client, home, tmp_path):
         if not FIXTURES.is_dir():

@@ -50,6 +50,7 @@ class Contents:
         found, digest = self._found, hashlib.sha256()
         settings = [__version__, found.space.space, self._ordering, self.tensors, self._license, self._description]
         digest.update(json.dumps(settings, sort_keys=True).encode())
+        digest.update(found.table.digest())
         for column in (label, *columns):
             digest.update(json.dumps([column.name, column.type]).encode())
             for start in range(0, len(column.values), _AT_ONCE):

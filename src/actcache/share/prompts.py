@@ -76,13 +76,17 @@ def _rows_of_ids(index: Index, wanted: Sequence[str]) -> dict[tuple[int, str], i
     kind = index.kind(_IDS_COLUMN)
     if not types.is_list(kind) or not types.is_integer(kind.value_type):
         return {}
-    asked = {np.array(json.loads(text), np.int64).tobytes(): (IDS, text) for text in wanted}
+    asked = {}
+    for text in wanted:
+        ids = json.loads(text)
+        if all(0 <= token < 2**31 for token in ids):
+            asked[np.array(ids, np.int64).tobytes()] = IDS, text
     found: dict[tuple[int, str], int] = {}
     start, lengths_asked = 0, np.array([len(ids) // 8 for ids in asked])
     for batch in index.batches((_IDS_COLUMN,)):
         lists = batch[_IDS_COLUMN]
         ends = np.asarray(lists.offsets.to_numpy()).astype(np.int64)
-        values = np.asarray(lists.values.fill_null(-1).to_numpy(zero_copy_only=False)).astype(np.int64)
+        values = np.asarray(lists.values.cast("int64", safe=False).fill_null(-1).to_numpy(zero_copy_only=False))
         told = np.asarray(lists.is_valid().to_numpy(zero_copy_only=False))
         for row in np.flatnonzero(told & np.isin(np.diff(ends), lengths_asked)).tolist():
             key = asked.get(values[ends[row] : ends[row + 1]].tobytes())

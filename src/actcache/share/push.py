@@ -105,7 +105,8 @@ def push_dataset(
         The dataset's address on the Hub, or its folder.
 
     Raises:
-        OptionError: an argument, a label or a column that cannot be; a token that may not write.
+        OptionError: an argument, a label or a column that cannot be; a token that may not write; a text whose tensors
+            are of different token ids.
         NotCachedError: nothing, or not all, is stored of the prompts.
         AmbiguousVariantError: the model is stored in several variants, and none is chosen; they are named.
         DatasetExistsError: there is something already, without `exist_ok`.

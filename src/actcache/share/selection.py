@@ -13,7 +13,7 @@ import numpy.typing as npt
 from actcache.derive.results import PERPLEXITY, TOKEN_NLL
 from actcache.errors import NotCachedError, OptionError, PromptTypeError, did_you_mean
 from actcache.share.format import HIDDEN, LOGITS, ROUTER, is_name
-from actcache.share.stored_prompts import StoredPrompts, StoredTable
+from actcache.share.stored_prompts import StoredPrompts, StoredTable, of_other_tokens
 from actcache.store.asking import Located
 from actcache.store.default import model_label, one_variant
 from actcache.store.files import log
@@ -330,14 +330,29 @@ class _Finder:
         token_nll = None
         if self.perplexity and TOKEN_NLL in self.held.get(TOKENS, ()):
             token_nll = self._located(TOKEN_NLL, TOKENS, prompts)
-        first = groups[0].located if groups else logits[1].located if logits else None
-        assert first is not None
+        first, *others = [*groups, *([logits[1]] if logits else [])]
+        self._check_tokens(first, others, [one for one in (perplexity, token_nll) if one is not None], given)
         # Whoever has given ids looks for ids, and may not want to publish the text.
         bare = None
         if isinstance(prompts, list):
             bare = np.array([kind_of(prompt)[0] == IDS for prompt in prompts], bool)
-        table = StoredTable(token_nll if token_nll is not None and token_nll.found.all() else first, bare)
+        table = StoredTable(token_nll if token_nll is not None and token_nll.found.all() else first.located, bare)
         return Selection(self.space, given, groups, logits, perplexity, token_nll, table, self.left_out)
+
+    def _check_tokens(self, first: Group, others: Sequence[Group], results: Sequence[Located], given: Ints) -> None:
+        """What is said of a prompt is of the same tokens: else `OptionError`, or it has no perplexity."""
+        for group in others:
+            apart = np.flatnonzero(of_other_tokens(first.located, group.located, whole=first.whole and group.whole))
+            if len(apart):
+                number = given[apart[0]]
+                raise OptionError(
+                    f"{len(apart)} prompts are stored with other token ids at {group.name} than at {first.name}, since "
+                    f"two tokenizers have read them, or one with other settings; the first is prompt {number}, "
+                    f"{_shown(self.prompts[int(number)])}. Pass their token ids, or share one of these with tensors=."
+                )
+        for located in results:
+            apart = np.flatnonzero(of_other_tokens(first.located, located, whole=False))
+            located.found[apart], located.owner[apart] = False, -1
 
 
 def _by_name(held: dict[str, list[str]]) -> dict[str, dict[str, dict[int | None, str]]]:

@@ -89,25 +89,48 @@ class StoredTable:
     def part(self, start: int, stop: int) -> PromptTable:
         """The prompts `start` to `stop`."""
         at = slice(start, stop) if self._order is None else self._order[start:stop]
-        owner, numbers = self._owner[at], self._local[at]
-        tables, order = [], []
-        for number, placement in enumerate(self._placements):
-            members = np.flatnonzero(owner == number)
-            if len(members):
-                local = numbers[members]
-                # As they lie; one that is there twice is so here.
-                ascending = np.argsort(local, kind="stable")
-                tables.append(placement.prompts(local[ascending]))
-                order.append(members[ascending])
-        if not tables:
-            return PromptTable.build([])
-        table = PromptTable.concatenate(tables, mixed=True).select(np.argsort(np.concatenate(order), kind="stable"))
+        table = _prompts_at(self._placements, self._owner[at], self._local[at])
         return table if self._bare is None else table.by_ids(self._bare[at])
+
+    def digest(self) -> bytes:
+        """Of which prompts were given as token ids: the same rows are published with other prompts then."""
+        return b"" if self._bare is None or not self._bare.any() else np.packbits(self._bare).tobytes()
 
     def parts(self) -> Iterator[tuple[int, PromptTable]]:
         """All of them, some at a time, with the number of the first."""
         for start in range(0, len(self), _AT_ONCE):
             yield start, self.part(start, min(start + _AT_ONCE, len(self)))
+
+
+def of_other_tokens(one: Located, other: Located, *, whole: bool) -> npt.NDArray[np.bool_]:
+    """Which prompts `other` knows with other token ids than `one`, as a text is that two tokenizers have read.
+
+    Ids that are not known may be the same, unless `whole` sequences of both have another number of them.
+    """
+    apart = np.zeros(len(one.owner), bool)
+    for start in range(0, len(apart), _AT_ONCE):
+        at = start + np.flatnonzero(other.found[start : start + _AT_ONCE].all(axis=1))
+        a, b = (_prompts_at(located.placements, located.owner[at], located.local[at]) for located in (one, other))
+        known = [x is not None and y is not None for x, y in zip(a.ids, b.ids, strict=True)]
+        differ = np.array(known, bool) | ((a.lengths != b.lengths) & whole)
+        apart[at] = differ & (a.token_key != b.token_key).any(axis=1)
+    return apart
+
+
+def _prompts_at(placements: Sequence[Placement], owner: npt.NDArray[Any], numbers: npt.NDArray[Any]) -> PromptTable:
+    """The prompts `numbers` of the placements `owner`."""
+    tables, order = [], []
+    for number, placement in enumerate(placements):
+        members = np.flatnonzero(owner == number)
+        if len(members):
+            local = numbers[members]
+            # As they lie; one that is there twice is so here.
+            ascending = np.argsort(local, kind="stable")
+            tables.append(placement.prompts(local[ascending]))
+            order.append(members[ascending])
+    if not tables:
+        return PromptTable.build([])
+    return PromptTable.concatenate(tables, mixed=True).select(np.argsort(np.concatenate(order), kind="stable"))
 
 
 def _given(table: PromptTable) -> list[Any]:
