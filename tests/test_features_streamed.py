@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader
 
 import actcache as ac
 from actcache.errors import NotCachedError
+from actcache.store.backend import MemoryBackend
 from actcache.store.sparse import SparseSite
 from actcache.store.store import Store
+from elsewhere import machine
 from store_helpers import make_table
 from test_sparse import SIZE, dense, same, sparse
 
@@ -75,6 +77,18 @@ def test_statistics_count_the_zeros(made: tuple[Store, str]) -> None:
     np.testing.assert_allclose(found.mean, rows.mean(axis=0), rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(found.variance, rows.var(axis=0), rtol=1e-12, atol=1e-15)
     assert found.mean_norm == pytest.approx(np.linalg.norm(rows, axis=1).mean(), rel=1e-12)
+    centred = torch.cat(list(ac.stream_activations(store, "features", space=space, normalize="mean")))
+    np.testing.assert_allclose(centred.mean(dim=0), 0, atol=1e-6)
+
+
+def test_statistics_of_features_in_a_bucket(tmp_path: Path) -> None:
+    store, space = machine(MemoryBackend(), tmp_path)
+    store.append(space, sparse(range(20)))
+    rows = np.concatenate([dense(i) for i in range(20)]).astype(np.float64)
+    found = ac.stream_activations(store, "features", space=space, batch_size=8).statistics["features"]
+    assert found.count == len(rows)
+    np.testing.assert_allclose(found.mean, rows.mean(axis=0), rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(found.variance, rows.var(axis=0), rtol=1e-12, atol=1e-15)
     centred = torch.cat(list(ac.stream_activations(store, "features", space=space, normalize="mean")))
     np.testing.assert_allclose(centred.mean(dim=0), 0, atol=1e-6)
 

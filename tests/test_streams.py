@@ -173,6 +173,17 @@ def test_batches_have_their_size(made: tuple[ac.Store, str]) -> None:
     assert len(one[0]) == len(ALL)
 
 
+def test_a_stream_of_no_batch_is_refused(made: tuple[ac.Store, str]) -> None:
+    """Trainers ask for epoch after epoch, and would wait for ever."""
+    with pytest.raises(ac.errors.OptionError, match="drop_last=True give no batch"):
+        next(itertools.chain.from_iterable(itertools.repeat(stream_of(made, batch_size=len(ALL) + 1, drop_last=True))))
+    (whole,) = stream_of(made, batch_size=len(ALL), drop_last=True)
+    assert len(whole[0]) == len(ALL)
+    assert len(list(stream_of(made, batch_size=len(ALL), rank=0, world_size=2))) == 1
+    with pytest.raises(ac.errors.OptionError, match="for rank 1 of 2"):
+        iter(stream_of(made, batch_size=len(ALL), rank=1, world_size=2))
+
+
 def test_sites_are_aligned(made: tuple[ac.Store, str]) -> None:
     stream = stream_of(made, SITES)
     assert sorted(taken(stream)) == ALL
@@ -521,6 +532,19 @@ def test_workers_go_on_where_another_number_of_them_stood(made: tuple[ac.Store, 
         other.load_state_dict(copy.deepcopy(state))
         rest = taken(other, loader(other, workers)) + taken(other, loader(other, 2))
         assert taken(stream, first) + rest == wanted
+
+
+def test_workers_that_persist_do_not_go_on_elsewhere(made: tuple[ac.Store, str]) -> None:
+    """They have the stream as it was when they began."""
+    stream = stream_of(made)
+    batches = loader(stream, 1, persistent_workers=True)
+    first = taken(stream, batches)
+    state = stream.state_dict(batches=2)
+    stream.load_state_dict(state)
+    with pytest.raises(ac.errors.OptionError, match="make a new DataLoader"):
+        list(batches)
+    rest = taken(stream, loader(stream, 1))
+    assert rest == first[32:]
 
 
 def test_ranks_share_an_epoch(made: tuple[ac.Store, str]) -> None:

@@ -18,7 +18,7 @@ from actcache.store.records import Records
 from actcache.stream import elsewhere
 from elsewhere import IDENTITY, Folder, machine
 from servers import only_aws
-from store_helpers import SITES, every_token, make_store, pooled
+from store_helpers import SITES, every_token, make_store, make_table, pooled
 from test_streams import ALL, SITE, taken, values_of
 
 
@@ -70,6 +70,19 @@ def test_a_state_goes_on_in_the_middle_of_a_buffer(bucket: MemoryBackend, tmp_pa
     other = stream_of(bucket, tmp_path)
     other.load_state_dict(again.state_dict())
     assert taken(again, first) + taken(other) == wanted
+
+
+def test_statistics_are_of_the_prompts_that_are_streamed(tmp_path: Path) -> None:
+    """Not of as many tokens of others, which have taken the place of some."""
+    store, space = machine(MemoryBackend(), tmp_path)
+    store.append(space, every_token(range(7)))
+    stream = ac.stream_activations(store, SITE, space=space)
+    store.append(space, every_token(range(7, 14)))
+    store.invalidate(space, make_table(range(7)))
+    rows = values_of([(i, q) for i in range(7) for q in range(1 + i % 7)])
+    assert store.statistics(space, SITE).count == len(rows)
+    with pytest.raises(ac.errors.NotCachedError):
+        _ = stream.statistics
 
 
 def test_only_what_is_streamed_is_fetched(bucket: MemoryBackend, tmp_path: Path, monkeypatch: Any) -> None:

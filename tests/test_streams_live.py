@@ -121,6 +121,25 @@ def test_a_model_is_run_for_what_is_missing(folder: Path, tmp_path: Path, shuffl
     assert stream.statistics[SITES[0]].count == promised
 
 
+def test_a_state_behind_a_running_model_is_of_the_next_epoch(folder: Path, tmp_path: Path) -> None:
+    cache = cache_in(folder, tmp_path)
+    stream = ac.stream_activations(cache, SITES[0], prompts=TEXTS, batch_size=4, with_tokens=True)
+    batches = iter(stream)
+    next(batches)
+    # All is stored by somebody else, and yet it has no order to go on in.
+    cache_in(folder, tmp_path).warmup(TEXTS)
+    with pytest.raises(ac.errors.OptionError, match="no order"):
+        stream.state_dict()
+    left = sum(len(batch) for batch, _ in batches)
+    assert 4 + left == stream.num_tokens
+    state = stream.state_dict()
+    assert (state["epoch"], state["batches"]) == (1, 0)
+    wanted = list(of_stream(stream))
+    other = ac.stream_activations(cache, SITES[0], prompts=TEXTS, batch_size=4, with_tokens=True)
+    other.load_state_dict(state)
+    assert list(of_stream(other)) == wanted
+
+
 def test_whoever_stops_stops_the_model(folder: Path, tmp_path: Path) -> None:
     cache = cache_in(folder, tmp_path, batch_size=1)
     stream = ac.stream_activations(cache, SITES, prompts=TEXTS, batch_size=4, with_tokens=True)

@@ -131,6 +131,14 @@ class ActivationStream(IterableDataset[Any]):
         size, total = self._options.batch_size, self._mixture.total
         return total // size // world * world if self._options.drop_last else -(-total // size)
 
+    def _require_batches(self) -> None:
+        """OptionError where nothing comes: whoever takes epoch after epoch would wait for a batch for ever."""
+        if not len(self):
+            size, (rank, world) = self._options.batch_size, self._rank()
+            dropped = " and drop_last=True" if self._options.drop_last else ""
+            whose = f" for rank {rank} of {world}" if world > 1 else ""
+            raise OptionError(f"{self.num_tokens} tokens with batch_size={size}{dropped} give no batch{whose}.")
+
     def _rank(self) -> tuple[int, int]:
         return rank_and_world(self._options.rank, self._options.world)
 
@@ -143,8 +151,18 @@ class ActivationStream(IterableDataset[Any]):
     # -- going through it ------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches of the next epoch; those that are left of the one that `load_state_dict` has told of."""
+        """The batches of the next epoch; those that are left of the one that `load_state_dict` has told of.
+
+        Raises:
+            OptionError: an epoch has not one batch for this rank.
+        """
+        self._require_batches()
         reader = self._reader()
+        if reader.seed is not None and self._epochs.is_replaced:
+            return _refused(
+                "load_state_dict was called after these workers of a DataLoader had begun, and they do not know of it: "
+                "make a new DataLoader."
+            )
         epoch = self._epochs.begin(reader.seed)
         first = self._start[1] if epoch == self._start[0] else 0
         if reader.seed is None:
@@ -263,7 +281,7 @@ class ActivationStream(IterableDataset[Any]):
         if taken >= len(self):
             epoch, taken = epoch + 1, 0
         self._start, self._taken = (epoch, taken), taken
-        self._epochs = Epochs(epoch)
+        self._epochs = self._epochs.replaced_by(Epochs(epoch))
 
     def _as_before(self, state: Mapping[str, Any]) -> list[Tokens]:
         """The sources with the prompts that they had."""
@@ -301,3 +319,9 @@ class ActivationStream(IterableDataset[Any]):
             rank, world = self._rank()
             state["_options"] = replace(self._options, rank=rank, world=world)
         return state
+
+
+def _refused(why: str) -> Iterator[Any]:
+    """An iterator that raises: what `__iter__` raises in a worker that persists ends it without a word."""
+    raise OptionError(why)
+    yield

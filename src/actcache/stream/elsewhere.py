@@ -43,6 +43,7 @@ class TokensElsewhere(Tokens):
         # Heads alone are fetched for this.
         rows = store.numbered(address.space, prompts, address.sites, pooling=address.pooling)
         self._columns = {site: rows.column(site) for site in address.sites}
+        self._is_sparse = isinstance(rows, SparseNumbered)
         self.begins = rows.begins
         # How many tokens of those that count come before each prompt.
         before = self._starts if self._kept is None else np.searchsorted(self._kept, self._starts)
@@ -59,15 +60,23 @@ class TokensElsewhere(Tokens):
     def moments(self, site: str) -> Moments:
         """Without reading them where they are all that the store has at the site."""
         address = self.address
-        known = self._store.statistics(address.space, site, pooling=address.pooling)
-        if known.count == len(self):
-            return known.moments()
+        if not self._is_sparse:
+            known = self._store.statistics(address.space, site, pooling=address.pooling)
+            if known.count == len(self) and self._are_all(site):
+                return known.moments()
         total = Moments.empty(self.column(site)[1])
         order, step = self.order(None), max(1, self.buffer // _BLOCKS)
         for start in range(0, len(self), step):
             rows = order.take(start, min(start + step, len(self)), [site])[1][site]
             total.update(as_float(rows))
         return total
+
+    def _are_all(self, site: str) -> bool:
+        """Whether these are all prompts that the store has at `site`: so many tokens may be those of others by now."""
+        now = self._store.common_prompts(self.address.space, [site], pooling=self.address.pooling)
+        both = (np.ascontiguousarray(table.token_key).view("V16") for table in (now, self.prompts))
+        have, mine = (np.sort(keys, axis=None) for keys in both)
+        return bool(np.array_equal(have, mine))
 
     def loaded(self, blocks: Ints) -> Loaded:
         """What these blocks hold, fetched and checked."""

@@ -68,11 +68,12 @@ class Epochs:
     """How many epochs were begun, by whichever process: each iteration begins one.
 
     Memory that processes share has one word: the number, and what the latest iteration goes by. Workers of one
-    iteration of a DataLoader find the same there, or write the same, so that they need no lock.
+    iteration of a DataLoader find the same there, or write the same, so that they need no lock. Another one says
+    whether something else has taken its place in the process that made the stream.
     """
 
     def __init__(self, begun: int = 0) -> None:
-        self._word = torch.tensor([begun << _NONCE_BITS], dtype=torch.int64).share_memory_()
+        self._word = torch.tensor([begun << _NONCE_BITS, 0], dtype=torch.int64).share_memory_()
         self._mine = int(self._word[0])
         self._turns = 0
 
@@ -85,6 +86,16 @@ class Epochs:
     def mine(self) -> bool:
         """Whether the latest was begun in this process, and not by a worker."""
         return int(self._word[0]) == self._mine
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether another one counts, of which the workers that were started with this one do not know."""
+        return bool(self._word[1])
+
+    def replaced_by(self, other: Epochs) -> Epochs:
+        """`other`, which counts from now on."""
+        self._word[1] = 1
+        return other
 
     def begin(self, seed: int | None) -> int:
         """The number of the epoch that begins, from 0 on; `seed` as in `Reader`."""

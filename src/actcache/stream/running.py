@@ -38,6 +38,8 @@ class LiveStream(ActivationStream):
         self._finish = {site: Finish(options.normalize, options.dtype) for site in options.sites}
         self._extraction = extraction
         self._live = True
+        # The epoch whose tokens are being taken while the model runs.
+        self._under_way: int | None = None
         if self._rank()[1] > 1:
             raise OptionError(
                 f"{extraction.missing} prompts are not stored yet, and ranks do not share an extraction: warm them up "
@@ -76,10 +78,21 @@ class LiveStream(ActivationStream):
             self._set([stored], None)
             return super().__iter__()
         self._live = True
+        self._require_batches()
         epoch = self._epochs.begin(None)
-        return self._extracted(np.random.default_rng([self._options.seed, epoch]))
+        # What is stored when it ends, or is cut short, is gone through from the next epoch on.
+        self._start = epoch + 1, 0
+        return self._extracted(epoch)
 
-    def _extracted(self, draw: np.random.Generator) -> Iterator[Any]:
+    def _extracted(self, epoch: int) -> Iterator[Any]:
+        self._under_way = epoch
+        try:
+            yield from self._batches_of(np.random.default_rng([self._options.seed, epoch]))
+        finally:
+            if self._under_way == epoch:
+                self._under_way = None
+
+    def _batches_of(self, draw: np.random.Generator) -> Iterator[Any]:
         options = self._options
         total = self._extraction.tokens
         buffer = Buffer(options.batch_size, LIVE_BATCHES, draw if options.shuffle else None, total)
@@ -107,8 +120,10 @@ class LiveStream(ActivationStream):
         return not self._live
 
     def _require_stored(self) -> None:
-        if not self._settled():
+        if self._under_way is not None or not self._settled():
+            missing = self._extraction.missing
             raise OptionError(
-                f"{self._extraction.missing} prompts are not stored yet: what comes while the model runs has no order "
-                "to go on in. Begin again where it was stopped: what was computed is stored."
+                f"{f'{missing} prompts are not stored yet' if missing else 'this epoch began without some prompts'}: "
+                "what comes while the model runs has no order to go on in. Begin again where it was stopped: what was "
+                "computed is stored."
             )
