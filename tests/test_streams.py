@@ -534,6 +534,18 @@ def test_workers_go_on_where_another_number_of_them_stood(made: tuple[ac.Store, 
         assert taken(stream, first) + rest == wanted
 
 
+def _asked(_: int) -> None:
+    torch.utils.data.get_worker_info().dataset.state_dict(batches=1)
+
+
+def test_workers_say_nothing_of_where_it_stands(made: tuple[ac.Store, str]) -> None:
+    """Each knows of its own batches alone, so that what goes by its state would give some twice."""
+    stream = stream_of(made)
+    with pytest.raises(ac.errors.OptionError, match="in the process that made the loader"):
+        list(loader(stream, 2, worker_init_fn=_asked))
+    assert stream.state_dict()["batches"] == 0
+
+
 def test_workers_that_persist_do_not_go_on_elsewhere(made: tuple[ac.Store, str]) -> None:
     """They have the stream as it was when they began."""
     stream = stream_of(made)

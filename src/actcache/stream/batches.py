@@ -248,8 +248,14 @@ class ActivationStream(IterableDataset[Any]):
         read the stream, which does not know how many have come.
 
         Raises:
-            OptionError: workers read it, and `batches` is not given.
+            OptionError: workers read it, and `batches` is not given; this is such a worker.
         """
+        if get_worker_info() is not None:
+            raise OptionError(
+                "a worker of a DataLoader does not know where the stream stands: ask in the process that made the "
+                "loader, state_dict(batches=...). (torchdata's StatefulDataLoader asks its workers: give it "
+                "num_workers=0, or use torch.utils.data.DataLoader.)"
+            )
         rank, world = self._rank()
         epoch, taken = max(self._epochs.begun - 1, 0), self._taken
         if self._epochs.begun == self._start[0]:
