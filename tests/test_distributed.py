@@ -14,7 +14,7 @@ import actcache as ac
 from actcache.distributed.inputs import find_inputs
 from actcache.distributed.job import make_job
 from actcache.distributed.processes import visible_gpus
-from actcache.distributed.ranks import own_rank
+from actcache.distributed.ranks import own_device, own_rank
 from actcache.distributed.units import Units
 from actcache.distributed.worker import Task, Worker
 from actcache.errors import (
@@ -30,6 +30,7 @@ from actcache.extract.backends.local import LocalSession
 from actcache.testing.tiny import tiny_model
 from distributed_helpers import OPTIONS, PROMPTS, bare_forwards, check_stored, make_model, stored, write
 
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
 RANKS = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "JOB_COMPLETION_INDEX", "JOB_COMPLETIONS")
 
 
@@ -45,7 +46,7 @@ def expected(folder: Path) -> Any:
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in RANKS:
+    for name in (*RANKS, *LOCAL_RANKS):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -88,6 +89,38 @@ def test_a_rank_is_what_its_launcher_says(
         return
     with pytest.raises(OptionError, match=answer):
         own_rank(size)
+
+
+@pytest.mark.parametrize("name", LOCAL_RANKS)
+def test_ranks_of_one_machine_take_a_gpu_each(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert own_device("auto") == "auto"
+    monkeypatch.setenv(name, "6")
+    assert [own_device(device) for device in ("auto", "cuda", "cpu", "cuda:1")] == ["cuda:2", "cuda:2", "cpu", "cuda:1"]
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(OptionError, match=f"{name}='x'"):
+        own_device("auto")
+    # Of one there is nothing to choose, and its launcher has seen to it.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert own_device("auto") == "auto"
+
+
+def test_a_rank_runs_where_its_number_says(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from actcache.distributed import warmup
+
+    given: list[Any] = []
+    make = warmup.make_job
+
+    def noting(model: Any, store: Any, options: Any, **more: Any) -> Any:
+        given.append(options["device"])
+        return make(model, store, {**options, "device": "cpu"}, **more)
+
+    monkeypatch.setattr(warmup, "make_job", noting)
+    monkeypatch.setattr(warmup, "own_device", lambda device: f"{device} of this rank")
+    alone(write(tmp_path / "p.jsonl", PROMPTS[:3]), folder, tmp_path / "s", monkeypatch)
+    assert given == ["auto of this rank"]
 
 
 def alone(source: Path, folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
@@ -232,8 +265,10 @@ def test_part_of_a_unit_after_another_worker_stored_some(folder: Path, tmp_path:
     done = second.run(Task(unit, tries=1))
     assert (done.rows, done.prompts) == (21, 21)
     assert (done.stats.activations_cached, done.stats.activations_extracted) == (10, 11)
-    halves = Task(unit).halves(21)
-    assert [len(range(h.first, 21, h.step)) for h in halves] == [11, 10]
+    parts = Task(unit).parts(21)
+    assert [len(range(p.first, 21, p.step)) for p in parts] == [3] * 7
+    assert sorted(i for p in parts for i in range(p.first, 21, p.step)) == list(range(21))
+    assert Task(unit, first=20, step=7).parts(21) == []
     first.close()
     second.close()
 

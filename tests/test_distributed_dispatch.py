@@ -6,11 +6,15 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actcache.distributed import actors
+from actcache.distributed.actors import Actors
 from actcache.distributed.dispatch import Event, Trouble, dispatch
 from actcache.distributed.inputs import Input
 from actcache.distributed.ledger import KEPT, Ledger
@@ -117,6 +121,22 @@ def test_what_ends_workers_is_given_up_alone(data: st.DataObject) -> None:
     assert all("whatever worker takes it was ended by SIGKILL" in reason for _, reason in ledger.failed)
 
 
+@pytest.mark.parametrize("count", [1, 4, 16])
+@pytest.mark.parametrize("size", [1, 3])
+def test_several_such_prompts_of_a_unit_are_given_up_alone(tmp_path: Path, size: int, count: int) -> None:
+    """As the longest ones, which take too much memory: though many workers end before one finishes anything."""
+    rows, fatal = 1024, set(range(5, 1024, 1024 // count))
+
+    def behave(task: Task) -> Answer | None:
+        mine = range(task.first, rows, task.step)
+        return None if fatal.intersection(mine) else answer(task, rows)
+
+    with Ledger(max_failed=0.1) as ledger:
+        assert dispatch(units(2, tmp_path, [rows] * 2), Scripted(size, behave), ledger, lambda n: None)
+    assert [number for number, _ in ledger.failed] == sorted([*fatal, *(rows + i for i in fatal)])
+    assert ledger.stats.total_prompts == 2 * rows
+
+
 def test_a_worker_that_ends_once_costs_its_unit_once_more() -> None:
     died: list[Task] = []
 
@@ -199,9 +219,9 @@ def test_workers_that_cannot_start_or_all_end_are_an_error(tmp_path: Path) -> No
         with pytest.raises(WorkersError, match=r"before they are ready: one ended with status 1 \(no such module\)"):
             dispatch(units(1), Scripted(2, lambda task: None, starts=False), ledger, lambda n: None)
         crew = Scripted(2, lambda task: None)
-        with pytest.raises(WorkersError, match=r"8 workers ended in turn .* ended by SIGKILL"):
-            dispatch(units(100, tmp_path, [8] * 100), crew, ledger, lambda n: None)
-    assert crew.replaced == 7
+        with pytest.raises(WorkersError, match=r"36 workers ended in turn .* ended by SIGKILL"):
+            dispatch(units(100, tmp_path, [200] * 100), crew, ledger, lambda n: None)
+    assert crew.replaced == 35
 
 
 def test_an_error_that_cannot_travel_is_told_in_words() -> None:
@@ -213,3 +233,57 @@ def test_an_error_that_cannot_travel_is_told_in_words() -> None:
     assert type(told) is RuntimeError and str(told) == "Odd: 1 and 2"
     kept = BackendError("away")
     assert Trouble.of(kept).error is kept
+
+
+class FakeRay:
+    """A cluster whose calls end when they are told to, on a clock of its own: a second for every look."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+        self.come: dict[str, Any] = {}
+        self.exceptions = SimpleNamespace(RayError=LookupError)
+        self.kill = lambda actor: None
+        self.cluster_resources = self.available_resources = lambda: {"CPU": 0.0}
+
+    def remote(self) -> Any:
+        def call(*_: Any) -> str:
+            self.calls.append(f"call {len(self.calls)}")
+            return self.calls[-1]
+
+        return SimpleNamespace(**{name: SimpleNamespace(remote=call) for name in ("here", "begin", "run")})
+
+    def wait(self, refs: list[str], timeout: float) -> tuple[list[str], list[str]]:
+        self.now += timeout
+        return [ref for ref in refs if ref in self.come], []
+
+    def get(self, ref: str) -> Any:
+        value = self.come.pop(ref)
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+
+def test_a_cluster_that_lost_all_it_had_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay()
+    monkeypatch.setattr(actors, "time", SimpleNamespace(monotonic=lambda: ray.now))
+    crew = Actors.__new__(Actors)
+    vars(crew).update(
+        _ray=ray, _class=ray, _job=None, _needs={"CPU": 1}, _timeout=60.0, _members={}, _warned=False, size=1
+    )
+    crew.start()
+    for _ in range(2):
+        ray.come[ray.calls[-1]] = None
+        crew.wait()
+    assert crew.idle() == [0]
+    crew.give(0, Task(next(units(1))))
+    # Whoever has something to do may take as long as it likes.
+    assert not any(crew.wait() for _ in range(300))
+    ray.come[ray.calls[-1]] = LookupError("its node is gone")
+    (event,) = crew.wait()
+    assert event.ended == "ended (its node is gone)"
+    crew.replace(0)
+    lost = ray.now
+    with pytest.raises(WorkersError, match=r"no worker could be started in 60 s: each needs 1 CPU, and Ray has 0 CPU"):
+        any(crew.wait() for _ in range(100))
+    assert 60 <= ray.now - lost <= 63

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import actcache as ac
+from actcache.distributed import dispatch
 from actcache.errors import PartialWarmupError, WorkersError
 from children import children, end_all_but
 from distributed_helpers import OPTIONS, PROMPTS, bare_forwards, check_stored, make_model, set_fault, stored, write
@@ -204,6 +205,8 @@ def test_what_ends_every_worker_is_an_error(
     engine: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_fault(monkeypatch, fatal=1)
+    # As many take minutes to start.
+    monkeypatch.setattr(dispatch, "_DEATHS", 3)
     source = write(tmp_path / "prompts.jsonl", [[1, i] for i in range(200)])
     with pytest.raises(WorkersError, match="workers ended in turn and none finished anything"):
         ac.warmup_distributed(source, folder, store=tmp_path / "s", **arguments(engine, num_workers=1))

@@ -84,7 +84,7 @@ class Actors:
         self._needs = {"CPU": cpus, "GPU": gpus}
         self._timeout = start_timeout
         self._members: dict[int, _Member] = {}
-        self._any_there = False
+        self._alone_since = 0.0
         self._warned = False
         self._owns = not ray.is_initialized()
         address = address or os.environ.get("RAY_ADDRESS")
@@ -131,7 +131,7 @@ class Actors:
         )
 
     def start(self) -> None:
-        self._started = time.monotonic()
+        self._alone_since = time.monotonic()
         for worker in range(self.size):
             self.replace(worker)
 
@@ -149,8 +149,10 @@ class Actors:
         by_ref = {one.asked: k for k, one in self._members.items() if one.asked is not None}
         come, _ = self._ray.wait(list(by_ref), timeout=_POLL_S)
         events = [event for ref in come if (event := self._heard(by_ref[ref], ref)) is not None]
-        if not self._any_there:
+        if all(one.stage == "starting" for one in self._members.values()):
             self._lose_patience()
+        else:
+            self._alone_since, self._warned = time.monotonic(), False
         return events
 
     def _heard(self, worker: int, ref: Any) -> Event | None:
@@ -162,7 +164,6 @@ class Actors:
             del self._members[worker]
             self._ray.kill(one.actor)
             return Event(worker, task, ended=f"ended ({_first_line(error)})")
-        self._any_there = True
         if one.stage == "starting":
             one.stage, one.asked = "beginning", one.actor.begin.remote(self._job)
             return None
@@ -171,7 +172,7 @@ class Actors:
         return Event(worker, task, said)
 
     def _lose_patience(self) -> None:
-        waited = time.monotonic() - self._started
+        waited = time.monotonic() - self._alone_since
         if waited > self._timeout:
             raise WorkersError(self._no_room(f"no worker could be started in {self._timeout:g} s"))
         if waited > _PATIENCE_S and not self._warned:

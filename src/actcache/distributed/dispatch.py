@@ -15,7 +15,8 @@ from actcache.errors import ActCacheError, BackendError, DatasetAccessError, Wor
 from actcache.store.files import log
 
 _TRIES = 3
-_DEATHS = 8
+# In turn, of each worker and of the task that is next: what several prompts of a unit cost is below it.
+_DEATHS = 12
 _STARTS = 3
 
 
@@ -78,8 +79,8 @@ class Crew(Protocol):
 def dispatch(units: Iterable[Unit], crew: Crew, ledger: Ledger, done: Callable[[int], object]) -> bool:
     """Let `crew` do `units`; whether they were gone through. Not so where too many prompts have failed.
 
-    Whatever ends a worker, what it had in hand is done again; what has ended two is halved until it is one prompt, and
-    that is given up. `done` is told how many units are complete since.
+    Whatever ends a worker, what it had in hand is done again; what has ended two is taken apart until it is one
+    prompt, and that is given up. `done` is told how many units are complete since.
 
     Raises:
         WorkersError: no worker can be started, or they end one after the other.
@@ -148,7 +149,7 @@ class _Run:
                 raise WorkersError(f"workers end before they are ready: one {why}.")
         else:
             self._deaths += 1
-            if self._deaths >= max(_DEATHS, _TRIES * self._crew.size):
+            if self._deaths >= _DEATHS * (self._crew.size + 1):
                 raise WorkersError(
                     f"{self._deaths} workers ended in turn and none finished anything, the last one {why}. What they "
                     "stored stays: mend the cause and run again."
@@ -161,9 +162,9 @@ class _Run:
             self._again.append(replace(task, tries=1))
             return
         rows = self._ledger.rows(task.unit, lambda: _count(task.unit))
-        halves = task.halves(rows)
-        self._again.extend(halves)
-        if not halves:
+        parts = task.parts(rows)
+        self._again.extend(parts)
+        if not parts:
             self._ledger.lose(task, rows, f"WorkersError: whatever worker takes it {why}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from actcache.errors import OptionError
 
@@ -11,6 +12,7 @@ _LAUNCHERS = (
     ("Slurm", "SLURM_PROCID", "SLURM_NTASKS"),
     ("Kubernetes", "JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"),
 )
+_ON_MACHINE = ("LOCAL_RANK", "SLURM_LOCALID")
 
 
 def own_rank(size: int | None = None) -> tuple[int, int]:
@@ -37,6 +39,18 @@ def own_rank(size: int | None = None) -> tuple[int, int]:
         return rank, count
     names = ", ".join(f"{rank} and {size} ({launcher})" for launcher, rank, size in _LAUNCHERS)
     raise OptionError(f"engine='rank' needs a launcher that says which process this is: none of {names} is set.")
+
+
+def own_device(device: Any) -> Any:
+    """`device`, or where that is any GPU and this machine shows several to each of its processes, the one of this
+    process by its number on the machine."""
+    if str(device) not in ("auto", "cuda"):
+        return device
+    import torch
+
+    count = torch.cuda.device_count()
+    name = next((name for name in _ON_MACHINE if name in os.environ), None)
+    return device if name is None or count < 2 else f"cuda:{_number(name) % count}"
 
 
 def _number(name: str) -> int:

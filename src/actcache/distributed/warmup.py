@@ -15,7 +15,7 @@ from actcache.distributed.inputs import KINDS, Source, find_inputs
 from actcache.distributed.job import Job, make_job
 from actcache.distributed.ledger import Ledger
 from actcache.distributed.processes import Processes, check_count, cores
-from actcache.distributed.ranks import own_rank
+from actcache.distributed.ranks import own_device, own_rank
 from actcache.distributed.units import Units
 from actcache.distributed.worker import Task, Worker
 from actcache.errors import OptionError, PartialWarmupError, PromptError, require_choice
@@ -72,7 +72,7 @@ def warmup_distributed(
             1,000).
         failed_file: a file for all failed prompts, one JSON object a line; the error has the first 1,000.
         verify_cache: False trusts the index about what is stored before; True checks that its rows are undamaged.
-        start_timeout: seconds in which the first worker of a Ray cluster must have started.
+        start_timeout: seconds for which a run waits for a Ray cluster that has room for no worker at all.
         options: those of `UnifiedCache`; what is in this process only, such as a loaded model, cannot be given.
 
     Returns:
@@ -98,7 +98,10 @@ def warmup_distributed(
         raise OptionError(f"address={address!r} is of a Ray cluster, and engine is {engine!r}: leave one of them out.")
     if file_format is not None:
         require_choice(file_format, KINDS, "file_format")
-    if engine != "rank" and not num_gpus_per_worker:
+    if engine == "rank":
+        if options.get("device_map") is None:
+            options["device"] = own_device(options.get("device", "auto"))
+    elif not num_gpus_per_worker:
         options["device"] = _without_gpu(options.get("device", "auto"))
     rank, size = own_rank(num_workers) if engine == "rank" else (0, 1)
     ledger = Ledger(max_failed=max_failed, failed_file=failed_file, first=rank, step=size)

@@ -19,6 +19,9 @@ from actcache.store.spaces import space_id
 if TYPE_CHECKING:
     from actcache.unified import UnifiedCache
 
+# No power of two: what is in the way may come at every eighth prompt.
+_PARTS = 7
+
 
 @dataclass(frozen=True)
 class Task:
@@ -32,12 +35,13 @@ class Task:
     step: int = 1
     tries: int = 0
 
-    def halves(self, rows: int) -> list[Task]:
-        """Two tasks of the same prompts, of a unit with so many `rows`; none where there is one prompt only."""
-        if self.first + self.step >= rows:
+    def parts(self, rows: int) -> list[Task]:
+        """Some tasks of the same prompts, of a unit with so many `rows`; none where there is one prompt only."""
+        # Halves would cost more workers before one of them finishes something, where a unit has several such prompts.
+        count = min(_PARTS, len(range(self.first, rows, self.step)))
+        if count < 2:
             return []
-        twice = 2 * self.step
-        return [replace(self, step=twice, tries=1), replace(self, first=self.first + self.step, step=twice, tries=1)]
+        return [replace(self, first=self.first + k * self.step, step=count * self.step, tries=1) for k in range(count)]
 
 
 @dataclass(frozen=True)
