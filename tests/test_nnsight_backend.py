@@ -206,3 +206,29 @@ def test_what_is_not_run_through_nnsight_is_refused(folders: dict[str, Path]) ->
         ac.UnifiedCache(folders["gpt2"], backend="nnsight", remote="local")
     with pytest.raises(errors.OptionError, match="expected True, False, or the address"):
         ac.UnifiedCache(folders["gpt2"], backend="nnsight", remote="ndif")
+
+
+@pytest.mark.parametrize(
+    "where", ["https://me:hidden@host", "https://hidden@host/", "http://host?key=hidden", "http://host#hidden"]
+)
+def test_no_secret_becomes_part_of_an_address(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """It would be stored, and shown in every error."""
+    monkeypatch.setenv("NDIF_HOST", where)
+    for remote in (True, where):
+        with pytest.raises(errors.OptionError, match="which would be stored") as raised:
+            ac.UnifiedCache(folders["gpt2"], backend="nnsight", remote=remote)
+        assert "hidden" not in str(raised.value)
+
+
+def test_keys_as_files_hold_them(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    extractor = ac.ActivationExtractor(folders["gpt2"], backend="nnsight", remote=True)
+    monkeypatch.setenv("NDIF_API_KEY", " a-key\n")
+    backend: Any = extractor.backend()
+    assert backend._key() == "a-key"
+    for wrong in ("a\nkey", "a\x7fkey", "a-k\u00e9y"):
+        monkeypatch.setenv("NDIF_API_KEY", wrong)
+        with pytest.raises(errors.EngineUnavailableError, match="characters that no key has") as raised:
+            extractor.extract(PROMPTS)
+        assert wrong not in str(raised.value)

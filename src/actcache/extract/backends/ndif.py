@@ -35,10 +35,16 @@ NDIF = "https://api.ndif.us"
 def address(remote: bool | str) -> str:
     """The server that `remote` names: an address, or for True that of ``NDIF_HOST``, else NDIF's.
 
-    Raises `OptionError` for what is no address.
+    Raises `OptionError` for what is no address, or has more in it: it is stored with what comes from there.
     """
     given = remote if isinstance(remote, str) else os.environ.get("NDIF_HOST") or NDIF
     parts = urlsplit(given)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        where = "remote=" if isinstance(remote, str) else "the environment variable NDIF_HOST"
+        raise OptionError(
+            f"{where} holds a user, a password or a query, which would be stored: give 'https://host[:port]' alone, "
+            "and the key in NDIF_API_KEY."
+        )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         said = f"remote={given!r}" if isinstance(remote, str) else f"the environment variable NDIF_HOST is {given!r}"
         raise OptionError(f"{said}: expected True, False, or the address of a server, 'https://host[:port]'.")
@@ -80,7 +86,11 @@ class NDIFBackend:
     def _key(self) -> str:
         from nnsight import CONFIG
 
-        key = os.environ.get("NDIF_API_KEY") or CONFIG.API.APIKEY or ""
+        # Files that hold one often end in a newline.
+        key = (os.environ.get("NDIF_API_KEY") or CONFIG.API.APIKEY or "").strip()
+        if not (key.isascii() and key.isprintable()):
+            # Who is given it says so in words that have it in them.
+            raise EngineUnavailableError("NDIF_API_KEY holds characters that no key has: set it again.")
         if not key and not self._named:
             raise EngineUnavailableError(
                 "remote=True needs a key of NDIF: set the environment variable NDIF_API_KEY (https://login.ndif.us), "
