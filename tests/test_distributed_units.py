@@ -199,6 +199,8 @@ def test_folders_patterns_and_lists_are_files_in_order(tmp_path: Path) -> None:
 def test_what_is_no_input_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('"a"\n')
     (tmp_path / "prompts.jsonl.gz").write_bytes(b"")
+    (tmp_path / "prompts.json").write_text('{"text": "a"}\n')
+    assert [one.kind for one in find_inputs(tmp_path / "prompts.json", kind="jsonl")] == ["jsonl"]
     (tmp_path / "wrong.jsonl").write_text('{"question": "x", "answer": "y"}\n')
     (tmp_path / "wrong.parquet").write_bytes(b"PAR1 this is none")
     for source, error, message in (
@@ -207,6 +209,7 @@ def test_what_is_no_input_is_refused_by_name(tmp_path: Path) -> None:
         ([[1, 2, 3]], OptionError, "holds a list.*UnifiedCache.warmup"),
         ([], OptionError, "names no file"),
         (tmp_path / "prompts.jsonl.gz", OptionError, "compressed"),
+        (tmp_path / "prompts.json", OptionError, r"ends in \.json: say file_format='jsonl'"),
         ("s3://bucket/prompts.jsonl", OptionError, "hf://datasets"),
         ("hf://gpt2", OptionError, "hf://datasets/org/name"),
     ):

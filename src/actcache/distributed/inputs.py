@@ -146,11 +146,16 @@ def _local(path: str, column: str | None, kind: str | None) -> Input:
 def kind_of(path: str, column: str | None, kind: str | None) -> str:
     """What a file holds: as it is told, or by its suffix; text for others.
 
-    Raises `OptionError` for compressed files, and for a column of a text.
+    Raises `OptionError` for compressed files, for JSON that may be no JSONL, and for a column of a text.
     """
     suffix = Path(path).suffix.lower()
     if suffix in _COMPRESSED:
         raise OptionError(f"{path} is compressed, so that no worker could begin in its middle: unpack it first.")
+    if suffix == ".json" and kind is None:
+        # As a text its brackets and names would be prompts.
+        raise OptionError(
+            f"{path} ends in .json: say file_format='jsonl' (--format jsonl) where each line is a prompt."
+        )
     found = kind or FORMATS.get(suffix, "text")
     if found == "text" and column is not None:
         raise OptionError(f"column={column!r}: {path} is read as text, which has no columns.")
