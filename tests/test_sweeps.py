@@ -256,6 +256,11 @@ def test_a_model_that_keeps_something_on_its_modules(swept: list[bool], caplog: 
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     accelerate.cpu_offload(model, "cpu", state_dict=state)
     options: dict[str, Any] = {"batch_size": 1}
+    # In the first block it makes no difference, which says nothing of the others.
+    shallow = ac.ActivationExtractor(model, layers=[0], **options).extract(PROMPTS[-6:])
+    assert zoo.relative_error(shallow["resid_post.0"][0], plain["resid_post.0"][0]) < FLOAT32
+    assert all(swept) and swept
+    swept.clear()
     extractor = ac.ActivationExtractor(model, **options)
     with caplog.at_level(logging.WARNING, "actcache"):
         for _ in range(2):

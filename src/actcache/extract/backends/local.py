@@ -294,8 +294,8 @@ class LocalSession:
         if len(done) < 2:
             return True
         known: dict[Any, bool] = _verified.setdefault(self._anatomy.model, {})
-        parsed = [Site.parse(name) for name in self._sites]
-        key = frozenset((site.stack, site.name) for site in parsed), self._predictor is not None
+        # Layers and positions too: what is kept may be read by deeper blocks, or for later tokens only.
+        key = frozenset(self._sites), repr(self._reduction), self._predictor is not None
         if key not in known:
             # Not the last one: what it left behind is its own.
             one = min(done[:-1], key=lambda one: sum(one.lengths))
