@@ -26,7 +26,8 @@ PY_TF4 := $(VENV_TF4)/bin/python
 
 # The tests whose outcome can depend on the version of transformers.
 TF4_TESTS = $(sort $(wildcard $(foreach subject,adapters analysis anatomy architectures attention beams capture cli decoder_inputs demo edits encode extract head hub identity in_memory invariance knockout loading media nnsight norms offload pattern probe prompts quantized readme ready_made rope run_with_cache selftest sites staleness sweeps traps unified zoo,tests/test_*$(subject)*.py)))
-BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py))
+# All but the one that needs other libraries, which has a target of its own.
+BENCHMARKS = $(sort $(filter-out benchmarks/peers.py,$(wildcard benchmarks/[a-z]*.py)))
 
 export PYTHON
 # The model of the demo and of the tests is part of the package: nothing may reach for a model hub.
@@ -37,7 +38,7 @@ offline := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTEST = -m pytest -n auto --dist loadfile --max-worker-restart=0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-tf4 venv-peers venv-lmprobe venv-swift demo test test-all lint types docs bench format clean
+.PHONY: help venv venv-tf4 venv-peers venv-lmprobe venv-swift demo test test-all lint types docs bench bench-peers format clean
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3] [TORCH=torch==2.13.0]"
@@ -93,5 +94,9 @@ docs: venv ## build the documentation's site in build/site
 bench: venv ## run the benchmarks: tables of ratios against a reference in the same run
 	@status=0; for file in $(BENCHMARKS); do echo "==> $$file"; $(offline) $(PY) $$file || status=1; done; exit $$status
 
+bench-peers: venv venv-peers venv-lmprobe ## the same work with other libraries: is it right, and how long does it take?
+	@$(PY) benchmarks/peers.py --torch "$(TORCH)" --environment nnsight=$(VENV_PEERS) \
+	    --environment transformer-lens=$(VENV_PEERS) --environment lmprobe=$(VENV_LMPROBE)
+
 clean: ## remove the virtual environments and what tools left behind
-	rm -rf $(VENV) $(VENV_TF4) $(VENV_PEERS) $(VENV_LMPROBE) $(VENV_SWIFT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_PEERS) $(VENV_LMPROBE) $(VENV_SWIFT) build/peers .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -78,6 +78,7 @@ def test_make_alone_lists_what_there_is() -> None:
         "lint",
         "types",
         "bench",
+        "bench-peers",
         "docs",
         "format",
     ):
