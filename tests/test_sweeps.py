@@ -273,6 +273,36 @@ def test_a_model_that_keeps_something_on_its_modules(swept: list[bool], caplog: 
     assert in_memory(model) == set()
 
 
+class Measuring(Remembering):
+    """The same, which keeps nothing but how long the batch is."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        before = self.__dict__["before"]
+        self.kept = torch.tensor(float(hidden.shape[1]))
+        return self.norm(hidden if before is None else hidden + before.kept / 10)
+
+
+def test_a_model_that_keeps_lengths_is_found_out_when_they_differ(swept: list[bool]) -> None:
+    def changed() -> Any:
+        model = tiny_model("llama")
+        first, third = model.model.layers[0], model.model.layers[2]
+        first.input_layernorm = Measuring(first.input_layernorm)
+        third.input_layernorm = Measuring(third.input_layernorm, first.input_layernorm)
+        return model
+
+    model = changed()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    accelerate.cpu_offload(model, "cpu", state_dict=state)
+    for prompts, together in (([p for p in zoo.prompts_of(4, [9, 9, 9]) if len(p) == 9], True), (PROMPTS[-6:], False)):
+        plain = ac.ActivationExtractor(changed(), batch_size=1).extract(prompts)
+        swept.clear()
+        found = ac.ActivationExtractor(model, batch_size=1).extract(prompts)
+        assert swept == [together] * len(prompts)
+        for site in plain:
+            for ours, theirs in zip(found[site], plain[site], strict=True):
+                assert zoo.relative_error(ours, theirs) < FLOAT32
+
+
 class TestWhatGoesWrong:
     def test_one_batch_takes_no_other_with_it(self) -> None:
         model, _ = offloaded()

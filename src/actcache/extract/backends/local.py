@@ -295,10 +295,12 @@ class LocalSession:
             return True
         known: dict[Any, bool] = _verified.setdefault(self._anatomy.model, {})
         # Layers and positions too: what is kept may be read by deeper blocks, or for later tokens only.
-        key = frozenset(self._sites), repr(self._reduction), self._predictor is not None
+        asked = frozenset(self._sites), repr(self._reduction), self._predictor is not None
+        # Not the last one, nor one as long, where there are others: what it left behind is its own.
+        others = [one for one in done[:-1] if max(one.lengths) != max(done[-1].lengths)]
+        key = asked, bool(others) or (asked, True) in known
         if key not in known:
-            # Not the last one: what it left behind is its own.
-            one = min(done[:-1], key=lambda one: sum(one.lengths))
+            one = min(others or done[:-1], key=lambda one: sum(one.lengths))
             try:
                 alone = self.run(one.sequences, one.positions).wait()
             except Exception:
