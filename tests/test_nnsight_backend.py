@@ -14,8 +14,11 @@ import torch
 import actcache as ac
 from actcache import errors
 from actcache.testing.tiny import tiny_model, tiny_tokenizer
+from nnsight_helpers import needs_nnsight, plain_backward
 
-pytest.importorskip("nnsight")
+__all__ = ["plain_backward"]
+
+pytestmark = needs_nnsight
 
 PROMPTS = [[5, 9, 100, 7], [8, 3], [4, 50, 6, 9, 17, 3], [11], [8, 9]]
 SITES = ["embed", "resid_pre", "resid_mid", "resid_post", "attn_in", "attn_out", "mlp_in", "mlp_out", "final_norm"]

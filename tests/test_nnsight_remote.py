@@ -20,9 +20,11 @@ import actcache as ac
 from actcache import errors
 from actcache.extract import attempts
 from actcache.testing.tiny import tiny_model, tiny_tokenizer
+from nnsight_helpers import needs_nnsight, plain_backward
 
-pytest.importorskip("nnsight")
-pytestmark = pytest.mark.slow
+__all__ = ["plain_backward"]
+
+pytestmark = [needs_nnsight, pytest.mark.slow]
 
 KEY = "a-key-of-the-test"
 PROMPTS = [[5, 9, 100, 7], [8, 3], [4, 50, 6, 9, 17, 3], [11], [8, 9]]
