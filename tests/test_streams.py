@@ -541,8 +541,11 @@ def _asked(_: int) -> None:
 def test_workers_say_nothing_of_where_it_stands(made: tuple[ac.Store, str]) -> None:
     """Each knows of its own batches alone, so that what goes by its state would give some twice."""
     stream = stream_of(made)
+    batches = iter(loader(stream, 2, worker_init_fn=_asked))
     with pytest.raises(ac.errors.OptionError, match="in the process that made the loader"):
-        list(loader(stream, 2, worker_init_fn=_asked))
+        list(batches)
+    # The error holds the loader and its other worker for a while.
+    batches._shutdown_workers()
     assert stream.state_dict()["batches"] == 0
 
 

@@ -60,7 +60,8 @@ def in_memory(model: nn.Module) -> set[str]:
 def nothing_left() -> Iterator[None]:
     before = threading.active_count()
     yield
-    assert threading.active_count() == before
+    # Threads of other tests may have ended meanwhile.
+    assert threading.active_count() <= before
 
 
 @pytest.fixture
