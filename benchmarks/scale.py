@@ -1,11 +1,12 @@
 """Many workers against bare processes and a plain loop of the same run, and what the driver keeps in memory.
 
-    python benchmarks/scale.py [--quick] [--part ray|memory] [--json FILE] [--folder DIR]
+    python benchmarks/scale.py [--quick] [--part ray|local|memory] [--rounds N] [--json FILE] [--folder DIR]
 
-`ray`: prompts through one and two workers of one thread each. Bare forward processes, one and two, say what scaling
-this machine has; a plain loop over the same units in one process says what a worker adds. Start-up is told apart: from
-the call to the first unit that is done, and for the others until their model is loaded. `memory`: anonymous memory of
-the process that hands units out, at two sizes of the input; its workers answer at once.
+`ray`, `local`: prompts through one and two workers of one thread each, of that engine. Bare forward processes, one and
+two, say what scaling this machine has; a plain loop over the same units in one process says what a worker adds.
+Start-up is told apart: from the call to the first unit that is done, and for the others until their model is loaded.
+A round takes two to three minutes. `memory`: anonymous memory of the process that hands units out, at two sizes of the
+input; its workers answer at once.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from _measure import Ratio, Report, arguments, reporting
 
 SCALING, LOOP, MEMORY = 0.8, 1.1, 8.0
 """Ray's share of the bare processes' scaling at least, one worker's time of the loop's at most, and MB at most."""
-UNIT, LENGTH = 256, 48
+UNIT, UNITS, LENGTH = 256, 10, 48
 OPTIONS: dict[str, Any] = {"layers": [5], "compute_perplexity": False, "device": "cpu", "batch_size": None}
 
 _BARE = """
@@ -155,27 +156,26 @@ def engine(name: str, model: Path, prompts: Path, store: Path, workers: int) -> 
     return times[workers - 1] - start, per_unit(times, workers)
 
 
-def scaling(report: Report, quick: bool) -> None:
-    units, rounds = (10, 1) if quick else (24, 5)
-    model, prompts = make_input(report.folder, units)
-    kinds = ("ray",) if quick else ("ray", "local")
-    names = ("bare 1", "bare 2", "loop", *(f"{kind} {count}" for kind in kinds for count in (1, 2)))
+def scaling(report: Report, kind: str, rounds: int) -> None:
+    model, prompts = make_input(report.folder, UNITS)
+    names = ("bare 1", "bare 2", "loop", f"{kind} 1", f"{kind} 2")
     starts: dict[str, list[float]] = {name: [] for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            kind, _, count = name.partition(" ")
+            what, _, count = name.partition(" ")
             place = report.folder / f"{name} {turn}"
-            if kind == "bare":
+            if what == "bare":
                 begun, took = bare(model, prompts, int(count))
-                took /= units
-            elif kind == "loop":
+                took /= UNITS
+            elif what == "loop":
                 begun, took = loop(model, prompts, place)
             else:
                 begun, took = engine(kind, model, prompts, place, int(count))
             starts[name].append(begun)
             seconds[name].append(took)
-    print(f"\nSeconds ({rounds} rounds, medians), {units} units of {UNIT} prompts of {LENGTH} tokens")
+            print(f"round {turn + 1}: {name:8}  start {begun:6.2f}   a unit {took:7.3f}", flush=True)
+    print(f"\nSeconds ({rounds} rounds, medians), {UNITS} units of {UNIT} prompts of {LENGTH} tokens")
     for name in names:
         print(f"{name:8}  start {np.median(starts[name]):6.2f}   a unit {np.median(seconds[name]):7.3f}")
 
@@ -185,19 +185,15 @@ def scaling(report: Report, quick: bool) -> None:
     of_bare = paired("bare 1", "bare 2")
     print(f"scaling of two bare processes  {Ratio.of(of_bare).median:.3f}")
     rows = []
-    for name in kinds:
-        own = [a / b for a, b in zip(paired(f"{name} 1", f"{name} 2"), of_bare, strict=True)]
-        one = paired(f"{name} 1", "loop")
-        for what, values, bound in (
-            (f"{name}: scaling, of theirs", own, SCALING),
-            (f"{name} 1, of the loop", one, LOOP),
-        ):
-            ratio = Ratio.of(values)
-            held = ratio.high >= bound if bound < 1 else ratio.low <= bound
-            report.held &= held
-            verdict = f"{'>=' if bound < 1 else '<='} {bound:g} {'ok' if held else 'MISSED'}"
-            print(f"{what:28}  {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  {verdict}", flush=True)
-            rows.append({"name": what, "rounds": rounds, "ratio": ratio.median, "ratio_95": [ratio.low, ratio.high]})
+    own = [a / b for a, b in zip(paired(f"{kind} 1", f"{kind} 2"), of_bare, strict=True)]
+    one = paired(f"{kind} 1", "loop")
+    for what, values, bound in ((f"{kind}: scaling, of theirs", own, SCALING), (f"{kind} 1, of the loop", one, LOOP)):
+        ratio = Ratio.of(values)
+        held = ratio.high >= bound if bound < 1 else ratio.low <= bound
+        report.held &= held
+        verdict = f"{'>=' if bound < 1 else '<='} {bound:g} {'ok' if held else 'MISSED'}"
+        print(f"{what:28}  {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  {verdict}", flush=True)
+        rows.append({"name": what, "rounds": rounds, "ratio": ratio.median, "ratio_95": [ratio.low, ratio.high]})
     report.record.append({"title": "Workers", "rows": rows, "starts": starts, "seconds_per_unit": seconds})
 
 
@@ -260,13 +256,14 @@ def lines(size: int) -> Iterator[str]:
 
 def main() -> int:
     parser = arguments(__doc__)
-    parser.add_argument("--part", choices=("ray", "memory"), help="only this")
+    parser.add_argument("--part", choices=("ray", "local", "memory"), help="only this (default: ray, then memory)")
+    parser.add_argument("--rounds", type=int, help="of the workers (default: 5, with --quick 1)")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     with reporting(options) as report:
         if options.part != "memory":
-            scaling(report, options.quick)
-        if options.part != "ray":
+            scaling(report, options.part or "ray", options.rounds or (1 if options.quick else 5))
+        if options.part in (None, "memory"):
             memory(report, options.quick)
     return 0 if report.held else 1
 
