@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +16,8 @@ from actcache.share.stored_prompts import StoredPrompts
 from actcache.store import given as said
 from actcache.store.prompts import PromptTable
 from actcache.store.records import LABEL, METADATA, Records
+from actcache.store.spill import Spill
+from actcache.store.store import Store
 from share_helpers import MODEL, Published, fill_perplexity, fill_pooled, fill_tokens, new_space, new_store, table, text
 
 N = range(23)
@@ -25,6 +31,15 @@ def few_at_once(monkeypatch):
     monkeypatch.setattr("actcache.share.stored_prompts._AT_ONCE", 3)
     monkeypatch.setattr("actcache.share.contents._AT_ONCE", 2)
     monkeypatch.setattr("actcache.share.index_file._ROWS", 5)
+    monkeypatch.setattr("actcache.share.selection._AT_ONCE", 3)
+    monkeypatch.setattr("actcache.share.shard_files._AT_ONCE", 7)
+    monkeypatch.setattr("actcache.share.stored_rows._MOST_ROWS", 2)
+    monkeypatch.setattr("actcache.store.keys.AT_ONCE", 4)
+    monkeypatch.setattr("actcache.store.placement._AT_ONCE", 5)
+    monkeypatch.setattr("actcache.store.reports._AT_ONCE", 6)
+    monkeypatch.setattr("actcache.store.saved_keys.AT_ONCE", 4)
+    for name in ("_SMALL", "_FEW_BYTES", "_AT_ONCE"):
+        monkeypatch.setattr(f"actcache.store.spill.{name}", int(name == "_AT_ONCE") * 5)
 
 
 def filled(tmp_path, whole):
@@ -75,13 +90,13 @@ def test_a_dataset_is_the_same(tmp_path, request, whole, given):
 def test_every_prompt_once(tmp_path):
     store, space = filled(tmp_path, True)
     with store:
-        found = StoredPrompts(store.everything(space))
+        found = StoredPrompts(store.everything(space), Spill(None))
         texts = [*(text(i) for i in N), "other"]
         assert sorted(found[:], key=str) == sorted([*texts, *CHATS, *IDS], key=str)
         assert [found[i] for i in range(len(found))] == found[:] == list(found)
         assert found[2:7] == found[:][2:7] and found[-1] == found[:][-1]
         store.invalidate(space, [text(5), IDS[0]])
-        assert len(StoredPrompts(store.everything(space))) == len(found) - 2
+        assert len(StoredPrompts(store.everything(space), Spill(None))) == len(found) - 2
 
 
 @pytest.mark.usefixtures("few_at_once")
@@ -107,3 +122,57 @@ def test_two_values_for_one_prompt_are_found_far_apart(tmp_path):
     prompts, labels = [text(i) for i in (*N, 3)], [*map(str, N), "x"]
     with store, pytest.raises(OptionError, match=r"prompts 3 and 23 are the same, and .*'label' is not: '3' and 'x'"):
         ac.push_dataset(tmp_path / "set", MODEL, prompts, labels=labels, store=store)
+
+
+_PUSH = """
+import sys, threading
+import actcache as ac
+
+def anonymous():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+warm, store, target, model = sys.argv[1:]
+ac.push_dataset(f"{target}/warm", model, None, store=warm)
+before, most, done = anonymous(), 0.0, threading.Event()
+
+def watch():
+    global most
+    while not done.wait(0.001):
+        most = max(most, anonymous())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+try:
+    ac.push_dataset(f"{target}/set", model, None, store=store, stream=True)
+finally:
+    done.set()
+    watcher.join()
+print(most - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_a_push_does_not_follow_the_prompts(tmp_path):
+    """Neither what says where they are, nor their keys, nor their order."""
+
+    def made(folder, count):
+        with Store(folder / "store", index_dir=folder / "index") as store:
+            space = new_space(store)
+            for start in range(0, count, 5000):
+                numbers = range(start, min(start + 5000, count))
+                own = PromptTable.build([[n, 5] for n in numbers], [f"prompt {n}" for n in numbers], text_context="a")
+                rows = np.ones((len(numbers), 8), np.float32)
+                store.append(space, Records.pooled(own, "last_token", {"resid_post.0": rows}))
+        return folder / "store"
+
+    def peak(count):
+        folder = tmp_path / str(count)
+        command = [sys.executable, "-c", _PUSH, warm, made(folder, count), folder, MODEL]
+        state = {"XDG_CACHE_HOME": str(folder / "state")}
+        ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, env=os.environ | state)
+        return float(ran.stdout.splitlines()[-1])
+
+    warm = made(tmp_path / "warm", 100)
+    # 40 bytes each would be 4 MB.
+    assert peak(120_000) - peak(20_000) < 6

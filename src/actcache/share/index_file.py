@@ -49,17 +49,17 @@ class Index:
         self._shards = shards
         self._label, self._metadata = label, metadata
         self._losses: Rows | None = None
-        self._has_losses = np.zeros(len(order), bool)
+        self._has_losses = selection.spill.zeros(len(order), bool)
         self._perplexity: Rows | None = None
-        self._has_perplexity = np.zeros(len(order), bool)
+        self._has_perplexity = selection.spill.zeros(len(order), bool)
         if selection.token_nll is not None:
             self._has_losses = selection.token_nll.found[order, 0]
         if self._has_losses.any() and selection.token_nll is not None:
-            self._losses = Rows(selection.token_nll, "token_nll", order, whole=True)
+            self._losses = Rows(selection.token_nll, "token_nll", order, selection.spill, whole=True)
         if selection.perplexity is not None:
             self._has_perplexity = selection.perplexity.found[order, 0]
         if self._has_perplexity.any() and selection.perplexity is not None:
-            self._perplexity = Rows(selection.perplexity, "perplexity", order, whole=False)
+            self._perplexity = Rows(selection.perplexity, "perplexity", order, selection.spill, whole=False)
         self.all_texts = self._table.all_texts
 
     @property

@@ -89,7 +89,7 @@ def load_activations(
     runs = one_row(index, group, first=pooling == "first_token") if single else every_row(index, group)
     if selection is not None:
         runs = runs.take(selection)
-    rows = int(runs.length.sum())
+    rows = int(runs.length.sum(dtype=np.int64))
     with progress(rows * len(chosen), "load", unit="row", show=None if show_progress else False) as bar:
         reader = ShardReader(index.source, group, notice=bar.update, checksums=index.checksums)
         width = _width(reader, chosen, runs)

@@ -26,6 +26,7 @@ from actcache.share.target import Folder, Target
 from actcache.store import given
 from actcache.store.default import store_at
 from actcache.store.files import log
+from actcache.store.mapped import return_free_memory
 from actcache.store.records import LABEL, METADATA
 
 if TYPE_CHECKING:
@@ -148,6 +149,8 @@ def push_dataset(
     )  # fmt: skip
     label, columns = _of_selected(where, found, label, columns)
     name = str(repo_id) if folder is None else folder.name
+    # What was taken for one piece of the work would be kept beside what the next one takes.
+    return_free_memory()
     shards = Shards(found, name=name, shard_max_bytes=shard_max_bytes, shuffle=shuffle)
     index = Index(found, shards, label, columns)
     index.check()
@@ -265,6 +268,7 @@ def _push(target: Target, staging: Staging, shards: Shards, contents: Contents, 
         for start in range(0, len(left), size):
             _send(target, maker, left[start : start + size], arrived, bar.update, keep=settings.stream_batch is None)
     maker.close()
+    return_free_memory()
     files = [arrived[shard.path] for shard in shards.files]
     small = contents.write(staging.folder, files)
     target.finish(small, [staged.path for staged in files], staging)

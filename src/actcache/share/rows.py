@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Ints = npt.NDArray[np.int64]
+_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Runs:
 
     def rows(self) -> tuple[Ints, Ints]:
         """Shard, and row in it, of every row."""
+        if self.length.strides == (0,) and len(self.shard) and self.length[0] == 1:
+            return self.shard, self.start
         return np.repeat(self.shard, self.length), np.repeat(self.start, self.length) + _within(self.length)
 
 
@@ -64,8 +67,9 @@ def one_row(index: Index, group: TensorGroup, *, first: bool = False) -> Runs:
         counts = np.array([shard.prompts for shard in group.shards], np.int64)
         return Runs.of_each(np.repeat(np.arange(len(counts)), counts), _within(counts), np.ones(counts.sum(), np.int64))
     shard, row = _columns(index, _place_columns(index, group))
-    _check(group, shard, row, np.ones(len(row), np.int64), len(group.placed))
-    return Runs.of_each(shard, row, np.ones(len(row), np.int64))
+    one = np.broadcast_to(np.int64(1), len(row))
+    _check(group, shard, row, one, len(group.placed))
+    return Runs.of_each(shard, row, one)
 
 
 def every_row(index: Index, group: TensorGroup) -> Runs:
@@ -130,15 +134,18 @@ def _whole_numbers(index: Index, name: str, column: Any) -> Ints:
 def _check(group: TensorGroup, shard: Ints, start: Ints, length: Ints, shards: int) -> None:
     """Refuse places outside the shards."""
     rows = np.array([s.rows for s in group.shards] or [0], np.int64)
-    inside = (shard >= 0) & (shard < shards)
-    have = rows[np.where(inside, shard, 0)]
-    fits = inside & (length >= 1) & (start >= 0) & (start < have) & (length <= have - start)
-    if not fits.all():
-        bad = int(np.flatnonzero(~fits)[0])
-        raise DatasetFormatError(
-            f"{INDEX}: prompt {bad} has {length[bad]:,} rows at {start[bad]:,} of shard {shard[bad]} of {group.name}, "
-            f"which has {shards} shards" + (f", this one with {have[bad]:,} rows." if inside[bad] else ".")
-        )
+    for first in range(0, len(shard), _AT_ONCE):
+        which, at, many = (column[first : first + _AT_ONCE] for column in (shard, start, length))
+        inside = (which >= 0) & (which < shards)
+        have = rows[np.where(inside, which, 0)]
+        fits = inside & (many >= 1) & (at >= 0) & (at < have) & (many <= have - at)
+        if not fits.all():
+            bad = int(np.flatnonzero(~fits)[0])
+            raise DatasetFormatError(
+                f"{INDEX}: prompt {first + bad} has {many[bad]:,} rows at {at[bad]:,} of shard {which[bad]} of "
+                f"{group.name}, which has {shards} shards"
+                + (f", this one with {have[bad]:,} rows." if inside[bad] else ".")
+            )
 
 
 def _split(index: Index, group: TensorGroup) -> Runs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,11 @@ from actcache.share.stored_prompts import StoredPrompts, StoredTable, of_other_t
 from actcache.store.asking import Located
 from actcache.store.default import model_label, one_variant
 from actcache.store.files import log
+from actcache.store.mapped import return_free_memory
 from actcache.store.prompts import IDS
 from actcache.store.records import COMPLETION, DERIVED, TOKENS, is_result
 from actcache.store.site_names import LAST, logits_of
+from actcache.store.spill import Spill
 from actcache.store.tensors import kind_of
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 Ints = npt.NDArray[np.int64]
 STREAM = "resid_post"
 TENSORS = (HIDDEN, LOGITS, PERPLEXITY, ROUTER)
+_AT_ONCE = 1 << 15
 _POOLINGS = (TOKENS, LAST, "mean", "first_token", "max", "min")
 
 
@@ -64,6 +67,7 @@ class Selection:
         groups: their activations. `logits`: their largest logits, and how many.
         perplexity, token_nll: of those that have them.
         left_out: what was stored and is not taken, in words.
+        spill: where what is said of each prompt may lie.
     """
 
     space: SpaceInfo
@@ -73,7 +77,8 @@ class Selection:
     perplexity: Located | None
     token_nll: Located | None
     table: StoredTable
-    left_out: list[str] = field(default_factory=list)
+    left_out: list[str]
+    spill: Spill = field(repr=False)
 
 
 def select(
@@ -96,11 +101,14 @@ def select(
         NotCachedError: nothing is stored of the prompts, or of some of them and `skip_missing` is False.
     """
     chosen = one_variant(store, model_label(model), revision=revision, dtype=dtype, space=space)
-    given = StoredPrompts(store.everything(chosen)) if prompts is None else as_prompts(prompts)
+    spill = Spill(store.index_dir)
+    given = StoredPrompts(store.everything(chosen), spill) if prompts is None else as_prompts(prompts)
     held = {layout: sites for layout, sites in store.held(chosen).items() if layout != COMPLETION}
+    return_free_memory()
     finder = _Finder(store, chosen, given, held, tensors, pooling)
     found = finder.choose()
-    missing = np.flatnonzero(~found)
+    return_free_memory()
+    missing = spill.flatnonzero(~found)
     if len(missing) and (not skip_missing or not found.any()):
         first = _shown(given[missing[0]])
         raise NotCachedError(
@@ -110,7 +118,7 @@ def select(
         )
     if len(missing) and prompts is not None:
         log.warning("%d of %d prompts are left out: they lack what is shared", len(missing), len(given))
-    return finder.selection(np.flatnonzero(found))
+    return finder.selection(spill.flatnonzero(found), spill)
 
 
 def as_prompts(prompts: Any) -> list[Any]:
@@ -211,7 +219,8 @@ class _Finder:
                 layers = None if self.wanted is None else self.wanted[shown]
                 taken = {k: s for k, s in sites.items() if layers is None or None in layers or k in layers}
                 found = self.store.locate_sites(self.space, self.prompts, list(taken.values()), layout, check=False)
-                some |= found.found.any(axis=1)
+                for piece in _pieces(len(some)):
+                    some[piece] |= found.found[piece].any(axis=1)
                 coverage.setdefault(shown, []).append((layout, taken, found.found))
         keep = some.copy() if self.wanted is None else np.ones(len(self.prompts), bool)
         # The residual stream decides first who is in.
@@ -221,7 +230,7 @@ class _Finder:
             keep[:] = True
         self._take_logits(keep, alone=not coverage)
         if self.k is not None and (self.wanted is not None or not coverage):
-            keep &= self._logits(self.prompts, check=False).found.all(axis=1)
+            keep &= all_of(self._logits(self.prompts, check=False).found)
         if self.perplexity and self.wanted is not None:
             keep &= self._located(PERPLEXITY, DERIVED, self.prompts, check=False).found[:, 0]
         if not self.groups and self.k is None and self.wanted is not None and set(self.wanted) == {PERPLEXITY}:
@@ -243,16 +252,13 @@ class _Finder:
         """Choose layout and layers of one group; who has them."""
         best = None
         for layout, sites, found in sorted(choices, key=lambda choice: _preference(choice[0])):
-            who = found[keep]
-            if self.wanted is None:
-                # Layers that everybody has who has any.
-                having = who[who.any(axis=1)]
-                common: npt.NDArray[np.bool_] = (
-                    np.logical_and.reduce(having) if len(having) else np.zeros(len(sites), bool)
-                )
-            else:
-                common = np.ones(len(sites), bool)
-            covered = int(who[:, common].all(axis=1).sum()) if common.any() else 0
+            common, some = np.ones(len(sites), bool), self.wanted is not None
+            # Layers that everybody has who has any.
+            for piece in _pieces(len(keep)) if self.wanted is None else ():
+                having = found[piece][keep[piece] & found[piece].any(axis=1)]
+                common &= np.logical_and.reduce(having)
+                some = some or bool(len(having))
+            covered = int((keep & all_of(found, common)).sum()) if some and common.any() else 0
             if covered and (best is None or covered > best[0]):
                 best = covered, layout, sites, common, found
         everybody = int(keep.sum())
@@ -270,8 +276,7 @@ class _Finder:
             self._leave_out(f"{name}: also stored as {', '.join(others)}")
         taken = {layer: site for (layer, site), kept in zip(sites.items(), common.tolist(), strict=True) if kept}
         self.groups.append((name, layout, taken))
-        has: npt.NDArray[np.bool_] = np.logical_and.reduce(found[:, common], axis=1)
-        return has
+        return all_of(found, common)
 
     def _take_logits(self, keep: npt.NDArray[np.bool_], *, alone: bool) -> None:
         """The largest logits of the last token, of as many as are stored; `alone`: nothing else says who is in."""
@@ -285,7 +290,8 @@ class _Finder:
                     continue
                 self.k = k, layout
                 found = self._logits(self.prompts, check=False).found
-                if found[keep].all() or ((alone or self.wanted is not None) and found.all(axis=1).any()):
+                whole = all_of(found)
+                if whole[keep].all() or ((alone or self.wanted is not None) and whole.any()):
                     return
                 self.k = None
         if ks:
@@ -304,9 +310,13 @@ class _Finder:
     def _located(self, site: str, layout: str, prompts: Sequence[Any], *, check: bool = True) -> Located:
         return self.store.locate_sites(self.space, prompts, [site], layout, check=check)
 
-    def selection(self, given: Ints) -> Selection:
+    def selection(self, given: Ints, spill: Spill) -> Selection:
         """What is chosen of the prompts `given`, located for good: every byte that will be read is checked."""
-        prompts = self.prompts if len(given) == len(self.prompts) else [self.prompts[i] for i in given.tolist()]
+        prompts = self.prompts
+        if len(given) < len(prompts) and isinstance(prompts, StoredPrompts):
+            prompts = prompts.chosen(given)
+        elif len(given) < len(prompts):
+            prompts = [prompts[i] for i in given.tolist()]
         groups = []
         for name, layout, sites in self.groups:
             located = self.store.locate_sites(self.space, prompts, list(sites.values()), layout)
@@ -316,7 +326,7 @@ class _Finder:
             names: dict[int | None, str] = {0: f"logits.top{self.k[0]}.values", 1: f"logits.top{self.k[0]}.indices"}
             logits = self.k[0], Group(LOGITS, self.k[1], names, self._logits(prompts, check=True))
         for group in [*groups, *([logits[1]] if logits else [])]:
-            damaged = np.flatnonzero(~group.located.found.all(axis=1))
+            damaged = np.flatnonzero(~all_of(group.located.found))
             if len(damaged):
                 raise NotCachedError(
                     f"{len(damaged)} prompts can no longer be read at {group.name} (the first is prompt "
@@ -337,7 +347,7 @@ class _Finder:
         if isinstance(prompts, list):
             bare = np.array([kind_of(prompt)[0] == IDS for prompt in prompts], bool)
         table = StoredTable(token_nll if token_nll is not None and token_nll.found.all() else first.located, bare)
-        return Selection(self.space, given, groups, logits, perplexity, token_nll, table, self.left_out)
+        return Selection(self.space, given, groups, logits, perplexity, token_nll, table, self.left_out, spill)
 
     def _check_tokens(self, first: Group, others: Sequence[Group], results: Sequence[Located], given: Ints) -> None:
         """What is said of a prompt is of the same tokens: else `OptionError`, or it has no perplexity."""
@@ -353,6 +363,19 @@ class _Finder:
         for located in results:
             apart = np.flatnonzero(of_other_tokens(first.located, located, whole=False))
             located.found[apart], located.owner[apart] = False, -1
+
+
+def all_of(found: npt.NDArray[np.bool_], columns: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.bool_]:
+    """Which rows of `found` bool ``[n, sites]`` have all sites, or those marked in `columns`."""
+    whole = np.empty(len(found), bool)
+    for piece in _pieces(len(whole)):
+        some = found[piece] if columns is None else found[piece][:, columns]
+        whole[piece] = some.all(axis=1)
+    return whole
+
+
+def _pieces(count: int) -> Iterator[slice]:
+    return (slice(start, start + _AT_ONCE) for start in range(0, count, _AT_ONCE))
 
 
 def _by_name(held: dict[str, list[str]]) -> dict[str, dict[str, dict[int | None, str]]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,11 +29,13 @@ from actcache.share.format import (
 from actcache.share.stored_rows import Array, Ints, Order, Rows
 from actcache.store import container
 from actcache.store.site_names import LAST
+from actcache.store.spill import Spill
 
 if TYPE_CHECKING:
     from actcache.share.selection import Group, Selection
 
 Places = npt.NDArray[np.int32]
+_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -102,17 +103,19 @@ class Shards:
 
     def __init__(self, selection: Selection, *, name: str, shard_max_bytes: int, shuffle: bool) -> None:
         count = len(selection.given)
-        # An array of its own kind: elements of numpy's are slow one at a time, and a list takes four times the room.
-        order = array("i" if count < 2**31 else "q", range(count))
+        spill = selection.spill
+        self.order: Order = spill.empty(count, np.int32 if count < 2**31 else np.int64)
+        for start in range(0, count, _AT_ONCE):
+            self.order[start : start + _AT_ONCE] = np.arange(start, min(start + _AT_ONCE, count))
         if shuffle:
-            random.Random(_seed(name)).shuffle(order)
-        self.order: Order = np.frombuffer(order, order.typecode) if count else np.zeros(0, np.int32)
+            # Single elements of an array are slow, and those of a list take four times the room.
+            random.Random(_seed(name)).shuffle(self.order.data)  # type: ignore[arg-type]
         self.groups: list[tuple[Group, dict[int | None, Rows]]] = []
         for group in selection.groups:
             rows: dict[int | None, Rows] = {}
             for layer, site in group.sites.items():
                 like = next(iter(rows.values()), None)
-                rows[layer] = Rows(group.located, site, self.order, whole=group.whole, like=like)
+                rows[layer] = Rows(group.located, site, self.order, spill, whole=group.whole, like=like)
             self.groups.append((group, rows))
         sites = [rows for _, by_layer in self.groups for rows in by_layer.values()]
         # All groups lie in shards of the same prompts, so that one column says for all of them where a prompt is.
@@ -130,13 +133,15 @@ class Shards:
         if self.whole:
             self.lengths = self.whole[0].lengths()
             widest = max(rows.row_bytes for rows in self.whole)
-            self.rest = greedy(self.lengths - 1, max(1, shard_max_bytes // widest))
+            rest = spill.empty(count, np.int64)
+            np.subtract(self.lengths, 1, out=rest)
+            self.rest = greedy(rest, max(1, shard_max_bytes // widest), spill)
         self.logits: tuple[int, Rows, Rows] | None = None
         self.logits_shards: list[tuple[int, int]] = []
         if selection.logits is not None:
             k, group = selection.logits
             values, indices = (
-                Rows(group.located, site, self.order, whole=group.whole) for site in group.sites.values()
+                Rows(group.located, site, self.order, spill, whole=group.whole) for site in group.sites.values()
             )
             self.logits = k, values, indices
             per_shard = max(1, shard_max_bytes // (values.row_bytes + indices.row_bytes))
@@ -159,7 +164,7 @@ class Shards:
                     yield _file(files, keys, layer, number, stop - start, rows, read)
                 for number, (start, stop) in enumerate(self.rest if group.whole else (), len(self.placed)):
                     assert self.lengths is not None
-                    tokens = int((self.lengths[start:stop] - 1).sum())
+                    tokens = int(self.lengths[start:stop].sum()) - (stop - start)
                     yield _file(files, keys, layer, number, tokens, rows, partial(rows.all_but_last, start, stop))
 
     def _router_files(self, by_layer: dict[int | None, Rows]) -> Iterator[ShardFile]:
@@ -235,7 +240,7 @@ class Shards:
         assert self.lengths is not None
         placed = [{"num_prompts": stop - start, "num_tokens": stop - start} for start, stop in self.placed]
         rest = [
-            {"num_prompts": stop - start, "num_tokens": int((self.lengths[start:stop] - 1).sum())}
+            {"num_prompts": stop - start, "num_tokens": int(self.lengths[start:stop].sum()) - (stop - start)}
             for start, stop in self.rest
         ]
         return placed + rest
@@ -259,7 +264,7 @@ class Shards:
         begins = np.array([a for a, _ in self.rest] or [0])
         # Rows in the shard of the first prompt that are before it, then what each shard begins with.
         first = int(begins[of_rest[0]])
-        before = int((self.lengths[first:start] - 1).sum()) + np.cumsum(self.lengths[start:stop] - 1)
+        before = int(self.lengths[first:start].sum()) - (start - first) + np.cumsum(self.lengths[start:stop] - 1)
         before -= self.lengths[start:stop] - 1
         base = np.where(of_rest == of_rest[0], 0, before[np.maximum(begins[of_rest] - start, 0)])
         shards, rows = [], []
@@ -295,9 +300,10 @@ def _seed(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 2**31
 
 
-def greedy(sizes: Ints, limit: int) -> list[tuple[int, int]]:
+def greedy(sizes: Ints, limit: int, spill: Spill | None = None) -> list[tuple[int, int]]:
     """Neighbours together up to `limit` rows; one that is larger has a shard to itself. Empty without any row."""
-    ends = np.cumsum(sizes)
+    ends = (spill or Spill(None)).empty(len(sizes), np.int64)
+    np.cumsum(sizes, out=ends)
     found: list[tuple[int, int]] = []
     start = 0
     while start < len(sizes) and ends[-1] > (ends[start - 1] if start else 0):

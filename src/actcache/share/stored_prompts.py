@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from actcache.store.distinct import Distinct
 from actcache.store.prompts import CHAT, IDS, TEXT, PromptTable
+from actcache.store.spill import Spill
 
 if TYPE_CHECKING:
     from actcache.store.asking import Located
@@ -24,25 +26,27 @@ _AT_ONCE = 8192
 class StoredPrompts(Sequence[Any]):
     """All prompts of a space, each once: as texts and chats where these are known, as token ids otherwise."""
 
-    def __init__(self, places: Placement) -> None:
-        self._places = places
+    def __init__(self, places: Placement, spill: Spill) -> None:
+        self._places, self._spill = places, spill
         # The same text under two tokenizers is one.
-        words = np.empty((len(places), 2), np.uint64)
+        known = Distinct(len(places), spill)
         for start in range(0, len(places), _AT_ONCE):
             table = places.prompts(np.arange(start, min(start + _AT_ONCE, len(places))))
             digests = b"".join(xxhash.xxh3_128_digest(_identity(table, i)) for i in range(len(table)))
-            words[start : start + len(table)] = np.frombuffer(digests, np.uint64).reshape(-1, 2)
-        order = np.lexsort((words[:, 1], words[:, 0]))
-        first = np.ones(len(order), bool)
-        for start in range(1, len(order), _AT_ONCE):
-            some = words[order[start - 1 : start + _AT_ONCE]]
-            first[start : start + len(some) - 1] = (some[1:] != some[:-1]).any(axis=1)
-        self._count = int(first.sum())
+            known.add(np.frombuffer(digests, np.uint8).reshape(-1, 16))
+        numbers = spill.flatnonzero(known.first())
+        self._count = len(numbers)
         # None: all of them.
-        self._numbers: Ints | None = None if self._count == len(order) else np.sort(order[first])
+        self._numbers: Ints | None = None if self._count == len(places) else numbers
 
     def __len__(self) -> int:
         return self._count
+
+    def chosen(self, at: Ints) -> StoredPrompts:
+        """Those at `at`, in that order."""
+        other = copy(self)
+        other._count, other._numbers = len(at), at if self._numbers is None else self._spill.keep(self._numbers[at])
+        return other
 
     @overload
     def __getitem__(self, at: int) -> Any: ...

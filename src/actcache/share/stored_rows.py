@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.store.dtypes import common_dtype
+from actcache.store.placement import by_segment
+from actcache.store.spill import Spill
 
 if TYPE_CHECKING:
     from actcache.store.asking import Located
@@ -18,15 +20,18 @@ Ints = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
 Order = npt.NDArray[np.integer[Any]]
 _CHUNK_BYTES = 2 << 20
+_MOST_ROWS = 1 << 13
 _AT_ONCE = 1 << 16
 
 
 class Rows:
     """The rows of one stored site, by number of prompt in the order of the dataset."""
 
-    def __init__(self, located: Located, site: str, order: Order, *, whole: bool, like: Rows | None = None) -> None:
+    def __init__(
+        self, located: Located, site: str, order: Order, spill: Spill, *, whole: bool, like: Rows | None = None
+    ) -> None:
         """`order`: which of the `located` prompts comes first, and so on. `like`: another site of the same ones."""
-        self.site, self.whole = site, whole
+        self.site, self.whole, self._spill = site, whole, spill
         self._placements = [placement.of_site(site) for placement in located.placements]
         # Of all sites the same arrays: there are many of these, and of prompts more.
         self._owner, self._local, self._order = located.owner, located.local, order
@@ -43,18 +48,26 @@ class Rows:
     def row_bytes(self) -> int:
         return self.width * self.dtype.itemsize
 
+    @property
+    def _step(self) -> int:
+        """Rows of a piece. Where they are takes room as well, however narrow they are."""
+        return max(1, min(_CHUNK_BYTES // max(1, self.row_bytes), _MOST_ROWS))
+
     def lengths(self) -> Ints:
         """How many rows each prompt has, int64 ``[n]``."""
         if self._lengths is not None:
             return self._lengths
         if self._like is not None:
             return self._like.lengths()
-        found = np.ones(len(self._order), np.int64)
-        counts = [placement.row_counts() if self.whole else None for placement in self._placements]
+        found = self._spill.full(len(self._order), 1, np.int64)
         for start in range(0, len(found), _AT_ONCE):
             members = np.arange(start, min(start + _AT_ONCE, len(found)))
             for number, mine, local in self._places(members) if self.whole else ():
-                found[members[mine]] = counts[number][local]  # type: ignore[index]
+                placement = self._placements[number]
+                segment, prompt = placement.where(self.site)
+                for slot, some in by_segment(segment[local], np.arange(len(local))):
+                    offset, prompts = placement.segments[slot].row_offset, prompt[local[some]]
+                    found[members[mine[some]]] = offset[prompts + 1] - offset[prompts]
         self._lengths = found
         return found
 
@@ -99,7 +112,7 @@ class Rows:
 
     def one_each(self, start: int, stop: int) -> Iterator[Array]:
         """The row of each prompt, of full sequences that of its last token, in pieces ``[k, D]``."""
-        step = max(1, _CHUNK_BYTES // max(1, self.row_bytes))
+        step = self._step
         for a in range(start, stop, step):
             members = np.arange(a, min(a + step, stop))
             if self._loaded is not None:
@@ -112,7 +125,7 @@ class Rows:
     def all_but_last(self, start: int, stop: int) -> Iterator[Array]:
         """The rows of all tokens but the last, prompt after prompt, in pieces ``[k, D]``."""
         ends = np.cumsum(self.lengths()[start:stop])
-        step = max(1, _CHUNK_BYTES // max(1, self.row_bytes))
+        step = self._step
         a = 0
         while a < stop - start:
             before = int(ends[a - 1]) if a else 0

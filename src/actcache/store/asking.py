@@ -15,7 +15,7 @@ from actcache.errors import NotCachedError, OptionError, did_you_mean, nearest
 from actcache.model.sites import POOLINGS, SITE_NAMES, Site
 from actcache.store import tensors
 from actcache.store.index import SpaceIndex
-from actcache.store.joined_places import join
+from actcache.store.joined_places import Joining
 from actcache.store.keys import Ints
 from actcache.store.lookup import locate, locate_all, pulled
 from actcache.store.placement import Placement
@@ -164,22 +164,20 @@ def locate_sites(
 
 def _locate_sites(index: SpaceIndex, prompts: Sequence[Any], sites: Sequence[str], layout: str, check: bool) -> Located:
     index.refresh()
-    parts = [
-        _locate_some(index, prompts[start : start + _AT_ONCE], sites, layout, check)
-        for start in range(0, len(prompts), _AT_ONCE)
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    found = np.concatenate([np.zeros((0, len(sites)), bool), *(part.found for part in parts)])
-    placements, owner_of, begin_of = join([placement for part in parts for placement in part.placements])
-    located = Located(placements, np.full(len(prompts), -1, np.int32), np.zeros(len(prompts), np.int64), found)
-    start, first = 0, 0
-    for part in parts:
-        stop, some = start + len(part.owner), np.flatnonzero(part.owner >= 0)
-        number = first + part.owner[some]
-        located.owner[start + some] = owner_of[number]
-        located.local[start + some] = part.local[some] + begin_of[number]
-        start, first = stop, first + len(part.placements)
+    if len(prompts) <= _AT_ONCE:
+        return _locate_some(index, prompts, sites, layout, check)
+    count, spill = len(prompts), index.spill
+    owner, local = spill.full(count, -1, np.int32), spill.zeros(count, np.int64)
+    located = Located([], owner, local, spill.zeros((count, len(sites)), bool))
+    joining = Joining(sites, layout, spill)
+    for start in range(0, count, _AT_ONCE):
+        some = _locate_some(index, prompts[start : start + _AT_ONCE], sites, layout, check)
+        located.found[start : start + _AT_ONCE] = some.found
+        for number, placement in enumerate(some.placements):
+            whose, begin = joining.add(placement)
+            members = np.flatnonzero(some.owner == number)
+            owner[start + members], local[start + members] = whose, begin + some.local[members]
+    located.placements = joining.placements()
     return located
 
 

@@ -9,7 +9,7 @@ import contextlib
 import json
 import sqlite3
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ _COLUMNS = "name, space, layout, columns, prompts, rows, size, created_ns, text_
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _PASSING = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_NOMEM}
 
+Keys = npt.NDArray[np.uint8]
 Times = npt.NDArray[np.int64]
 
 _inherited: list[sqlite3.Connection] = []
@@ -50,15 +51,15 @@ class Catalog:
         self._db: sqlite3.Connection | None = None
         self._tried = False
 
-    def load(self, space: str) -> list[SegmentInfo]:
-        """What is remembered of `space`; whoever asks checks it against the folder."""
+    def load(self, space: str, keep: Callable[[Keys], Keys] = np.asarray) -> list[SegmentInfo]:
+        """What is remembered of `space`, the keys as `keep` gives them; whoever asks checks it against the folder."""
         with self._lock:
             db = self._connect()
             if db is None:
                 return []
             try:
-                rows = db.execute(f"SELECT {_COLUMNS} FROM segment WHERE space = ?", (space,)).fetchall()
-                return [_info(row) for row in rows]
+                rows = db.execute(f"SELECT {_COLUMNS} FROM segment WHERE space = ?", (space,))
+                return [_info(row, keep) for row in rows]
             except (sqlite3.Error, ValueError, TypeError, KeyError) as error:
                 self._failed(error)
                 return []
@@ -80,7 +81,7 @@ class Catalog:
                         )
                     db.executemany(
                         f"INSERT OR REPLACE INTO segment ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
-                        [_row(space, info) for info in new],
+                        (_row(space, info) for info in new),
                     )
             except (UnicodeError, OverflowError) as error:
                 log.debug("not remembered in the index at %s: %s", self.path, error)
@@ -254,7 +255,7 @@ def _row(space: str, info: SegmentInfo) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def _info(row: tuple[object, ...]) -> SegmentInfo:
+def _info(row: tuple[object, ...], keep: Callable[[Keys], Keys]) -> SegmentInfo:
     name, space, layout, columns, prompts, rows, size, created, context, replaces, prompt_key, text_key = row
     keys = [np.frombuffer(k, np.uint8).reshape(-1, 16) for k in (prompt_key, text_key)]  # type: ignore[call-overload]
     if len(keys[0]) != prompts or len(keys[1]) != prompts:
@@ -262,5 +263,5 @@ def _info(row: tuple[object, ...]) -> SegmentInfo:
     return SegmentInfo(
         str(name), str(space), str(layout), tuple((str(s), str(d), int(n)) for s, d, n in json.loads(str(columns))),
         int(prompts), int(rows), int(size), int(created), str(context),  # type: ignore[call-overload]
-        {k: tuple(v) for k, v in json.loads(str(replaces)).items()}, keys[0], keys[1],
+        {k: tuple(v) for k, v in json.loads(str(replaces)).items()}, keep(keys[0]), keep(keys[1]),
     )  # fmt: skip

@@ -16,7 +16,7 @@ from actcache.store.catalog import Catalog
 from actcache.store.damage import KnownDamage
 from actcache.store.files import ELSEWHERE, OPEN_NAME, SEGMENT_NAME, TOMB_NAME, TRANSIENT, log, named
 from actcache.store.graves import Graves, dead
-from actcache.store.keys import Group, Ints, KeyTable, Mask
+from actcache.store.keys import Group, Ints, KeyTable, Mask, keys_of, ranks
 from actcache.store.listing import Listing
 from actcache.store.mapped import ask_for
 from actcache.store.mapping import Segment
@@ -24,6 +24,7 @@ from actcache.store.opened import OpenFiles
 from actcache.store.opening import open_known, read_info
 from actcache.store.recency import LastReads
 from actcache.store.records import SegmentInfo
+from actcache.store.saved_keys import KeysHere
 from actcache.store.tombs import Keys
 from actcache.store.working_copy import WorkingCopy
 
@@ -39,6 +40,7 @@ class SpaceIndex:
         self.copy = copy
         self.lock = threading.RLock()
         self._catalog = catalog
+        self._keys_here = KeysHere(catalog.path.parent, folder.name)
         self._numbers: dict[str, int] = {}
         self._infos: list[SegmentInfo | None] = []
         self._rank: Ints | None = None
@@ -49,6 +51,7 @@ class SpaceIndex:
         self._dead: dict[int, Mask] = {}
         self._damage = KnownDamage()
         self._refused: dict[str, Exception] = {}
+        self.spill = self._keys_here.spill
         self.reads = LastReads(catalog, folder.name)
         self._open: OrderedDict[str, Segment] = OrderedDict()
         self.listing = Listing(folder)
@@ -86,7 +89,7 @@ class SpaceIndex:
             # A folder that is not there at all may come back, as that of a file system that is not mounted.
             if present:
                 self._catalog.keep_only(self.folder.name, present)
-            for known in self._catalog.load(self.folder.name):
+            for known in self._catalog.load(self.folder.name, self._keys_here.keep):
                 if known.name in segments:
                     self._insert(known)
         gone = [name for name in self._numbers if name not in present]
@@ -99,6 +102,8 @@ class SpaceIndex:
         for name in gone:
             self._remove(name)
         self._catalog.record(self.folder.name, new, gone)
+        if gone and not present:
+            self._keys_here.forget()
         touched = self._graves.update(fresh_tombs, buried - tombs)
         touched |= {i.name for i in self._infos if i is not None and touched & i.replaces.keys()}
         self._take_in(new)
@@ -114,7 +119,8 @@ class SpaceIndex:
 
     def _read(self, name: str) -> SegmentInfo | None:
         try:
-            return read_info(self.path(name), self.copy)
+            # Copies, so that the index does not keep every file mapped.
+            return self._keys_here.kept(read_info(self.path(name), self.copy))
         except FileNotFoundError:
             return None
         except (FormatError, OSError) as error:
@@ -169,12 +175,7 @@ class SpaceIndex:
     def _keys(self, number: int, kind: str) -> tuple[Keys, Mask | None]:
         info = self._infos[number]
         assert info is not None
-        live = self.live(number)
-        if kind == "text":
-            # Prompts given as ids have no text key; zeros would make them one another's duplicates.
-            given: Mask = np.asarray(info.text_key.any(axis=1))
-            return info.text_key, given if live is None else given & live
-        return info.prompt_key, live
+        return keys_of(info, kind, self.live(number))
 
     def add(self, info: SegmentInfo) -> None:
         """Take in a segment that this process has just written."""
@@ -182,7 +183,7 @@ class SpaceIndex:
             if not self._loaded:
                 self.refresh(force=True)
             if info.name not in self._numbers:
-                self._insert(info)
+                self._insert(self._keys_here.kept(info))
                 # Written from segments of which something may have gone in the meantime.
                 self._bury({info.name})
                 self._catalog.record(self.folder.name, [info], [])
@@ -276,9 +277,10 @@ class SpaceIndex:
     def _table(self, group: Group, kind: str) -> KeyTable:
         table = group.tables.get(kind)
         if table is None:
-            table = group.tables[kind] = KeyTable()
-            for number in group.members:
-                table.add(number, *self._keys(number, kind))
+            held = [(n, i) for n in group.members if (i := self._infos[n]) is not None]
+            last = [not self.is_remnant(n) and i.name not in self.opened for n, i in held]
+            members = [(n, i.name if lasts else "", i.prompts) for (n, i), lasts in zip(held, last, strict=True)]
+            table = group.tables[kind] = self._keys_here.table_of(group, kind, members, self._keys, self._groups)
         return table
 
     def holders(self, layout: str, sites: tuple[str, ...]) -> list[Group] | None:
@@ -294,9 +296,7 @@ class SpaceIndex:
     def rank(self) -> Ints:
         """Age rank of each segment number: the later created, the higher."""
         if self._rank is None:
-            ages = [(i.created_ns, i.name) if i is not None else (-1, "") for i in self._infos]
-            self._rank = np.empty(len(ages), np.int64)
-            self._rank[sorted(range(len(ages)), key=ages.__getitem__)] = np.arange(len(ages))
+            self._rank = ranks(self._infos)
         return self._rank
 
     def segments(self) -> Iterator[tuple[int, SegmentInfo]]:

@@ -59,11 +59,12 @@ def ask_for(path: Path, size: int) -> None:
 class MappedFile:
     """The bytes of an open file, mapped; unmapped when nothing refers to them any more.
 
-    `raw`: read-only memoryview; `array`: the same as a read-only uint8 array.
+    `raw`: read-only memoryview; `array`: the same as an uint8 array, read-only unless `writable`.
     """
 
-    def __init__(self, fd: int, size: int) -> None:
-        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    def __init__(self, fd: int, size: int, *, writable: bool = False) -> None:
+        allowed = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        address = _libc.mmap(None, size, allowed, mmap.MAP_SHARED, fd, 0)
         if address is None or address == _FAILED:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
@@ -71,8 +72,9 @@ class MappedFile:
         buffer = (ctypes.c_ubyte * size).from_address(address)
         # Not at exit: threads that still read then would fault.
         weakref.finalize(buffer, _libc.munmap, address, size).atexit = False
-        self.raw = memoryview(buffer).cast("B").toreadonly()
-        self.array: npt.NDArray[np.uint8] = np.frombuffer(self.raw, np.uint8)
+        whole = memoryview(buffer).cast("B")
+        self.raw = whole.toreadonly()
+        self.array: npt.NDArray[np.uint8] = np.frombuffer(whole if writable else self.raw, np.uint8)
 
     def bytes(self, start: int, stop: int) -> bytes:
         """A copy of a range; bytes compare many times faster than memoryviews."""

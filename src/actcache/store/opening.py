@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,8 +37,7 @@ def read_info(path: Path, copy: WorkingCopy | None) -> SegmentInfo:
     info = open_segment(path, copy).info
     if info.space != path.parent.name:
         raise FormatError(f"{path} belongs to space {info.space!r}")
-    # Copies, so that the index does not keep every file mapped.
-    return replace(info, prompt_key=info.prompt_key.copy(), text_key=info.text_key.copy())
+    return info
 
 
 def open_known(path: Path, info: SegmentInfo, copy: WorkingCopy | None) -> Segment:

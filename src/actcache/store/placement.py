@@ -24,6 +24,7 @@ from actcache.store.records import SPARSE, TOKENS
 # So many neighbours are copied faster on their own than rows are looked at.
 _LONG_RUN = 64
 _PAGE = 4096
+_AT_ONCE = 1 << 16
 
 _Received = Mapping[BlockChecks, Received]
 
@@ -269,8 +270,8 @@ class Placement:
         digest = hashlib.sha256(repr([self.layout, self.sites, [s.path.name for s in self._segments]]).encode())
         for part in self._parts:
             digest.update(repr(part.sites).encode())
-            digest.update(part.segment.tobytes())
-            digest.update(part.prompt.tobytes())
+            for where in (part.segment, part.prompt):
+                digest.update(np.ascontiguousarray(where).data)
         return digest.digest()
 
     def take_padded(
@@ -344,9 +345,12 @@ class Placement:
         return PromptTable.concatenate(tables, mixed=True).select(np.argsort(np.concatenate(order), kind="stable"))
 
     def _require(self, index: npt.ArrayLike | None) -> Ints:
-        chosen = np.arange(len(self), dtype=np.int64)
+        chosen = np.arange(len(self) if index is None else 0, dtype=np.int64)
         if index is not None:
-            chosen = chosen[np.asarray(index)]
+            chosen = np.asarray(index)
+            if chosen.dtype == bool or not chosen.size or chosen.min() < 0:
+                chosen = np.arange(len(self), dtype=np.int64)[chosen]
+            chosen = chosen.astype(np.int64, copy=False)
         missing = chosen[~(self.found if index is None else self.found[chosen])]
         if len(missing):
             raise NotCachedError(
@@ -373,7 +377,7 @@ class Placement:
 
     @lazy
     def _used(self) -> list[tuple[Part, Segment]]:
-        numbers = [np.flatnonzero(np.bincount(part.segment + 1)[1:]).tolist() for part in self._parts]
+        numbers = [_used_in(part.segment) for part in self._parts]
         return [(p, self._segments[s]) for p, used in zip(self._parts, numbers, strict=True) for s in used]
 
     def _names(self, part: Part) -> list[str]:
@@ -383,6 +387,11 @@ class Placement:
 def _touch(fresh: npt.NDArray[Any]) -> None:
     """Have memory given to a new array, which takes as long as to write to it."""
     fresh.reshape(-1).view(np.uint8)[::_PAGE] = 0
+
+
+def _used_in(segment: npt.NDArray[np.int32]) -> list[int]:
+    pieces = [segment[start : start + _AT_ONCE] for start in range(0, len(segment), _AT_ONCE)]
+    return sorted({n for piece in pieces for n in np.flatnonzero(np.bincount(piece + 1)[1:]).tolist()})
 
 
 _ABSENT, _FIRST = np.array([-1], np.int32), np.array([0], np.int32)

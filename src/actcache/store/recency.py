@@ -9,6 +9,7 @@ import numpy as np
 from actcache.store.catalog import Catalog, median
 from actcache.store.keys import Ints
 from actcache.store.records import SegmentInfo
+from actcache.store.spill import Spill
 
 _WRITE_EVERY_S = 5.0
 
@@ -18,6 +19,7 @@ class LastReads:
 
     def __init__(self, catalog: Catalog, space: str) -> None:
         self._catalog = catalog
+        self._spill = Spill(catalog.path.parent)
         self._space = space
         self._times: dict[str, tuple[SegmentInfo, Ints]] = {}
         self._written = -_WRITE_EVERY_S
@@ -25,7 +27,7 @@ class LastReads:
     def note(self, info: SegmentInfo, prompts: Ints | int) -> None:
         """These prompts of a segment are read now."""
         if info.name not in self._times:
-            self._times[info.name] = info, np.zeros(info.prompts, np.int64)
+            self._times[info.name] = info, self._spill.beside(info.prompts, np.int64)
         self._times[info.name][1][prompts] = time.time_ns()
         if time.monotonic() - self._written > _WRITE_EVERY_S:
             self.write()

@@ -11,6 +11,7 @@ import numpy as np
 
 from actcache.errors import NotCachedError
 from actcache.store.checks import fetch_together
+from actcache.store.distinct import Distinct, count_keys
 from actcache.store.dtypes import name_of
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import Mask
@@ -23,7 +24,7 @@ from actcache.store.site_names import layers_of, logits_of
 from actcache.store.spaces import SpaceInfo
 from actcache.store.statistics import Moments
 from actcache.store.tensors import kind_of
-from actcache.store.tombs import Keys, count_distinct, is_member
+from actcache.store.tombs import Keys, is_member
 from actcache.store.variants import edit_text
 
 GB = 2**30
@@ -89,6 +90,9 @@ class CacheInfo:
         return self.total_size_bytes / GB
 
 
+_AT_ONCE = 1 << 16
+
+
 def describe_model(space: SpaceInfo, infos: Sequence[SegmentInfo], variant: str) -> ModelCacheInfo:
     """The line of one space in `CacheInfo`."""
     by_layout: dict[str, set[str]] = {}
@@ -113,14 +117,12 @@ def _has_pooled(by_layout: Mapping[str, set[str]]) -> bool:
 
 def count_prompts(index: SpaceIndex) -> int:
     """Distinct live prompts of a space. One that the model continued counts once, with what it became."""
-    keys: dict[bool, list[Keys]] = {}
+    keys: dict[bool, list[tuple[Keys, Mask | None]]] = {}
     with index.lock:
         for number, info in index.parts():
-            live = index.live(number)
-            held = keys.setdefault(info.layout == COMPLETION, [])
-            held.append(info.prompt_key if live is None else info.prompt_key[live])
+            keys.setdefault(info.layout == COMPLETION, []).append((info.prompt_key, index.live(number)))
     # Completions lie under the prompts, all else of such a space under prompts with their completions.
-    return max(map(count_distinct, keys.values()), default=0)
+    return max((count_keys(held, index.spill) for held in keys.values()), default=0)
 
 
 def find_token_keys(index: SpaceIndex, prompts: Sequence[Any]) -> Keys:
@@ -219,23 +221,21 @@ def stored_prompts(index: SpaceIndex, site: str | None, layout: str | None) -> P
 def stored_places(index: SpaceIndex) -> Placement:
     """`stored_prompts` of a whole space as where they are: texts and ids stay in their segments."""
     index.refresh()
-    rows, keys, kinds = [np.empty(0, np.int64)], [np.empty((0, 16), np.uint8)], [np.empty(0, np.uint8)]
     with index.lock:
         held = index.open_all(lambda _, info: True)
         held.sort(key=lambda held: (held[1].created_ns, held[1].name))
+        known = Distinct(sum(info.prompts for _, info, _ in held), index.spill)
         for number, info, segment in held:
-            live = index.live(number)
-            rows.append(np.arange(info.prompts) if live is None else np.flatnonzero(live))
-            keys.append(info.prompt_key[rows[-1]])
-            kinds.append(segment.prompts.kind[rows[-1]])
-    slot = np.repeat(np.arange(len(held), dtype=np.int32), [len(some) for some in rows[1:]])
-    words = np.ascontiguousarray(np.concatenate(keys)).view(np.uint64)
-    order = np.lexsort((np.concatenate(kinds) == 0, words[:, 1], words[:, 0]))
-    first = np.ones(len(order), bool)
-    first[1:] = (words[order[1:]] != words[order[:-1]]).any(axis=1)
-    chosen = np.sort(order[first])
-    part = Part((0,), slot[chosen], np.concatenate(rows)[chosen])
-    return Placement(len(chosen), [""], "", [part], [segment for _, _, segment in held])
+            known.add(info.prompt_key, index.live(number), segment.prompts.kind == 0)
+    first, start, at = known.first(), 0, 0
+    count = sum(int(np.count_nonzero(first[i : i + _AT_ONCE])) for i in range(0, len(first), _AT_ONCE))
+    part = Part((0,), index.spill.empty(count, np.int32), index.spill.empty(count, np.int64))
+    for slot, (_, info, _) in enumerate(held):
+        chosen = np.flatnonzero(first[start : start + info.prompts])
+        part.segment[at : at + len(chosen)], part.prompt[at : at + len(chosen)] = slot, chosen
+        start, at = start + info.prompts, at + len(chosen)
+    everything = np.broadcast_to(True, count)
+    return Placement(count, [""], "", [part], [segment for _, _, segment in held], found=everything)
 
 
 def statistics(index: SpaceIndex, site: str, layout: str) -> Moments:
