@@ -15,7 +15,6 @@ from actcache.testing.tiny import BOS, EOS, FAMILIES, tiny_model, tiny_tokenizer
 
 TEXTS = ["a", "The Eiffel Tower", "two words", "x" * 40]
 # Their positions are encoded by the longest prompt of a batch.
-DEPEND_ON_THE_LONGEST = ("llama-dynamic", "llama-longrope", "phi3-longrope")
 
 
 @pytest.fixture(scope="module")

@@ -346,6 +346,7 @@ def activations(
 
     Raises:
         NotCachedError: labels are asked for, and a prompt has none.
+        OptionError: layers at which the site has other widths, which fit no array; besides what `UnifiedCache` raises.
     """
     cached = pooling is not None
     if pooling is not None:

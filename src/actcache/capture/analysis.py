@@ -212,6 +212,9 @@ class Analysis(Parts):
         the tokens, which hold the weight of the final norm (as in TransformerLens with ``fold_ln``, its default): the
         sum over all components of `decompose_resid` is the logit, up to a constant of each token (biases) and before a
         soft cap. Tokens: an id, a string that is one token, ids ``[B]``, or ``[B, S]`` with one for each position.
+
+        Raises `OptionError` for tokens that are none or are not as many as the incorrect ones,
+        `SiteUnavailableError` where there is no head.
         """
         streams = Streams(self, "logit_attrs", stack=stack, model=model)
         head = streams.head

@@ -147,6 +147,7 @@ class Entry:
     def __getitem__(self, index: slice) -> list[Visit]: ...
 
     def __getitem__(self, index: int | slice) -> Visit | list[Visit]:
+        """One visit, or several. Raises `LayerRangeError` (an `IndexError`) for one that there is not."""
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         runs = len(self)

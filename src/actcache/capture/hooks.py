@@ -176,6 +176,9 @@ def run_with_cache(
     those of `capture`, and `positions` of chats may be `ac.tokens_of` a role; with ``detach=False`` or `include_grads`
     the pass keeps its graph. ``cache.input_ids``, ``attention_mask`` and ``tokens`` say what each position is,
     ``cache.rows(key)`` leaves the padding out.
+
+    Raises what `capture` does; `PromptError` and `PromptTypeError` for inputs, `TokenizerError` where a tokenizer is
+    needed and none is found, `GradientError` for `include_grads` where gradients are turned off.
     """
     if include_grads and not torch.is_grad_enabled():
         raise GradientError("include_grads needs gradients enabled, and torch.no_grad or inference mode turns them off")

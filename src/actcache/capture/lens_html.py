@@ -92,6 +92,12 @@ def notebook(lens: LogitLens) -> str:
     )
 
 
+def shortened(text: str, most: int) -> str:
+    """`text` made `visible`, of at most `most` characters."""
+    shown = visible(text)
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+
+
 def visible(text: str) -> str:
     """A token's text with what cannot be seen made visible: spaces at its ends as ``·``, line ends as ``↵``, and what
     has no form or changes the direction of others as an escape."""

@@ -101,7 +101,10 @@ class Parts(Keyed):
         return self._mask_of(self._find(name, self._data) or name, value)
 
     def stack(self, site: str = "resid_post") -> Tensor:
-        """Every held layer of `site`, ``[L, B, S, D]``, in ascending order of layers."""
+        """Every held layer of `site`, ``[L, B, S, D]``, in ascending order of layers.
+
+        Raises `LayerRangeError` where none is held, `OptionError` where they have other numbers of rows.
+        """
         numbers = self.layer_numbers(site)
         if not numbers:
             raise LayerRangeError(f"the cache holds no layer of {site}")
@@ -139,7 +142,10 @@ class Parts(Keyed):
     def rows(self, key: str) -> list[Tensor]:
         """The value of `key` row by row, without padding: one ``[T, D]`` each (views); ``[T, H, D]`` where there are
         heads, and ``[H, T, T]`` for patterns. A row is a prompt; where an encoder-decoder returned several sequences,
-        those of the first prompt come first, then those of the second."""
+        those of the first prompt come first, then those of the second.
+
+        Raises `UnknownKeyError` for what is not held or has no rows, `OptionError` for a module that ran several times.
+        """
         found, value = self._held(key)
         if isinstance(value, Entry) and len(value) > 1:
             raise OptionError(

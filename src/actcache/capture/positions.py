@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from actcache.errors import LayerRangeError, OptionError, require_choice
 from actcache.model.media import KINDS
-from actcache.model.sites import POOLINGS
+from actcache.model.sites import POOLINGS, is_int
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +31,7 @@ class TokensOf:
     def __post_init__(self) -> None:
         if not isinstance(self.role, str) or not self.role:
             raise OptionError(f"role is {self.role!r}: expected a role of the chats, such as 'assistant'")
-        if not _is_int(self.which):
+        if not is_int(self.which):
             require_choice(self.which, ("all", "first", "last"), "which")
 
     @property
@@ -148,9 +148,9 @@ def check_positions(positions: Any, *, chats: bool = False, ids: bool = False) -
                 "prompts that are handed over as chats, in run_with_cache, extract_batches and extraction"
             )
     elif isinstance(positions, tuple):
-        if len(positions) != 2 or not all(_is_int(p) for p in positions):
+        if len(positions) != 2 or not all(is_int(p) for p in positions):
             raise OptionError(f"position {positions!r} is not a pair (start, stop); write a list for several positions")
-    elif positions is not None and not _is_int(positions):
+    elif positions is not None and not is_int(positions):
         raise OptionError(f"positions is {positions!r}: expected {_EXPECTED}")
 
 
@@ -171,7 +171,7 @@ def check_named(positions: Any, *, chats: bool = False, ids: bool = False) -> No
 
 def is_single(choice: Any) -> bool:
     """Whether this names exactly one token of every prompt."""
-    return _is_int(choice) or choice in ("first", "last")
+    return is_int(choice) or choice in ("first", "last")
 
 
 def has_fixed_size(choice: Any) -> bool:
@@ -223,7 +223,7 @@ def resolve_positions(positions: Any, length: int) -> list[int]:
         if positions == "all":
             return list(range(length))
         return [_inside(-1 if positions == "last" else 0, length)]
-    if _is_int(positions):
+    if is_int(positions):
         return [_inside(int(positions), length)]
     if isinstance(positions, tuple):
         start, stop = (int(p) + length if p < 0 else int(p) for p in positions)
@@ -250,10 +250,6 @@ def one_number(value: object, what: str, instead: str = "") -> int:
     except (TypeError, ValueError):
         pass
     raise OptionError(f"{what} is {value!r:.80}: expected one int, negative ones counted from the end{instead}")
-
-
-def _is_int(value: object) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool) and getattr(value, "shape", ()) == ()
 
 
 def _some(n_rows: int) -> None:

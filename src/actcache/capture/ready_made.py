@@ -141,6 +141,9 @@ def ablate(target: str, *, mean: Any = None, positions: Any = "all", heads: Any 
         ac.ablate("z.3", heads=[0, 7], mean=reference)          # reference: a cache of other prompts
         ac.ablate("attn_out.3", mean=ac.extract_batches(model, batches, sites="attn_out", reduce="mean"))
         ac.ablate("attn_out.3", mean=reference.get_position(3, -1, site="attn_out").mean(0), positions="last")
+
+    Raises `OptionError` for arguments that cannot be, `UnknownKeyError` for a cache that does not hold `target`; what
+    the model does not have is told by `ac.edit`.
     """
     _check_target(target)
     chosen = read_heads(heads)
@@ -154,7 +157,8 @@ def steer(target: str, vector: Any, *, scale: float = 1.0, positions: Any = "all
     """Add ``scale * vector`` to a value; `vector` is ``[D]``, or with heads ``[hd]`` or ``[heads, hd]``. The other
     arguments are those of `ablate`.
 
-    A `vector` that requires gradients gets them.
+    A `vector` that requires gradients gets them. Raises `OptionError` for a scale that is no finite number, or what
+    `ablate` refuses.
     """
     _check_target(target)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):

@@ -26,7 +26,7 @@ class FullActivationCache:
 
     @classmethod
     def with_capacity(cls, n_layers: int, *, site: str | None = None) -> Self:
-        """An empty cache for a model of `n_layers` layers."""
+        """An empty cache for a model of `n_layers` layers. Raises `OptionError` for what is no number of layers."""
         if isinstance(n_layers, bool) or not hasattr(n_layers, "__index__") or n_layers < 0:
             raise OptionError(f"n_layers is {n_layers!r}: expected a number of layers, 0 or more")
         cache = cls(site=site)
@@ -97,7 +97,7 @@ class FullActivationCache:
         return not self._layers
 
     def stack(self) -> Tensor:
-        """Every held layer, ``[L, T, D]``, in ascending order."""
+        """Every held layer, ``[L, T, D]``, in ascending order. Raises `LayerRangeError` where there is none."""
         if not self._layers:
             raise LayerRangeError("the cache is empty: it holds no layer")
         return torch.stack([self._layers[number] for number in self.layer_numbers()])

@@ -30,7 +30,8 @@ def text_positions(tokenizer: Any, text: str | Sequence[str], where: Any) -> Any
     texts a list for each is returned, and `where` may be a list with one for each.
 
     Raises `PromptError` for words that do not occur, or several times; `LayerRangeError` (an `IndexError`) for
-    characters that the text does not have; `TokenizerError` for a tokenizer that does not tell characters.
+    characters that the text does not have; `TokenizerError` for a tokenizer that does not tell characters;
+    `OptionError` for a list of places that has not one for each text.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise TokenizerError(

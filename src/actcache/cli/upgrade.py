@@ -9,7 +9,7 @@ import click
 from actcache.cli.options import debug_option, json_option
 
 if TYPE_CHECKING:
-    from actcache.share.migrate import Job
+    from actcache.share.reform import Job
 
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Change nothing, and say what would be done: files and bytes."

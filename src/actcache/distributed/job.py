@@ -14,6 +14,7 @@ from actcache.errors import OptionError, StoreAccessError, TokenizerError, did_y
 from actcache.extract.prompts import text_context
 from actcache.model.identity import digest_json
 from actcache.store.backend import LocalBackend
+from actcache.store.default import model_label
 from actcache.store.locations import Place
 from actcache.store.object_backend import ObjectBackend
 from actcache.store.spaces import space_id
@@ -110,7 +111,8 @@ def make_job(model: Any, store: Any, options: Mapping[str, Any], *, verify_cache
     _check_travels(options)
     given = {**options}
     if tokenizer is not None:
-        given["tokenizer"] = _absolute(tokenizer)
+        # Workers may run in another folder.
+        given["tokenizer"] = model_label(tokenizer)
     cache = UnifiedCache(model, store=store, **given)
     source = cache.extractor.source
     identity = source.identity()
@@ -131,13 +133,7 @@ def make_job(model: Any, store: Any, options: Mapping[str, Any], *, verify_cache
     }
     space = space_id(identity.values)
     place = StorePlace.of(cache.store)
-    return Job(_absolute(model), given, place, space, source.name, digest_json(said), verify_cache)
-
-
-def _absolute(name: str | Path) -> str:
-    """A folder by its full path, since workers may run elsewhere; an id of the Hub as it is."""
-    folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else str(name)
+    return Job(model_label(model), given, place, space, source.name, digest_json(said), verify_cache)
 
 
 def _check_travels(options: Mapping[str, Any]) -> None:

@@ -62,6 +62,9 @@ class CachedExtractor:
         store: an `ac.Store`, a folder, or None for the default store.
         allow_inf: store prompts of which a finite value becomes inf in the store's dtype; else they are refused.
         trust_names: take what was imported under the model's name where its own activations are missing.
+
+    Raises:
+        OptionError: an extractor of some positions, or one that only says what it would send.
     """
 
     def __init__(
@@ -369,7 +372,7 @@ class CachedExtractor:
             self.extractor.backend().check(names, asked)
 
     def confirm(self, values: Mapping[str, Any]) -> None:
-        """Refuse to store what a model gave that was replaced between its identification and its first batch."""
+        """Raise `ModelChangedError` where the model was replaced between its identification and its first batch."""
         if self.extractor.source.identity().values != values:
             raise ModelChangedError(
                 f"the model {self.extractor.source.name!r} was replaced while this run began: "

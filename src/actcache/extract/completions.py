@@ -14,7 +14,7 @@ import numpy as np
 
 from actcache.errors import OptionError, PromptError, did_you_mean
 from actcache.extract.batching import make_batches, token_budget
-from actcache.extract.prompts import PromptList, check_tokens, prompt_table, tokenize
+from actcache.extract.prompts import PromptList, check_tokens, ids_of, prompt_table, tokenize
 from actcache.extract.reading import no_perplexity
 from actcache.model.chat import chat_ids
 from actcache.model.decoder_inputs import is_encoder_decoder
@@ -152,7 +152,7 @@ class Completions:
         todo: dict[bytes, int] = {}
         for i, known in enumerate(found):
             if known is None:
-                todo.setdefault(_ids(prompts, i).tobytes(), i)
+                todo.setdefault(ids_of(prompts, i).tobytes(), i)
         if todo:
             left = prompts.select(list(todo.values()))
             self._check(left)
@@ -187,7 +187,7 @@ class Completions:
         room = np.zeros(int(self._settings["max_new_tokens"]), np.int32)
         known = self.stored(prompts)
         ids = [
-            np.concatenate([_ids(prompts, i), room]) if one is None else _sequence(one) for i, one in enumerate(known)
+            np.concatenate([ids_of(prompts, i), room]) if one is None else _sequence(one) for i, one in enumerate(known)
         ]
         return PromptList(np.full(len(ids), IDS, np.uint8), [None] * len(ids), list(ids))
 
@@ -196,7 +196,7 @@ class Completions:
         check_tokens(prompts, range(len(prompts)), source)
         limit, new = source.context_length, int(self._settings["max_new_tokens"])
         for i in range(len(prompts)):
-            length = len(_ids(prompts, i))
+            length = len(ids_of(prompts, i))
             if limit is not None and length + new > limit:
                 raise PromptError(
                     f"a prompt of {length} tokens leaves no room for {new} more in the context of {source.name!r}, "
@@ -323,9 +323,3 @@ def _seed_of(seed: int, ids: npt.NDArray[np.int32]) -> int:
     import xxhash
 
     return int(xxhash.xxh3_64_intdigest(np.ascontiguousarray(ids, "<i4").tobytes(), seed=int(seed) & (2**64 - 1))) >> 1
-
-
-def _ids(prompts: PromptList, i: int) -> npt.NDArray[np.int32]:
-    ids = prompts.ids[i]
-    assert ids is not None, "tokenize() comes first"
-    return ids

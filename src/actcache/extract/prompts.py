@@ -194,7 +194,7 @@ def positions_of(positions: Any, prompts: PromptList, source: ModelSource, *, ad
         json.loads(text or "") if kind == CHAT else None
         for text, kind in zip(prompts.texts, prompts.kinds, strict=True)
     ]
-    ids = [_ids(prompts, i).tolist() for i in range(len(prompts))]
+    ids = [ids_of(prompts, i).tolist() for i in range(len(prompts))]
     return positions_in_chats(positions, chats, ids, source.tokenizer() if any(chats) else None)
 
 
@@ -204,7 +204,7 @@ def check_tokens(prompts: PromptList, indices: Sequence[int], source: ModelSourc
     Raises `PromptError` naming the first such prompt, its length and the limit, and how many there are.
     """
     limit, vocabulary = source.context_length, source.vocab_size
-    lengths = {i: len(_ids(prompts, i)) for i in indices}
+    lengths = {i: len(ids_of(prompts, i)) for i in indices}
     if limit is not None:
         long = [i for i, n in lengths.items() if n > limit]
         if long:
@@ -215,14 +215,15 @@ def check_tokens(prompts: PromptList, indices: Sequence[int], source: ModelSourc
             )
     if vocabulary is not None:
         for i in indices:
-            largest = int(_ids(prompts, i).max())
+            largest = int(ids_of(prompts, i).max())
             if largest >= vocabulary:
                 raise PromptError(
                     f"prompt {i} has the token id {largest}: {source.name!r} knows the ids 0 to {vocabulary - 1}."
                 )
 
 
-def _ids(prompts: PromptList, i: int) -> npt.NDArray[np.int32]:
+def ids_of(prompts: PromptList, i: int) -> npt.NDArray[np.int32]:
+    """The token ids int32 ``[T]`` of prompt `i`, which must have been tokenised."""
     ids = prompts.ids[i]
     assert ids is not None, "tokenize() comes first"
     return ids
@@ -231,7 +232,7 @@ def _ids(prompts: PromptList, i: int) -> npt.NDArray[np.int32]:
 def prompt_table(prompts: PromptList, indices: Sequence[int], context: str) -> PromptTable:
     """The tokenised prompts at `indices` as the store takes them."""
     return PromptTable.build(
-        [_ids(prompts, i) for i in indices],
+        [ids_of(prompts, i) for i in indices],
         [prompts.texts[i] for i in indices],
         kinds=prompts.kinds[np.asarray(indices, np.intp)],
         text_context=context,

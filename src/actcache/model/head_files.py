@@ -92,7 +92,7 @@ def plan_head(model: nn.Module) -> HeadPlan:
     _fill(model, generator)
     # Some keep the stream wider than they compute.
     wide = bool(getattr(getattr(model, "config", None), "residual_in_fp32", False))
-    dtype = torch.float32 if wide else _dtype_of(model)
+    dtype = torch.float32 if wide else dtype_of(model)
     stream = torch.randn(_PROMPTS, _TOKENS, structure.d_model, generator=generator).to(dtype)
     ids = torch.arange(_PROMPTS * _TOKENS).view(_PROMPTS, _TOKENS) % structure.vocab_size
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
@@ -109,7 +109,8 @@ def plan_head(model: nn.Module) -> HeadPlan:
     raise unknown_way(name)
 
 
-def _dtype_of(model: nn.Module) -> torch.dtype:
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of its first floating parameter; float32 where there is none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 

@@ -107,7 +107,7 @@ def batch_policy(
         model: the model itself when it is in memory: its modules tell more.
         quantization_config: what the model is quantised with when it is loaded.
     """
-    kinds = {str(part.get("model_type")) for part in _nested(config)}
+    kinds = {str(part.get("model_type")) for part in nested(config)}
     found = list(_limits(config, kinds, model, quantization_config))
     asked: list[Lengths] = ["any", *(lengths for lengths, _, _ in found)]
     strictest = min(asked, key=_STRICTNESS.index)
@@ -119,7 +119,7 @@ def batch_policy(
         coupled=any(coupled for _, coupled, _ in found),
         position_ids=not made,
         mask_always=bool(kinds & _MASK_FROM_IDS),
-        forget_lengths=depends_on_longest(config) or any(map(switches_attention, _nested(config))),
+        forget_lengths=depends_on_longest(config) or any(map(switches_attention, nested(config))),
     )
 
 
@@ -127,7 +127,7 @@ def _limits(
     config: Mapping[str, Any], kinds: set[str], model: torch.nn.Module | None, quantization_config: object
 ) -> Iterator[tuple[Lengths, bool, str]]:
     """What limits batches: which lengths may meet, whether padding is known to change values, and why."""
-    if any(isinstance(part.get("expert_capacity"), int) for part in _nested(config)):
+    if any(isinstance(part.get("expert_capacity"), int) for part in nested(config)):
         yield "alone", True, "Its experts take a limited number of tokens, so that prompts displace each other's."
     if activation_scale(config if model is None else model, quantization_config) == "per_batch":
         yield "alone", True, "Its activations are quantised with a scale over the whole batch."
@@ -144,7 +144,7 @@ def _limits(
 def _carries_state(config: Mapping[str, Any], kinds: Iterable[str]) -> bool:
     if any(name in kind for kind in kinds for name in _STATE_TYPES):
         return True
-    for part in _nested(config):
+    for part in nested(config):
         if any(str(key).startswith(_STATE_VALUES) and value is not None for key, value in part.items()):
             return True
         layers = [kind for key in _LAYER_LISTS for kind in part.get(key) or ()]
@@ -153,11 +153,12 @@ def _carries_state(config: Mapping[str, Any], kinds: Iterable[str]) -> bool:
     return False
 
 
-def _nested(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def nested(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A configuration and those inside it."""
     yield config
     for value in config.values():
         if isinstance(value, Mapping):
-            yield from _nested(value)
+            yield from nested(value)
 
 
 @dataclass(frozen=True)

@@ -283,7 +283,7 @@ def resolve_layers(spec: Any, n_layers: int) -> list[int]:
             f"unknown layers {spec!r}: expected an int, a list of ints, 'all', 'last' or 'middle'."
             f"{did_you_mean(spec, ['all', 'last', 'middle'])}"
         )
-    items = [spec] if _is_int(spec) else spec
+    items = [spec] if is_int(spec) else spec
     try:
         listed = list(items)
     except TypeError:
@@ -292,7 +292,7 @@ def resolve_layers(spec: Any, n_layers: int) -> list[int]:
         raise OptionError("layers is empty: name at least one layer")
     resolved: dict[int, None] = {}
     for item in listed:
-        if not _is_int(item):
+        if not is_int(item):
             raise OptionError(f"layers holds {item!r}: expected ints only (or 'all', 'last', 'middle' alone)")
         layer = int(item)
         if not -n_layers <= layer < n_layers:
@@ -350,7 +350,8 @@ def _number(text: str | None) -> int | None:
     return None if text in (None, "*") else int(text)
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
+    """Whether `value` may name a layer or a position."""
     # numpy integers and 0-d tensors count; bools are ints in Python and never meant as layers.
     return hasattr(value, "__index__") and not isinstance(value, bool) and getattr(value, "shape", ()) == ()
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
-from actcache.capture.lens_html import script, visible
+from actcache.capture.lens_html import script, shortened, visible
 from actcache.report import charts
 from actcache.report.contents import Contents, Layered, ReadEntry, Variant
 from actcache.store.records import DERIVED
@@ -117,7 +117,11 @@ def _reads(title: str, entries: Sequence[ReadEntry], now: float) -> str:
     if not entries:
         return ""
     rows = [
-        [_short(e.prompt), "" if e.num_tokens is None else f"{e.num_tokens:,}", f"{duration(max(0.0, now - e.at))} ago"]
+        [
+            shortened(e.prompt, _LONGEST),
+            "" if e.num_tokens is None else f"{e.num_tokens:,}",
+            f"{duration(max(0.0, now - e.at))} ago",
+        ]
         for e in entries
     ]
     return f"<h3>{_text(title)}</h3>{charts.table(['prompt', 'tokens', 'last read or written'], rows)}"
@@ -138,11 +142,6 @@ def _unit(most: float) -> tuple[str, int]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
-
-
-def _short(text: str) -> str:
-    shown = visible(text)
-    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 1]}…"
 
 
 def _text(value: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from actcache.capture.cache import ActivationCache
 from actcache.capture.lens import LogitLens
-from actcache.capture.lens_html import visible
+from actcache.capture.lens_html import shortened
 from actcache.errors import MissingExtraError, NotCachedError, OptionError, did_you_mean
 from actcache.report.contents import Layered, layered
 from actcache.store.spaces import space_id
@@ -98,10 +98,10 @@ def lens(found: LogitLens, prompt: int = 0, *, metric: str = "probability") -> F
     for layer, row in enumerate(best):
         for at, token in enumerate(row):
             colour = "white" if shown[layer, at] > threshold else "black"
-            text = _short(found.text(token))
+            text = shortened(found.text(token), _CELL_TEXT)
             axes.text(at, layer, text, ha="center", va="center", fontsize=7, color=colour, parse_math=False)
     axes.set_yticks(range(len(found.layers)), [str(layer) for layer in found.layers])
-    labels = axes.set_xticks(range(len(ids)), ["" if i < 0 else _short(found.text(i)) for i in ids])
+    labels = axes.set_xticks(range(len(ids)), ["" if i < 0 else shortened(found.text(i), _CELL_TEXT) for i in ids])
     for tick in labels:
         tick.label1.set_parse_math(False)
     axes.tick_params(axis="x", rotation=45)
@@ -164,8 +164,3 @@ def _figure(asked: str, width: float = 6.4, height: float = 4.8) -> Figure:
             return written.getvalue()
 
     return Shown(figsize=(width, height), layout="constrained")
-
-
-def _short(text: str) -> str:
-    shown = visible(text)
-    return shown if len(shown) <= _CELL_TEXT else f"{shown[: _CELL_TEXT - 1]}…"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from actcache.errors import OptionError
+from actcache.model.invariance import nested
 
 # So many of one length that a batch of 8 needs no padding.
 _EQUAL = (5,) * 8
@@ -58,7 +59,7 @@ def thresholds(config: Mapping[str, Any]) -> dict[str, int]:
     """Numbers of tokens behind which the model of this configuration computes otherwise, by their names."""
     found: dict[str, int] = {}
     dynamic = False
-    for part in _nested(config):
+    for part in nested(config):
         dynamic |= any("dynamic" in str(part.get(key)) for key in _ROPE_TYPES)
         for name, value in part.items():
             if not _THRESHOLD.fullmatch(str(name)) or (
@@ -76,15 +77,8 @@ def thresholds(config: Mapping[str, Any]) -> dict[str, int]:
     return found
 
 
-def _nested(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    yield config
-    for value in config.values():
-        if isinstance(value, Mapping):
-            yield from _nested(value)
-
-
 def _fill(lengths: Sequence[int], config: Mapping[str, Any], vocabulary: int, rng: random.Random) -> list[list[int]]:
-    named = {name: _ids(part.get(name)) for part in _nested(config) for name in part if "_token_i" in str(name)}
+    named = {name: _ids(part.get(name)) for part in nested(config) for name in part if "_token_i" in str(name)}
     special = [i for name in _SPECIAL for i in named.get(name, []) if 0 <= i < vocabulary]
     # Those of images and sounds stand for something that is not there.
     reserved = {i for ids in named.values() for i in ids}

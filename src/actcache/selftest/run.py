@@ -13,6 +13,7 @@ import torch
 from actcache.extract.backends.local import exact_float32
 from actcache.extract.extractor import ActivationExtractor
 from actcache.model.anatomy import Anatomy, describe
+from actcache.model.head_files import dtype_of
 from actcache.model.loading import open_source
 from actcache.model.modes import evaluating
 from actcache.model.offload import input_device
@@ -110,7 +111,7 @@ def selftest(
         max_tokens=max_tokens,
         seed=seed,
     )
-    computing = _dtype_of(running)
+    computing = dtype_of(running)
     depth = sum(anatomy.depth(stack) for stack in anatomy.stacks)
     ledger = Ledger(tolerance_of(computing, depth))
     subject = Subject(source, anatomy, rows, made.ids, ledger, extractor, sites)
@@ -192,10 +193,6 @@ def _verdict(cells: list[Cell], checks: list[Check], tolerance: float) -> str:
     right = f"Right: what is captured, extracted and stored is what the model computes, {size}."
     refused = list(dict.fromkeys(cell.site for cell in cells if cell.verdict == "refused"))
     return f"{right} Refused, since it could not be told apart: {', '.join(refused)}." if refused else right
-
-
-def _dtype_of(model: torch.nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _attention(source: ModelSource) -> str:

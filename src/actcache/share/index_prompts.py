@@ -25,7 +25,7 @@ from actcache.store.tensors import stand_in
 if TYPE_CHECKING:
     import pyarrow as pa
 
-IDS_COLUMN, COUNT_COLUMN, LOSSES_COLUMN = "token_ids", "num_tokens", "token_perplexity"
+IDS_COLUMN, LOSSES_COLUMN = "token_ids", "token_perplexity"
 PERPLEXITIES = ("perplexity_mean", "perplexity_min", "perplexity_max")
 # What a pooled prompt of unknown length stands for; the number means nothing.
 _SOME_TOKENS = 4

@@ -122,7 +122,7 @@ def load_activation_dataset(
         or where last tokens are stored apart, those of all prompts and then their other tokens. ``perplexity`` float32
         ``[B, 3]`` holds the mean, min and max of each prompt, NaN where there is none.
 
-    Raises what `load_activations` does.
+    Raises what `load_activations` does, and `OptionError` for tensors that the dataset does not have.
     """
     from actcache.store.tensors import to_tensor
 

@@ -3,46 +3,20 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from actcache.config import user_cache
 from actcache.errors import DatasetFormatError, OptionError
-from actcache.share import folder_change, hub_change
-from actcache.share.change import Change, Report, paths_of, verify
-from actcache.share.format import (
-    HIDDEN,
-    HIDDEN_FILES,
-    HIDDEN_KEYS,
-    INFO,
-    LOGITS,
-    LOGITS_FILES,
-    ROUTER,
-    ROUTER_FILES,
-    ROUTER_KEYS,
-    VERSION,
-    TensorGroup,
-    expand,
-)
-from actcache.share.hub_target import check_token
+from actcache.share.change import Change, paths_of, verify
+from actcache.share.format import HIDDEN, INFO, VERSION, TensorGroup
 from actcache.share.index import Index
-from actcache.share.index_file import require_pyarrow
-from actcache.share.location import local_folder
 from actcache.share.push import DEFAULT_SHARD_BYTES
-from actcache.share.rows import Ints, Runs, every_row, one_row
-from actcache.share.shards import ShardReader
-from actcache.share.source import open_source
+from actcache.share.reform import Job, run
+from actcache.share.restated import metadata_of, own_columns, told_dtype
+from actcache.share.rows import Ints, Runs, every_row
 from actcache.share.split import Split, SplitLayer
-from actcache.store.files import log
-
-# Files of 1.0, with all layers of a shard.
-_TOGETHER_FILES = "tensors/hidden_layers_{shard:03d}.safetensors"
 
 
 def migrate_dataset(
@@ -79,7 +53,7 @@ def migrate_dataset(
         DiskFullError: no room for the few files that are on their way (of a folder: for the new one).
         MissingExtraError: pyarrow is not installed.
     """
-    return _run(Migration(repo_id, shard_max_bytes=shard_max_bytes, token=token, private=private), dry_run)
+    return run(Migration(repo_id, shard_max_bytes=shard_max_bytes, token=token, private=private), dry_run)
 
 
 def upgrade_dataset_format(
@@ -97,95 +71,7 @@ def upgrade_dataset_format(
 
     Returns and raises what `migrate_dataset` does.
     """
-    return _run(Upgrade(repo_id, token=token, remove_json=remove_json), dry_run)
-
-
-def _run(job: Job, dry_run: bool) -> str:
-    with job.planned() as plan:
-        if dry_run:
-            return str(plan.report)
-        if not plan.report.changed:
-            log.warning("%s: %s", plan.report.dataset, plan.report.summary)
-        return plan.apply()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will be done: `report` says it, `apply` does it and returns where the dataset is. `change`: None of none;
-    `before`: how the files of a folder were before any was read."""
-
-    report: Report
-    _job: Job
-    change: Change | None
-    before: folder_change.Snapshot = field(default_factory=dict)
-
-    def apply(self) -> str:
-        job = self._job
-        if self.change is None:
-            # The answer to its last step may never have come.
-            if job.folder is None:
-                hub_change.forget(self.report.url)
-            else:
-                folder_change.forget(job.folder)
-            return self.report.url
-        if job.folder is not None:
-            return folder_change.apply(self.change, job.folder, self.before, doing=job.doing)
-        return hub_change.apply(
-            self.change, token=job.token, private=job.private, doing=job.doing, message=self.report.summary
-        )
-
-
-class Job:
-    """One of the two, on one dataset."""
-
-    doing: str
-
-    def __init__(
-        self, repo_id: str | os.PathLike[str], *, token: str | bool | None, private: bool | None = None
-    ) -> None:
-        require_pyarrow()
-        check_token(token)
-        self.folder = local_folder(repo_id)
-        self.token, self.private = token, private
-        if private is not None and (self.folder is not None or not isinstance(private, bool)):
-            raise OptionError(f"private is {private!r}: expected True or False for a repository, nothing for a folder.")
-        self._repo_id = repo_id
-
-    @contextmanager
-    def planned(self) -> Iterator[Plan]:
-        """The plan; what it needs on disk is there as long as the block runs."""
-        source = open_source(self._repo_id, token=self.token)
-        before = folder_change.snapshot(self.folder) if self.folder is not None and self.folder.is_dir() else {}
-        index = Index(source)
-        name = index.source.name
-        url = str(self.folder) if self.folder is not None else hub_change.address(name)
-        nothing = self._nothing(index)
-        seen = {None: "", True: ", in a private repository", False: ", in a public repository"}[self.private]
-        if nothing is not None:
-            nothing += ", nor who may see it" if self.private is not None else ""
-            yield Plan(Report(name, url, index.source.commit, nothing, False), self, None)
-            return
-        shown = f"./{self.folder.name}" if self.folder is not None else name
-        with tempfile.TemporaryDirectory(prefix="planned-", dir=_room()) as folder:
-            change, summary = self._change(index, Path(folder), shown)
-            yield Plan(change.report(url, summary + seen), self, change, before)
-
-    def _nothing(self, index: Index) -> str | None:
-        """What to say of a dataset that stays as it is."""
-        raise NotImplementedError
-
-    def _change(self, index: Index, folder: Path, shown: str) -> tuple[Change, str]:
-        raise NotImplementedError
-
-
-def _room() -> Path | None:
-    """Where an index may lie: the folder for temporary files is memory on many machines."""
-    place = user_cache()
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return place if os.access(place, os.W_OK | os.X_OK) else None
+    return run(Upgrade(repo_id, token=token, remove_json=remove_json), dry_run)
 
 
 class Migration(Job):
@@ -230,7 +116,7 @@ class Migration(Job):
     def _change(self, index: Index, folder: Path, shown: str) -> tuple[Change, str]:
         group = index.description.tensors[HIDDEN]
         runs = every_row(index, group)
-        own = _own_columns(index, but=HIDDEN)
+        own = own_columns(index, but=HIDDEN)
         first = next(number for number, shard in enumerate(group.shards) if shard.rows)
         tensors = dict(index.description.tensors)
         reader = verify(index, tensors.pop(HIDDEN))
@@ -256,8 +142,8 @@ class Migration(Job):
         def make(start: int, stop: int) -> dict[str, Any]:
             return split.columns(start, stop) | {name: values[start:stop] for name, values in own.items()}
 
-        metadata = _metadata(index)
-        metadata["tensors"][HIDDEN] = split.described(group.described, dim, _dtype(reader, group))
+        metadata = metadata_of(index)
+        metadata["tensors"][HIDDEN] = split.described(group.described, dim, told_dtype(reader, group))
         change = Change(
             index,
             folder,
@@ -298,13 +184,13 @@ class Upgrade(Job):
         columns: dict[str, Ints] = {}
         runs: Runs | None = None
         group = index.description.tensors.get(HIDDEN)
-        told = {name: _dtype(verify(index, other), other) for name, other in index.description.tensors.items()}
+        told = {name: told_dtype(verify(index, other), other) for name, other in index.description.tensors.items()}
         if group is not None and group.pooling is None:
             found = every_row(index, group)
             lengths = np.diff(found.row_offset)
             if not group.last_token_shards and "token_shard_ids" not in index.columns:
                 runs = found
-                columns = _own_columns(index, but=HIDDEN) | _together(group, runs)
+                columns = own_columns(index, but=HIDDEN) | _together(group, runs)
 
         def make(start: int, stop: int) -> dict[str, Any]:
             new: dict[str, Any] = {name: values[start:stop] for name, values in columns.items()}
@@ -315,7 +201,7 @@ class Upgrade(Job):
                 new |= {"token_shard_ids": (counts, shard), "token_shard_offsets": (counts, row)}
             return new
 
-        metadata = _metadata(index)
+        metadata = metadata_of(index)
         for name, dtype in told.items():
             metadata["tensors"][name] |= {} if dtype is None else {"dtype": dtype}
         names = [*columns, *(["token_shard_ids", "token_shard_offsets"] if runs is not None else [])]
@@ -335,16 +221,6 @@ class Upgrade(Job):
         return change, f"Upgrade from format {version} to {VERSION}"
 
 
-def _dtype(reader: ShardReader, group: TensorGroup) -> str | None:
-    """What the files hold, where that is one dtype: older releases said float32 of whatever they wrote."""
-    if group.key_pattern is None:
-        return None
-    filled = [number for number, shard in enumerate(group.shards) if shard.rows]
-    layers: Sequence[int | None] = group.layers or (None,)
-    found = {reader.placed(number, layer, group.key(layer)).dtype.name for number in filled for layer in layers}
-    return found.pop() if len(found) == 1 else None
-
-
 def _together(group: TensorGroup, runs: Runs) -> dict[str, Ints]:
     """Columns that say where prompts are whose tokens lie together, so that whichever of them a reader goes by is
     right: the row of the last token, as 2.0 has it, and the first one.
@@ -358,44 +234,3 @@ def _together(group: TensorGroup, runs: Runs) -> dict[str, Ints]:
         rows = np.array([shard.rows for shard in group.shards], np.int64)
         first = first + (np.cumsum(rows) - rows)[runs.shard[runs.offset[:-1]]]
     return {"row_offset": runs.start[at] + runs.length[at] - 1, "token_offset": first}
-
-
-def _own_columns(index: Index, *, but: str) -> dict[str, Ints]:
-    """Places of other tensors, which so far were where those of `but` are."""
-    found: dict[str, Ints] = {}
-    for name, group in index.description.tensors.items():
-        own = "logits" if name == LOGITS else name
-        if name in (but, ROUTER):
-            # Rows of the router lie in the order of the index.
-            continue
-        runs = one_row(index, group)
-        if not {f"shard_index_{own}", f"row_offset_{own}"} <= set(index.columns):
-            found |= {f"shard_index_{own}": runs.shard, f"row_offset_{own}": runs.start}
-    return found
-
-
-def _metadata(index: Index) -> dict[str, Any]:
-    """What a dataset says of itself, as 2.0 has it: files and keys by patterns where they follow one."""
-    found = index.description
-    metadata = {key: value for key, value in found.metadata.items() if key not in ("tensor_types", "tensors")}
-    for key in metadata:
-        if not key.isprintable():
-            raise DatasetFormatError(f"{index.source.name}: its metadata has a key {key!r:.60}: expected plain text.")
-    metadata |= {"format_version": VERSION, "model": {"name": found.model_name, "revision": found.revision}}
-    metadata["tensors"] = {name: _described(name, group) for name, group in found.tensors.items()}
-    return metadata
-
-
-def _described(name: str, group: TensorGroup) -> dict[str, Any]:
-    told = dict(group.described)
-    files = {HIDDEN: (HIDDEN_FILES, _TOGETHER_FILES), LOGITS: (LOGITS_FILES,), ROUTER: (ROUTER_FILES,)}.get(name, ())
-    for pattern in files if "file_pattern" not in told else ():
-        per_layer = "{layer" in pattern
-        if per_layer and group.file_pattern == pattern:
-            told["file_pattern"] = pattern
-        named = [shard.file for shard in group.shards]
-        if not per_layer and named == [expand(pattern, 0, number) for number in range(len(named))]:
-            told["file_pattern"] = pattern
-    if name in (HIDDEN, ROUTER):
-        told.setdefault("key_pattern", HIDDEN_KEYS if name == HIDDEN else ROUTER_KEYS)
-    return told

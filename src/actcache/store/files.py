@@ -254,6 +254,13 @@ def is_ours(path: Path, pattern: re.Pattern[str], *, may_be_empty: bool = False)
     return SIGNATURE in (head[8:], head[: len(SIGNATURE)]) or (may_be_empty and not any(head))
 
 
+def names_in(folder: Path) -> set[str]:
+    """The names of what is in `folder`; none where there is no such folder."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return set(os.listdir(folder))
+    return set()
+
+
 def remove(path: Path) -> int:
     """Unlink a file of ours; the bytes it had, 0 when it was gone already."""
     try:

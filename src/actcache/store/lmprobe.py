@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +27,6 @@ _NAME_FILE = "_model_name.txt"
 _SAME_LOSS, _OTHER_LOSS = 0.1, 4.0
 
 Tensors = dict[str, npt.NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """What is known of the prompt behind a hash."""
-
-    kind: int
-    text: str | None
 
 
 def import_lmprobe(

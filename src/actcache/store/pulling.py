@@ -23,6 +23,7 @@ from actcache.store.files import (
     TOMB_NAME,
     log,
     make_folder,
+    names_in,
     open_locked,
     remove,
     sync_folder,
@@ -170,11 +171,11 @@ class Pull:
 
     def _held(self, space: _Space) -> set[str]:
         """The names of the files in its folder; those of what is listed, and has lost its sidecar, are put right."""
-        held = _names(space.folder)
+        held = names_in(space.folder)
         for name in held & space.listed.keys():
             if SEGMENT_NAME.fullmatch(name) and f"{name[:32]}.have" not in held:
                 space.recognised |= self.copy.spool.recognise(space.folder / name, space.listed[name].size)
-        return _names(space.folder) if space.recognised else held
+        return names_in(space.folder) if space.recognised else held
 
     # -- what is to be done ----------------------------------------------------------------------------
 
@@ -263,7 +264,7 @@ class Pull:
 
     def _drop_tombs(self, space: _Space) -> bool:
         """Forget tombs that are gone, as far as what they name is gone, too: a listing may be late."""
-        names = _names(space.folder)
+        names = names_in(space.folder)
         held = {name[:32] for name in names if not TOMB_NAME.fullmatch(name)}
         gone = [name for name in space.tombs if name[:32] not in held]
         # Those of batches of files that grow are named after what has no file of its own.
@@ -273,7 +274,7 @@ class Pull:
 
     def _forget_tombs(self, folder: Path, names: list[str]) -> bool:
         kept: set[str] = set()
-        for other in _names(folder):
+        for other in names_in(folder):
             if SEGMENT_NAME.fullmatch(other):
                 # One that names it among what it was merged from, and was merged before, needs it.
                 try:
@@ -382,15 +383,9 @@ def _or_none(job: Callable[[], object]) -> object:
         return None
 
 
-def _names(folder: Path) -> set[str]:
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return set(os.listdir(folder))
-    return set()
-
-
 def _mirrors(folder: Path) -> Iterator[str]:
     """The names of the segments in a folder that are mirrors."""
-    held = _names(folder)
+    held = names_in(folder)
     return (name for name in held if SEGMENT_NAME.fullmatch(name) and f"{name[:32]}.have" in held)
 
 

@@ -19,7 +19,17 @@ import numpy as np
 
 from actcache.errors import BackendError, FormatError, NewerFormatError, StoreAccessError
 from actcache.store.backend import ObjectInfo
-from actcache.store.files import OPEN_NAME, SEGMENT_NAME, SPACE_FILE, TOMB_NAME, log, named, remove, sync_folder
+from actcache.store.files import (
+    OPEN_NAME,
+    SEGMENT_NAME,
+    SPACE_FILE,
+    TOMB_NAME,
+    log,
+    named,
+    names_in,
+    remove,
+    sync_folder,
+)
 from actcache.store.graves import Graves, dead
 from actcache.store.locks import claim, is_ending
 from actcache.store.mapping import Segment
@@ -244,7 +254,7 @@ class Spool:
         )
         was_described = space in self.described
         (self.described.add if FILE in listed else self.described.discard)(space)
-        held = _names(folder)
+        held = names_in(folder)
         for name in held:
             # A process was killed behind its upload, or while it removed the segment: one that got its name while all
             # were listed may be missing among them.
@@ -368,12 +378,6 @@ class Spool:
                 remove(beside)
         self.vouched.discard(path)
         return size
-
-
-def _names(folder: Path) -> set[str]:
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return set(os.listdir(folder))
-    return set()
 
 
 def at_once(work: Callable[[Path], Any], paths: Sequence[Path], threads: int) -> list[Any]:

@@ -218,7 +218,7 @@ class Store(Maintenance):
 
         The newest copy wins; what is stored is compared with what was asked, not only its key. With `check`
         every block that will be read is verified (once per process); damaged prompts are logged and count
-        as not found.
+        as not found. ValueError unless one of `texts` and `table` is given.
         """
         if (texts is None) == (table is None):
             raise ValueError("locate() takes either texts or a table of token ids")
