@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft202012Validator
 
 import actcache as ac
 from actcache.cli.app import run
+from actcache.cli.results.schemas import schema
 from actcache.demo import model_path
 
 
@@ -61,3 +64,15 @@ def test_without_scikit_learn_it_says_how_to_install_it(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "pip install 'actcache[demo]'" in captured.err
+
+
+@pytest.mark.slow
+def test_in_json_it_says_what_it_found(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(["demo", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(Draft202012Validator(schema("demo", strict=True)).iter_errors(found)) == []
+    assert found["second"]["activations_cached"] == found["first"]["activations_extracted"] == 240
+    assert found["second"]["weights_loaded"] is False and found["folder"] is None
+    assert 0 <= found["difference"] <= 1e-5 * found["largest"]
+    assert max(found["accuracy"]) > 0.7 and len(found["accuracy"]) == len(found["chance"]) == 6
+    assert found["chance"][-1] > 0.5 and list(tmp_path.iterdir()) == []

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["console", "count", "duration", "one_line", "plain", "print_json", "size", "table"]
+__all__ = ["JSON_VERSION", "console", "count", "duration", "one_line", "plain", "print_json", "size", "table"]
+
+JSON_VERSION = 1
+"""Of what `--json` prints: within one version fields are added, but none goes and none means something else."""
 
 _PIPE_WIDTH = 110
 

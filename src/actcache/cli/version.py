@@ -17,8 +17,15 @@ _PACKAGES = ("torch", "transformers", "safetensors", "numpy", "huggingface_hub")
 @json_option
 @debug_option
 def command(as_json: bool) -> None:
-    """Print the versions of actcache, Python and the packages that matter for results."""
-    versions = {"actcache": __version__, "python": platform.python_version()}
+    """Print the versions of actcache, Python and the packages that matter for results; json is that of what --json
+    prints."""
+    from actcache.cli.output import JSON_VERSION
+
+    versions: dict[str, str | int] = {
+        "actcache": __version__,
+        "json": JSON_VERSION,
+        "python": platform.python_version(),
+    }
     for package in _PACKAGES:
         try:
             versions[package] = version(package)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from actcache.cli.results.models import DemoResult, DemoRun, Stored
     from actcache.extract.stats import WarmupStats
     from actcache.store.store import Store
 from actcache.unified import UnifiedCache
@@ -31,13 +32,14 @@ PROMPTS = 240
 _BAR = 24
 
 
-def run(*, keep: bool = False) -> None:
-    """Run the demo on standard output; with `keep` its cache folder stays."""
+def run(*, keep: bool = False, quiet: bool = False) -> DemoResult:
+    """Run the demo on standard output, or print nothing; with `keep` its cache folder stays. What it has found."""
     if find_spec("sklearn") is None:
         raise MissingExtraError("the demo's probe needs scikit-learn: pip install 'actcache[demo]'")
     from actcache.store.store import Store
 
     out = console()
+    out.quiet = quiet
     started = time.perf_counter()
     with _folder(keep) as folder:
         _say(out, f"actcache {__version__} on the model in {model_path()}")
@@ -45,14 +47,27 @@ def run(*, keep: bool = False) -> None:
         _import_libraries(out)
         # The index lies beside the store, so that nothing of the demo stays behind.
         with _one_thread(), closing(Store(folder / "store", index_dir=folder / "index")) as store:
-            _extract(out, store)
-            _read_back(out, store)
-            _probe(out, store)
-            _lens(out, store)
-            _report(out, store)
-    _say(out, f"Done in {duration(time.perf_counter() - started)}.")
+            first, second = _extract(out, store)
+            difference, largest = _read_back(out, store)
+            accuracy = _probe(out, store)
+            chance = _lens(out, store)
+            stored = _report(out, store)
+    seconds = time.perf_counter() - started
+    _say(out, f"Done in {duration(seconds)}.")
     if keep:
         _say(out, f"Look around:  actcache info --store {folder / 'store'}")
+    return {
+        "model": str(model_path()),
+        "folder": str(folder) if keep else None,
+        "first": first,
+        "second": second,
+        "difference": difference,
+        "largest": largest,
+        "accuracy": accuracy,
+        "chance": chance,
+        "stored": stored,
+        "seconds": seconds,
+    }
 
 
 @contextmanager
@@ -117,7 +132,7 @@ def _read(cache: UnifiedCache, prompts: list[str]) -> tuple[torch.Tensor, torch.
     return answer
 
 
-def _extract(out: Console, store: Store) -> None:
+def _extract(out: Console, store: Store) -> tuple[DemoRun, DemoRun]:
     _heading(out, f"1  Extract every token of every layer, for {PROMPTS} prompts")
     prompts = demo_prompts(PROMPTS)
     cold = _every_token(store)
@@ -140,6 +155,17 @@ def _extract(out: Console, store: Store) -> None:
     if second.activations_extracted or warm.model_loaded:
         raise RuntimeError("the second warm-up did not find everything: please report this")
     _say(out, f"   The second run found all {PROMPTS} prompts and loaded no weights.")
+    return _numbers(first, cold), _numbers(second, warm)
+
+
+def _numbers(stats: WarmupStats, cache: UnifiedCache) -> DemoRun:
+    return {
+        "activations_cached": stats.activations_cached,
+        "activations_extracted": stats.activations_extracted,
+        "elapsed_seconds": stats.elapsed_seconds,
+        "tokens_per_second": stats.tokens_per_second,
+        "weights_loaded": cache.model_loaded,
+    }
 
 
 def _cells(stats: WarmupStats) -> tuple[str, str, str, str]:
@@ -147,7 +173,7 @@ def _cells(stats: WarmupStats) -> tuple[str, str, str, str]:
     return str(stats.activations_cached), str(stats.activations_extracted), duration(stats.elapsed_seconds), speed
 
 
-def _read_back(out: Console, store: Store) -> None:
+def _read_back(out: Console, store: Store) -> tuple[float, float]:
     _heading(out, "2  Read them back")
     prompts = demo_prompts(PROMPTS)
     started = time.perf_counter()
@@ -168,6 +194,7 @@ def _read_back(out: Console, store: Store) -> None:
         f"   Against a bare forward pass of one prompt alone ({stored.shape[0]} tokens, all layers): "
         f"largest difference {difference:.1e} in values up to {scale:.1f}",
     )
+    return difference, scale
 
 
 def _bare_difference(prompt: str, stored: Any) -> tuple[float, float]:
@@ -190,7 +217,7 @@ def _bare_difference(prompt: str, stored: Any) -> tuple[float, float]:
     return difference, max(float(theirs.abs().max()) for theirs in hidden[1:])
 
 
-def _probe(out: Console, store: Store) -> None:
+def _probe(out: Console, store: Store) -> list[float]:
     _heading(out, "3  Where does the model know that a statement is true?")
     items = statements()
     train, test = split(items)
@@ -206,10 +233,11 @@ def _probe(out: Console, store: Store) -> None:
         f"{len(test)} about other facts to test on",
     )
     rows = table("layer", "accuracy on facts it has not seen (chance: 50%)", right=("layer",))
-    for layer in range(layers.shape[1]):
-        accuracy = _accuracy(layers[:, layer], labels, train, test)
+    accuracies = [_accuracy(layers[:, layer], labels, train, test) for layer in range(layers.shape[1])]
+    for layer, accuracy in enumerate(accuracies):
         rows.add_row(str(layer), f"{accuracy:4.0%}  {_bar(accuracy)}")
     out.print(rows)
+    return accuracies
 
 
 def _accuracy(x: npt.NDArray[np.float32], labels: list[int], train: list[int], test: list[int]) -> float:
@@ -228,7 +256,7 @@ def _bar(share: float) -> str:
     return "█" * filled + "·" * (_BAR - filled)
 
 
-def _lens(out: Console, store: Store) -> None:
+def _lens(out: Console, store: Store) -> list[float]:
     prompt, answer = landmarks()[0]
     _heading(out, f"4  When does “{prompt}” become “{answer.strip()}”?")
     cache = _last_token(store)
@@ -253,9 +281,10 @@ def _lens(out: Console, store: Store) -> None:
         best = ", ".join(f"{tokenizer.decode([int(i)]).strip()} {float(chance[i]):.0%}" for i in chance.topk(4).indices)
         rows.add_row(str(layer), f"{float(chance[wanted]):4.0%}  {_bar(float(chance[wanted]))}", best)
     out.print(rows)
+    return [float(chance) for chance in chances[:, wanted]]
 
 
-def _report(out: Console, store: Store) -> None:
+def _report(out: Console, store: Store) -> list[Stored]:
     _heading(out, "5  What is stored")
     info = store.info()
     for model in info.models:
@@ -265,3 +294,7 @@ def _report(out: Console, store: Store) -> None:
             f"{size(model.size_bytes)}",
         )
     _say(out, f"   {size(info.total_size_bytes)} in all\n")
+    return [
+        {"prompts": model.num_prompts, "layers": model.num_layers, "dtype": model.dtype, "size_bytes": model.size_bytes}
+        for model in info.models
+    ]

@@ -1,0 +1,1 @@
+"""What verbs print with `--json`: types, and the schemas that are made of them (docs/json.md)."""
