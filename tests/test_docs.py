@@ -1,4 +1,4 @@
-"""Every code block of the README and of the documentation runs, in the order in which a reader meets it."""
+"""Every code block of the README and of the documentation is run, or held against something, by a test."""
 
 from __future__ import annotations
 
@@ -11,64 +11,99 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import actcache as ac
+from documents import DOCS, ROOT, RUN, blocks, complaints, layouts, prose, run
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
-PRELUDES = Path(__file__).parent / "docs_preludes"
-"""What a page takes for granted: scripts that make it, by the name of the page."""
-PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
-_BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+PAGES = ["README.md", *sorted(page.relative_to(ROOT).as_posix() for page in DOCS.rglob("*.md"))]
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return [code for _, named, code in _BLOCK.findall(page.read_text(encoding="utf-8")) if named == language]
-
-
-def run(code: str, page: str, folder: Path) -> None:
-    """Run a script behind the prelude of its page."""
-    prelude = PRELUDES / f"{Path(page).with_suffix('').as_posix().replace('/', '_')}.py"
-    script = folder / "page.py"
-    script.write_text((prelude.read_text(encoding="utf-8") if prelude.exists() else "") + code, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [name for name in PAGES if blocks(DOCS / name, "python")])
-def test_python_runs(page: str, tmp_path: Path) -> None:
-    run("\n".join(blocks(DOCS / page, "python")), page, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", [name for name in PAGES if blocks(DOCS / name, "sh")])
-def test_commands_run(page: str, tmp_path: Path) -> None:
-    shell = f'set -e\nactcache() {{ "{sys.executable}" -m actcache "$@"; }}\n' + "\n".join(blocks(DOCS / page, "sh"))
-    run(f"import subprocess\n\nraise SystemExit(subprocess.run(['sh', '-c', {shell!r}]).returncode)\n", page, tmp_path)
+@pytest.mark.parametrize("page", [page for page in PAGES if any(b.language in RUN for b in blocks(read(page)))])
+def test_it_runs_as_it_stands_there(page: str, tmp_path: Path) -> None:
+    run(read(page), page.removeprefix("docs/"), tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_blocks_say_what_they_are(page: str) -> None:
-    """A block that is to be run has the language of what runs it; anything else has none, or one of these."""
-    for _, language, _ in _BLOCK.findall((DOCS / page).read_text(encoding="utf-8")):
-        assert language in ("", "python", "sh", "json", "yaml", "toml"), language
+def test_no_block_is_left_out(page: str) -> None:
+    """A block in a language that nothing runs, or in none, would rot."""
+    assert not complaints(read(page))
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```\nactcache info\n```",
+        "```py\nprint()\n```",
+        "```console\n$ actcache info\n```",
+        "- a list\n\n  ```bash\n  actcache info\n  ```",
+        "~~~rust\nfn main() {}\n~~~",
+        "A word:\n\n    print('indented')",
+        "<pre>print()</pre>",
+        "```text\nbehind nothing\n```",
+        "```python\nprint(1)\n```\n```json\n{}\n```\n```text\n1\n```",
+        "```json\n{1: 2}\n```",
+        "```toml\na b\n```",
+        "```bibtex\n@software{a,\n```",
+    ],
+)
+def test_what_would_be_left_out_is_found(text: str) -> None:
+    assert complaints(f"# A page\n\n{text}\n")
+
+
+def test_blocks_run_in_order_and_what_they_print_is_compared(tmp_path: Path) -> None:
+    page = "```python\nx = 2\n```\n```sh\nA=3; echo $A\n```\n- in a list:\n  ```sh\n  echo $A$A > a\n  ```\n"
+    page += "```python\nprint(x, open('a').read())\n```\n```text\n2 33\n```\n"
+    assert run(page, "none", tmp_path) == ["", "3\n", "", "2 33\n\n"]
+    with pytest.raises(AssertionError, match="2 34"):
+        run(page.replace("2 33", "2 34"), "none", tmp_path)
+    with pytest.raises(AssertionError):
+        run("```sh\nfalse\ntrue\n```\n", "none", tmp_path)
+    with pytest.raises(AssertionError, match="2 blocks, and 1 of them"):
+        run("```python\nraise SystemExit\n```\n```sh\ntrue\n```\n", "none", tmp_path)
+
+
+def test_files_have_the_names_that_pages_say(tmp_path: Path) -> None:
+    bucket, space = ac.MemoryBackend(), ac.new_space("a model", weights="1")
+    for store in (ac.Store(tmp_path / "store"), ac.Store(bucket)):
+        for text in ("one", "two"):
+            store.write(space, [text], {"resid_post.0": [torch.ones(3, 4)]})
+        store.flush()
+        store.invalidate(space, ["one"])
+        store.flush()
+    ac.push_dataset(tmp_path / "set", "a model", None, store=tmp_path / "store", space=space.space)
+    made = {
+        "docs/format.md": {f"<store>/{name}" for name in files(tmp_path / "store")},
+        "docs/buckets.md": {f"<prefix>/{found.name}" for found in bucket.list()},
+        "docs/datasets.md": files(tmp_path / "set"),
+    }
+    for page, names in made.items():
+        patterns = layouts(read(page))
+        assert len(names) > 1 and patterns
+        assert not {name for name in names if not any(pattern.fullmatch(name) for pattern in patterns)}, page
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
 def test_links_lead_somewhere(page: str) -> None:
-    text = re.sub(_BLOCK, "", (DOCS / page).read_text(encoding="utf-8"))
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(read(page))):
         if target.startswith(("https://", "mailto:")):
             continue
         path, _, anchor = target.partition("#")
-        file = (DOCS / page).parent / path if path else DOCS / page
-        assert file.exists() and file.resolve().is_relative_to(DOCS), target
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        # The site has nothing but the pages of its folder.
+        assert not page.startswith("docs/") or file.resolve().is_relative_to(DOCS), target
         if anchor:
-            heads = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            heads = re.findall(r"^#+ (.*)$", prose(file.read_text(encoding="utf-8")), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", head.lower()).strip().replace(" ", "-") for head in heads], target
 
 

@@ -1,8 +1,7 @@
-"""What the README shows works as it stands there."""
+"""What the README shows works as it stands there; `test_docs.py` runs all of its blocks."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,49 +9,43 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+from documents import ROOT, blocks
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-
-def test_the_python_examples_run_in_order(tmp_path: Path) -> None:
-    script = tmp_path / "example.py"
-    script.write_text("\n".join(blocks("python")))
+def test_the_first_script_runs_as_pasted_and_finds_what_it_has_stored(tmp_path: Path) -> None:
+    first = next(block for block in blocks(README) if block.language == "python")
+    (tmp_path / "example.py").write_text(first.code, encoding="utf-8")
     outputs = [
-        subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+        subprocess.run(
+            [sys.executable, "example.py"], capture_output=True, text=True, check=True, cwd=tmp_path
+        ).stdout.splitlines()
         for _ in range(2)
     ]
-    first, second = (output.splitlines() for output in outputs)
-    assert first[0].startswith("(3, 2, ")
-    assert "0 were stored, 3 extracted" in first
-    assert "3 were stored, 0 extracted" in second
-    assert first[0] == second[0]
+    assert outputs[0][0].startswith("3 computed, 0 found: ")
+    assert outputs[1][0].startswith("0 computed, 3 found: ")
+    assert "second time `0 computed, 3 found`" in README
+    assert outputs[0][1:] == outputs[1][1:]
+    assert outputs[0][-1].split("  ")[-2].startswith("' Paris'")
 
 
-@pytest.mark.slow
-def test_the_commands_run_in_order(tmp_path: Path) -> None:
-    (commands,) = [b for b in blocks("sh") if "actcache warmup" in b]
-    # The environment of the test stands for the one that `make` makes; nobody is there to answer a question.
-    commands = commands.replace(". .venv/bin/activate\n", "").replace("clear $MODEL", "clear $MODEL --yes")
-    shell = f'set -e\nactcache() {{ "{sys.executable}" -m actcache "$@"; }}\n{commands}'
-    done = subprocess.run(
-        ["sh", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ}
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 prompts: 0 were stored, 2 extracted" in done.stdout
-    assert "to extract       2 prompts" in done.stdout
-    assert "Big Ben is in the city of" in done.stdout
-    assert "4 prompts deleted" in done.stdout
+def test_it_is_short() -> None:
+    """It is read in two minutes; all that is more belongs into docs/."""
+    assert len(re.findall(r"\w+", README)) < 1600
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_files_that_are_named_exist(name: str) -> None:
-    root = README.parent
-    text = (root / name).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (root / target).exists(), target
-    package = root / "src" / "actcache"
+    text = (ROOT / name).read_text(encoding="utf-8")
+    package = ROOT / "src" / "actcache"
     for path in re.findall(r"`((?:\w+/)*\w+\.py)`", text):
-        assert any((place / path).exists() for place in (root, package)), path
+        if path != "example.py":
+            assert any((place / path).exists() for place in (ROOT, package)), path
+
+
+def test_every_page_of_the_site_is_reached_from_it() -> None:
+    reached = set(re.findall(r"\]\((docs/[^)#]+)\)", README))
+    pages = {page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    # The site's own first page, and the reference, which is read on the site.
+    assert not {page for page in pages - reached if page != "docs/index.md" and "/reference/" not in page}
