@@ -44,11 +44,7 @@ class Batch(Segment):
         """The record `blob` that lies at `start` of the file; its rows must not begin before `first`."""
         head = blob[: container.header_size(blob[:8], len(blob))]
         self.path = file.path
-        self.metadata, tensors = container.parse(head, len(blob))
-        self._tensors = {
-            t.name: container.Tensor(t.name, t.dtype, t.shape, t.start + start, t.stop + start)
-            for t in tensors.values()
-        }
+        self.metadata, self._tensors = container.parse(head, len(blob), start)
         meta = self.metadata
         created, row = (re.fullmatch(r"[0-9]{1,19}", meta.get(key, "")) for key in ("created_ns", "row"))
         if meta.get("format") != BATCH or created is None or int(created[0]) >= 1 << 63:
@@ -65,14 +61,12 @@ class Batch(Segment):
         if rows < 0 or self.stop > file.rows:
             raise FormatError(f"a batch of rows {first} to {self.stop}, where there is room for {file.rows}")
         self._data, self._scales = {}, {}
-        for site, code, dim, at in file.strips:
-            width = dim * matrix_dtype(code).itemsize
+        for (site, _, dim, at), (dtype, width) in zip(file.strips, file.dtypes, strict=True):
             begin = at + first * width
-            self._data[site] = container.Tensor(site, matrix_dtype(code), (rows, dim), begin, begin + rows * width)
+            self._data[site] = container.Tensor(site, dtype, (rows, dim), begin, begin + rows * width)
         self._check_index()
-        columns = tuple((site, code, dim) for site, code, dim, _ in file.strips)
         self.info = SegmentInfo(
-            meta["batch"], self.metadata["space"], self.layout, columns, len(self.prompts), rows,
+            meta["batch"], self.metadata["space"], self.layout, file.columns, len(self.prompts), rows,
             len(blob) + sum(t.nbytes for t in self._data.values()), int(created[0]), self.prompts.text_context, {},
             self.prompts.token_key, self.prompts.text_key,
         )  # fmt: skip
@@ -107,7 +101,8 @@ class OpenFile:
     """A file that grows, opened for reading. FormatError when it is none, or its description is damaged.
 
     It has its full size from the beginning, so that what was mapped of it need never be mapped again.
-    `strips`: (site, code, D, where its matrix begins) for each site; `rows`: how many rows there is room for.
+    `strips`: (site, code, D, where its matrix begins) for each site, `dtypes`: its dtype, and the bytes of a row of it;
+    `columns`: as those of a segment; `rows`: how many rows there is room for.
     """
 
     def __init__(self, path: Path) -> None:
@@ -155,18 +150,19 @@ class OpenFile:
         try:
             columns, rows = json.loads(meta["columns"]), int(meta["rows"])
             self.strips = [(str(site), str(code), int(dim), int(at)) for site, code, dim, at in columns]
-            widths = [dim * matrix_dtype(code).itemsize for _, code, dim, _ in self.strips]
+            self.dtypes = [(matrix_dtype(code), dim * matrix_dtype(code).itemsize) for _, code, dim, _ in self.strips]
             known = all(not is_scaled(code) and site and "/" not in site for site, code, _, _ in self.strips)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise FormatError(f"its description is not one: {error}") from None
         if not 0 < rows < _MAX_ROWS or not known or len({s[0] for s in self.strips}) != len(self.strips) or not columns:
             raise FormatError("its sites or their number of rows are impossible")
         end = 0
-        for (site, _, dim, at), width in sorted(zip(self.strips, widths, strict=True), key=lambda s: s[0][3]):
+        for (site, _, dim, at), (_, width) in sorted(zip(self.strips, self.dtypes, strict=True), key=lambda s: s[0][3]):
             if dim < 0 or at < end or at % container.ALIGN or at + rows * width > start:
                 raise FormatError(f"{site}: its rows do not fit, or overlap others")
             end = at + rows * width
         self.rows = rows
+        self.columns = tuple((site, code, dim) for site, code, dim, _ in self.strips)
         self._at = start + _framed(len(blob))
 
     def _record(self, at: int) -> bytes | None:

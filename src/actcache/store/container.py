@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +21,8 @@ from actcache.errors import FormatError
 
 ALIGN = 64
 MAX_HEADER = 64 << 20
+_ENTRY = {"dtype", "shape", "data_offsets"}
+_IMPOSSIBLE = 1 << 62
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -41,8 +43,7 @@ def code_of(dtype: np.dtype[Any]) -> str:
         raise FormatError(f"dtype {dtype} cannot be stored: expected one of {', '.join(DTYPES)}") from None
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One entry of a header. `start` and `stop` are bytes from the beginning of the file."""
 
     name: str
@@ -54,6 +55,9 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         return self.stop - self.start
+
+
+_PLACE = attrgetter("start", "stop")
 
 
 def encode(
@@ -114,9 +118,10 @@ def _described(
     return json.dumps(entries, separators=(",", ":")).encode(), placed
 
 
-def parse(head: bytes, file_size: int) -> tuple[dict[str, str], dict[str, Tensor]]:
+def parse(head: bytes, file_size: int, at: int = 0) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a header given as the first ``8 + N`` bytes of a file of `file_size` bytes.
 
+    `at`: where such a file begins inside of another one, of which the tensors are to be.
     Refuses (FormatError) anything but tensors of known dtypes that tile the rest of the file exactly.
     """
     try:
@@ -128,15 +133,15 @@ def parse(head: bytes, file_size: int) -> tuple[dict[str, str], dict[str, Tensor
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError("__metadata__ is not a table of strings")
-    base = len(head)
+    base = at + len(head)
     tensors = [_tensor(name, entry, base) for name, entry in entries.items()]
-    at = base
-    for tensor in sorted(tensors, key=lambda t: (t.start, t.stop)):
-        if tensor.start != at:
+    end = base
+    for tensor in sorted(tensors, key=_PLACE):
+        if tensor.start != end:
             raise FormatError(f"tensor {tensor.name!r} overlaps another or leaves a gap")
-        at = tensor.stop
-    if at != file_size:
-        raise FormatError(f"file has {file_size} bytes, its header describes {at}")
+        end = tensor.stop
+    if end != at + file_size:
+        raise FormatError(f"file has {file_size} bytes, its header describes {end - at}")
     return metadata, {t.name: t for t in tensors}
 
 
@@ -151,15 +156,18 @@ def header_size(first8: bytes, file_size: int) -> int:
 
 
 def _tensor(name: str, entry: Any, base: int) -> Tensor:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY:
         raise FormatError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     shape, offsets = entry["shape"], entry["data_offsets"]
     if dtype is None:
         raise FormatError(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
-    for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(x) is int and 0 <= x < 1 << 62 for x in numbers):
-            raise FormatError(f"tensor {name!r} has a wrong shape or wrong offsets")
+    wrong = type(shape) is not list or type(offsets) is not list
+    # A loop: headers are read by the thousand, and `all` of as few numbers takes several times as long.
+    for x in () if wrong else (*shape, *offsets):
+        wrong = wrong or type(x) is not int or not 0 <= x < _IMPOSSIBLE
+    if wrong:
+        raise FormatError(f"tensor {name!r} has a wrong shape or wrong offsets")
     if len(offsets) != 2 or len(shape) > 32 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
         raise FormatError(f"tensor {name!r}: shape {shape} does not match its offsets {offsets}")
     return Tensor(name, dtype, tuple(shape), base + offsets[0], base + offsets[1])

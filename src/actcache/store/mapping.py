@@ -162,10 +162,11 @@ class Segment:
         self._check_scales(rows)
         blocks = moments = 0
         self._first_moment: dict[str, int] = {}
+        parts = {site: self.parts(site) for site in self._data}
         for site, tensor in self._data.items():
             if tensor.shape[0] != rows:
                 raise FormatError(f"{site}: {tensor.shape[0]} rows, expected {rows}")
-            blocks += sum(map(blocks_of, self.parts(site)))
+            blocks += sum(map(blocks_of, parts[site]))
             if is_float(value_dtype(self._code(site))):
                 self._first_moment[site] = moments
                 moments += 2 * tensor.shape[1] + 1
@@ -175,7 +176,6 @@ class Segment:
         self._read_moments(moments)
         if self._errors.shape != (len(self._data), len(CastError().numbers)):
             raise FormatError("errors do not match the data")
-        parts = {site: self.parts(site) for site in self._data}
         self.checks = BlockChecks(self._file, parts, checksum, self.block_offset, self.source)
         self.row_offset: Ints = offsets["row_offset"]
         self.prompts = PromptTable(

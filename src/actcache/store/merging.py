@@ -331,14 +331,15 @@ def overtaken_by_others(index: SpaceIndex, sources: Sequence[Source]) -> set[int
 
     Of the same time, too: between two merged segments that share their newest source chance decides.
     """
-    numbers = np.array([s.number for s in sources])
+    mine = {s.number for s in sources}
     counts = [int(s.keep.sum()) for s in sources]
-    owner, own = (
-        np.repeat(values, counts) for values in (np.arange(len(sources)), [s.info.created_ns for s in sources])
-    )
-    latest = max(s.info.created_ns for s in sources)
+    owner = np.repeat(np.arange(len(sources)), counts)
+    own = np.repeat([s.info.created_ns for s in sources], counts)
+    oldest, latest = (bound(s.info.created_ns for s in sources) for bound in (min, max))
     # Not by rank in the index, which a source may have left since it was opened. The last one is for what is not found.
     known = dict(index.parts())
+    if not any(oldest <= info.created_ns <= latest for number, info in known.items() if number not in mine):
+        return set()
     created = np.full(max(known, default=0) + 2, -1, np.int64)
     created[list(known)] = [info.created_ns for info in known.values()]
     sites = set(sources[0].info.sites)
@@ -351,7 +352,7 @@ def overtaken_by_others(index: SpaceIndex, sources: Sequence[Source]) -> set[int
             newest = index.find(group, kind, keys)[0]
             age = created[newest]
             between = (age >= own) & (age <= latest)
-            found.update(owner[between & ~np.isin(newest, numbers)].tolist())
+            found.update(owner[between & ~np.isin(newest, list(mine))].tolist())
     return found
 
 
