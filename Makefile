@@ -90,6 +90,7 @@ format: venv ## put the code into its format and fix what can be fixed
 
 docs: venv ## build the documentation's site in build/site
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "build/site/index.html (to search it: $(PY) -m http.server -d build/site)"
 
 bench: venv ## run the benchmarks: tables of ratios against a reference in the same run
 	@status=0; for file in $(BENCHMARKS); do echo "==> $$file"; $(offline) $(PY) $$file || status=1; done; exit $$status
