@@ -38,7 +38,8 @@ offline := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTEST = -m pytest -n auto --dist loadfile --max-worker-restart=0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-tf4 venv-peers venv-lmprobe venv-swift demo test test-all lint types docs bench bench-peers format clean
+.PHONY: help venv venv-tf4 venv-peers venv-lmprobe venv-swift demo test test-all coverage mutations lint types docs bench \
+    bench-peers format clean
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3] [TORCH=torch==2.13.0]"
@@ -77,6 +78,14 @@ test-all: venv venv-tf4 venv-peers venv-lmprobe venv-swift ## all tests, and onc
 	$(offline) $(PY) $(PYTEST) || status=1; \
 	exit $$status
 
+coverage: venv ## which lines and branches the fast tests reach: at least 92 % (two to three times as long as they take)
+	@mkdir -p build/coverage && $(PY) -m coverage erase
+	@$(offline) $(PY) -m coverage run $(PYTEST) -q -m "not slow and not rare"
+	@$(PY) -m coverage combine -q && $(PY) -m coverage report
+
+mutations: venv ## break lines of keys, batching and segments, one at a time: do the tests notice? (a few minutes)
+	@OMP_NUM_THREADS=1 $(offline) $(PY) scripts/mutate.py
+
 lint: venv ## check format and style (ruff)
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
@@ -100,4 +109,4 @@ bench-peers: venv venv-peers venv-lmprobe ## the same work with other libraries:
 	    --environment transformer-lens=$(VENV_PEERS) --environment lmprobe=$(VENV_LMPROBE)
 
 clean: ## remove the virtual environments and what tools left behind
-	rm -rf $(VENV) $(VENV_TF4) $(VENV_PEERS) $(VENV_LMPROBE) $(VENV_SWIFT) build/peers .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_PEERS) $(VENV_LMPROBE) $(VENV_SWIFT) build/peers build/coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

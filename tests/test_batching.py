@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actcache.errors import OptionError
@@ -8,6 +8,7 @@ from actcache.extract.batching import check_limits, make_batches, token_budget
 lengths_of = st.lists(st.integers(1, 300), min_size=1, max_size=120)
 
 
+@settings(deadline=None)
 @given(lengths_of, st.integers(1, 2_000), st.none() | st.integers(1, 9))
 def test_every_prompt_is_in_exactly_one_batch_within_the_limits(lengths, max_tokens, batch_size):
     batches = make_batches(lengths, max_tokens=max_tokens, batch_size=batch_size)
@@ -20,12 +21,14 @@ def test_every_prompt_is_in_exactly_one_batch_within_the_limits(lengths, max_tok
         assert batch_size is None or len(own) <= batch_size
 
 
+@settings(deadline=None)
 @given(lengths_of)
 def test_longest_batches_run_first(lengths):
     order = [b.length for b in make_batches(lengths, max_tokens=512)]
     assert order == sorted(order, reverse=True)
 
 
+@settings(deadline=None)
 @given(lengths_of, st.integers(1, 2_000), st.none() | st.integers(1, 9))
 def test_what_may_share_a_batch(lengths, max_tokens, batch_size):
     def batches(together):

@@ -16,8 +16,12 @@ from actcache.demo import model_path
 
 
 @pytest.fixture(autouse=True)
-def _temporary_files_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _temporary_files_of_the_test(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    # Where nothing before has imported torch's compiler, that makes a folder of its own among them.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiler")))
 
 
 def test_the_demo_runs_and_leaves_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

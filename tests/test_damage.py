@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import actcache as ac
@@ -254,6 +254,7 @@ def test_a_remnant_is_not_newer_than_what_it_is_left_of(tmp_path: Path) -> None:
         store.merge(space)
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 6).flatmap(
         lambda sites: st.lists(st.lists(st.booleans(), min_size=sites, max_size=sites), min_size=1, max_size=9)

@@ -8,7 +8,7 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actcache.errors import NotCachedError
@@ -37,6 +37,7 @@ class Held:
         return (self.whole, np.array([int(site) * self.step for site in sites])) if self.on_grid else None
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_rows_to_any_places(data):
     sites, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))

@@ -366,10 +366,11 @@ def test_a_fork_does_not_hold_the_lock(tmp_path: Path) -> None:
         growing_writer_held.append(growing_writer(mine, space))
         growing_writer_held[0].append([pooled([1])])
         if not os.fork():
+            # Only here is it sure that what a fork has to let go of has been let go.
+            os.write(write, b"x")
             os.close(idle_write)
             os.read(idle_read, 1)
             os._exit(0)
-        os.write(write, b"x")
         signal.pause()
 
     growing_writer_held: list[Any] = []

@@ -75,6 +75,8 @@ def test_make_alone_lists_what_there_is() -> None:
         "demo",
         "test",
         "test-all",
+        "coverage",
+        "mutations",
         "lint",
         "types",
         "bench",
