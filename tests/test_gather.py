@@ -64,6 +64,31 @@ def test_any_rows_to_any_places(data):
     np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.parametrize("touched", [1, 9, module._TOUCHED_ROWS])
+def test_long_ones_among_others_go_each_to_its_place(monkeypatch, touched):
+    monkeypatch.setattr(module, "_LONG_BYTES", 64)
+    monkeypatch.setattr(module, "_TOUCHED_BYTES", 4)
+    monkeypatch.setattr(module, "_TOUCHED_ROWS", touched)
+    rng = np.random.default_rng(touched)
+    held = [Held(3, 40 + k, 7, np.dtype(np.float32), k) for k in range(4)]
+    places, owner = np.arange(50), rng.integers(0, 4, 50)
+    rows = np.where(owner == 3, 42, rng.integers(0, 40, 50))
+    out = np.full((51, 3, 7), -1, np.float32)
+    pieces = [Piece(held[k], range(3), rows[owner == k], places[owner == k]) for k in range(4)]
+    assert min(len(piece.rows) for piece in pieces) > 1
+    gather_pieces(pieces, ["2", "0", "1"], out)
+    for place, row, k in zip(places, rows, owner, strict=True):
+        np.testing.assert_array_equal(out[place], np.stack([held[k].matrix(j)[row] for j in (2, 0, 1)]))
+    assert (out[50] == -1).all()
+
+    # Where one of them is wrong nothing of the others is copied.
+    out[:] = -1
+    pieces[3] = Piece(held[3], range(3), pieces[3].rows + 1, pieces[3].at)
+    with pytest.raises(NotCachedError, match="row 43 of"):
+        gather_pieces(pieces, ["2", "0", "1"], out)
+    assert (out == -1).all()
+
+
 @pytest.mark.parametrize("threads", [2, 3, 4])
 def test_several_threads_copy_the_same(monkeypatch, threads):
     monkeypatch.setattr(module, "THREAD_BYTES", 64)

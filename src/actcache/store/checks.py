@@ -9,6 +9,7 @@ import numpy.typing as npt
 import xxhash
 
 from actcache.store import behind
+from actcache.store.block_groups import BlockGroup, Ranges, Shape, marked
 from actcache.store.container import Tensor
 from actcache.store.fetching import Fetcher, Wanted, fetch
 from actcache.store.lazy import lazy
@@ -17,8 +18,6 @@ from actcache.store.receiving import Received
 from actcache.store.records import BLOCK
 
 Ints = npt.NDArray[np.int64]
-Shape = tuple[tuple[int, int], ...]
-Ranges = list[tuple[Ints, Ints]]
 
 _UNKNOWN, _GOOD, _DAMAGED = 0, 1, 2
 # Blocks that are mapped and hashed in one go, and for how many such pieces the disk is asked ahead of that.
@@ -58,7 +57,7 @@ class BlockChecks:
             first += sum(map(blocks_of, tensors))
         self._state: npt.NDArray[np.uint8] = np.zeros(first, np.uint8)
         self._clean: set[str] = set()
-        self._grouped: dict[tuple[str, ...], list[tuple[Shape, list[str], Ints]]] = {}
+        self._grouped: dict[tuple[str, ...], list[BlockGroup]] = {}
         self._asked: set[tuple[int, int]] = set()
 
     @property
@@ -72,13 +71,16 @@ class BlockChecks:
 
     def good(self, sites: Sequence[str], starts: Ints, stops: Ints) -> bool:
         """Whether the rows ``starts[i]:stops[i]`` of all `sites` have been checked and are good; reads nothing."""
-        for shape, alike, first in self._groups(tuple(sites)):
-            every = sum(count for _, count in shape)
-            blocks = _marked(self._touched(shape, starts, stops), every)
-            if (self._state[first[:, None] + blocks] != _GOOD).any():
+        for group in self._groups(tuple(sites)):
+            ranges = self._touched(group.shape, starts, stops)
+            if group.knows(ranges):
+                continue
+            blocks = group.marked(ranges)
+            if (self._state[group.first[:, None] + blocks] != _GOOD).any():
                 return False
-            if len(blocks) == every:
-                self._clean.update(alike)
+            group.known[blocks] = True
+            if group.known.all():
+                self._clean.update(group.sites)
         return True
 
     def verify(self, sites: Sequence[str], starts: Ints, stops: Ints) -> npt.NDArray[np.bool_]:
@@ -89,7 +91,7 @@ class BlockChecks:
             self._see_to(sites, starts, stops)
         for shape, alike in self._by_shape(s for s in sites if s not in self._clean).items():
             ranges = self._touched(shape, starts, stops)
-            blocks = _marked(ranges, sum(count for _, count in shape))
+            blocks = marked(ranges, sum(count for _, count in shape))
             for site in alike:
                 state = self._check(site, blocks)
                 if (state == _DAMAGED).any():
@@ -108,7 +110,7 @@ class BlockChecks:
             # Much of it is not on the disk: `fetch_together` asks for that.
             return 0
         for shape, alike in self._by_shape(s for s in sites if s not in self._clean).items():
-            blocks = _marked(self._touched(shape, starts, stops), sum(count for _, count in shape))
+            blocks = marked(self._touched(shape, starts, stops), sum(count for _, count in shape))
             for site in alike:
                 for tensor, mine, _ in self._unknown(site, blocks):
                     for piece in _pieces(mine):
@@ -159,6 +161,7 @@ class BlockChecks:
             self.source.settle()
             self._state[:] = _UNKNOWN
             self._clean.clear()
+            self._grouped.clear()
             fetch([self._wanted(every)], keep=False)
 
     @lazy
@@ -176,7 +179,7 @@ class BlockChecks:
         """The blocks of all `sites` that hold these rows, among those of the whole segment."""
         found = [np.empty(0, np.int64)]
         for shape, alike in self._by_shape(sites).items():
-            blocks = _marked(self._touched(shape, starts, stops), sum(count for _, count in shape))
+            blocks = marked(self._touched(shape, starts, stops), sum(count for _, count in shape))
             found += [self._first[site] + blocks for site in alike]
         return np.concatenate(found)
 
@@ -247,12 +250,12 @@ class BlockChecks:
         asked = int((stops - starts).sum()) * sum(self._shape[site][0][0] for site in sites)
         return found, 2 * asked >= found.nbytes
 
-    def _groups(self, sites: tuple[str, ...]) -> list[tuple[Shape, list[str], Ints]]:
-        """`_by_shape`, and the number of each site's first block; kept for whoever asks for the same sites again."""
+    def _groups(self, sites: tuple[str, ...]) -> list[BlockGroup]:
+        """`_by_shape`, and what is known of each; kept for whoever asks for the same sites again."""
         found = self._grouped.get(sites)
         if found is None:
             by_shape = self._by_shape(sites).items()
-            found = [(shape, alike, np.array([self._first[site] for site in alike])) for shape, alike in by_shape]
+            found = [BlockGroup(shape, alike, [self._first[s] for s in alike]) for shape, alike in by_shape]
             if len(self._grouped) < _MOST_KEPT:
                 self._grouped[sites] = found
         return found
@@ -311,15 +314,6 @@ class BlockChecks:
 def blocks_of(tensor: Tensor) -> int:
     """How many blocks a tensor has."""
     return -(-tensor.nbytes // BLOCK)
-
-
-def _marked(ranges: Ranges, count: int) -> Ints:
-    """The blocks, of `count`, that lie in any of `ranges`."""
-    change = np.zeros(count + 1, np.int64)
-    for low, high in ranges:
-        change += np.bincount(low, minlength=count + 1)
-        change -= np.bincount(high, minlength=count + 1)
-    return np.flatnonzero(np.cumsum(change[:-1]))
 
 
 def _pieces(blocks: Ints) -> list[Ints]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -84,13 +85,14 @@ def _shares(pieces: Sequence[Piece], number: int) -> list[list[Piece]]:
 
 
 def _gather_all(pieces: Sequence[Piece], names: Sequence[str], out: npt.NDArray[Any]) -> None:
-    for piece in pieces:
-        if len(piece.rows) and out.shape[2]:
-            _gather(piece, [names[j] for j in piece.columns], out)
+    """All is looked at before anything is copied: what is copied takes what looks out of the processor's cache."""
+    wanted = [piece for piece in pieces if len(piece.rows) and out.shape[2]]
+    for copy in [_prepared(piece, [names[j] for j in piece.columns], out) for piece in wanted]:
+        copy()
 
 
-def _gather(piece: Piece, sites: Sequence[str], out: npt.NDArray[Any]) -> None:
-    """Every row is checked first against the rows that the segment has; nothing is ever clipped."""
+def _prepared(piece: Piece, sites: Sequence[str], out: npt.NDArray[Any]) -> Callable[[], None]:
+    """What copies a piece. Every row is checked against the rows that the segment has; nothing is ever clipped."""
     segment, rows, at = piece.segment, piece.rows, piece.at
     low, high = (int(rows[0]), int(rows[-1])) if piece.straight else (int(rows.min()), int(rows.max()))
     length = segment.info.rows
@@ -99,19 +101,31 @@ def _gather(piece: Piece, sites: Sequence[str], out: npt.NDArray[Any]) -> None:
             f"row {low if low < 0 else high} of a segment of {length} rows: the file is shorter than its index says"
         )
     if piece.received is not None:
-        for site, j in zip(sites, piece.columns, strict=True):
-            piece.received.rows(segment.parts(site)[0]).gather(rows, out[:, j], at)
-        return
+        return partial(_from_received, piece, piece.received, sites, out)
     if segment.source is not None:
         segment.require(sites, rows, rows + 1)
     grid = segment.grid(sites)
-    if grid is not None and grid[0].dtype == out.dtype:
-        if piece.straight and len(sites) == 1:
-            start, place = int(grid[1][0]) + low, int(at[0])
-            out[place : place + len(at), piece.columns[0]] = grid[0][start : start + len(at)]
-            return
-        _on_grid(*grid, rows, out, at, piece.columns)
-        return
+    if grid is None or grid[0].dtype != out.dtype:
+        return partial(_site_by_site, piece, sites, out)
+    region, first = grid
+    if piece.straight and len(sites) == 1:
+        start, place = int(first[0]) + low, int(at[0])
+        return partial(np.copyto, out[place : place + len(at), piece.columns[0]], region[start : start + len(at)])
+    size = len(sites) * out.shape[2] * out.itemsize
+    scattered = 2 * (int(at[-1]) - int(at[0])) >= 3 * len(at)
+    if scattered and size >= _LONG_BYTES and _fills_rows(piece.columns, out):
+        return partial(_one_by_one, region, rows[:, None] + first, out, at)
+    return partial(_on_grid, region, first, rows, out, at, piece.columns)
+
+
+def _from_received(piece: Piece, received: Received, sites: Sequence[str], out: npt.NDArray[Any]) -> None:
+    for site, j in zip(sites, piece.columns, strict=True):
+        received.rows(piece.segment.parts(site)[0]).gather(piece.rows, out[:, j], piece.at)
+
+
+def _site_by_site(piece: Piece, sites: Sequence[str], out: npt.NDArray[Any]) -> None:
+    """What must be decoded or converted, or does not lie on one grid."""
+    segment, rows, at = piece.segment, piece.rows, piece.at
     plain = []
     for site, j in zip(sites, piece.columns, strict=True):
         matrix, scales = segment.matrix(site), segment.scales(site)
@@ -126,6 +140,11 @@ def _gather(piece: Piece, sites: Sequence[str], out: npt.NDArray[Any]) -> None:
             out[target, j] = _widened(part) if part.dtype != out.dtype else part
 
 
+def _fills_rows(columns: Sequence[int], out: npt.NDArray[Any]) -> bool:
+    """Whether `columns` are all of `out`, in its order and in one piece of memory."""
+    return bool(out.flags.c_contiguous) and list(columns) == list(range(out.shape[1]))
+
+
 def _on_grid(
     region: npt.NDArray[Any], first: Ints, rows: Ints, out: npt.NDArray[Any], at: Ints, columns: Sequence[int]
 ) -> None:
@@ -134,7 +153,7 @@ def _on_grid(
         return
     index = rows[:, None] + first
     size = len(columns) * out.shape[2] * out.itemsize
-    if list(columns) == list(range(out.shape[1])) and out.flags.c_contiguous:
+    if _fills_rows(columns, out):
         # The result is written once, front to back, which counts for more than the order of the reads.
         runs = np.flatnonzero(np.diff(at) != 1) + 1
         if len(at) * size >= _LONG_BYTES * (len(runs) + 1):
@@ -159,6 +178,16 @@ def _on_grid(
         part = buffer[: chosen.size]
         _take(region, chosen.reshape(-1), part)
         out[at[start : start + step, None], columns] = part.reshape(*chosen.shape, -1)
+
+
+def _one_by_one(region: npt.NDArray[Any], index: Ints, out: npt.NDArray[Any], at: Ints) -> None:
+    """``out[at[i]] = region[index[i]]``: few of them are neighbours there, and to look for these costs more."""
+    together, take = max(1, _TOUCHED_ROWS // index.shape[1]), region.take
+    for start in range(0, len(at), together):
+        some = index[start : start + together]
+        _touch(region, some.reshape(-1))
+        for rows, place in zip(some, at[start : start + together].tolist(), strict=True):
+            take(rows, 0, out[place], "clip")
 
 
 def _by_runs(matrix: npt.NDArray[Any], rows: Ints, out: npt.NDArray[Any], at: Ints) -> bool:

@@ -373,8 +373,7 @@ class Segment:
                 return np.array(
                     [whole[a:b] == c for a, b, c in zip(starts.tolist(), stops.tolist(), content, strict=True)]
                 )
-        raw = self._raw
-        pieces = [raw[a:b].tobytes() for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+        pieces = self._file.pieces(starts, stops)
         if pieces == content:
             return np.ones(len(prompts), bool)
         return np.fromiter(map(eq, pieces, content), bool, len(prompts))

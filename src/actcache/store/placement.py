@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -404,10 +405,8 @@ def by_segment(segment: npt.NDArray[np.int32], members: Ints) -> list[tuple[int,
         return []
     if (mine == mine[0]).all():
         return [(int(mine[0]), members)]
-    steps = np.diff(mine)
-    if (steps >= 0).all():
-        edges = np.flatnonzero(steps) + 1
-        return [(int(segment[part[0]]), part) for part in np.split(members, edges)]
-    order = np.argsort(mine, kind="stable")
-    cuts = np.flatnonzero(np.diff(mine[order])) + 1
-    return [(int(mine[part[0]]), members[part]) for part in np.split(order, cuts)]
+    if not (mine[1:] >= mine[:-1]).all():
+        order = np.argsort(mine, kind="stable")
+        mine, members = mine[order], members[order]
+    edges = [0, *(np.flatnonzero(mine[1:] != mine[:-1]) + 1).tolist(), len(mine)]
+    return [(int(mine[a]), members[a:b]) for a, b in pairwise(edges)]

@@ -1,0 +1,48 @@
+"""Sites whose blocks hold the same rows, and which of these blocks are known to be good."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Shape = tuple[tuple[int, int], ...]
+"""Of each tensor of a site the bytes of a row, and how many blocks it has."""
+Ranges = list[tuple[Ints, Ints]]
+"""Blocks, by number: the first, and one behind the last, of each row asked for."""
+
+
+class BlockGroup:
+    """Sites of one shape; `first`: the number of each one's first block.
+
+    `known` bool ``[blocks + 1]``: which blocks are known to be good at all of them. Behind the last one nothing can be
+    wrong, and rows of no bytes may begin there.
+    """
+
+    def __init__(self, shape: Shape, sites: Sequence[str], first: Sequence[int]) -> None:
+        self.shape, self.sites, self.first = shape, list(sites), np.array(first, np.int64)
+        self.known = np.zeros(sum(count for _, count in shape) + 1, bool)
+        self.known[-1] = True
+
+    def knows(self, ranges: Ranges) -> bool:
+        """Whether all blocks in `ranges` are known to be good, as a glance tells; False: look closer."""
+        for low, high in ranges:
+            last = np.maximum(high - 1, low)
+            if (last - low > 1).any() or not (self.known[low].all() and self.known[last].all()):
+                return False
+        return True
+
+    def marked(self, ranges: Ranges) -> Ints:
+        """The blocks that lie in any of `ranges`."""
+        return marked(ranges, len(self.known) - 1)
+
+
+def marked(ranges: Ranges, count: int) -> Ints:
+    """The blocks, of `count`, that lie in any of `ranges`."""
+    change = np.zeros(count + 1, np.int64)
+    for low, high in ranges:
+        change += np.bincount(low, minlength=count + 1)
+        change -= np.bincount(high, minlength=count + 1)
+    return np.flatnonzero(np.cumsum(change[:-1]))
