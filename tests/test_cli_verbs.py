@@ -204,6 +204,82 @@ def test_clear_names_what_it_deletes_and_wants_a_yes(cli: Cli, monkeypatch: pyte
     assert cli("clear", "--yes")[:2] == (0, "nothing is stored.\n")
 
 
+@pytest.fixture
+def variants(tmp_path: Path) -> tuple[ac.Store, dict[str, str]]:
+    """A store of two models, the first in two variants: one prompt in float32, two in bfloat16."""
+    store = ac.Store(tmp_path / "variants")
+    spaces = {}
+    for name, dtype, n in (("org/one", "float32", 1), ("org/one", "bfloat16", 2), ("org/other", "float32", 1)):
+        label = {"model_name": name, "revision": "0123456789abcdef"}
+        space = store.open_space({"model_name": name, "dtype": dtype}, label)
+        store.write(space, [f"prompt {i}" for i in range(n)], {"resid_post.0": np.ones((n, 4))}, pooling="mean")
+        spaces[f"{name} {dtype}"] = space
+    return store, spaces
+
+
+def test_clear_deletes_several_variants_only_when_told_which(
+    cli: Cli, variants: tuple[ac.Store, dict[str, str]]
+) -> None:
+    store, spaces = variants
+    where = ("--store", str(store.location))
+
+    def left() -> set[str]:
+        return {info.space for info in store.spaces()}
+
+    one = spaces["org/one float32"], spaces["org/one bfloat16"]
+    for words in (("org/one",), ("org/one", "--yes"), ("org/one", "--yes", "--json"), ("--space", "", "--yes")):
+        status, out, err = cli("clear", *words, *where)
+        assert (status, out) == (2, ""), words
+        for space in one:
+            assert f"space {space[:8]}" in err
+        assert "float32" in err
+        assert "bfloat16" in err
+        assert "--space" in err
+        assert "--all-variants" in err
+        assert len(left()) == 3
+
+    status, out, _ = cli("clear", "org/one", "--space", one[1][:8], "--yes", *where)
+    assert (status, out) == (0, "2 prompts deleted.\n")
+    assert left() == {one[0], spaces["org/other float32"]}
+    # What is left of it is the only one, which needs no choice.
+    assert the_json(cli("clear", "org/one", "--yes", "--json", *where)) == {"deleted": 1}
+    assert left() == {spaces["org/other float32"]}
+
+
+def test_clear_takes_all_variants_of_a_model_and_of_no_other(
+    cli: Cli, variants: tuple[ac.Store, dict[str, str]]
+) -> None:
+    store, spaces = variants
+    where = ("--store", str(store.location))
+    for words in (("--all-variants",), ("org/one", "--all-variants", "--space", "0")):
+        status, _, err = cli("clear", *words, "--yes", *where)
+        assert status == 2
+        assert "--all-variants" in err
+    status, _, err = cli("clear", "org/one", "--space", "zz", "--yes", *where)
+    assert status != 0
+    assert "begins with 'zz'" in err
+    assert len(store.spaces()) == 3
+    assert cli("clear", "org/one", "--all-variants", "--yes", *where)[1] == "3 prompts deleted.\n"
+    assert [info.space for info in store.spaces()] == [spaces["org/other float32"]]
+
+
+@pytest.mark.parametrize(("answer", "deleted"), [("y", 3), ("n", 0)])
+def test_clear_asks_of_all_variants_at_once(
+    cli: Cli,
+    variants: tuple[ac.Store, dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str,
+    deleted: int,
+) -> None:
+    store, _ = variants
+    asked: list[str] = []
+    monkeypatch.setattr("sys.stdin", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
+    monkeypatch.setattr(click, "confirm", lambda text, **_: asked.append(text) or answer == "y")
+    cli("clear", "org/one", "--store", str(store.location))
+    assert asked == ["Delete all 2?"]
+    assert 4 - sum(info.num_prompts for info in store.spaces()) == deleted
+
+
 def test_version_names_what_matters_for_results(cli: Cli) -> None:
     versions = the_json(cli("version", "--json"))
     assert isinstance(versions, dict)

@@ -43,7 +43,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "selftest": ("actcache selftest", "actcache selftest gpt2 --dtype bfloat16"),
     "verify": ("actcache verify", "actcache verify --repair"),
     "evict": ("actcache evict --limit-gb 50",),
-    "clear": ("actcache clear gpt2", "actcache clear --yes"),
+    "clear": ("actcache clear gpt2", "actcache clear gpt2 --space 3f2a91bc --yes", "actcache clear --yes"),
     "config": ("actcache config", "actcache config --store s3://bucket/lab --json"),
     "version": ("actcache version",),
 }

@@ -149,7 +149,8 @@ def discover_cached(
 def clear_cache(model: str | Path | None = None) -> int:
     """Delete what the default store holds for `model`, or everything; the number of entries deleted.
 
-    Never touches a file that actcache did not write.
+    `model`: a name, of which all variants go (revisions, dtypes, edits, ...), or the space id of one of them (see
+    `cache_info`: `model_hash`). Never touches a file that actcache did not write.
 
     Raises:
         NotCachedError: nothing is stored under that name.

@@ -12,11 +12,13 @@ import mmap
 import os
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+Copies = list[bytes]
 
 _POPULATE_READ = 22
 # Behind the index tensors a segment may have holes, which would only fill memory.
@@ -83,11 +85,11 @@ class MappedFile:
         """A copy of a range; bytes compare many times faster than memoryviews."""
         return self.raw[start:stop].tobytes()
 
-    def pieces(self, starts: Ints, stops: Ints) -> list[bytes]:
+    def pieces(self, starts: Ints, stops: Ints) -> Copies:
         """Copies of many short ranges."""
         # Looked at first all at once, since each copy would wait for its own.
         self.array.take(starts, mode="clip")
-        chars = self._chars
+        chars: Any = self._chars
         return [chars[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
 
     def will_need(self, start: int, stop: int) -> None:
