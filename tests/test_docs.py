@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import actcache as ac
+from actcache.cli.app import VERBS
 from documents import DOCS, ROOT, RUN, blocks, complaints, layouts, prose, run
 
 PAGES = ["README.md", *sorted(page.relative_to(ROOT).as_posix() for page in DOCS.rglob("*.md"))]
@@ -131,3 +132,15 @@ def test_every_public_name_is_in_the_reference() -> None:
                 listed.update(vars(importlib.import_module(path)))
     renamed = {"sites": "list_sites", "__version__": "errors", "DEFAULT_SHARD_BYTES": "push_dataset"}
     assert not {name for name in ac.__all__ if renamed.get(name, name) not in listed}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_names_and_verbs_that_are_spoken_of_exist(page: str) -> None:
+    for code in re.findall(r"`([^`\n]+)`", prose(read(page))):
+        for dotted in re.findall(r"\bac\.([A-Za-z_][\w.]*\w)", code):
+            found: object = ac
+            for name in dotted.split("."):
+                assert hasattr(found, name), f"ac.{dotted}"
+                found = getattr(found, name)
+        for verb in re.findall(r"^actcache ([a-z][a-z-]*)", code):
+            assert verb in VERBS, code
