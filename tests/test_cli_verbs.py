@@ -227,7 +227,7 @@ def test_clear_deletes_several_variants_only_when_told_which(
         return {info.space for info in store.spaces()}
 
     one = spaces["org/one float32"], spaces["org/one bfloat16"]
-    for words in (("org/one",), ("org/one", "--yes"), ("org/one", "--yes", "--json"), ("--space", "", "--yes")):
+    for words in (("org/one",), ("org/one", "--yes"), ("org/one", "--yes", "--json")):
         status, out, err = cli("clear", *words, *where)
         assert (status, out) == (2, ""), words
         for space in one:
@@ -241,6 +241,10 @@ def test_clear_deletes_several_variants_only_when_told_which(
     status, out, _ = cli("clear", "org/one", "--space", one[1][:8], "--yes", *where)
     assert (status, out) == (0, "2 prompts deleted.\n")
     assert left() == {one[0], spaces["org/other float32"]}
+    # An unset variable of the shell chooses nothing, also where there is one only.
+    status, _, err = cli("clear", "org/one", "--space", "", "--yes", *where)
+    assert (status, "--space is empty" in err) == (2, True)
+    assert one[0] in left()
     # What is left of it is the only one, which needs no choice.
     assert the_json(cli("clear", "org/one", "--yes", "--json", *where)) == {"deleted": 1}
     assert left() == {spaces["org/other float32"]}

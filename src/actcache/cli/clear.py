@@ -39,6 +39,9 @@ def command(
     from actcache.errors import NotCachedError
     from actcache.store.default import store_at
 
+    # As an unset variable of the shell is given, which would choose whatever there is.
+    if space == "":
+        raise click.UsageError("--space is empty: give the beginning of a space id (see `actcache info`).")
     everything = model is None and space is None
     if all_variants and (everything or space is not None):
         raise click.UsageError("--all-variants goes with MODEL, and without --space.")
