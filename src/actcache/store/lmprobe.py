@@ -82,7 +82,7 @@ def _models(root: Path, model: str | None) -> list[tuple[Path, str]]:
     if model is None:
         unnamed = [folder.name for folder, name in names.items() if name is None]
         if unnamed:
-            raise OptionError(f"the name of the model in {unnamed[0]} is not kept there: give it (model=).")
+            raise OptionError(f"the name of the model in {unnamed[0]} is not kept there: give it (model=, --model).")
         return [(folder, name) for folder, name in names.items() if name is not None]
     chosen = [folder for folder, name in names.items() if name == model or folder.name == _hash(model)]
     if not chosen and len(folders) == 1:

@@ -57,8 +57,7 @@ def text_digests(data: Sequence[bytes], kinds: Sequence[int] | npt.NDArray[Any] 
     prefixes = _prefixes(context)
     each = np.broadcast_to(np.asarray(kinds), (len(data),))
     if len(data) and (each == each[0]).all():
-        prefix = prefixes[int(each[0])]
-        return _pack([digest(prefix + t) for t in data])
+        return _pack(list(map(digest, map(prefixes[int(each[0])].__add__, data))))
     return _pack([digest(prefixes[k] + t) for k, t in zip(each.tolist(), data, strict=True)])
 
 
@@ -76,7 +75,7 @@ def _prefixes(context: str) -> tuple[bytes, ...]:
 def encode_texts(texts: Sequence[str]) -> list[bytes]:
     """UTF-8 of each text; lone surrogates are legal in str and must not make a prompt unkeyable."""
     try:
-        return [t.encode() for t in texts]
+        return list(map(str.encode, texts))
     except UnicodeEncodeError:
         return [t.encode("utf-8", "surrogatepass") for t in texts]
 
