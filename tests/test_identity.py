@@ -15,6 +15,7 @@ def test_config_digest_ignores_labels_and_key_order_but_no_number():
         "model_type": "gpt2",
         "n_layer": 2,
         "rope": {"theta": 1.0, "factor": 2.0},
+        "layer_types": ["full", {"window": 4, "use_cache": True}],
         "_name_or_path": "a",
         "use_cache": True,
     }
@@ -22,12 +23,18 @@ def test_config_digest_ignores_labels_and_key_order_but_no_number():
         "use_cache": False,
         "_name_or_path": "b",
         "rope": {"factor": 2.0, "theta": 1.0},
+        "layer_types": ["full", {"use_cache": False, "window": 4}],
         "n_layer": 2,
         "model_type": "gpt2",
     }
-    other = {**base, "rope": {"theta": 1.0, "factor": 4.0}}
     assert identity.config_digest(base) == identity.config_digest(same)
-    assert identity.config_digest(base) != identity.config_digest(other)
+    for other in (
+        {"rope": {"theta": 1.0, "factor": 4.0}},
+        {"layer_types": ["full", {"window": 5}]},
+        {"layer_types": [{"window": 4}, "full"]},
+        {"layer_types": []},
+    ):
+        assert identity.config_digest({**base, **other}) != identity.config_digest(base)
 
 
 def test_file_digest_follows_the_bytes_even_when_time_stamps_are_put_back(tmp_path):
@@ -40,6 +47,23 @@ def test_file_digest_follows_the_bytes_even_when_time_stamps_are_put_back(tmp_pa
     assert identity.file_digest(path, memo) == before
     path.write_bytes(b"b" * 1000)
     os.utime(path, ns=(old, old))
+    assert identity.file_digest(path, memo) != before
+
+
+def test_a_remembered_file_whose_time_stamps_are_put_back_is_read_again(tmp_path, monkeypatch):
+    """Whoever puts back the time of its last change cannot put back when that was done."""
+    monkeypatch.setattr(identity, "_RACY_NS", -1)
+    path = tmp_path / "w.bin"
+    path.write_bytes(b"a" * 1000)
+    old = time.time_ns() - 10**12
+    os.utime(path, ns=(old, old))
+    memo = HostMemo(tmp_path / "memo.sqlite")
+    before, first = identity.file_digest(path, memo), path.stat()
+    assert memo._memory
+    path.write_bytes(b"b" * 1000)
+    while path.stat().st_ctime_ns == first.st_ctime_ns or path.stat().st_mtime_ns != old:
+        os.utime(path, ns=(old, old))
+    assert (path.stat().st_ino, path.stat().st_size) == (first.st_ino, first.st_size)
     assert identity.file_digest(path, memo) != before
 
 
