@@ -19,11 +19,12 @@ from safetensors import safe_open
 
 from actcache.errors import FormatError
 from actcache.store import container, segment
+from actcache.store.casting import CastError, Piece
 from actcache.store.prompts import PromptTable, canonical_chat, gather_ragged, text_keys, token_keys
 from actcache.store.records import BLOCK, Records
 from actcache.store.statistics import Moments
 from actcache.store.tensors import stand_in
-from actcache.store.writing import BlockHasher
+from actcache.store.writing import BlockHasher, Column, write_columns
 from store_helpers import CONTEXT, DTYPES, every_token, make_table, pooled
 
 SPACE = "0" * 32
@@ -397,6 +398,20 @@ def test_untouched_hostile_frame_is_accepted(tmp_path: Path) -> None:
     assert segment.open(path).info.sites == ("x",)
 
 
+def test_rows_that_nobody_has_are_refused(tmp_path: Path) -> None:
+    """All else fits: how long the file is, its blocks, its moments."""
+
+    def longer(entries: dict[str, Any]) -> None:
+        data = entries["last_token/x"]
+        data["shape"] = [3, 4]
+        data["data_offsets"][1] += 16
+
+    path = tmp_path / ("a" * 32 + ".safetensors")
+    path.write_bytes(hostile(longer) + bytes(16))
+    with pytest.raises(FormatError, match="3 rows, expected 2"):
+        segment.open(path)
+
+
 def test_other_files_are_not_segments(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
@@ -418,6 +433,27 @@ def test_validate_holds_keys_against_their_prompts(tmp_path: Path) -> None:
     )  # fmt: skip
     path = write(tmp_path, Records.pooled(wrong, "mean", {"x": np.ones((3, 2), np.float32)}))
     assert any("token_key" in p for p in segment.validate(path))
+
+
+@pytest.mark.parametrize(("shift", "spread"), [(0, 1), (1, 1), (0, 2)])
+def test_validate_holds_moments_against_their_rows(tmp_path: Path, shift: float, spread: float) -> None:
+    rows = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    said = Moments.empty(3)
+    said.update(rows * np.float32(spread) + np.float32([0, shift, 0]))
+    info = write_columns(
+        tmp_path,
+        make_table(range(5)),
+        "mean",
+        [Column("x", "F32", 3, [Piece(rows, None, None, CastError())])],
+        row_offset=np.arange(6),
+        space=SPACE,
+        created_ns=None,
+        block_offset=np.zeros(1, np.int64),
+        measured=lambda: {"x": (said, CastError())},
+    )
+    problems = segment.validate(tmp_path / f"{info.name}.safetensors")
+    wrong = bool(shift) or spread != 1
+    assert [("moments" in p, "x" in p) for p in problems] == [(True, True)] * wrong
 
 
 def test_header_encoding_covers_gaps_with_pads() -> None:
