@@ -405,6 +405,45 @@ def test_clearing_leaves_nothing_of_ours(tmp_path: Path, backend: Watched) -> No
     assert not [f for f in one.root.rglob("*") if f.is_file()]
 
 
+@pytest.mark.parametrize("way", ["clear", "evict"])
+def test_a_space_that_another_host_has_emptied_is_none_for_whoever_comes_later(
+    tmp_path: Path, backend: Watched, way: str
+) -> None:
+    """Also for processes that have not seen it themselves, on hosts that wrote it, read it, or only listed it."""
+    hosts = ("writer", "reader", "lister", "other")
+    writer, reader, lister, other = (machine(backend, tmp_path / host)[0] for host in hosts)
+    space = machine(backend, tmp_path / "writer")[1]
+    writer.append(space, pooled(range(4)))
+    writer.flush()
+    assert all(found(reader, space, range(4)))
+    assert [known.num_prompts for known in lister.spaces()] == [4]
+    other.clear() if way == "clear" else other.evict(0)
+    assert not names(backend)
+    for host in hosts:
+        store = machine(backend, tmp_path / host)[0]
+        assert store.spaces() == [] and store.info().models == []
+        assert not list((tmp_path / host).rglob("space*"))
+    # What comes after is there for everybody, as a space of these prompts alone.
+    other.append(space, pooled(range(4, 6)))
+    other.flush()
+    for host in hosts:
+        store = machine(backend, tmp_path / host)[0]
+        assert [known.num_prompts for known in store.spaces()] == [2]
+        assert found(store, space, range(6)) == [False] * 4 + [True] * 2
+
+
+def test_a_space_that_is_about_to_get_its_first_segment_is_left_alone(tmp_path: Path, backend: Watched) -> None:
+    one, other, space = two(backend, tmp_path)
+    one._ensure(space)
+    other.refresh()
+    again = machine(backend, tmp_path / "a")[0]
+    again.refresh()
+    assert [folder.name for folder in (again.root / space).iterdir()] == ["space.json"]
+    one.append(space, pooled(range(3)))
+    one.flush()
+    assert found(other, space, range(3)) == [True] * 3
+
+
 def test_clearing_waits_for_an_upload(tmp_path: Path, backend: Watched) -> None:
     """Otherwise what is uploaded would be there afterwards."""
     one, again, space = (*two(backend, tmp_path)[:1], *machine(backend, tmp_path / "a"))

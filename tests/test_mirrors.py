@@ -307,7 +307,8 @@ def test_names_that_are_none_of_ours_are_left_alone(reader: Store, backend: Stra
     before = set(tmp_path.rglob("*"))
     check(reader)
     assert {p.name for p in set(tmp_path.rglob("*")) - before if p.is_file()} <= {
-        "space.json", "index.sqlite", "index.sqlite-wal", "index.sqlite-shm", f"mirrors-{SPACE.space}.lock",
+        "space.json", "space.have", "index.sqlite", "index.sqlite-wal", "index.sqlite-shm",
+        f"mirrors-{SPACE.space}.lock",
         *(path.name for path in mirrors(reader)), *(mirror.sidecar_of(path).name for path in mirrors(reader)),
     }  # fmt: skip
 

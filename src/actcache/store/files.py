@@ -28,8 +28,8 @@ TOMB_NAME = re.compile(r"([0-9a-f]{32})-[0-9a-f]{16}\.tomb")
 OPEN_NAME = re.compile(r"[0-9a-f]{32}\.open")
 TEMP_NAME = re.compile(r"[0-9a-f]{32}\.tmp")
 SPACE_FILE = re.compile(r"space\.json")
-BESIDE_NAME = re.compile(r"[0-9a-f]{32}\.(have|sent)")
-"""What lies beside the segments of a working copy."""
+BESIDE_NAME = re.compile(r"[0-9a-f]{32}\.(have|sent)|space\.have")
+"""What lies beside the segments of a working copy, and beside its descriptions of spaces."""
 SPACE_NAME = re.compile(r"[0-9a-f]{32}")
 
 SIGNATURE = b'{"__metadata__":{"format":"actcache-'

@@ -47,6 +47,12 @@ def is_mirror(path: Path) -> bool:
     return sidecar_of(path).exists()
 
 
+def note_put(path: Path) -> None:
+    """Say, where that is possible, that there was an object of the small file at `path`: others may remove it."""
+    with contextlib.suppress(OSError):
+        sidecar_of(path).touch()
+
+
 def write_sidecar(path: Path, said: Sidecar, *, whole: bool = False) -> None:
     """Durably make the file at `path` a mirror, of which nothing is there but its head; with `whole` everything is."""
     text = json.dumps(

@@ -2,7 +2,8 @@
 
 In a working copy a segment without a sidecar is *spooled*: it lies nowhere else. Whoever uploads, replaces or removes
 one holds its lock, so that processes that share a working copy never remove what another one is uploading. Beside a
-segment of which an upload has begun lies a file ``<uuid>.sent``: from then on there may be an object.
+segment of which an upload has begun lies a file ``<uuid>.sent``: from then on there may be an object. Beside the
+description of a space lies ``space.have`` once there was an object of it, which others may have removed since.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actcache.errors import BackendError, FormatError, NewerFormatError, StoreAccessError
+from actcache.store import mirror
 from actcache.store.backend import ObjectInfo
 from actcache.store.files import (
     OPEN_NAME,
@@ -189,6 +191,7 @@ class Spool:
         with contextlib.suppress(FileNotFoundError):
             self.publish(folder / FILE)
             self.described.add(folder.name)
+            mirror.note_put(folder / FILE)
 
     def is_there(self, path: Path, size: int) -> bool:
         """Whether there is an object of that size for the segment at `path`."""
@@ -268,12 +271,18 @@ class Spool:
         )
         with contextlib.suppress(BackendError, StoreAccessError):
             self.republish(space)
-        if FILE not in held or FILE in listed or any(p.fullmatch(n) for p in _CONTENT for n in held):
+        seen = sidecar_of(folder / FILE)
+        if FILE in listed:
+            if FILE in held and seen.name not in held:
+                mirror.note_put(folder / FILE)
+            return False
+        if not held & {FILE, seen.name} or any(p.fullmatch(n) for p in _CONTENT for n in held):
             return False
         with contextlib.suppress(OSError):
-            # One that was just written is of a space that is about to get its first segment.
-            if was_described or time.time() - (folder / FILE).stat().st_mtime > _FORGOTTEN_S:
+            # One that was just written, and put by nobody, is of a space that is about to get its first segment.
+            if was_described or seen.name in held or time.time() - (folder / FILE).stat().st_mtime > _FORGOTTEN_S:
                 remove(folder / FILE)
+                remove(seen)
                 folder.rmdir()
                 return True
         return False
@@ -342,6 +351,7 @@ class Spool:
                 self.backend.delete(self._copy.name_of(path))
             if path.name == FILE:
                 self.described.discard(path.parent.name)
+                remove(sidecar_of(path))
             return remove(path)
         with claim(path, PATIENCE_S) as mine:
             if not mine:
