@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actcache.store.store import Store
+
+if TYPE_CHECKING:
+    import pytest
 
 LABEL = {"model_name": "org/model", "revision": "r1", "dtype": "float32"}
 
@@ -41,3 +45,22 @@ def objects(url: str) -> dict[str, int]:
     bucket, prefix = split(url)
     found = client().list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])
     return {entry["Key"].removeprefix(prefix).lstrip("/"): entry["Size"] for entry in found}
+
+
+class Pauses:
+    """A clock that nothing but pauses moves, which nobody waits for: how busy the machine is changes nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From now on, and until the test ends, the clock of every `ObjectBackend`."""
+        from actcache.store import object_backend
+
+        self._now = 1000.0
+        self._lock = threading.Lock()
+        monkeypatch.setattr(object_backend, "time", self)
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        with self._lock:
+            self._now += seconds

@@ -171,6 +171,8 @@ class Store(Maintenance):
     def _prepared(self, space: str, parts: Sequence[Records]) -> list[Records]:
         """`parts` as this store's dtype can hold them; sees to it that the space is described."""
         records = [part if part.screened else fitting(part, self.dtype.value) for part in parts]
+        if self._copy is not None:
+            self._copy.begin_writing(space)
         self._ensure(space)
         return given.in_turn(self._index(space), records)
 
@@ -278,11 +280,8 @@ class Store(Maintenance):
             ValueOverflowError: a finite value would become inf; prompt, site and value are named.
         """
         index = self._index(self._fetched(space, prompts, site, pooling))
-        return self._keeping_room(
-            lambda: reading.read(
-                index, prompts, site, pooling=pooling, positions=positions, dtype=dtype, out=out, allow_inf=allow_inf
-            )
-        )
+        how = {"pooling": pooling, "positions": positions, "dtype": dtype, "out": out, "allow_inf": allow_inf}
+        return self._keeping_room(lambda: reading.read(index, prompts, site, **how))
 
     def contains(
         self, space: str | SpaceInfo, prompts: Any, site: str | None = None, *, pooling: str | None = None
@@ -305,11 +304,10 @@ class Store(Maintenance):
         return space.space
 
     def _is_there(self, space: str) -> bool:
-        if not SPACE_NAME.fullmatch(space):
-            return False
-        if self._copy is not None and not (self.root / space).is_dir():
+        named = SPACE_NAME.fullmatch(space) is not None
+        if named and self._copy is not None and not (self.root / space).is_dir():
             self._copy.pull(space)
-        return (self.root / space).is_dir()
+        return named and (self.root / space).is_dir()
 
     def _nearest_space(self, wanted: str) -> str:
         spaces = self.spaces()

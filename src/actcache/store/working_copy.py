@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from actcache.errors import BackendError, StoreAccessError
 from actcache.store import behind, mirror
 from actcache.store.backend import CacheBackend
 from actcache.store.fetching import Fetcher, Threads
@@ -127,6 +128,13 @@ class WorkingCopy:
         """`pull` unless this was done since the store was opened."""
         if not self.pulled_since(space, 0.0):
             self.pull(space)
+
+    def begin_writing(self, space: str) -> None:
+        """`begin`, for whoever is about to store something; the errors say that nothing was stored."""
+        try:
+            self.begin(space)
+        except (BackendError, StoreAccessError) as error:
+            raise type(error)(f"nothing was stored in {self.backend.url}: {error}") from None
 
     def forget(self) -> None:
         """What was pulled is to be looked at again at its next use."""
