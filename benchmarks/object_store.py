@@ -134,7 +134,8 @@ def batches(n: int, size: int, tokens: int, layout: str) -> list[Records]:
     ]
     made = []
     for k, first in enumerate(range(0, n, size)):
-        table = make_prompts(first, min(size, n - first), tokens)
+        # Of one token there are too few to tell prompts apart.
+        table = make_prompts(first, min(size, n - first), tokens if layout == TOKENS else max(16, tokens))
         here = len(table) * (tokens if layout == TOKENS else 1)
         data = {site: values[:here] for site, values in pool[k % len(pool)].items()}
         made.append(Records.tokens(table, data) if layout == TOKENS else Records.pooled(table, layout, data))

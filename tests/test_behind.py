@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pytest
 
 from actcache.errors import BackendError, NotCachedError
-from actcache.store import behind, checks, fetching, gather, mirror
+from actcache.store import behind, checks, fetching, gather, mirror, placement
 from actcache.store.backend import Bytes, LocalBackend, MemoryBackend
 from actcache.store.container import Tensor
 from actcache.store.placement import Placement
@@ -171,6 +171,52 @@ def test_every_way_to_read_gives_the_same(backend: Counting, tmp_path: Path) -> 
         assert waits()
         np.testing.assert_array_equal(out[shuffled], expected)
         assert (out[ROWS:] == -1).all()
+
+
+@pytest.mark.parametrize("spoilt", [0, 1, 2])
+@pytest.mark.parametrize("given", [False, True])
+def test_rows_in_their_order_go_where_they_are_wanted_as_they_come(
+    backend: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: int, given: bool
+) -> None:
+    """Of several objects, unless some of one is `spoilt` on its way more than once, which is an error."""
+    writer, space = opened(backend, tmp_path / "writer")
+    table = make_table(range(3 * ROWS))
+    values = np.concatenate([VALUES["b"], VALUES["a"], VALUES["b"][::-1]])
+    with writer:
+        for k in (1, 2):
+            part = slice(k * ROWS, (k + 1) * ROWS)
+            writer.append(space, Records.pooled(table.select(np.arange(3 * ROWS)[part]), "mean", {"b": values[part]}))
+    store, its = opened(backend, tmp_path / "reader")
+    found = store.locate(its, table=table, sites=["b"], layout="mean", check=False)
+    reads = [0]
+
+    def spoil(data: bytearray, start: int) -> None:
+        reads[0] += 1
+        if reads[0] <= spoilt:
+            data[-1] ^= 1
+
+    gathered: list[Any] = []
+    monkeypatch.setattr(
+        placement, "gather_pieces", lambda pieces, *rest: (gathered.extend(pieces), gather_all(pieces, *rest))
+    )
+    gather_all = gather.gather_pieces
+    # One read at a time, so that the same one is spoilt again.
+    monkeypatch.setattr(backend, "concurrency", 1)
+    backend.on_read = spoil
+    out = np.full((3 * ROWS, 1, WIDTH), np.nan, np.float32) if given else None
+    if spoilt == 2:
+        monkeypatch.setattr(fetching, "_READ", 1 << 30)
+        found = store.locate(its, table=table.select(np.arange(ROWS)), sites=["b"], layout="mean", check=False)
+        with pytest.raises(NotCachedError, match="damaged"):
+            found.take(None if out is None else out[:ROWS])
+        return
+    taken = found.take(out)
+    np.testing.assert_array_equal(taken[:, 0], values)
+    assert (out is None or taken is out) and not gathered and waits()
+    # And some of it is here by now, some is not.
+    behind.settle()
+    again = store.locate(its, table=table, sites=["b"], layout="mean", check=False).take()
+    np.testing.assert_array_equal(again[:, 0], values)
 
 
 def test_few_rows_of_many_bytes_do_not_keep_these_in_memory(reader: tuple[Store, str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from actcache.store.container import Tensor
 from actcache.store.fetching import Fetcher, Wanted, fetch
 from actcache.store.lazy import lazy
 from actcache.store.mapped import MappedFile
-from actcache.store.receiving import Received
+from actcache.store.receiving import Received, Target
 from actcache.store.records import BLOCK
 
 Ints = npt.NDArray[np.int64]
@@ -337,12 +338,13 @@ def fetch_together(wanted: Iterable[tuple[BlockChecks, Sequence[str], Ints, Ints
 
 
 def receive_together(
-    wanted: Iterable[tuple[BlockChecks, Sequence[str], Ints, Ints]], meanwhile: Callable[[], object] = bool
+    wanted: Iterable[tuple[BlockChecks, Sequence[str], Ints, Ints]],
+    targets: Mapping[BlockChecks, Sequence[Target]] = MappingProxyType({}),
 ) -> dict[BlockChecks, Received]:
     """`fetch_together` for whoever reads these rows now: of some segments all of them, which may be in no file yet.
 
-    They are written to the mirrors behind it. Of segments that are not named all is in the file. `meanwhile` is called
-    where there is time for it.
+    They are written to the mirrors behind it. Of segments that are not named all is in the file. `targets`: of
+    some, where all that is wanted goes as soon as it has come.
     """
     wanted = list(wanted)
     while True:
@@ -354,7 +356,7 @@ def receive_together(
         if flights.begin(blocks):
             break
     try:
-        return _received(found, absent, meanwhile)
+        return _received(found, absent, targets)
     finally:
         flights.end(blocks)
 
@@ -362,11 +364,12 @@ def receive_together(
 def _received(
     found: Sequence[tuple[BlockChecks, Wanted | None, bool]],
     absent: Sequence[Wanted],
-    meanwhile: Callable[[], object],
+    targets: Mapping[BlockChecks, Sequence[Target]],
 ) -> dict[BlockChecks, Received]:
     # Of each segment all that is wanted or nothing: some of it may be wanted apart from the rest.
     partly = {checks for checks, _, alone in found if not alone}
-    received = {checks: Received() for checks, one, _ in found if one is not None and checks not in partly}
+    whole = [checks for checks, one, _ in found if one is not None and checks not in partly]
+    received = {checks: Received(targets=targets.get(checks, ())) for checks in whole}
     size = sum(one.nbytes for one in absent)
     if size < _LEAST_BEHIND or not behind.has_room(size):
         received = {}
@@ -375,6 +378,6 @@ def _received(
         if one is not None and checks in received:
             one.into = received[checks]
             expected[checks] += one.nbytes
-    fetch(absent, meanwhile=meanwhile)
+    fetch(absent)
     # What is wrong in the object is not there: whoever asks the file for it is told so.
     return {checks: mine for checks, mine in received.items() if mine.nbytes == expected[checks]}

@@ -170,10 +170,10 @@ class Wanted:
                 first = i
 
 
-def fetch(wanted: Sequence[Wanted], *, keep: bool = True, meanwhile: Callable[[], object] = bool) -> None:
+def fetch(wanted: Sequence[Wanted], *, keep: bool = True) -> None:
     """Read what is `wanted`, several reads at a time, and write what is right to the mirrors; without `keep` nowhere.
 
-    What is wrong is read once more before it is said to be so. `meanwhile` is called where there is time for it.
+    What is wrong is read once more before it is said to be so.
 
     Raises:
         Vanished: objects are gone, or their mirrors; all else has been read.
@@ -184,7 +184,7 @@ def fetch(wanted: Sequence[Wanted], *, keep: bool = True, meanwhile: Callable[[]
     if not wanted:
         return
     with translated_local(wanted[0].fetcher.path.parent, wanted[0].fetcher.backend):
-        _Fetch(wanted[0].fetcher.threads, keep, meanwhile).run(wanted)
+        _Fetch(wanted[0].fetcher.threads, keep).run(wanted)
 
 
 @contextlib.contextmanager
@@ -207,8 +207,8 @@ def translated_local(folder: Path, backend: CacheBackend) -> Iterator[None]:
 class _Fetch:
     """One `fetch`."""
 
-    def __init__(self, threads: Threads, keep: bool, meanwhile: Callable[[], object]) -> None:
-        self._threads, self._keep, self._meanwhile = threads, keep, meanwhile
+    def __init__(self, threads: Threads, keep: bool) -> None:
+        self._threads, self._keep = threads, keep
         self._gone: dict[Path, None] = {}
         self._replaced: dict[Path, None] = {}
         self._behind: list[_Right] = []
@@ -234,8 +234,6 @@ class _Fetch:
         pool = self._threads.pool()
         futures = [pool.submit(self._one, run, last) for run in runs]
         try:
-            if not last:
-                self._meanwhile()
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             begun = [future for future in futures if not future.cancel()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from actcache.errors import NotCachedError
 from actcache.store.checks import BlockChecks, receive_together
+from actcache.store.delivering import Deliveries, deliveries, wanted_by
 from actcache.store.dtypes import common_dtype, name_of
 from actcache.store.gather import Piece, gather_pieces
 from actcache.store.keys import Ints
@@ -24,7 +25,6 @@ from actcache.store.records import SPARSE, TOKENS
 
 # So many neighbours are copied faster on their own than rows are looked at.
 _LONG_RUN = 64
-_PAGE = 4096
 _AT_ONCE = 1 << 16
 
 _Received = Mapping[BlockChecks, Received]
@@ -110,7 +110,8 @@ class Placement:
         """The vectors ``[n, sites, D]`` of a pooled layout, of prompts `index` (default all) in that order.
 
         Written straight into `out` where one is given (any floating dtype, converted on the way), each of them at its
-        place `at` in there (default: from the first on). NotCachedError when one of the prompts was not found.
+        place `at` in there (default: from the first on). NotCachedError when one of the prompts was not found. Where
+        reading fails otherwise, what is in `out` may be anything.
         """
         if self.layout in (TOKENS, SPARSE):
             raise ValueError("take() reads pooled layouts; use rows() or take_padded() for every token")
@@ -118,12 +119,8 @@ class Placement:
         shape = (len(chosen), len(self.sites), self._dim())
         if out is None:
             out = np.empty(shape, self.dtype)
-            fresh = out
-            received = self._bring(chosen, lambda: _touch(fresh))
         elif out.shape[1:] != shape[1:] or (at is None and len(out) != len(chosen)):
             raise ValueError(f"out has shape {out.shape}, expected {shape}")
-        else:
-            received = self._bring(chosen)
         if index is None and at is None:
             pieces = self._everything
         else:
@@ -131,8 +128,10 @@ class Placement:
                 Piece(segment, part.sites, part.prompt[chosen[members]], members if at is None else at[members])
                 for part, segment, members in self._by_segment(chosen)
             ]
-        if received:
-            pieces = [replace(piece, received=received.get(piece.segment.checks)) for piece in pieces]
+        if received := self._bring(wanted_by(pieces, self.sites), lambda: deliveries(pieces, self.sites, out)):
+            found = [(piece, received.get(piece.segment.checks)) for piece in pieces]
+            # Some is where it is wanted since it came.
+            pieces = [replace(piece, received=here) for piece, here in found if here is None or not here.targets]
         gather_pieces(pieces, self.sites, out)
         return out
 
@@ -172,7 +171,7 @@ class Placement:
     def all_rows(self, index: npt.ArrayLike | None = None) -> list[list[npt.NDArray[Any]]]:
         """`rows` of the prompts `index` (default all), in that order."""
         chosen = self._require(index)
-        received = self._bring(chosen)
+        received = self._bring(self._wanted(chosen))
         found: list[list[npt.NDArray[Any]]] = [[np.empty(0)] * len(self.sites) for _ in range(len(chosen))]
         for part, segment, members in self._by_segment(chosen):
             prompts = part.prompt[chosen[members]]
@@ -199,8 +198,17 @@ class Placement:
             return segment.readers(self._names(part), starts, stops)
         return [here.rows(segment.parts(site)[0]).between for site in self._names(part)]
 
-    def _bring(self, chosen: Ints, meanwhile: Callable[[], object] = bool) -> _Received:
-        """Fetch what is not here of the prompts `chosen`, where it was located without being checked.
+    def _wanted(self, chosen: Ints) -> Iterator[tuple[BlockChecks, list[str], Ints, Ints]]:
+        """The rows of the prompts `chosen`, where they lie elsewhere."""
+        for part, segment, members in self._by_segment(chosen):
+            if segment.source is not None:
+                prompts = part.prompt[chosen[members]]
+                yield segment.checks, self._names(part), segment.row_offset[prompts], segment.row_offset[prompts + 1]
+
+    def _bring(
+        self, wanted: Iterable[tuple[BlockChecks, list[str], Ints, Ints]], targets: Callable[[], Deliveries] = dict
+    ) -> _Received:
+        """Fetch what is not here of the rows `wanted`, where it was located without being checked.
 
         Of the segments that are given back all that is wanted was received, and may not be in their files yet.
         """
@@ -208,14 +216,9 @@ class Placement:
             return {}
         # Let go of now: by the next time it is in the files.
         received, self._received = self._received, {}
-        wanted = []
-        for part, segment, members in self._by_segment(chosen):
-            if segment.source is not None and segment.checks not in received:
-                prompts = part.prompt[chosen[members]]
-                rows = segment.row_offset[prompts], segment.row_offset[prompts + 1]
-                wanted.append((segment.checks, self._names(part), *rows))
+        left = [one for one in wanted if one[0] not in received]
         try:
-            return {**received, **receive_together(wanted, meanwhile)}
+            return {**received, **receive_together(left, targets())}
         except FileNotFoundError as error:
             raise NotCachedError(f"some of what was found has gone since: look for it again ({error})") from error
 
@@ -280,7 +283,7 @@ class Placement:
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """All rows, right-padded with zeros: ``[n, S, sites * D]`` and the mask bool ``[n, S]``; S the longest."""
         chosen = self._require(index)
-        received = self._bring(chosen)
+        received = self._bring(self._wanted(chosen))
         dim, width = self._dim(), len(self.sites)
         counts = self.row_counts()[chosen]
         longest = int(counts.max(initial=0))
@@ -383,11 +386,6 @@ class Placement:
 
     def _names(self, part: Part) -> list[str]:
         return [self.sites[j] for j in part.sites]
-
-
-def _touch(fresh: npt.NDArray[Any]) -> None:
-    """Have memory given to a new array, which takes as long as to write to it."""
-    fresh.reshape(-1).view(np.uint8)[::_PAGE] = 0
 
 
 def _used_in(segment: npt.NDArray[np.int32]) -> list[int]:

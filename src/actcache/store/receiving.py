@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -16,11 +17,28 @@ from actcache.store.keys import Ints
 from actcache.store.statistics import as_float, is_float
 
 
+@dataclass(frozen=True)
+class Target:
+    """Where bytes `start` to `stop` of an object are wanted: `out`, uint8, as many of them."""
+
+    start: int
+    stop: int
+    out: npt.NDArray[np.uint8]
+
+    def take(self, start: int, data: memoryview) -> None:
+        """Copy what is wanted of `data`, which begins at `start` of the object."""
+        a, b = max(start, self.start), min(start + len(data), self.stop)
+        if a < b:
+            self.out[a - self.start : b - self.start] = np.frombuffer(data, np.uint8)[a - start : b - start]
+
+
 @dataclass
 class Received:
     """Bytes of one object that have come and are right: where each run of them begins, and the run. Threads fill it."""
 
     runs: list[tuple[int, memoryview]] = field(default_factory=list)
+    targets: Sequence[Target] = ()
+    """Where all of them are wanted as they are; then they are there, too, as soon as they have come."""
 
     @property
     def nbytes(self) -> int:
@@ -28,6 +46,8 @@ class Received:
 
     def add(self, start: int, data: memoryview) -> None:
         self.runs.append((start, data.toreadonly()))
+        for target in self.targets:
+            target.take(start, data)
 
     def rows(self, tensor: Tensor) -> ReceivedRows:
         """What is here of a matrix."""

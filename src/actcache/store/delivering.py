@@ -1,0 +1,60 @@
+"""Rows that come from elsewhere straight to where they are wanted, while the rest is still on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actcache.store.checks import BlockChecks
+from actcache.store.gather import Piece
+from actcache.store.keys import Ints
+from actcache.store.receiving import Target
+
+Deliveries = Mapping[BlockChecks, Sequence[Target]]
+
+
+def wanted_by(pieces: Sequence[Piece], names: Sequence[str]) -> Iterator[tuple[BlockChecks, list[str], Ints, Ints]]:
+    """What of objects that lie elsewhere is wanted: of each its checks, the sites, and rows ``starts[i]:stops[i]``."""
+    found: dict[tuple[BlockChecks, tuple[int, ...]], list[tuple[Ints, Ints]]] = {}
+    for piece in pieces:
+        if piece.segment.source is not None and _is_within(piece):
+            ends = (piece.rows[:1], piece.rows[-1:] + 1) if piece.straight else (piece.rows, piece.rows + 1)
+            found.setdefault((piece.segment.checks, tuple(piece.columns)), []).append(ends)
+    # What lies together is asked for at once: neighbours may share blocks.
+    for (checks, columns), every in found.items():
+        starts, stops = (np.concatenate(some) for some in zip(*every, strict=True))
+        yield checks, [names[j] for j in columns], starts, stops
+
+
+def deliveries(pieces: Sequence[Piece], names: Sequence[str], out: npt.NDArray[Any]) -> Deliveries:
+    """Where in `out`, ``[n, 1, D]``, the bytes of objects that lie elsewhere go as they are.
+
+    Nothing of an object of which some has to be put together in another way.
+    """
+    found: dict[BlockChecks, list[Target]] = {}
+    if out.shape[1] != 1 or not out.flags.c_contiguous or not out.size:
+        return found
+    width = out.shape[2] * out.itemsize
+    flat = out.reshape(-1).view(np.uint8)
+    others = set()
+    for piece in pieces:
+        if piece.segment.source is None:
+            continue
+        tensors = piece.segment.parts(names[piece.columns[0]]) if _is_within(piece) and piece.straight else ()
+        if len(tensors) != 1 or tensors[0].dtype != out.dtype or tensors[0].shape[1] != out.shape[2]:
+            others.add(piece.segment.checks)
+            continue
+        start, place = tensors[0].start + int(piece.rows[0]) * width, int(piece.at[0]) * width
+        size = len(piece.rows) * width
+        target = Target(start, start + size, flat[place : place + size])
+        found.setdefault(piece.segment.checks, []).append(target)
+    return {checks: targets for checks, targets in found.items() if checks not in others}
+
+
+def _is_within(piece: Piece) -> bool:
+    """Whether the segment has all the rows; where it has not, whoever gathers them says so."""
+    low, high = (piece.rows[0], piece.rows[-1]) if piece.straight else (piece.rows.min(), piece.rows.max())
+    return int(low) >= 0 and int(high) < piece.segment.info.rows
