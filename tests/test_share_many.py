@@ -35,7 +35,7 @@ def few_at_once(monkeypatch):
     monkeypatch.setattr("actcache.share.shard_files._AT_ONCE", 7)
     monkeypatch.setattr("actcache.share.stored_rows._MOST_ROWS", 2)
     monkeypatch.setattr("actcache.store.keys.AT_ONCE", 4)
-    monkeypatch.setattr("actcache.store.placement._AT_ONCE", 5)
+    monkeypatch.setattr("actcache.store.by_segment._AT_ONCE", 5)
     monkeypatch.setattr("actcache.store.reports._AT_ONCE", 6)
     monkeypatch.setattr("actcache.store.saved_keys.AT_ONCE", 4)
     for name in ("_SMALL", "_FEW_BYTES", "_AT_ONCE"):

@@ -12,14 +12,15 @@ import numpy.typing as npt
 
 from actcache.derive.results import PERPLEXITY, TOKEN_NLL
 from actcache.errors import NotCachedError, OptionError, PromptTypeError, did_you_mean
-from actcache.share.format import HIDDEN, LOGITS, ROUTER, is_name
+from actcache.share.format import HIDDEN, LOGITS, ROUTER
+from actcache.share.groups import by_name, group_and_layer, preference
 from actcache.share.stored_prompts import StoredPrompts, StoredTable, of_other_tokens
 from actcache.store.asking import Located
 from actcache.store.default import model_label, one_variant
 from actcache.store.files import log
 from actcache.store.mapped import return_free_memory
 from actcache.store.prompts import IDS
-from actcache.store.records import COMPLETION, DERIVED, TOKENS, is_result
+from actcache.store.records import COMPLETION, DERIVED, TOKENS
 from actcache.store.site_names import LAST, logits_of
 from actcache.store.spill import Spill
 from actcache.store.tensors import kind_of
@@ -32,7 +33,6 @@ Ints = npt.NDArray[np.int64]
 STREAM = "resid_post"
 TENSORS = (HIDDEN, LOGITS, PERPLEXITY, ROUTER)
 _AT_ONCE = 1 << 15
-_POOLINGS = (TOKENS, LAST, "mean", "first_token", "max", "min")
 
 
 @dataclass
@@ -164,7 +164,7 @@ class _Finder:
         self.left_out: list[str] = []
         self.groups: list[tuple[str, str, dict[int | None, str]]] = []
         self.k: tuple[int, str] | None = None
-        self.by_name = _by_name(held)
+        self.by_name = by_name(held)
         self.wanted = None if tensors is None else self._checked(tensors)
         self.perplexity = PERPLEXITY in held.get(DERIVED, ()) and (self.wanted is None or PERPLEXITY in self.wanted)
         if pooling is not None:
@@ -189,7 +189,7 @@ class _Finder:
         known |= {PERPLEXITY} if PERPLEXITY in self.held.get(DERIVED, ()) else set()
         wanted: dict[str, set[int | None]] = {}
         for name in tensors:
-            group, layer = _group_and_layer(str(name))
+            group, layer = group_and_layer(str(name))
             group = str(name) if str(name) in known else group
             group, layer = (HIDDEN if group == STREAM else group), (None if str(name) in known else layer)
             choices = self.by_name.get(STREAM if group == HIDDEN else group, {})
@@ -251,7 +251,7 @@ class _Finder:
     ) -> npt.NDArray[np.bool_]:
         """Choose layout and layers of one group; who has them."""
         best = None
-        for layout, sites, found in sorted(choices, key=lambda choice: _preference(choice[0])):
+        for layout, sites, found in sorted(choices, key=lambda choice: preference(choice[0])):
             common, some = np.ones(len(sites), bool), self.wanted is not None
             # Layers that everybody has who has any.
             for piece in _pieces(len(keep)) if self.wanted is None else ():
@@ -376,31 +376,3 @@ def all_of(found: npt.NDArray[np.bool_], columns: npt.NDArray[np.bool_] | None =
 
 def _pieces(count: int) -> Iterator[slice]:
     return (slice(start, start + _AT_ONCE) for start in range(0, count, _AT_ONCE))
-
-
-def _by_name(held: dict[str, list[str]]) -> dict[str, dict[str, dict[int | None, str]]]:
-    """Activations by the name of their group, then by layout: the stored names by layer."""
-    found: dict[str, dict[str, dict[int | None, str]]] = {}
-    for layout, sites in held.items():
-        for site in sites:
-            if is_result(site):
-                continue
-            group, layer = _group_and_layer(site)
-            if not is_name(group) or group in (HIDDEN, LOGITS, PERPLEXITY):
-                log.warning("%r cannot be the name of tensors of a dataset: it is left out", site)
-                continue
-            found.setdefault(group, {}).setdefault(layout, {})[layer] = site
-    return found
-
-
-def _group_and_layer(site: str) -> tuple[str, int | None]:
-    """``attn_out.5`` is of layer 5; a site with more behind it, such as one head, is a group of its own."""
-    name, _, layer = site.rpartition(".")
-    plain = layer.isascii() and layer.isdigit() and str(int(layer)) == layer and name
-    if plain and not name.rpartition(".")[2].isdigit():
-        return name, int(layer)
-    return site, None
-
-
-def _preference(layout: str) -> tuple[int, str]:
-    return (_POOLINGS.index(layout) if layout in _POOLINGS else len(_POOLINGS)), layout

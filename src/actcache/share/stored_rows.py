@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from actcache.store.by_segment import by_segment
 from actcache.store.dtypes import common_dtype
-from actcache.store.placement import by_segment
 from actcache.store.spill import Spill
 
 if TYPE_CHECKING:

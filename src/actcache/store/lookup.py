@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from actcache.store.by_segment import by_segment
 from actcache.store.checks import BlockChecks, receive_together
 from actcache.store.fetching import Vanished
 from actcache.store.files import log
@@ -17,7 +18,7 @@ from actcache.store.gather import THREAD_BYTES, allowed_threads
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import KEY_WORDS, Ints
 from actcache.store.mapping import Segment
-from actcache.store.placement import Part, Placement, by_segment
+from actcache.store.placement import Part, Placement
 from actcache.store.queries import Query
 from actcache.store.receiving import Received
 

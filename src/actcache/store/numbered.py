@@ -13,11 +13,12 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
 from actcache.errors import NotCachedError
+from actcache.store.by_segment import by_segment
 from actcache.store.dtypes import common_dtype
 from actcache.store.gather import Piece, gather_pieces
 from actcache.store.keys import Ints
 from actcache.store.mapping import Segment
-from actcache.store.placement import Placement, by_segment
+from actcache.store.placement import Placement
 from actcache.store.prompts import offsets
 from actcache.store.statistics import Moments, as_float
 

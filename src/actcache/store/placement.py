@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import NotCachedError
+from actcache.store.by_segment import Ints, by_segment, used_in
 from actcache.store.checks import BlockChecks, receive_together
 from actcache.store.delivering import Deliveries, deliveries, wanted_by
 from actcache.store.dtypes import common_dtype, name_of
 from actcache.store.gather import Piece, gather_pieces
-from actcache.store.keys import Ints
 from actcache.store.lazy import lazy
 from actcache.store.mapping import Reader, Segment
 from actcache.store.prompts import PromptTable
@@ -25,7 +24,6 @@ from actcache.store.records import SPARSE, TOKENS
 
 # So many neighbours are copied faster on their own than rows are looked at.
 _LONG_RUN = 64
-_AT_ONCE = 1 << 16
 
 _Received = Mapping[BlockChecks, Received]
 
@@ -381,30 +379,11 @@ class Placement:
 
     @lazy
     def _used(self) -> list[tuple[Part, Segment]]:
-        numbers = [_used_in(part.segment) for part in self._parts]
+        numbers = [used_in(part.segment) for part in self._parts]
         return [(p, self._segments[s]) for p, used in zip(self._parts, numbers, strict=True) for s in used]
 
     def _names(self, part: Part) -> list[str]:
         return [self.sites[j] for j in part.sites]
 
 
-def _used_in(segment: npt.NDArray[np.int32]) -> list[int]:
-    pieces = [segment[start : start + _AT_ONCE] for start in range(0, len(segment), _AT_ONCE)]
-    return sorted({n for piece in pieces for n in np.flatnonzero(np.bincount(piece + 1)[1:]).tolist()})
-
-
 _ABSENT, _FIRST = np.array([-1], np.int32), np.array([0], np.int32)
-
-
-def by_segment(segment: npt.NDArray[np.int32], members: Ints) -> list[tuple[int, Ints]]:
-    """`members` split by the segment each is in."""
-    mine = segment[members]
-    if not len(mine):
-        return []
-    if (mine == mine[0]).all():
-        return [(int(mine[0]), members)]
-    if not (mine[1:] >= mine[:-1]).all():
-        order = np.argsort(mine, kind="stable")
-        mine, members = mine[order], members[order]
-    edges = [0, *(np.flatnonzero(mine[1:] != mine[:-1]) + 1).tolist(), len(mine)]
-    return [(int(mine[a]), members[a:b]) for a, b in pairwise(edges)]
