@@ -56,6 +56,11 @@ class Verbs(click.Group):
         command = import_module(f"actcache.cli.{cmd_name}").command
         assert isinstance(command, click.Command)
         command.epilog = epilog(cmd_name)
+        if ctx.resilient_parsing:
+            # A shell asks what could stand here.
+            from actcache.cli.completion import teach
+
+            teach(command)
         return command
 
     def resolve_command(
@@ -63,7 +68,9 @@ class Verbs(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in VERBS and not args[0].startswith("-"):
             raise click.UsageError(f"no verb {args[0]!r}.{did_you_mean(args[0], VERBS)}", ctx)
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        ctx.ensure_object(Settings).verb = name or ""
+        return name, command, rest
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):
@@ -96,10 +103,10 @@ def run(args: Sequence[str]) -> int:
         return result if isinstance(result, int) else 0
     except BrokenPipeError:
         # The reader (`| head`) has gone: nothing failed, and nothing may be printed any more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except (click.Abort, KeyboardInterrupt):
-        return _fail("stopped.", 1)
+        return _fail(f"stopped. {_STOPPED.get(settings.verb, 'The same command begins anew.')}", 1)
     except click.UsageError as error:
         verb = error.ctx.command_path if error.ctx else "actcache"
         return _fail(f"{error.format_message()} See `{verb} --help`.", 2)
@@ -118,9 +125,24 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
+_KEPT = "What was finished is stored: the same command goes on from there."
+_STOPPED = {
+    "warmup": _KEPT,
+    "lens": _KEPT,
+    "report": _KEPT,
+    "import": "What was brought in is stored: the same command brings in the rest.",
+    "evict": "What has gone has gone, all else is as it was: the same command goes on from there.",
+    "clear": "What has gone has gone, all else is as it was: the same command goes on from there.",
+    "verify": "The store is as good as before: the same command begins anew.",
+}
+"""What is said of a verb that is stopped and does not know more of it than this."""
+
+
 def _interrupt(_signal: int, _frame: object) -> NoReturn:
-    """Ctrl-C ends with what is on its way just then, such as files that are sent; once more, and it ends at once."""
-    signal.signal(signal.SIGINT, _end_at_once)
+    """Ctrl-C, or a scheduler that wants its machine back, ends with what is on its way just then, such as files
+    that are sent; once more, and it ends at once."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end_at_once)
     raise KeyboardInterrupt
 
 
@@ -129,10 +151,24 @@ def _end_at_once(_signal: int, _frame: object) -> NoReturn:
     os._exit(1)
 
 
+def _open_standard_streams() -> None:
+    """Whatever was closed leads nowhere: else the next file that is opened, one of the store perhaps, had its number,
+    and what a library prints would go into it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+
+
 def main() -> NoReturn:
     """The entry point of the console script."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+    _open_standard_streams()
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is usual:
+            signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         # A prompt may hold characters that the terminal's encoding lacks.
         if hasattr(stream, "reconfigure"):

@@ -136,7 +136,7 @@ def _write_npz(path: Path, arrays: dict[str, npt.NDArray[Any]], prompts: Any, la
             "only a .safetensors file holds."
         )
     named = {"prompts": np.array(prompts, np.str_), **({} if labels is None else {"labels": labels}), **arrays}
-    with _replaced(path) as temporary, temporary.open("wb") as file:
+    with replaced(path) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **named)
 
 
@@ -150,13 +150,13 @@ def _write_safetensors(
     metadata["prompts"] = json.dumps(prompts, ensure_ascii=False)
     if labels is not None:
         metadata["labels"] = json.dumps(labels.tolist(), ensure_ascii=False)
-    with _replaced(path) as temporary:
+    with replaced(path) as temporary:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata)
 
 
 @contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """A name beside `path` that takes its place when the block ends well."""
+def replaced(path: Path) -> Iterator[Path]:
+    """A name beside `path`, the value of --out, that takes its place when the block ends well."""
     from safetensors import SafetensorError
 
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

@@ -19,6 +19,7 @@ class Settings:
     """What holds for the whole run of the command."""
 
     debug: bool = False
+    verb: str = ""
 
 
 def _set_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

@@ -73,10 +73,6 @@ def _report(run: Callable[[], Any], as_json: bool) -> None:
         # All others are stored: say so before the failure is reported.
         _print(error.stats, as_json)
         raise
-    except KeyboardInterrupt:
-        raise click.ClickException(
-            "stopped. What was finished is stored: the same command goes on from there."
-        ) from None
     _print(stats, as_json)
 
 
