@@ -302,8 +302,8 @@ def test_an_upload_that_a_listing_misses_is_remembered(tmp_path: Path, monkeypat
     one, space = machine(watched, tmp_path / "a")
     beside, _ = machine(objects_, tmp_path / "a")
     one.append(space, pooled([1]))
-    names = spool._names
-    monkeypatch.setattr(spool, "_names", lambda folder: {n for n in names(folder) if not n.endswith(".safetensors")})
+    names = spool.names_in
+    monkeypatch.setattr(spool, "names_in", lambda folder: {n for n in names(folder) if not n.endswith(".safetensors")})
 
     def look() -> None:
         beside.refresh()
