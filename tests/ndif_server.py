@@ -3,8 +3,8 @@
     python tests/ndif_server.py KEY FAILURES
 
 `KEY` is the only API key that is let in. `FAILURES` is a file: each request takes its first line away, which says what
-goes wrong with it (503, 429, 404, drop, error, memory, garbage, nothing, slow; anything else is served). It prints its
-port, and then a line for each request that was served.
+goes wrong with it (503, 429, 404, drop, error, memory, garbage, nothing, slow, silent; anything else is served). It
+prints its port, and then a line for each request that was served.
 """
 
 from __future__ import annotations
@@ -120,7 +120,11 @@ class Handler(BaseHTTPRequestHandler):
         waiting = sessions[name] = queue.Queue()
         self.frame(json.dumps({"session_id": name}))
         while (message := waiting.get()) is not None:
-            self.frame(message)
+            if message == b"":
+                self.wfile.write(bytes([0x89, 0]))
+                self.wfile.flush()
+            else:
+                self.frame(message)
 
     def frame(self, message: str | bytes) -> None:
         data = message.encode() if isinstance(message, str) else message
@@ -157,6 +161,11 @@ class Handler(BaseHTTPRequestHandler):
             return ResponseModel(id="1", status=status, **more)
 
         waiting.put(say(Status.RUNNING).model_dump_json())
+        if fails == "silent":
+            # Its machine is there: it says so without a word about the job.
+            for _ in range(600):
+                waiting.put(b"")
+                time.sleep(0.1)
         if fails == "slow":
             time.sleep(60)
         if fails == "drop":

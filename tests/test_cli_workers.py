@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actcache.cli.prompts import read_prompts
+from actcache.cli.prompts import read_labelled, read_prompts
+from actcache.errors import PromptError
 from cli_helpers import Cli
 from distributed_helpers import PROMPTS, bare_forwards, check_stored, make_model, write
 
@@ -61,6 +62,25 @@ def test_misuse_is_told(cli: Cli, model: Path, tmp_path: Path) -> None:
     ):
         status, out, err = cli("warmup", str(model), *arguments)
         assert (status, out) == (2, "") and message in err, err
+
+
+def test_a_list_in_json_is_its_items(tmp_path: Path) -> None:
+    source = tmp_path / "p.json"
+    chat = [{"role": "user", "content": "hello"}]
+    source.write_text(json.dumps(["a\nb", [5, 9], chat, {"prompt": "c", "y": 1}], indent=1))
+    assert read_prompts([str(source)], []) == ["a\nb", [5, 9], chat, "c"]
+    source.write_text(json.dumps([{"text": "c", "y": 1}, {"text": "d", "y": "e"}]))
+    assert read_labelled([str(source)], [], label_column="y") == (["c", "d"], [1, "e"])
+    for text, message in (
+        ('"a"\n"b"\n', "each line is a prompt of its own, say --format jsonl"),
+        ('{"prompt": "a"}', "a list of prompts is expected"),
+        ("[1, 2]", "item 0: a prompt is a string"),
+    ):
+        source.write_text(text)
+        with pytest.raises(PromptError, match=message):
+            read_prompts([str(source)], [])
+    source.write_text('"a"\n"b"\n')
+    assert read_prompts([str(source)], [], file_format="jsonl") == ["a", "b"]
 
 
 def test_parquet_and_folders_are_read_without_an_engine_too(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 import actcache as ac
 from actcache.distributed import dispatch
-from actcache.errors import PartialWarmupError, WorkersError
+from actcache.errors import OptionError, PartialWarmupError, WorkersError
 from children import children, end_all_but
 from distributed_helpers import OPTIONS, PROMPTS, bare_forwards, check_stored, make_model, set_fault, stored, write
 
@@ -225,6 +225,14 @@ def test_workers_without_room_are_an_error_and_not_a_wait(folder: Path, tmp_path
         ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
         holder = ray.remote(num_cpus=1)(type("Holder", (), {"here": lambda self: None})).remote()
         ray.get(holder.here.remote())
+        own = ray.get_runtime_context().gcs_address
+        for other in ("127.0.0.1:1", "ray://example.invalid:10001", "local"):
+            with pytest.raises(
+                OptionError, match=f"address={other!r}: this process uses another Ray already, at {own}"
+            ):
+                ac.warmup_distributed(source, folder, store=tmp_path / "s", address=other, **OPTIONS)
+        with pytest.raises(WorkersError, match=r"in 0 s: each needs 1 CPU, and Ray has 1 CPU \(0 free\)"):
+            ac.warmup_distributed(source, folder, store=tmp_path / "s", address=own, start_timeout=0, **OPTIONS)
         with pytest.raises(WorkersError, match=r"in 3 s: each needs 1 CPU, and Ray has 1 CPU \(0 free\)"):
             ac.warmup_distributed(source, folder, store=tmp_path / "s", start_timeout=3, **OPTIONS)
         ray.kill(holder)

@@ -248,6 +248,22 @@ def test_a_model_that_is_not_served_ends_the_run(server: Server, folders: dict[s
         cache(folders["gpt2"], server.host, store=tmp_path).warmup(PROMPTS)
 
 
+def test_a_server_that_says_nothing_is_not_waited_for(
+    server: Server, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: list[float]
+) -> None:
+    monkeypatch.setenv("ACTCACHE_REMOTE_TIMEOUT", "soon")
+    with pytest.raises(errors.OptionError, match="ACTCACHE_REMOTE_TIMEOUT is 'soon'"):
+        cache(folders["gpt2"], server.host, store=tmp_path).warmup(PROMPTS)
+    monkeypatch.setenv("ACTCACHE_REMOTE_TIMEOUT", "1")
+    server.fail("", "", "silent")
+    with pytest.raises(errors.EngineUnavailableError, match="accepted a batch and said nothing of it for 1 s"):
+        cache(folders["gpt2"], server.host, store=tmp_path).warmup(PROMPTS)
+    assert not pauses
+    monkeypatch.setenv("ACTCACHE_REMOTE_TIMEOUT", "inf")
+    stats = cache(folders["gpt2"], server.host, store=tmp_path).warmup(PROMPTS)
+    assert (stats.activations_cached, stats.activations_extracted) == (2, 3)
+
+
 def test_nobody_at_the_address(folders: dict[str, Path], tmp_path: Path, pauses: list[float]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -26,6 +26,7 @@ _URL = re.compile(r"[A-Za-z][\w+.-]+:/")
 _LOCATIONS = ("ACTCACHE_BACKEND", "ACTCACHE_DIR")
 _LOCAL_GB = 20
 _SWEEP_GB = 1
+_REMOTE_TIMEOUT_S = 1800.0
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 _chosen: dict[str, Any] = {}
 
@@ -140,6 +141,22 @@ def sweep_bytes() -> Setting:
         limit = limit_bytes(value, "ACTCACHE_SWEEP_GB")
         return Setting(math.inf if limit is None else limit, "ACTCACHE_SWEEP_GB")
     return Setting(_SWEEP_GB * GB, "default")
+
+
+def remote_patience() -> Setting:
+    """For how many seconds a server may say nothing of a job that it has accepted."""
+    value = os.environ.get("ACTCACHE_REMOTE_TIMEOUT")
+    if not value:
+        return Setting(_REMOTE_TIMEOUT_S, "default")
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise OptionError(
+            f"ACTCACHE_REMOTE_TIMEOUT is {value!r}: expected seconds, more than 0, such as 600; inf waits without end."
+        )
+    return Setting(seconds, "ACTCACHE_REMOTE_TIMEOUT")
 
 
 def cache_limit() -> Setting:

@@ -19,7 +19,7 @@ from actcache.errors import PromptError
 Prompt = str | list[int] | list[dict[str, Any]]
 F = TypeVar("F", bound=Any)
 
-_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".json": "json"}
 
 
 class _Place(click.Path):
@@ -142,6 +142,8 @@ def _parse(
     """The prompts of a file, each with its label: None without `label_column`."""
     if kind == "jsonl":
         return list(_parse_jsonl(file, column, label_column, shown))
+    if kind == "json":
+        return list(_parse_json(file, column, label_column, shown))
     if kind in ("csv", "tsv"):
         return _typed(list(_parse_csv(file, column, label_column, shown, delimiter="\t" if kind == "tsv" else ",")))
     for option, name in (("--column", column), ("--label-column", label_column)):
@@ -159,6 +161,22 @@ def _typed(found: list[tuple[Prompt, Any]]) -> list[tuple[Prompt, Any]]:
     return [(prompt, label) for (prompt, _), label in zip(found, labels, strict=True)]
 
 
+def _parse_json(
+    file: IO[str], column: str | None, label_column: str | None, shown: str
+) -> Iterator[tuple[Prompt, Any]]:
+    """A file whose whole content is one list of prompts."""
+    try:
+        values = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise PromptError(
+            f"{shown} is not JSON ({error}): where each line is a prompt of its own, say --format jsonl."
+        ) from None
+    if not isinstance(values, list):
+        raise PromptError(f"{shown}: a list of prompts is expected, not {json.dumps(values)[:40]}.")
+    for number, value in enumerate(values):
+        yield _of_json(value, column, label_column, f"{shown}, item {number}")
+
+
 def _parse_jsonl(
     file: IO[str], column: str | None, label_column: str | None, shown: str
 ) -> Iterator[tuple[Prompt, Any]]:
@@ -169,19 +187,22 @@ def _parse_jsonl(
             value = json.loads(line)
         except ValueError as error:
             raise PromptError(f"{shown}, line {number}: not JSON ({error}).") from error
-        where, label = f"{shown}, line {number}", None
-        if label_column is not None:
-            if not isinstance(value, dict):
-                raise PromptError(f"{where}: no object, so that it has no {label_column!r}.")
-            label = value[choose([n for n in value if n != column], label_column, where)]
-        if isinstance(value, dict):
-            value = value[choose([n for n in value if n != label_column], column, where)]
-        if not isinstance(value, (str, list)):
-            raise PromptError(
-                f"{shown}, line {number}: a prompt is a string, a list of token ids or a list of messages, "
-                f"not {json.dumps(value)[:40]}."
-            )
-        yield value, label
+        yield _of_json(value, column, label_column, f"{shown}, line {number}")
+
+
+def _of_json(value: Any, column: str | None, label_column: str | None, where: str) -> tuple[Prompt, Any]:
+    label = None
+    if label_column is not None:
+        if not isinstance(value, dict):
+            raise PromptError(f"{where}: no object, so that it has no {label_column!r}.")
+        label = value[choose([n for n in value if n != column], label_column, where)]
+    if isinstance(value, dict):
+        value = value[choose([n for n in value if n != label_column], column, where)]
+    if not isinstance(value, (str, list)):
+        raise PromptError(
+            f"{where}: a prompt is a string, a list of token ids or a list of messages, not {json.dumps(value)[:40]}."
+        )
+    return value, label
 
 
 def _parse_csv(

@@ -87,6 +87,8 @@ class Actors:
         self._alone_since = 0.0
         self._warned = False
         self._owns = not ray.is_initialized()
+        if not self._owns and address is not None:
+            _check_same(address, _running())
         address = address or os.environ.get("RAY_ADDRESS")
         own_cluster = self._owns and address is None
         if self._owns:
@@ -188,6 +190,45 @@ class Actors:
             self._ray.kill(one.actor)
         if self._owns:
             self._ray.shutdown()
+
+
+def _running() -> str:
+    """The address of the Ray that this process has begun, or joined."""
+    import ray
+    from ray.util.client import ray as client
+
+    if client.is_connected():
+        return f"ray://{client.get_context().client_worker._conn_str}"
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def _check_same(address: str, running: str) -> None:
+    """Raises `OptionError` where `address` is another cluster than the one at `running`, which this process uses."""
+    if address in ("auto", running):
+        return
+    asked, there = _ADDRESS.fullmatch(address), _ADDRESS.fullmatch(running)
+    if asked is not None and there is not None:
+        # At the head of a cluster those who are no part of it have a port of their own.
+        same_port = asked[2] == there[2] or address.startswith("ray://") != running.startswith("ray://")
+        if same_port and _numbers(asked[1]) & _numbers(there[1]):
+            return
+    raise OptionError(
+        f"address={address!r}: this process uses another Ray already, at {running}. Leave address out to use that one, "
+        "or call ray.shutdown() first."
+    )
+
+
+def _numbers(host: str) -> set[str]:
+    """What a host is called, and the numbers of that name; this machine has one for others, too."""
+    found = {host, *_resolved(host)}
+    return found | _resolved(socket.gethostname()) if found & {"127.0.0.1", "::1"} else found
+
+
+def _resolved(host: str) -> set[str]:
+    try:
+        return {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return set()
 
 
 def _first_line(error: Exception) -> str:

@@ -57,8 +57,8 @@ def warmup_distributed(
         engine: ``"ray"``: actors of Ray, here or on a cluster (extra ``actcache[ray]``); ``"local"``: processes of this
             machine; ``"rank"``: this process is one of many that torchrun, Slurm or an indexed Kubernetes job has
             started, and does its share of the units, every so manyth.
-        address: of a Ray cluster, as ``ray.init`` takes it; None for ``RAY_ADDRESS``, the Ray that this process has
-            begun, or a new one on this machine.
+        address: of a Ray cluster, as ``ray.init`` takes it; None for the Ray that this process has begun, that of
+            ``RAY_ADDRESS``, or a new one on this machine.
         num_workers: how many; None for as many as there are processors, or GPUs, or as Ray has room for. With
             ``"rank"`` how many processes there are, where the launcher does not say so.
         num_gpus_per_worker: GPUs of each, less than 1 where several share one; with 0 they see none.

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from actcache.config import remote_patience
 from actcache.derive.results import NOTHING, Asked
 from actcache.errors import (
     ActCacheError,
@@ -72,6 +73,7 @@ class NDIFBackend:
             require_plain(Site.parse(site), WHY)
         require_nnsight()
         self._key()
+        remote_patience()
         if not self._source.predicts_next():
             raise SiteUnavailableError(
                 f"{self._source.name!r} is no causal language model, and nothing else is asked of servers of NDIF: run "

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import socket
+import time
 from typing import Any
+
+from actcache.config import remote_patience
+from actcache.errors import EngineUnavailableError
 
 _CONNECT_SECONDS = 10
 # A server that is gone without a word is noticed after about two minutes.
@@ -22,6 +27,33 @@ def _wire() -> Any:
     from nnsight.intervention.backends.display import StatusDisplay
     from nnsight.intervention.backends.remote import RemoteBackend
     from nnsight.schema.response import Status
+
+    def _message(connection: Any, host: str) -> Any:
+        """The next thing that the server says; signs of life between the machines are none.
+
+        A job may wait its turn for long, of which the server tells.
+        """
+        import websocket
+
+        patience = remote_patience()
+        until = time.monotonic() + patience.value
+        while True:
+            left = until - time.monotonic()
+            connection.settimeout(None if math.isinf(left) else max(left, 1e-3))
+            try:
+                kind, data = connection.recv_data(control_frame=True)
+            except websocket.WebSocketTimeoutException:
+                left = 0
+            if left <= 0:
+                raise EngineUnavailableError(
+                    f"{host} has accepted a batch and said nothing of it for {patience.value:g} s. What was finished "
+                    "is stored, and the same call goes on from there. To wait longer set ACTCACHE_REMOTE_TIMEOUT to "
+                    "more seconds."
+                )
+            if kind == websocket.ABNF.OPCODE_CLOSE:
+                raise websocket.WebSocketConnectionClosedException("the server has closed the connection")
+            if kind in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY):
+                return data.decode() if kind == websocket.ABNF.OPCODE_TEXT else data
 
     class Wire(RemoteBackend):  # type: ignore[misc, unused-ignore]
         def __init__(self, model_key: str, **options: Any) -> None:
@@ -47,11 +79,9 @@ def _wire() -> Any:
             )
             try:
                 request.session_id = json.loads(connection.recv())["session_id"]
-                # A job may wait its turn for long.
-                connection.settimeout(None)
                 self.send(request, blob)
                 while True:
-                    response = self.parse(connection.recv())
+                    response = self.parse(_message(connection, self.ws_host))
                     result = self.handle(response)
                     if response.status == Status.COMPLETED:
                         return result
