@@ -32,14 +32,16 @@ class Measured:
     """Figures of ``benchmarks/listing.py`` and ``benchmarks/lookups.py`` on the machine that docs/scale.md names.
 
     Seconds per segment: of a folder that this host sees first, or again; of a bucket's head that is brought here,
-    beside the request itself. Of each prompt in the index: seconds that it takes to load, bytes of memory.
+    beside the request itself. Of each prompt in the index: seconds that it takes to load, bytes of memory; and of each
+    segment bytes of memory beside its prompts. Where few and many segments gave different figures it is those of many.
     """
 
-    first_s: float = 0.324e-3
-    again_s: float = 0.046e-3
+    first_s: float = 0.713e-3
+    again_s: float = 0.062e-3
     mirror_s: float = 1.25e-3
     prompt_s: float = 0.24e-6
     index_bytes: float = 83.0
+    segment_bytes: float = 1_400.0
 
 
 MEASURED = Measured()
@@ -122,7 +124,7 @@ def cost(prompts: int, model: Model, kept: Kept) -> Cost:
         heads=heads,
         segments=segments,
         pages=math.ceil(segments / PAGE),
-        index=MEASURED.index_bytes * prompts,
+        index=MEASURED.index_bytes * prompts + MEASURED.segment_bytes * segments,
         run_s=2 * model.weights * TOKENS * prompts / OPERATIONS_PER_S,
         opened_s=max(MEASURED.first_s * segments, heads / BYTES_PER_S) + loaded,
         again_s=MEASURED.again_s * segments + loaded,
