@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import actcache as ac
-from actcache.errors import OptionError
+from actcache.errors import NotCachedError, OptionError
 from actcache.share.stored_prompts import StoredPrompts
 from actcache.store import given as said
 from actcache.store.prompts import PromptTable
@@ -114,6 +114,15 @@ def test_prompts_in_parts_are_found_where_they_are(tmp_path):
             wanted = store.read(space, [prompts[i]], "resid_post.1", pooling="last_token")[0].numpy()
             row = placement.of_site("resid_post.1").take(index=[located.local[i]])[0, 0]
             assert np.array_equal(row, wanted), prompts[i]
+
+
+def test_a_space_whose_prompts_are_gone(tmp_path):
+    store = new_store(tmp_path)
+    space = new_space(store)
+    fill_pooled(store, space, [1])
+    store.invalidate(space, [text(1)])
+    with store, pytest.raises(NotCachedError):
+        ac.push_dataset(tmp_path / "set", MODEL, None, store=store)
 
 
 @pytest.mark.usefixtures("few_at_once")
