@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from actcache.store import keys, saved_keys, spill
 from actcache.store.distinct import Distinct, count_keys
 from actcache.store.keys import KeyTable
+from actcache.store.prompts import PromptTable
+from actcache.store.records import Records
 from actcache.store.spill import Spill
 from actcache.store.store import Store
-from store_helpers import check_pooled, make_store, pooled, text
+from store_helpers import SITES, check_pooled, make_store, pooled, text
 
 
 @pytest.fixture
@@ -75,6 +77,28 @@ def test_another_process_sorts_no_key_again(tmp_path: Path, monkeypatch: pytest.
     store.append(space, pooled([30]))
     assert check_pooled(store, space, range(31)).all()
     assert sum(counts) == 1, "what has come since is all that is sorted"
+
+
+@pytest.mark.usefixtures("few")
+def test_segments_without_such_keys_are_not_looked_for_again(tmp_path: Path) -> None:
+    """Prompts given as ids have no text; what still grows is no segment."""
+    store, space = make_store(tmp_path)
+    store.append(space, pooled(range(10)))
+    bare = PromptTable.build([[i, 7] for i in range(50, 90)])
+    store.append(space, Records.pooled(bare, "last_token", {s: np.zeros((40, 8), np.float32) for s in SITES}))
+    store.close()
+    assert found(tmp_path, space) == list(range(10))
+    before = [(path, path.stat().st_ino) for path in saved(tmp_path)]
+    assert len(before) == 1
+    store, _ = make_store(tmp_path)
+    with store.writer(space, linger=0) as writer:
+        for i in range(10, 30):
+            writer.put(pooled([i]))
+            writer.flush()
+        for _ in range(2):
+            assert found(tmp_path, space) == list(range(30))
+            assert [(path, path.stat().st_ino) for path in saved(tmp_path)] == before
+    store.close()
 
 
 @pytest.mark.usefixtures("few")
@@ -265,6 +289,8 @@ def test_arrays_in_files_are_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         copies[4][0] = 1
     mask = rng.random(300_000) < 0.1
     assert np.array_equal(there.flatnonzero(mask), np.flatnonzero(mask))
+    monkeypatch.delattr(os, "posix_fallocate")
+    assert (there.zeros(3 << 20, np.uint8) == 0).all(), "as on systems without it"
     assert list(tmp_path.iterdir()) == [], "nothing to clean up, whatever ends the process"
     made = there.full((1000, 100), 7, np.int32)
     assert made.shape == (1000, 100) and (made == 7).all() and there.zeros(10, bool).sum() == 0

@@ -96,8 +96,10 @@ def _table_of(
     stamps: dict[int, tuple[str, int]] = {}
     late = []
     for number, name, prompts in members:
-        stamp = stamps[number] = name, _stamp(*keys_of(number)) if name else 0
-        if saved is not None and name and stamp in saved.at and saved.run.numbers is not None:
+        if not name:
+            continue
+        stamp = stamps[number] = name, _stamp(*keys_of(number))
+        if saved is not None and stamp in saved.at and saved.run.numbers is not None:
             saved.run.numbers[saved.at[stamp]] = number
         else:
             late.append((number, prompts))
@@ -107,8 +109,12 @@ def _table_of(
         table.take(saved.run)
     for number, _ in late:
         table.add(number, *keys_of(number))
-    if lacking > max(AT_ONCE, sum(prompts for _, _, prompts in members) // 4) and not table.is_empty:
+    if lacking > max(AT_ONCE, sum(prompts for _, name, prompts in members if name) // 4) and not table.is_empty:
         _save(path, table.whole(), stamps, known)
+    # What is no segment will be gone, or one, when the file is read.
+    for number, name, _ in members:
+        if not name:
+            table.add(number, *keys_of(number))
     return table
 
 
@@ -152,8 +158,8 @@ def _load(path: Path) -> _Saved | None:
 
 def _save(path: Path, run: Run, stamps: dict[int, tuple[str, int]], known: Collection[str]) -> None:
     """Write the file; that it cannot be written costs other processes time only."""
-    count = int(run.segment.max(initial=-1)) + 1 if run.numbers is None else len(run.numbers)
-    names = json.dumps([stamps.get(number, ("", 0)) for number in range(count)]).encode()
+    # Also of those without a key of this kind: they would count as lacking.
+    names = json.dumps([stamps.get(number, ("", 0)) for number in range(max(stamps) + 1)]).encode()
     names += b" " * (-len(names) % 16)
     parts: list[Any] = [np.array([len(names), len(run)], np.uint64).data, names]
     parts += [array.data for array in (run.high, run.low, run.segment, run.row)]

@@ -103,7 +103,11 @@ class Spill:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._folder, buffering=0) as file:
                 # Now: where a full disk shows only when a page is written, it ends the process.
-                os.posix_fallocate(file.fileno(), 0, size)
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    for start in range(0, size, _LEAST_ROOM):
+                        file.write(bytes(min(_LEAST_ROOM, size - start)))
                 return MappedFile(file.fileno(), size, writable=True).array
         except OSError as error:
             log.debug("no room for %d bytes in %s, they stay in memory: %s", size, self._folder, error)
