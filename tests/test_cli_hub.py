@@ -148,7 +148,7 @@ def test_datasets_that_are_not_to_be_had(hub, home, call, verb, repo, token, sta
     ("arguments", "token", "status", "message"),
     [
         ([], None, 2, "needs a token of the Hub that may write"),
-        ([], READ_TOKEN, 2, "(status 403): this token may not write"),
+        ([], READ_TOKEN, 2, "this token may only read, and may not write"),
         ([], "hf_nobodys", 2, "(status 401): the Hub does not know this token"),
         ([], f"{TOKEN} x", 2, "is no token of the Hub"),
         (["--tensors", "resid_pots"], TOKEN, 2, "'resid_pots' is not stored"),

@@ -150,6 +150,7 @@ class TestPutAside:
         ask(made.folder, tmp_path)
         assert not place.exists() and np.array_equal(ac.load_activations(made.folder)[0][3], made.expected()[3][0])
         assert "the dataset of before is back" in caplog.text
+        assert not place.parent.exists(), "nothing is left of it"
 
     def test_comes_back_under_a_link_and_into_an_empty_folder(self, tmp_path, aside):
         made, place = aside
@@ -167,6 +168,12 @@ class TestPutAside:
                 ac.load_activations(made.folder)
             assert place.is_dir()
         assert ac.fetch_dataset_metadata(made.folder).num_prompts == 11
+
+    def test_work_that_was_begun_stays(self, aside):
+        made, place = aside
+        (place.parent / f"{'a' * 16}-content").mkdir()
+        ac.load_activations(made.folder)
+        assert (place.parent / f"{'a' * 16}-content").is_dir()
 
     def test_says_where_it_lies_where_it_cannot_be_renamed(self, aside, monkeypatch):
         made, place = aside
@@ -407,3 +414,16 @@ class TestTheFolderItself:
         with pytest.raises(DatasetAccessError, match=r"cannot be replaced where it is.*copy"):
             ac.upgrade_dataset_format(made.folder)
         assert INFO in contents(made.folder) and litter(made.folder) == []
+
+
+def test_what_is_done_is_not_called_undone(tmp_path, monkeypatch, caplog):
+    """A disk that fails to make a change durable has seen it all the same."""
+
+    def fail(folder):
+        raise OSError(errno.EIO, "no")
+
+    made = make(tmp_path / "set", "1.1 full")
+    monkeypatch.setattr(exchange, "sync_folder", fail)
+    ac.upgrade_dataset_format(made.folder)
+    assert "is the new one, but whether it would be after a power failure is not known" in caplog.text
+    assert ac.fetch_dataset_metadata(made.folder).format_version == "2.0" and litter(made.folder) == []

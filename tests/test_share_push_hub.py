@@ -563,6 +563,20 @@ class TestSecrets:
         for path in (home / "store").rglob("*"):
             assert path.is_dir() or TOKEN.encode() not in path.read_bytes()
 
+    def test_one_that_may_only_read_is_noticed_before_files_are_made(self, hub, home, repo, tmp_path):
+        with Client(hub, tmp_path / "client", token=READ_TOKEN) as client:
+            since = len(hub.requests)
+            with pytest.raises(ClientError, match="this token may only read") as error:
+                push(client, home, repo)
+            assert error.value.name == "OptionError"
+            assert not list((home / "store").rglob("hidden_layer*.safetensors"))
+            # Where it cannot be asked, the Hub's refusal is what tells.
+            hub.inject(Fault(path="whoami", status=429))
+            with pytest.raises(ClientError, match=r"status 403\): this token may not write"):
+                push(client, home, repo)
+        assert next(r.path for r in hub.requests[since:] if r.method == "GET").endswith("whoami-v2")
+        assert list((home / "store").rglob("hidden_layer*.safetensors")), "which comes when they are made"
+
     def test_one_that_is_given_is_the_one_that_is_used(self, hub, home, repo, tmp_path):
         with Client(hub, tmp_path / "client", token=None) as client:
             with pytest.raises(ClientError, match="hf auth login"):

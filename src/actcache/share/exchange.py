@@ -6,6 +6,7 @@ killed just then leaves no folder of the name: whoever asks for the dataset next
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -44,7 +45,7 @@ def change_places(new: Path, old: Path, owner: str) -> Path:
     """
     try:
         if _exchange(new, old):
-            _sync(new.parent, old.parent)
+            _sync_changed(old, new.parent)
             return new
         # By the number of the folder that is to come it is known afterwards whether that has come.
         aside = staging_root(old) / f"{owner}.{new.stat().st_ino}.old"
@@ -55,7 +56,7 @@ def change_places(new: Path, old: Path, owner: str) -> Path:
         except BaseException:
             os.rename(aside, old)
             raise
-        _sync(new.parent, old.parent)
+        _sync_changed(old, new.parent)
         return aside
     except OSError as error:
         raise DatasetAccessError(
@@ -88,13 +89,17 @@ def recover(folder: Path) -> None:
         try:
             lock = os.open(staging_root(real) / f"{owner[1]}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError:
+            if folder_exists(real):
+                # Whoever was at work on it has just done it, and cleared up.
+                return
             raise _lies_aside(real, found) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not folder_exists(real) and found[0].is_dir():
                 os.rename(found[0], real)
-                _sync(staging_root(real), real.parent)
+                _sync_changed(real, staging_root(real))
                 log.warning("%s: a change of it was cut, and the dataset of before is back", real)
+                _clear(staging_root(real), owner[1])
                 return
         except BlockingIOError:
             # Whoever is at work on it is between two renames.
@@ -149,6 +154,25 @@ def _exchange(one: Path, other: Path) -> bool:
     if reason in (0, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
         return False
     raise OSError(reason, os.strerror(reason), str(other))
+
+
+def _clear(root: Path, owner: str) -> None:
+    """Remove the staging folder where nothing is left in it but the lock, which is held."""
+    with contextlib.suppress(OSError):
+        if [path.name for path in root.iterdir()] == [f"{owner}.lock"]:
+            (root / f"{owner}.lock").unlink()
+            root.rmdir()
+
+
+def _sync_changed(folder: Path, other: Path) -> None:
+    """Make durable what is done: where that fails it is done all the same."""
+    try:
+        _sync(other, folder.parent)
+    except OSError as error:
+        log.warning(
+            "%s is the new one, but whether it would be after a power failure is not known (%s)",
+            folder, os.strerror(error.errno or 0),
+        )  # fmt: skip
 
 
 def _sync(*folders: Path) -> None:

@@ -80,6 +80,7 @@ class HubTarget(Target):
     def look(self, staging: Staging) -> None:
         if "/" not in self.name:
             self.name = f"{self._patiently(self._api.whoami)['name']}/{self.name}"
+        self._refuse_readers()
         info = self._patiently(self._info)
         if info is None:
             self.incremental = True
@@ -106,6 +107,20 @@ class HubTarget(Target):
         self.incremental = not any(is_stale(path, ()) for path in others) and not any(
             path.startswith("index/") for path in self._tree
         )
+
+    def _refuse_readers(self) -> None:
+        """`OptionError` for a token that may only read, before files are made for it."""
+        try:
+            role = self._api.whoami()["auth"]["accessToken"]["role"]
+        except Exception as error:
+            # Of other tokens nothing is said here, and it is asked rarely where many ask: the push itself will tell.
+            log.debug("%s: what the token may do is not known: %s", self.name, _reason(error, _status(error)))
+            return
+        if role == "read":
+            raise OptionError(
+                f"{self.doing} {self.name!r}: this token may only read, and may not write. Pass one that may, made at "
+                f"{self._endpoint}/settings/tokens."
+            )
 
     def _info(self) -> Any:
         """What the Hub says of the repository; None where there is none, for this token."""
