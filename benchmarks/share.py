@@ -25,9 +25,8 @@ from _hub_server import Hub, hub
 from _measure import Tables, arguments, compare, reporting
 
 PROMPTS, LAYERS, WIDTH = 2000, 12, 768
-PER_PROMPT = 600
-"""Bytes of memory that one more prompt may take, whatever the size of its vectors and texts: numbers that say where it
-is, the index of the store among them."""
+PER_PROMPT = 40
+"""Bytes of memory that one more prompt may take. Nothing is kept of each, so that this is how far two pushes differ."""
 MEMORY_LAYERS = 3
 """Of the stores whose pushes are looked at: it is the number of prompts that counts."""
 PUSH = READ = 0.5
@@ -185,7 +184,7 @@ def measure_peak(store: Path, options: dict[str, Any]) -> None:
 
 
 def memory(folder: Path, running: Hub, sizes: tuple[int, int]) -> bool:
-    """Peak memory of pushes of two sizes; whether it is that of the smaller one, but for the index."""
+    """Peak memory of pushes of two sizes; whether it is that of the smaller one."""
     held = True
     print(f"\nmemory of a push, anonymous, beyond what the process had before ({MEMORY_LAYERS} layers x {WIDTH})")
     stores = {size: make_store(folder / str(size), size, MEMORY_LAYERS) for size in sizes}
@@ -195,7 +194,6 @@ def memory(folder: Path, running: Hub, sizes: tuple[int, int]) -> bool:
             running.forget()
             peaks[size] = peak_of(store, **options)["peak"]
         small, large = peaks.values()
-        # Where each prompt is grows with their number; texts, token ids and vectors do not count.
         each = (large - small) / (sizes[1] - sizes[0])
         held &= each <= PER_PROMPT
         told = ", ".join(f"{size:,} prompts {peak / 2**20:.0f} MB" for size, peak in peaks.items())

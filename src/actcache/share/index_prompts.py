@@ -13,12 +13,12 @@ from actcache.derive.results import PERPLEXITY, TOKEN_NLL
 from actcache.share.columns import is_fixed
 from actcache.share.format import ROUTER, TensorGroup
 from actcache.share.index import Index
-from actcache.share.prompts import different_prompts, labels_of
+from actcache.share.prompts import Different, labels_of
 from actcache.share.rows import Ints, every_row
 from actcache.share.values import is_plain, values_of
 from actcache.store import given
 from actcache.store.files import log
-from actcache.store.prompts import IDS, PromptTable
+from actcache.store.prompts import IDS, PromptTable, offsets
 from actcache.store.records import DERIVED, LABEL, METADATA, Records
 from actcache.store.tensors import stand_in
 
@@ -30,13 +30,13 @@ PERPLEXITIES = ("perplexity_mean", "perplexity_min", "perplexity_max")
 # What a pooled prompt of unknown length stands for; the number means nothing.
 _SOME_TOKENS = 4
 _MOST_TOKENS = 1 << 31
+_AT_ONCE = 1 << 13
 _LEAST_ROOM, _MAX_RATIO = 64 << 20, 100
 
 
 def first_rows(index: Index) -> Ints:
     """The first row of each different prompt, ascending."""
-    codes, _ = different_prompts(index)
-    return np.sort(np.unique(codes, return_index=True)[1])
+    return np.sort(np.unique(Different(index).codes, return_index=True)[1])
 
 
 def table_of(index: Index, rows: Ints, lengths: Ints | None, context: str) -> PromptTable:
@@ -45,19 +45,23 @@ def table_of(index: Index, rows: Ints, lengths: Ints | None, context: str) -> Pr
     `lengths`: how many rows of vectors each prompt of the index has, where every token has one. Ids that are not known
     have negative numbers in their place.
     """
-    codes, there = different_prompts(index)
-    kinds, texts = zip(*(there[code] for code in codes[rows].tolist()), strict=True)
-    known = _ids(index, rows)
-    counts = None if lengths is None else lengths[rows].tolist()
-    unknown = [_SOME_TOKENS] * len(rows) if counts is None else counts
-    parsed = _parsed(index, kinds, texts)
-    ids = []
-    for i, (kind, text, own) in enumerate(zip(kinds, texts, known, strict=True)):
-        found = parsed.get(i, own)
-        if counts is not None and found is not None and len(found) != counts[i]:
-            raise index.wrong(f"row {int(rows[i])} has {len(found):,} token ids and {counts[i]:,} rows of vectors")
-        ids.append(stand_in(kind, text, unknown[i]) if found is None else found)
-    return PromptTable.build(ids, [None if k == IDS else t for k, t in zip(kinds, texts, strict=True)], kinds, context)
+    different, (own, offset) = Different(index), _ids(index, rows)
+    tables = []
+    # Python's own texts and lists take many times the room of what becomes of them.
+    for start in range(0, len(rows), _AT_ONCE):
+        kinds, texts = different.some(rows[start : start + _AT_ONCE])
+        parsed = _parsed(index, kinds, texts)
+        ids = []
+        for i, (kind, text) in enumerate(zip(kinds, texts, strict=True)):
+            at = start + i
+            found = parsed.get(i, own[offset[at] : offset[at + 1]] if offset[at + 1] > offset[at] else None)
+            count = None if lengths is None else int(lengths[rows[at]])
+            if count is not None and found is not None and len(found) != count:
+                raise index.wrong(f"row {int(rows[at])} has {len(found):,} token ids and {count:,} rows of vectors")
+            ids.append(stand_in(kind, text, _SOME_TOKENS if count is None else count) if found is None else found)
+        plain = [None if kind == IDS else text for kind, text in zip(kinds, texts, strict=True)]
+        tables.append(PromptTable.build(ids, plain, kinds, context))
+    return PromptTable.concatenate(tables)
 
 
 def _parsed(index: Index, kinds: Sequence[int], texts: Sequence[str]) -> dict[int, npt.NDArray[np.int32]]:
@@ -75,19 +79,16 @@ def _parsed(index: Index, kinds: Sequence[int], texts: Sequence[str]) -> dict[in
     return found
 
 
-def _ids(index: Index, rows: Ints) -> list[npt.NDArray[np.int32] | None]:
-    """The column of token ids; None where a row has none."""
-    if IDS_COLUMN not in index.columns:
-        return [None] * len(rows)
-    found: list[npt.NDArray[np.int32] | None] = []
-    for _, has, offset, values in _lists(index, IDS_COLUMN, rows, whole=True):
-        if len(values) and (values.min() < 0 or values.max() >= _MOST_TOKENS):
-            raise index.wrong(f"column {IDS_COLUMN!r} holds a number that is no token id")
-        numbers = values.astype(np.int32)
-        for i, there in enumerate(has.tolist()):
-            ids = numbers[offset[i] : offset[i + 1]]
-            found.append(ids if there and len(ids) else None)
-    return found
+def _ids(index: Index, rows: Ints) -> tuple[npt.NDArray[np.int32], Ints]:
+    """The column of token ids, row after row, and where each row begins and ends; none where they are not known."""
+    parts, lengths = [np.empty(0, np.int32)], np.zeros(len(rows), np.int64)
+    if IDS_COLUMN in index.columns:
+        for mine, _, offset, values in _lists(index, IDS_COLUMN, rows, whole=True):
+            if len(values) and (values.min() < 0 or values.max() >= _MOST_TOKENS):
+                raise index.wrong(f"column {IDS_COLUMN!r} holds a number that is no token id")
+            parts.append(values.astype(np.int32))
+            lengths[mine] = np.diff(offset)
+    return np.concatenate(parts), offsets(lengths)
 
 
 def _lists(
@@ -185,18 +186,18 @@ def _finite(value: Any) -> Any:
 
 
 def _contradicted(index: Index, labels: Sequence[Any]) -> set[int]:
-    codes, there = different_prompts(index)
-    first: dict[int, int] = {}
-    found: set[int] = set()
-    for row, code in enumerate(codes.tolist()):
-        before = first.setdefault(code, row)
-        if labels[before] != labels[row]:
-            found.add(before)
+    if all(label is None for label in labels):
+        return set()
+    different = Different(index)
+    numbers: dict[int | str | None, int] = {}
+    label = np.fromiter((numbers.setdefault(one, len(numbers)) for one in labels), np.int64, len(labels))
+    _, first, which = np.unique(different.codes, return_index=True, return_inverse=True)
+    found = set(first[which[label != label[first[which]]]].tolist())
     if found:
         row = min(found)
         log.warning(
             "%s has %d prompts with two labels each, which count as having none; the first is %.80r (row %d)",
-            index.source.name, len(found), there[codes[row]][1], row,
+            index.source.name, len(found), different.text(row), row,
         )  # fmt: skip
     return found
 

@@ -35,7 +35,7 @@ def find_prompts(index: Index, prompts: Sequence[Any] | str | None) -> Ints | No
     if not asked:
         raise PromptError("the list of prompts is empty: expected at least one, or None for all of the dataset.")
     wanted = [_key(prompt, number) for number, prompt in enumerate(asked)]
-    row_of = _Different(index).find(wanted)
+    row_of = Different(index).find(wanted)
     row_of |= _rows_of_ids(index, [text for kind, text in wanted if kind == IDS and (kind, text) not in row_of])
     absent = [number for number, key in enumerate(wanted) if key not in row_of]
     if absent:
@@ -146,7 +146,7 @@ def _fit_array(texts: list[str]) -> bool:
 
 
 def _refuse_contradictions(index: Index, labels: list[int | str | None], selection: Ints | None) -> None:
-    different = _Different(index)
+    different = Different(index)
     numbers: dict[int | str | None, int] = {}
     label = np.array([numbers.setdefault(one, len(numbers)) for one in labels], np.int64)
     _, first, which = np.unique(different.codes, return_index=True, return_inverse=True)
@@ -162,7 +162,7 @@ def _refuse_contradictions(index: Index, labels: list[int | str | None], selecti
         )
 
 
-class _Different:
+class Different:
     """The different prompts of a dataset, which stay in the index: there may be very many.
 
     `codes` int64 ``[n]``: which one each row is of.
@@ -173,13 +173,20 @@ class _Different:
         _refuse_absent(index, TEXTS, self._texts.codes)
         self._kinds = {TEXT: 0}
         self.codes = self._texts.codes
+        self._which: Ints | None = None
         if KIND in index.columns:
-            which, self._kinds = _kinds_of(index)
-            self.codes = self._texts.codes * len(self._kinds) + which
+            self._which, self._kinds = _kinds_of(index)
+            self.codes = self._texts.codes * len(self._kinds) + self._which
 
     def text(self, row: int) -> str:
         """The text of a row."""
         return self._texts[int(self._texts.codes[row])]
+
+    def some(self, rows: Ints) -> tuple[list[int], list[str]]:
+        """Kind and text of each of these rows."""
+        names = list(self._kinds)
+        kinds = [TEXT] * len(rows) if self._which is None else [names[k] for k in self._which[rows].tolist()]
+        return kinds, self._texts.some(self._texts.codes[rows])
 
     def find(self, prompts: Sequence[tuple[int, str]]) -> dict[tuple[int, str], int]:
         """The first row of each of `prompts` (kind and text) that is there."""

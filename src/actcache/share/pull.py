@@ -36,6 +36,7 @@ _WAIT_S = 60.0
 # Prompts that are fetched, and become durable, together.
 _STEP_BYTES = 256 << 20
 _LONGEST_NAME = 500
+_AT_ONCE = 1 << 15
 _MOST_BYTES = 1 << 30
 _MANY_TOKENS = 1 << 22
 
@@ -256,8 +257,14 @@ def _register(
         has = np.column_stack([has, there])
         of_index.append(f"{PULLED}.{site}")
     kinds, which = np.unique(has, axis=0, return_inverse=True) if len(table) else (has, np.zeros(0, np.int64))
-    for number, kind in enumerate(kinds):
-        members = np.flatnonzero(which.ravel() == number)
+    # What is said of prompts is looked through for each piece of them.
+    step = max(1, len(table)) if said or results else _AT_ONCE
+    alike = [np.flatnonzero(which.ravel() == number) for number in range(len(kinds))]
+    for kind, members in (
+        (kind, every[start : start + step])
+        for kind, every in zip(kinds, alike, strict=True)
+        for start in range(0, len(every), step)
+    ):
         named = [*sites, *(site for site, there in zip(of_index, kind.tolist(), strict=True) if there)]
         placement = store.locate(info.space, table=table.select(members), sites=named, layout=PULLED)
         new = members[~placement.found]

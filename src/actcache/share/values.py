@@ -39,6 +39,16 @@ class Texts:
         except UnicodeDecodeError:
             raise _no_text(self._index, self._name) from None
 
+    def some(self, codes: Ints) -> list[str]:
+        """The texts that these numbers name."""
+        import pyarrow as pa
+
+        try:
+            found: list[str] = self._different.take(pa.array(codes)).to_pylist()
+        except UnicodeDecodeError:
+            raise _no_text(self._index, self._name) from None
+        return found
+
     def find(self, texts: Iterable[str]) -> dict[str, int]:
         """The numbers of those of `texts` that are there."""
         import pyarrow as pa
