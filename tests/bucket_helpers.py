@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,19 +49,27 @@ def objects(url: str) -> dict[str, int]:
 
 
 class Pauses:
-    """A clock that nothing but pauses moves, which nobody waits for: how busy the machine is changes nothing."""
+    """A clock that nothing but pauses moves, which nobody waits for: how busy the machine is changes nothing.
+
+    Where servers are to be waited for, `run` lets it go with the time of the machine, too; `paused` stays apart.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """From now on, and until the test ends, the clock of every `ObjectBackend`."""
         from actcache.store import object_backend
 
-        self._now = 1000.0
+        self.paused = 0.0
+        self._running_since: float | None = None
         self._lock = threading.Lock()
         monkeypatch.setattr(object_backend, "time", self)
 
+    def run(self) -> None:
+        self._running_since = time.monotonic()
+
     def monotonic(self) -> float:
-        return self._now
+        ran = 0.0 if self._running_since is None else time.monotonic() - self._running_since
+        return 1000.0 + ran + self.paused
 
     def sleep(self, seconds: float) -> None:
         with self._lock:
-            self._now += seconds
+            self.paused += seconds
