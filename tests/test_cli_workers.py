@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from jsonschema import Draft202012Validator
 
+import actcache as ac
 from actcache.cli.prompts import read_labelled, read_prompts
+from actcache.cli.results.schemas import schema
 from actcache.errors import PromptError
 from cli_helpers import Cli
 from distributed_helpers import PROMPTS, bare_forwards, check_stored, make_model, write
@@ -47,6 +51,34 @@ def test_failed_prompts_are_reported_behind_what_was_done(
     assert status == 1 and out.startswith("3 prompts: 0 were stored, 2 extracted")
     assert "1 prompt was not stored (prompt 1:" in err and "id 999" in err
     assert json.loads((tmp_path / "failed.jsonl").read_text())["prompt"] == 1
+    status, out, err = cli(*line, "--json")
+    said = json.loads(out)
+    assert status == 1
+    Draft202012Validator(schema("warmup", strict=True)).validate(said)
+    assert (said["total_prompts"], said["activations_cached"], said["prompts_failed"]) == (3, 2, 1)
+    ((place, reason),) = ((one["prompt"], one["reason"]) for one in said["failed"])
+    assert place == 1 and reason.startswith(f"{source}, byte 7: PromptError: the prompt has the token id 999")
+
+
+def test_labels_and_repetitions_reach_the_workers(
+    cli: Cli, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    given: list[object] = []
+    warm = ac.UnifiedCache.warmup
+
+    def noting(self: ac.UnifiedCache, *prompts: Any, max_retries: int | None = None, **more: Any) -> Any:
+        given.append(max_retries)
+        return warm(self, *prompts, max_retries=max_retries, **more)
+
+    monkeypatch.setattr(ac.UnifiedCache, "warmup", noting)
+    source = write(tmp_path / "p.jsonl", [{"prompt": ids, "y": f"label {i}"} for i, ids in enumerate(PROMPTS[:3])])
+    line = ["warmup", str(model), str(source), "--engine", "rank", "--store", str(tmp_path / "s")]
+    status, _, err = cli(*line, "--label-column", "y", "--max-retries", "2")
+    assert status == 0, err
+    cache = ac.UnifiedCache(model, store=tmp_path / "s")
+    assert cache.get_labels(PROMPTS[:3]) == ["label 0", "label 1", "label 2"] and given == [2]
 
 
 def test_misuse_is_told(cli: Cli, model: Path, tmp_path: Path) -> None:
@@ -55,7 +87,6 @@ def test_misuse_is_told(cli: Cli, model: Path, tmp_path: Path) -> None:
         (["--engine", "local"], "--engine local needs files"),
         (["-", "--engine", "local"], "--engine local needs files"),
         ([source, "--engine", "local", "--prompt", "x"], "--prompt is not for --engine local"),
-        ([source, "--engine", "local", "--label-column", "y"], "--label-column is not for"),
         ([source, "--num-workers", "2"], "--num-workers belongs to --engine"),
         ([source, "--engine", "dask"], "'dask' is not one of"),
         ([source, "--engine", "local", "--device", "cuda"], "num_gpus_per_worker"),

@@ -181,13 +181,16 @@ class PartialWarmupError(ActCacheError, RuntimeError):
     """A warm-up that stored all but some prompts.
 
     Attributes: `stats` (the `WarmupStats` of the run) and `failed`, a list of
-    ``(prompt index, reason)``.
+    ``(prompt index, reason)``; of a run on many workers the first 1,000. `count`: how many there are.
     """
 
-    def __init__(self, message: str, *, stats: object, failed: Sequence[tuple[int, str]]) -> None:
+    def __init__(
+        self, message: str, *, stats: object, failed: Sequence[tuple[int, str]], count: int | None = None
+    ) -> None:
         super().__init__(message)
         self.stats = stats
         self.failed = list(failed)
+        self.count = len(self.failed) if count is None else count
 
 
 class WorkersError(ActCacheError, RuntimeError):

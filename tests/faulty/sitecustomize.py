@@ -1,7 +1,8 @@
 """What goes wrong in the workers of a distributed run, as the variable ACTCACHE_TEST_FAULT says; nothing elsewhere.
 
 JSON: `slow`: seconds that each batch takes longer. `fatal`: a token; a batch with it ends the process. `failing`:
-likewise, and the batch raises. `once`: a file; who makes it ends its process in the second batch. `together`: a folder;
+likewise, and the batch raises. `count`: a file that has a
+line for each of those. `once`: a file; who makes it ends its process in the second batch. `together`: a folder;
 no first batch is run before two processes have one.
 """
 
@@ -41,6 +42,9 @@ def _install(fault: dict[str, Any]) -> None:
         if "together" in fault and batches == 1:
             _wait(Path(fault["together"]))
         if fault.get("failing") in tokens:
+            if "count" in fault:
+                with open(fault["count"], "a") as file:
+                    file.write("failed\n")
             raise RuntimeError("this batch fails")
         if fault.get("fatal") in tokens:
             os.kill(os.getpid(), signal.SIGKILL)

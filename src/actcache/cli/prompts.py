@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import IO, Any, TypeVar
 
 import click
 
-from actcache.distributed.rows import choose
+from actcache.distributed.rows import WHOLE_NUMBER, choose
 from actcache.errors import PromptError
 
 # What `UnifiedCache` takes: text, token ids, or chat messages.
@@ -109,9 +108,7 @@ def _read_file(
     shown = "standard input" if name == "-" else name
     kind = file_format or _FORMATS.get(Path(name).suffix.lower(), "text")
     if name.startswith("hf://") or Path(name).is_dir() or (kind == "parquet" and name != "-"):
-        if label_column is not None:
-            raise click.UsageError(f"--label-column {label_column}: labels are read of JSONL and CSV, not of {name}.")
-        return [(prompt, None) for prompt in _read_units(name, column, file_format)]
+        return list(_read_units(name, column, label_column, file_format))
     try:
         if name == "-":
             return _parse(sys.stdin, kind, column, label_column, shown)
@@ -122,17 +119,19 @@ def _read_file(
         raise PromptError(f"{shown} is not UTF-8 text (byte {error.start}): convert it first.") from error
 
 
-def _read_units(name: str, column: str | None, file_format: str | None) -> Iterator[Prompt]:
+def _read_units(
+    name: str, column: str | None, label_column: str | None, file_format: str | None
+) -> Iterator[tuple[Prompt, Any]]:
     """What is no single file of lines is read as a distributed run reads it."""
     from actcache.distributed.inputs import find_inputs
     from actcache.distributed.units import Reader, Units
 
     reader = Reader()
-    for unit in Units(find_inputs(name, column=column, kind=file_format)):
+    for unit in Units(find_inputs(name, column=column, kind=file_format, label=label_column)):
         for row in reader.rows(unit):
             if row.reason:
                 raise PromptError(f"{unit.input.path}, {row.at}: {row.reason.partition(': ')[2]}")
-            yield row.prompt
+            yield row.prompt, row.label
     reader.close()
 
 
@@ -155,8 +154,7 @@ def _parse(
 
 def _typed(found: list[tuple[Prompt, Any]]) -> list[tuple[Prompt, Any]]:
     labels = [label or None for _, label in found]
-    # No others: as a number 007 would be another label than it was.
-    if all(label is None or re.fullmatch(r"0|-?[1-9][0-9]*", label) for label in labels):
+    if all(label is None or WHOLE_NUMBER.fullmatch(label) for label in labels):
         labels = [None if label is None else int(label) for label in labels]
     return [(prompt, label) for (prompt, _), label in zip(found, labels, strict=True)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -51,14 +51,16 @@ def command(
     --engine many processes or machines share the work, and the input is never in memory.
     """
     if engine is not None:
-        for value, name in ((texts, "--prompt"), (label_column, "--label-column"), (max_retries, "--max-retries")):
-            if value:
-                raise click.UsageError(f"{name} is not for --engine {engine}, whose workers read files of prompts.")
+        if texts:
+            raise click.UsageError(f"--prompt is not for --engine {engine}, whose workers read files of prompts.")
         if not files or "-" in files:
             raise click.UsageError(
                 f"--engine {engine} needs files, folders or hf://datasets/org/name, which workers read."
             )
-        given = {"engine": engine, "column": column, "file_format": file_format, **workers}
+        given = {
+            "engine": engine, "column": column, "label_column": label_column, "file_format": file_format,
+            "max_retries": max_retries, **workers,
+        }  # fmt: skip
         _report(lambda: distributed(model, list(files), given, options), as_json)
         return
     prompts, labels = read_labelled(files, texts, column=column, label_column=label_column, file_format=file_format)
@@ -71,17 +73,18 @@ def _report(run: Callable[[], Any], as_json: bool) -> None:
         stats = run()
     except PartialWarmupError as error:
         # All others are stored: say so before the failure is reported.
-        _print(error.stats, as_json)
+        _print(error.stats, as_json, error.count, error.failed)
         raise
     _print(stats, as_json)
 
 
-def _print(stats: Any, as_json: bool) -> None:
+def _print(stats: Any, as_json: bool, count_failed: int = 0, failed: Sequence[tuple[int, str]] = ()) -> None:
     from actcache.cli.output import count, duration, plain, print_json, size
 
     if as_json:
         rates = {"cache_hit_rate": stats.cache_hit_rate, "tokens_per_second": stats.tokens_per_second}
-        print_json({**plain(stats), **rates})
+        named = [{"prompt": place, "reason": reason} for place, reason in failed]
+        print_json({**plain(stats), **rates, "prompts_failed": count_failed, "failed": named})
         return
     # Of a few prompts it would say how long it takes to load the model.
     speed = f", {stats.tokens_per_second:,.0f} tokens per second" if stats.tokens_extracted >= 1000 else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,6 +30,8 @@ class Input:
         kind: one of `KINDS`.
         column: the column or field that holds the prompt; None for the usual one.
         token: what the Hub is asked with, as transformers takes it.
+        label, metadata: the columns or fields that hold what is stored with each prompt.
+        numbers: those of a CSV, which knows no types, that hold whole numbers and nothing else.
     """
 
     path: str
@@ -38,6 +40,14 @@ class Input:
     kind: str
     column: str | None = None
     token: str | bool | None = field(default=None, repr=False, compare=False)
+    label: str | None = None
+    metadata: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The columns that are read beside the prompt's, each once."""
+        return tuple(dict.fromkeys([*([] if self.label is None else [self.label]), *self.metadata]))
 
     @property
     def identity(self) -> tuple[str, int, str]:
@@ -76,7 +86,13 @@ def _etag(status: os.stat_result) -> str:
 
 
 def find_inputs(
-    source: Source, *, column: str | None = None, kind: str | None = None, token: str | bool | None = None
+    source: Source,
+    *,
+    column: str | None = None,
+    kind: str | None = None,
+    token: str | bool | None = None,
+    label: str | None = None,
+    metadata: Sequence[str] = (),
 ) -> list[Input]:
     """The files of `source`: a file, a folder (all files below it that may hold prompts), a pattern, any of these of a
     dataset of the Hub (``hf://datasets/org/name[@revision][/path]``), or several of them. Those of folders and patterns
@@ -102,7 +118,11 @@ def find_inputs(
             found += find_on_hub(str(place), column, kind, token)
         else:
             found += [_local(path, column, kind) for path in _paths(place)]
-    return list(dict.fromkeys(found))
+    for one in found if label is not None or metadata else ():
+        if one.kind == "text":
+            names = ", ".join(dict.fromkeys([*([label] if label is not None else []), *metadata]))
+            raise OptionError(f"{names}: {one.path} is read as text, which has no columns.")
+    return [replace(one, label=label, metadata=tuple(metadata)) for one in dict.fromkeys(found)]
 
 
 def _paths(place: str | Path) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from actcache.errors import OptionError, StoreAccessError, TokenizerError, did_you_mean
+from actcache.extract.attempts import check_retries
 from actcache.extract.prompts import text_context
 from actcache.model.identity import digest_json
 from actcache.store.backend import LocalBackend
@@ -71,7 +72,7 @@ class Job:
         space: that of the model, as the driver knows it.
         label: what the model is called.
         config: what is extracted, as text that is the same for the same extraction.
-        verify_cache: as `UnifiedCache.warmup` takes it.
+        verify_cache, max_retries: as `UnifiedCache.warmup` takes them.
         threads: of torch, in each worker; None leaves them alone.
     """
 
@@ -82,6 +83,7 @@ class Job:
     label: str
     config: str
     verify_cache: bool = False
+    max_retries: int | None = None
     threads: int | None = None
 
     def open(self) -> UnifiedCache:
@@ -92,14 +94,28 @@ class Job:
         return replace(self, threads=threads)
 
 
-def make_job(model: Any, store: Any, options: Mapping[str, Any], *, verify_cache: bool = False) -> Job:
+def make_job(
+    model: Any,
+    store: Any,
+    options: Mapping[str, Any],
+    *,
+    verify_cache: bool = False,
+    max_retries: int | None = None,
+) -> Job:
     """Raises what `UnifiedCache` raises, and `OptionError` for what workers cannot be given."""
     if not isinstance(model, str | Path):
         raise OptionError(
             f"model is a {type(model).__name__} in this process, and each worker loads its own: pass its id on the "
             "Hub, or the folder that model.save_pretrained(folder) makes."
         )
+    check_retries(max_retries)
     known = [name for name in inspect.signature(UnifiedCache).parameters if name not in ("model", "store")]
+    for name in ("labels", "metadata"):
+        if name in options:
+            column = "label_column=" if name == "labels" else "metadata_columns="
+            raise OptionError(
+                f"{name}= is of prompts in memory, and workers read files: name the column with {column}."
+            )
     for name in options:
         if name not in known:
             raise OptionError(f"unknown option {name!r} of UnifiedCache.{did_you_mean(name, known)}")
@@ -133,7 +149,7 @@ def make_job(model: Any, store: Any, options: Mapping[str, Any], *, verify_cache
     }
     space = space_id(identity.values)
     place = StorePlace.of(cache.store)
-    return Job(model_label(model), given, place, space, source.name, digest_json(said), verify_cache)
+    return Job(model_label(model), given, place, space, source.name, digest_json(said), verify_cache, max_retries)
 
 
 def _check_travels(options: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, cast
 
 from actcache.distributed.inputs import Input
-from actcache.distributed.rows import Row, choose, row_of_line
+from actcache.distributed.rows import WHOLE_NUMBER, Row, choose, row_of_line
 from actcache.errors import PromptError
 
 _BOM = b"\xef\xbb\xbf"
@@ -22,7 +22,7 @@ def rows_of_lines(one: Input, start: int, stop: int) -> Iterator[Row]:
         for at, line in _lines(file, start, stop):
             parts = [line] if one.kind == "jsonl" else line.rstrip(b"\r\n").split(b"\r")
             for part in parts:
-                row = row_of_line(part, f"byte {at}", one.column, is_json=one.kind == "jsonl")
+                row = row_of_line(part, f"byte {at}", one)
                 if row is not None:
                     yield row
 
@@ -74,7 +74,10 @@ class CsvFile:
             records = self._records(file, 0, one.size)
             names, self._begin = next(records, ([], one.size))
             self._is_empty = not names
-            self._at = 0 if self._is_empty else names.index(choose(names, one.column, one.path))
+            self._at: dict[str, int] = {}
+            if not self._is_empty:
+                self._at = {name: names.index(choose(names, name, one.path)) for name in one.beside}
+                self._prompt = names.index(choose([n for n in names if n not in self._at], one.column, one.path))
 
     def ranges(self, rows: int) -> Iterator[tuple[int, int]]:
         """Ranges of bytes with so many records each, found by reading through the file."""
@@ -91,6 +94,23 @@ class CsvFile:
             if count:
                 yield start, end
 
+    def numbers(self) -> tuple[str, ...]:
+        """Which of the columns beside the prompt's hold whole numbers and nothing else, found by reading all."""
+        left = {} if self._is_empty else dict(self._at)
+        with self._one.open() as raw, buffered(raw) as file:
+            for fields, _ in self._records(file, self._begin, self._one.size) if left else ():
+                left = {
+                    n: k
+                    for n, k in left.items()
+                    if k >= len(fields) or not fields[k] or WHOLE_NUMBER.fullmatch(fields[k])
+                }
+        return tuple(left)
+
+    def _typed(self, name: str, field: str) -> str | int | None:
+        if not field:
+            return None
+        return int(field) if name in self._one.numbers else field
+
     def rows(self, start: int, stop: int) -> Iterator[Row]:
         """The rows of the records between two bytes at which records begin; those without text are none."""
         with self._one.open() as raw, buffered(raw) as file:
@@ -99,10 +119,11 @@ class CsvFile:
                 where, at = f"byte {at}", end
                 if not fields:
                     continue
-                if len(fields) <= self._at:
-                    yield Row(where, None, "PromptError: the row is too short to have the prompt's column.")
-                elif fields[self._at].strip():
-                    yield Row(where, fields[self._at])
+                if len(fields) <= max(self._prompt, *self._at.values(), 0):
+                    yield Row(where, None, "PromptError: the row is too short to have all columns that are read.")
+                elif fields[self._prompt].strip():
+                    beside = {name: self._typed(name, fields[k]) for name, k in self._at.items()}
+                    yield Row.of(self._one, where, fields[self._prompt], beside)
 
     def _records(self, file: BinaryIO, start: int, stop: int) -> Iterator[tuple[list[str], int]]:
         """Each record with the byte behind it."""

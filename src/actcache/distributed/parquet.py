@@ -17,7 +17,7 @@ _BATCH = 1024
 class ParquetRows:
     """The rows of one file. Asked for in rising order, each row group is decoded once.
 
-    Raises `PromptError` for a file that is no Parquet, or has no such column.
+    Raises `PromptError` for a file that is no Parquet, or has not the columns that are asked for.
     """
 
     def __init__(self, one: Input) -> None:
@@ -31,7 +31,9 @@ class ParquetRows:
             self._file = pq.ParquetFile(self._stream)
             metadata = self._file.metadata
             self.num_rows: int = metadata.num_rows
-            self._column = choose(list(self._file.schema_arrow.names), one.column, one.path)
+            names = list(self._file.schema_arrow.names)
+            beside = [choose(names, name, one.path) for name in one.beside]
+            self._columns = [choose([name for name in names if name not in beside], one.column, one.path), *beside]
         except Exception as error:
             self._stream.close()
             if isinstance(error, PromptError) or not self._is_damage(error):
@@ -61,8 +63,11 @@ class ParquetRows:
                 row = end
                 continue
             values = self._values[row - self._first : stop - self._first]
-            for k, value in enumerate(values, row):
-                yield Row(f"row {k}", value, "" if value is not None else "PromptError: there is none (null).")
+            for k, (value, *others) in enumerate(values, row):
+                if value is None:
+                    yield Row(f"row {k}", None, "PromptError: there is none (null).")
+                else:
+                    yield Row.of(self._one, f"row {k}", value, dict(zip(self._columns[1:], others, strict=True)))
             row += len(values)
 
     def close(self) -> None:
@@ -74,14 +79,14 @@ class ParquetRows:
         group = bisect_right(self._starts, row) - 1
         if group != self._group or row < self._first:
             self._first, self._values = self._starts[group], []
-            self._batches = self._file.iter_batches(_BATCH, row_groups=[group], columns=[self._column])
+            self._batches = self._file.iter_batches(_BATCH, row_groups=[group], columns=self._columns)
             self._group = group
         while row >= self._first + len(self._values):
             batch = next(self._batches, None)
             if batch is None:
                 raise EOFError(f"row group {group} has fewer rows than its footer says")
             self._first += len(self._values)
-            self._values = batch.column(0).to_pylist()
+            self._values = list(zip(*(batch.column(name).to_pylist() for name in self._columns), strict=True))
 
     def _is_damage(self, error: Exception) -> bool:
         """Whether the bytes are at fault, and not the way to them."""

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actcache.distributed.inputs import Input
 from actcache.errors import PromptError, did_you_mean
 
+# No others: as a number 007 would be another label than it was.
+WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]*")
 _USUAL_COLUMNS = ("prompt", "text", "messages", "input_ids")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt as `UnifiedCache.warmup` takes it, or the `reason` why there is none; `at` says where in its file."""
+    """A prompt as `UnifiedCache.warmup` takes it, or the `reason` why there is none; `at` says where in its file.
+
+    `label`, `metadata`: what stands beside it, where that is asked for.
+    """
 
     at: str
     prompt: Any
     reason: str = ""
+    label: Any = None
+    metadata: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, one: Input, at: str, prompt: Any, values: Mapping[str, Any]) -> Row:
+        """A row of `one` whose other columns are `values`."""
+        label = None if one.label is None else values[one.label]
+        return cls(at, prompt, "", label, {name: values[name] for name in one.metadata} if one.metadata else None)
 
 
 def choose(names: Sequence[str], column: str | None, where: str) -> str:
@@ -35,27 +50,35 @@ def choose(names: Sequence[str], column: str | None, where: str) -> str:
     raise PromptError(f"{where}: which of {', '.join(names)} is the prompt? Say so with --column (column=).")
 
 
-def prompt_of_json(line: str, column: str | None, where: str) -> Any:
-    """The prompt of a line of JSONL: a string, an object with it in `column`, a list of token ids or of messages."""
+def row_of_json(text: str, one: Input, at: str) -> Row:
+    """The row of a line of JSONL: a string, an object with it in a field, a list of token ids or of messages.
+
+    Raises `PromptError` where there is none.
+    """
     try:
-        value = json.loads(line)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PromptError(f"{where}: not JSON ({error}).") from None
+        raise PromptError(f"the line: not JSON ({error}).") from None
+    beside: dict[str, Any] = {}
+    if one.beside:
+        if not isinstance(value, dict):
+            raise PromptError(f"the line: no object, so that it has no {one.beside[0]!r}.")
+        beside = {name: value[choose(list(value), name, "the line")] for name in one.beside}
     if isinstance(value, dict):
-        value = value[choose(list(value), column, where)]
+        value = value[choose([name for name in value if name not in beside], one.column, "the line")]
     if not isinstance(value, str | list):
         raise PromptError(
-            f"{where}: a prompt is a string, a list of token ids or a list of messages, not {json.dumps(value)[:40]}."
+            f"the line: a prompt is a string, a list of token ids or a list of messages, not {json.dumps(value)[:40]}."
         )
-    return value
+    return Row.of(one, at, value, beside)
 
 
-def row_of_line(line: bytes, at: str, column: str | None, *, is_json: bool) -> Row | None:
+def row_of_line(line: bytes, at: str, one: Input) -> Row | None:
     """The row of a line of a text or of JSONL; None for an empty one."""
     try:
         text = line.decode()
         if not text.strip():
             return None
-        return Row(at, prompt_of_json(text, column, "the line") if is_json else text)
+        return row_of_json(text, one, at) if one.kind == "jsonl" else Row(at, text)
     except (PromptError, UnicodeDecodeError) as error:
         return Row(at, None, f"{type(error).__name__}: {error}")

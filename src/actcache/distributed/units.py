@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from actcache.distributed.inputs import Input
 from actcache.distributed.lines import CsvFile, check_lines, mean_line, rows_of_lines
@@ -54,11 +54,13 @@ class Units:
         self._config = config
         each = self._bytes_of_a_prompt(inputs[0])
         estimate = sum(one.size for one in inputs) / each
+        self._typed: dict[str, Input] = {}
         self.prompts = prompts or min(MOST, max(LEAST, math.ceil(estimate / WANTED)))
 
     def __iter__(self) -> Iterator[Unit]:
         number = 0
-        for one in self.inputs:
+        for given in self.inputs:
+            one = self._with_types(given)
             for start, stop in self._ranges(one):
                 yield Unit(number, one, start, stop, self._id(one, start, stop))
                 number += 1
@@ -68,6 +70,14 @@ class Units:
         if any(one.kind in ("csv", "tsv") for one in self.inputs) or len(self.inputs) > _FOOTERS:
             return None
         return sum(1 for one in self.inputs for _ in self._ranges(one))
+
+    def _with_types(self, one: Input) -> Input:
+        if one.kind not in ("csv", "tsv") or not one.beside:
+            return one
+        # Of the whole file: what a unit has of it may happen to look like numbers.
+        if one.path not in self._typed:
+            self._typed[one.path] = replace(one, numbers=CsvFile(one).numbers())
+        return self._typed[one.path]
 
     def _id(self, one: Input, start: int, stop: int) -> str:
         said = json.dumps([one.identity, one.kind, one.column, start, stop, self._config], ensure_ascii=True)

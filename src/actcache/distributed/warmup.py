@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,14 @@ def warmup_distributed(
     num_cpus_per_worker: float = 1,
     store: Any = None,
     column: str | None = None,
+    label_column: str | None = None,
+    metadata_columns: Sequence[str] = (),
     file_format: str | None = None,
     unit_prompts: int | None = None,
     max_failed: float = 0.1,
     failed_file: str | Path | None = None,
     verify_cache: bool = False,
+    max_retries: int | None = None,
     start_timeout: float = 300.0,
     **options: Any,
 ) -> WarmupStats:
@@ -66,12 +69,18 @@ def warmup_distributed(
         store: a folder that all machines share, a URL, or an `ac.Store` of these; None for the default store.
         column: of Parquet and CSV, or field of JSONL, with the prompt; None: ``prompt``, ``text``, ``messages``,
             ``input_ids``, or the only one.
+        label_column: likewise, with the label of each prompt, which is stored with it. Of CSV whole numbers where all
+            of the file are, else text.
+        metadata_columns: likewise, those that become the metadata of each prompt. Each row has to have what is asked
+            for, and may have null there; a prompt that occurs twice in a unit has to have the same.
         file_format: ``"parquet"``, ``"jsonl"``, ``"csv"``, ``"tsv"`` or ``"text"``; None: by the file's suffix.
         unit_prompts: how many prompts a unit has, about; None: 8 to 1,024, so that a small input is 64 units.
         max_failed: the run ends at once when more than this share of the prompts gone through has failed (of at least
             1,000).
         failed_file: a file for all failed prompts, one JSON object a line; the error has the first 1,000.
         verify_cache: False trusts the index about what is stored before; True checks that its rows are undamaged.
+        max_retries: how often a batch that fails is tried again, after 2, 4, 8 s and so on; None for 3 remote, and 0
+            here.
         start_timeout: seconds for which a run waits for a Ray cluster that has room for no worker at all.
         options: those of `UnifiedCache`; what is in this process only, such as a loaded model, cannot be given.
 
@@ -87,6 +96,8 @@ def warmup_distributed(
     """
     start = time.perf_counter()
     require_choice(engine, ENGINES, "engine")
+    if isinstance(metadata_columns, str):
+        raise OptionError(f"metadata_columns={metadata_columns!r}: expected a list of names.")
     check_count(num_workers, "num_workers")
     for name, value in (
         ("num_gpus_per_worker", num_gpus_per_worker), ("num_cpus_per_worker", num_cpus_per_worker),
@@ -105,8 +116,15 @@ def warmup_distributed(
         options["device"] = _without_gpu(options.get("device", "auto"))
     rank, size = own_rank(num_workers) if engine == "rank" else (0, 1)
     ledger = Ledger(max_failed=max_failed, failed_file=failed_file, first=rank, step=size)
-    job = make_job(model, store, options, verify_cache=verify_cache)
-    inputs = find_inputs(source, column=column, kind=file_format, token=options.get("token"))
+    job = make_job(model, store, options, verify_cache=verify_cache, max_retries=max_retries)
+    inputs = find_inputs(
+        source,
+        column=column,
+        kind=file_format,
+        token=options.get("token"),
+        label=label_column,
+        metadata=metadata_columns,
+    )
     units = Units(inputs, prompts=unit_prompts, config=job.config)
     if next(iter(units), None) is None:
         raise PromptError(f"no prompts in {', '.join(one.path for one in inputs[:3])}: empty.")
@@ -184,4 +202,6 @@ def _failure(ledger: Ledger, stats: WarmupStats, whole: bool) -> PartialWarmupEr
             f"That is more than max_failed={ledger.max_failed:g} of {stats.total_prompts:,}: the run was ended. What "
             "was finished is stored."
         )
-    return PartialWarmupError(f"{which} not stored ({shown}{more}). {rest}", stats=stats, failed=ledger.failed)
+    return PartialWarmupError(
+        f"{which} not stored ({shown}{more}). {rest}", stats=stats, failed=ledger.failed, count=ledger.lost
+    )

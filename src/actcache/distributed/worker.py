@@ -9,10 +9,12 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from actcache.distributed.job import Job
+from actcache.distributed.rows import Row
 from actcache.distributed.units import Reader, Unit
-from actcache.errors import ModelChangedError, PartialWarmupError, PromptError, PromptTypeError
+from actcache.errors import ModelChangedError, OptionError, PartialWarmupError, PromptError, PromptTypeError
 from actcache.extract.declared import check_edited
-from actcache.extract.prompts import check_tokens, read_prompts, tokenize
+from actcache.extract.given import Said, checked
+from actcache.extract.prompts import check_tokens, ids_of, read_prompts, tokenize
 from actcache.extract.stats import WarmupStats
 from actcache.store.spaces import space_id
 
@@ -85,6 +87,7 @@ class Worker:
             torch.set_num_threads(job.threads)
         self._job = job
         self._reader = Reader()
+        self._has_labels = False
         self._cache: UnifiedCache = job.open()
         source = self._cache.extractor.source
         if space_id(source.identity().values) != job.space:
@@ -107,8 +110,8 @@ class Worker:
         indices = range(task.first, len(everything), task.step)
         lost = [Lost(i, everything[i].at, everything[i].reason) for i in indices if everything[i].reason]
         whole = [i for i in indices if not everything[i].reason]
-        prompts: list[Any] = [everything[i].prompt for i in whole]
-        stats, failed = self._warm(prompts)
+        self._has_labels = task.unit.input.label is not None
+        stats, failed = self._warm([everything[i] for i in whole])
         lost += [Lost(whole[i], everything[whole[i]].at, reason) for i, reason in failed]
         self._cache.store.flush()
         stats = replace(stats, total_prompts=len(indices))
@@ -118,27 +121,40 @@ class Worker:
         self._reader.close()
         self._cache.store.close()
 
-    def _warm(self, prompts: list[Any]) -> tuple[WarmupStats, list[tuple[int, str]]]:
-        """What was done, and which of `prompts` could not be, each on its own."""
-        refused: dict[int, str] = {}
-        while len(refused) < len(prompts):
-            kept = [i for i in range(len(prompts)) if i not in refused]
+    def _store(self, rows: list[Row]) -> WarmupStats:
+        return self._cache.warmup(
+            [row.prompt for row in rows],
+            verify_cache=self._job.verify_cache,
+            max_retries=self._job.max_retries,
+            labels=[row.label for row in rows] if self._has_labels else None,
+            metadata=None if rows[0].metadata is None else [row.metadata for row in rows],
+        )
+
+    def _warm(self, rows: list[Row]) -> tuple[WarmupStats, list[tuple[int, str]]]:
+        """What was done, and which of `rows` could not be, each on its own."""
+        refused = {i: reason for i, row in enumerate(rows) if (reason := _unsayable(row))}
+        while len(refused) < len(rows):
+            kept = [i for i in range(len(rows)) if i not in refused]
             try:
-                stats = self._cache.warmup([prompts[i] for i in kept], verify_cache=self._job.verify_cache)
-                return stats, sorted(refused.items())
+                return self._store([rows[i] for i in kept]), sorted(refused.items())
             except PartialWarmupError as error:
                 first = cast(WarmupStats, error.stats)
-                stats, failed = self._singly(prompts, [(kept[i], reason) for i, reason in error.failed])
+                stats, failed = self._singly(rows, [(kept[i], reason) for i, reason in error.failed])
                 return joined(first, stats), sorted([*refused.items(), *failed])
             except (PromptError, PromptTypeError) as error:
                 # Of all that are given at once the first is named; here each is to be.
-                found = {i: reason for i in kept if (reason := self._refusal(prompts[i]))}
+                found = {i: reason for i in kept if (reason := self._refusal(rows[i].prompt))}
                 if not found:
                     # None by itself: what they are to one another.
-                    stats, failed = self._singly(prompts, [(i, _told(error)) for i in kept])
+                    stats, failed = self._singly(rows, [(i, _told(error)) for i in kept])
                     return stats, sorted([*refused.items(), *failed])
                 refused |= found
-        return WarmupStats(len(prompts)), sorted(refused.items())
+            except OptionError:
+                contrary = self._contrary([rows[i] for i in kept])
+                if not contrary:
+                    raise
+                refused |= {kept[k]: reason for k, reason in contrary.items()}
+        return WarmupStats(len(rows)), sorted(refused.items())
 
     def _refusal(self, prompt: Any) -> str:
         """Why the model cannot take `prompt`; empty where it can."""
@@ -152,18 +168,46 @@ class Worker:
             return _told(error)
         return ""
 
-    def _singly(self, prompts: list[Any], failed: list[tuple[int, str]]) -> tuple[WarmupStats, list[tuple[int, str]]]:
-        """Prompts that failed with others of their batch, each by itself."""
+    def _contrary(self, rows: list[Row]) -> dict[int, str]:
+        """Which of `rows` say something else of a prompt than one before them, and why they are not done."""
+        extractor, found = self._cache.extractor, {}
+        read = read_prompts([row.prompt for row in rows])
+        tokenize(read, range(len(rows)), extractor.source, add_special_tokens=extractor.add_special_tokens)
+        first: dict[bytes, int] = {}
+        for i, row in enumerate(rows):
+            j = first.setdefault(ids_of(read, i).tobytes(), i)
+            if _said(row) != _said(rows[j]):
+                found[i] = f"PromptError: the prompt is that of {rows[j].at}, and its label or metadata is not."
+        return found
+
+    def _singly(self, rows: list[Row], failed: list[tuple[int, str]]) -> tuple[WarmupStats, list[tuple[int, str]]]:
+        """Those of `rows` that failed with others of their batch, each by itself."""
         stats, left = WarmupStats(0), []
         for i, _ in failed:
             try:
-                done = self._cache.warmup([prompts[i]], verify_cache=self._job.verify_cache)
+                done = self._store([rows[i]])
                 stats = joined(stats, replace(done, activations_cached=0))
             except PartialWarmupError as error:
                 left.append((i, error.failed[0][1]))
             except (PromptError, PromptTypeError) as error:
                 left.append((i, _told(error)))
         return stats, left
+
+
+def _said(row: Row) -> Said:
+    return checked([row.label], None if row.metadata is None else [row.metadata], 1)
+
+
+def _unsayable(row: Row) -> str:
+    """Why label or metadata of `row` cannot be kept; empty where they can."""
+    if row.label is None and row.metadata is None:
+        return ""
+    try:
+        _said(row)
+    except OptionError as error:
+        told = re.sub(r"^(label|metadata)s?\[0\]", r"the \1", str(error))
+        return f"PromptError: {told}"
+    return ""
 
 
 def _told(error: Exception) -> str:

@@ -74,16 +74,32 @@ class ModelPath(TypedDict):
     model: str
 
 
-class WarmupRates(TypedDict):
-    """What is computed of the other numbers.
+class FailedPrompt(TypedDict):
+    """A prompt that is not stored.
+
+    Attributes:
+        prompt: its place in the input.
+        reason: why; of a run on many workers with its file, and where it is in it.
+    """
+
+    prompt: int
+    reason: str
+
+
+class WarmupResult(TypedDict):
+    """What is computed of the other numbers, and what failed.
 
     Attributes:
         cache_hit_rate: `activations_cached / total_prompts`.
         tokens_per_second: `tokens_extracted / elapsed_seconds`.
+        prompts_failed: prompts that are not stored, all others are; then the status is 1.
+        failed: these; of a run on many workers the first 1,000 (`--failed-file` has all).
     """
 
     cache_hit_rate: float
     tokens_per_second: float
+    prompts_failed: int
+    failed: list[FailedPrompt]
 
 
 class OverLimit(TypedDict):

@@ -23,7 +23,7 @@ from actcache.store.verification import VerifyReport
 
 RESULTS: dict[str, Any] = {
     "demo": models.DemoResult | models.ModelPath,
-    "warmup": Annotated[WarmupStats, models.WarmupRates],
+    "warmup": Annotated[WarmupStats, models.WarmupResult],
     "plan": Annotated[Plan, models.OverLimit],
     "info": CacheInfo,
     "list": list[store.ListedVariant],
