@@ -51,25 +51,30 @@ def objects(url: str) -> dict[str, int]:
 class Pauses:
     """A clock that nothing but pauses moves, which nobody waits for: how busy the machine is changes nothing.
 
-    Where servers are to be waited for, `run` lets it go with the time of the machine, too; `paused` stays apart.
+    Each thread has its own time, since those of one read pause beside each other. Where servers are to be waited for,
+    `run` lets it go with the time of the machine, too.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """From now on, and until the test ends, the clock of every `ObjectBackend`."""
         from actcache.store import object_backend
 
-        self.paused = 0.0
+        self._paused: dict[int, float] = {}
         self._running_since: float | None = None
-        self._lock = threading.Lock()
         monkeypatch.setattr(object_backend, "time", self)
+
+    @property
+    def paused(self) -> float:
+        """How many seconds the thread has paused that has paused longest."""
+        return max(self._paused.copy().values(), default=0.0)
 
     def run(self) -> None:
         self._running_since = time.monotonic()
 
     def monotonic(self) -> float:
         ran = 0.0 if self._running_since is None else time.monotonic() - self._running_since
-        return 1000.0 + ran + self.paused
+        return 1000.0 + ran + self._paused.get(threading.get_ident(), 0.0)
 
     def sleep(self, seconds: float) -> None:
-        with self._lock:
-            self.paused += seconds
+        me = threading.get_ident()
+        self._paused[me] = self._paused.get(me, 0.0) + seconds

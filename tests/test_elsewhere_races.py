@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from actcache.store import eviction, spool, trimming, working_copy
+from actcache.store.asking import locate_here
 from actcache.store.backend import MemoryBackend
 from actcache.store.store import Store
 from elsewhere import Watched, machine, objects
-from store_helpers import check_pooled, growing_writer, make_store, make_table, pooled
+from store_helpers import SITES, check_pooled, growing_writer, make_store, make_table, pooled
 
 
 class Killed(BaseException):
@@ -337,3 +338,52 @@ def test_an_older_listing_takes_away_no_mirror_that_another_process_has_just_bro
     assert writer.evict(0).segments == 2
     assert found(slow, space, [1, 2]) == [False, False]
     assert not list((slow.root / space).glob("*.safetensors"))
+
+
+def has_all(store: Store, space: str, numbers: range) -> bool:
+    """Whether the host knows where they are, without listing objects."""
+    table = make_table(numbers)
+    return bool(locate_here(store._index(space), table, SITES[0], "last_token", check=False)[1].all())
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_what_is_merged_each_time_it_is_looked_for_is_found(tmp_path: Path, everything: bool) -> None:
+    """Not only what was merged before the first listing of a look: also what is merged behind it, again and again."""
+    objects_ = MemoryBackend()
+    writer, space = machine(objects_, tmp_path / "writer")
+    stored(writer, space, [0], [1])
+    watched = Watched(objects_)
+    reader, _ = machine(watched, tmp_path / "reader")
+    reader.refresh()
+    assert has_all(reader, space, range(2))
+    left = [2, 3, 4, 5]
+
+    def merge_before_rows_are_read(method: str, name: str) -> None:
+        if method == "read" and (reader.root.parent / name).exists() and left:
+            stored(writer, space, [left.pop(0)])
+            writer.compact()
+
+    watched.before = merge_before_rows_are_read
+    if everything:
+        assert len(reader.read(space, None, SITES[0], pooling="last_token")) == 6
+    else:
+        assert check_pooled(reader, space, range(2)).all()
+    assert not left
+
+
+def test_a_mirror_goes_behind_that_of_what_its_object_was_merged_into(tmp_path: Path) -> None:
+    """Other processes of the host, which look meanwhile, must find one of both."""
+    objects_ = MemoryBackend()
+    writer, space = machine(objects_, tmp_path / "writer")
+    stored(writer, space, [0], [1])
+    watched = Watched(objects_)
+    reader, _ = machine(watched, tmp_path / "reader")
+    beside, _ = machine(objects_, tmp_path / "reader")
+    reader.refresh()
+    beside.refresh()
+    writer.compact()
+    seen = []
+    watched.after = lambda *_: seen.append(has_all(beside, space, range(2)))
+    watched.before = lambda *_: seen.append(has_all(beside, space, range(2)))
+    assert check_pooled(reader, space, range(2)).all()
+    assert len(seen) > 4 and all(seen)

@@ -180,10 +180,10 @@ def test_a_listing_that_always_breaks_off_ends(
 
     cloud.server.answer = failing
     clock = Pauses(monkeypatch)
-    began = clock.monotonic()
+    began = clock.paused
     with pytest.raises(BackendError, match="503 ServerBusy"):
         ac.ObjectBackend(f"{scheme}://bucket/x", deadline_s=1).list("v1/")
-    assert clock.monotonic() - began < 1
+    assert clock.paused - began < 1
 
 
 def test_accounts_and_servers_are_apart(google: Cloud, azure: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:

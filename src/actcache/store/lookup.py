@@ -18,6 +18,7 @@ from actcache.store.gather import THREAD_BYTES, allowed_threads
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import KEY_WORDS, Ints
 from actcache.store.mapping import Segment
+from actcache.store.opening import look_again
 from actcache.store.placement import Part, Placement
 from actcache.store.queries import Query
 from actcache.store.receiving import Received
@@ -70,23 +71,12 @@ def _locate_elsewhere(
         except Vanished as vanished:
             if attempt == _ATTEMPTS - 1:
                 raise
-            _look_again(index, vanished, began)
+            look_again(index, vanished)
             changed = True
         if not changed and (found.found.all() or not (pull and pulled(index, began))):
             break
         index.refresh()
     return found
-
-
-def _look_again(index: SpaceIndex, vanished: Vanished, began: float) -> None:
-    """Take notice that objects are gone, or that their mirrors are other files by now."""
-    assert index.copy is not None
-    for path in vanished.gone:
-        index.copy.drop(path)
-    with index.lock:
-        for path in (*vanished.gone, *vanished.replaced):
-            index.unmap(path.name[:32])
-    pulled(index, began)
 
 
 def pulled(index: SpaceIndex, began: float) -> bool:
@@ -101,12 +91,11 @@ def pulled(index: SpaceIndex, began: float) -> bool:
 def locate_all(index: SpaceIndex, site: str, layout: str) -> Placement | None:
     """Where every live prompt that has `site` is, oldest first; None where the keys of two agree, as those of two
     copies of one do: then look closer. Damaged ones count as not found."""
-    began = time.monotonic()
     for _ in range(_ATTEMPTS):
         try:
             return _locate_all(index, site, layout)
         except Vanished as vanished:
-            _look_again(index, vanished, began)
+            look_again(index, vanished)
     return None
 
 

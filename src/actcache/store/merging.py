@@ -20,7 +20,7 @@ from actcache.store.index import SpaceIndex
 from actcache.store.keys import Mask
 from actcache.store.locks import exclusive
 from actcache.store.mapping import Segment
-from actcache.store.opening import forget_vanished
+from actcache.store.opening import look_again
 from actcache.store.prompts import PromptTable, offsets
 from actcache.store.records import LABEL, METADATA, SegmentInfo
 from actcache.store.replacing import Replacing, discard
@@ -299,7 +299,7 @@ def open_source(index: SpaceIndex, number: int, wanted: Mask | None = None) -> S
             intact = intact_of(segment, keep)
             break
         except Vanished as vanished:
-            forget_vanished(index, vanished)
+            look_again(index, vanished)
     else:
         return None
     for site, good in zip(info.sites, intact, strict=True):

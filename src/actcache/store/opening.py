@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,11 +50,16 @@ def open_known(path: Path, info: SegmentInfo, copy: WorkingCopy | None) -> Segme
     return segment
 
 
-def forget_vanished(index: SpaceIndex, vanished: Vanished) -> None:
-    """Take notice that objects are gone, or that their mirrors are other files by now."""
+def look_again(index: SpaceIndex, vanished: Vanished) -> None:
+    """Take notice that objects are gone, or that their mirrors are other files by now, and of what took their place."""
     assert index.copy is not None
+    # Listed from now on, since what was listed before this look, or early in it, may have gone since.
+    index.copy.pull(index.folder.name, unless_since=time.monotonic())
+    # Only now, and also what a late listing still shows: other processes of this host, too, are to find it, or what it
+    # was merged into.
+    for path in vanished.gone:
+        index.copy.drop(path)
     with index.lock:
-        for path in vanished.gone:
-            index.copy.drop(path)
         for path in (*vanished.gone, *vanished.replaced):
             index.unmap(path.name[:32])
+        index.refresh()

@@ -96,13 +96,17 @@ class WorkingCopy:
 
     # -- reading ---------------------------------------------------------------------------------------
 
-    def pull(self, space: str | None = None) -> bool:
+    def pull(self, space: str | None = None, *, unless_since: float = math.inf) -> bool:
         """Take notice of what others have put or deleted, in one space or in all; whether anything has changed here.
+
+        Nothing is done where another thread's pull has begun after the moment `unless_since` (of `time.monotonic`).
 
         One listing, and one read for each segment and tomb that is new. Raises BackendError or StoreAccessError.
         """
         with self._pulling:
             began = time.monotonic()
+            if self._last_pull(space) > unless_since:
+                return False
             changed = Pull(self, space).run()
             self._pulled[space] = began
             return changed
@@ -110,7 +114,11 @@ class WorkingCopy:
     def pulled_since(self, space: str | None, moment: float) -> bool:
         """Whether a pull of `space` has begun after `moment` (of `time.monotonic`), and is done."""
         moment = min(moment, getattr(self._scope, "began", moment))
-        return max(self._pulled.get(space, 0.0), self._pulled.get(None, 0.0)) > moment
+        return self._last_pull(space) > moment
+
+    def _last_pull(self, space: str | None) -> float:
+        """When the last pull of `space` began that is done; 0 where there was none."""
+        return max(self._pulled.get(space, 0.0), self._pulled.get(None, 0.0))
 
     @contextlib.contextmanager
     def looking_once(self) -> Iterator[None]:
