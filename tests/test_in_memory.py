@@ -4,8 +4,12 @@ import copy
 
 import pytest
 import torch
+import xxhash
 
 from actcache.errors import ModelChangedError
+from actcache.model import in_memory
+from actcache.model.checksum import local_checksum
+from actcache.model.identity import digest_json
 from actcache.model.loading import open_source
 from actcache.model.options import LoadOptions
 from actcache.testing.tiny import tiny_model
@@ -159,6 +163,78 @@ def test_a_few_values_written_through_data_are_seen(where):
     assert identity(model) != before
     weight.data[where] = kept
     assert identity(model) == before
+
+
+def one_value(weight):
+    weight.data.view(-1)[7] += 0.5
+
+
+def swapped(weight):
+    weight.data[[1, 3]] = weight.data[[3, 1]]
+
+
+def through_numpy(weight):
+    weight.detach().numpy()[2] = 1
+
+
+def another_memory(weight):
+    weight.data = weight.data + 0.5
+
+
+def stepped(weight):
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=0.5, foreach=True).step()
+    weight.grad = None
+
+
+def in_inference_mode(weight):
+    with torch.inference_mode():
+        weight.mul_(2)
+
+
+@pytest.mark.parametrize("write", [one_value, swapped, through_numpy, another_memory, stepped, in_inference_mode])
+def test_weights_written_in_any_way_are_others(write):
+    """Also where two names share them, of which one is asked."""
+    model = tiny_model("gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    for weight in (model.transformer.h[1].mlp.c_fc.weight, model.lm_head.weight):
+        before, kept = identity(model), weight.detach().clone()
+        write(weight)
+        assert identity(model) != before
+        weight.data = kept
+        assert identity(model) == before
+
+
+def test_each_weight_is_read_once_in_a_look(monkeypatch):
+    model = tiny_model("gpt2")
+    first = identity(model)
+    read = []
+
+    def counted(tensor):
+        read.append(tensor.data_ptr())
+        return local_checksum(tensor)
+
+    monkeypatch.setattr(in_memory, "local_checksum", counted)
+    assert identity(model) == first
+    assert len(read) == len(set(read)) >= len(list(model.parameters()))
+    # Nor once more to tell what a model is that was never looked at.
+    read.clear()
+    monkeypatch.setattr(in_memory, "_bytes_of", lambda tensor: pytest.fail("read again"))
+    assert identity(copy.deepcopy(model)) == first
+    assert read
+
+
+def test_the_digest_of_weights_is_that_of_their_bytes():
+    """What earlier versions have stored is found under it."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).to(torch.bfloat16)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    told = {
+        name: [
+            ["", str(t.dtype), list(t.shape), xxhash.xxh3_128_hexdigest(bytes(t.detach().view(-1).view(torch.uint8)))]
+        ]
+        for name, t in tensors.items()
+    }
+    assert in_memory.live_weights_digest(model) == digest_json(told)
 
 
 def test_a_few_values_written_through_data_of_a_model_of_files_are_refused(tmp_path):

@@ -17,7 +17,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from actcache.model.checksum import checksum
+from actcache.model.checksum import checksum, local_checksum
 from actcache.model.identity import digest_json
 from actcache.model.offload import Stored, stored_weights
 from actcache.model.rope import ORIGINAL, depends_on_longest
@@ -43,25 +43,53 @@ _live: weakref.WeakKeyDictionary[Any, tuple[Any, list[object], str]] = weakref.W
 def live_weights_digest(model: nn.Module) -> str:
     """Digest of all weights of a model in memory: names, shapes, dtypes and bytes. Where they lie makes no difference.
 
-    Computed once per state of the weights. The state is recognised by every tensor's `data_ptr` and `_version`, and by
-    a checksum of its bytes where it lies, since a write through ``.data`` moves no version.
+    The state of the weights is recognised by every tensor's `data_ptr` and `_version`, and by a checksum of its bytes
+    where it lies: a write through ``.data``, or through an array that shares the memory, moves no version. So each call
+    reads all weights once.
     """
-    weights = dict(_weights_of(model))
+    look = _Look()
+    weights = dict(_weights_of(model, look))
     state = {name: weight.state for name, weight in weights.items()}
     known = _live.get(model)
     if known is not None and known[0] == state and None not in state.values():
         return known[2]
-    seen: dict[Any, str] = {}
     digests: dict[str, Any] = {}
     for name, weight in weights.items():
-        # Tied weights are one tensor under several names.
-        known_digests = {} if weight.passing else seen
-        digests[name] = [
-            [what, str(t.dtype), list(t.shape), _digest_of(t, known_digests)] for what, t in weight.parts()
-        ]
+        digest_of = _digest_of if weight.passing else look.digest_of
+        digests[name] = [[what, str(t.dtype), list(t.shape), digest_of(t)] for what, t in weight.parts()]
     digest = digest_json(digests)
     _live[model] = (state, [weight.kept for weight in weights.values()], digest)
     return digest
+
+
+class _Look:
+    """One look at tensors that stay where they are meanwhile: each is read once, also when tied weights give it several
+    names."""
+
+    def __init__(self) -> None:
+        self._checksums: dict[tuple[Any, ...], int] = {}
+        self._digests: dict[tuple[Any, ...], str] = {}
+
+    def state_of(self, tensor: Tensor) -> tuple[Any, ...]:
+        place = _place_of(tensor)
+        if place not in self._checksums:
+            self._checksums[place] = local_checksum(tensor)
+        return (*place, version_of(tensor), self._checksums[place])
+
+    def digest_of(self, tensor: Tensor) -> str:
+        # Torch's quantised tensors hide scales, which may differ at one place.
+        if tensor.is_quantized:
+            return _digest_of(tensor)
+        place = _place_of(tensor)
+        if place not in self._digests:
+            # On the processor the checksum is the digest.
+            known = self._checksums.get(place) if tensor.is_cpu else None
+            self._digests[place] = f"{known:032x}" if known else _digest_of(tensor)
+        return self._digests[place]
+
+
+def _place_of(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), str(tensor.dtype), str(tensor.device)
 
 
 def weights_state(model: nn.Module) -> dict[str, Any]:
@@ -169,7 +197,7 @@ def _told(value: Any, *, containers: bool) -> Any:
     return None
 
 
-def _weights_of(model: nn.Module) -> Iterator[tuple[str, _Weight]]:
+def _weights_of(model: nn.Module, look: _Look) -> Iterator[tuple[str, _Weight]]:
     modules = list(model.named_modules())
     elsewhere = stored_weights(modules)
     config: Any = getattr(model, "config", None)
@@ -183,21 +211,21 @@ def _weights_of(model: nn.Module) -> Iterator[tuple[str, _Weight]]:
             if own.endswith("inv_freq"):
                 # Frequencies that follow the last pass say nothing about the model.
                 if not follows or own.endswith(ORIGINAL):
-                    yield name, _Weight(_state_of(tensor), partial(_rounded, tensor), passing=True)
+                    yield name, _Weight(look.state_of(tensor), partial(_rounded, tensor), passing=True)
                 continue
             if name in elsewhere:
                 stored = elsewhere[name]
                 yield name, _Weight(stored.state, partial(_loaded, stored), passing=True)
             else:
                 parts = _parts_of(tensor)
-                yield name, _Weight(tuple([(what, *_state_of(t)) for what, t in parts]), partial(list, parts))
+                yield name, _Weight(tuple([(what, *look.state_of(t)) for what, t in parts]), partial(list, parts))
         foreign = not _is_plain(type(module))
         for own, value in vars(module).items():
             if foreign and own not in _OF_EVERY_MODULE and "cache" not in own:
                 # A steering vector or a mask of somebody's own module.
                 for what, held in _held(value):
                     parts = _parts_of(held)
-                    kept = tuple([(at, *_state_of(t)) for at, t in parts])
+                    kept = tuple([(at, *look.state_of(t)) for at, t in parts])
                     yield f"{prefix}{own}{what}", _Weight(kept, partial(list, parts))
             # Unpacking them is too much work for every look at the state.
             if isinstance(value, torch.ScriptObject):
@@ -252,20 +280,10 @@ def _unpacked(value: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
     return [(f"{prefix}={value!r}", torch.empty(0))]
 
 
-def _state_of(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), version_of(tensor), tuple(tensor.shape), str(tensor.dtype), checksum(tensor)
-
-
-def _digest_of(tensor: Tensor, seen: dict[Any, str]) -> str:
+def _digest_of(tensor: Tensor) -> str:
     if tensor.is_quantized:
-        return digest_json([_digest_of(part, {}) for part in _quantized_parts(tensor)])
-    place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-    digest = seen.get(place)
-    if digest is None:
-        digest = xxhash.xxh3_128_hexdigest(_bytes_of(tensor))
-        if not tensor.is_meta:
-            seen[place] = digest
-    return digest
+        return digest_json([_digest_of(part) for part in _quantized_parts(tensor)])
+    return xxhash.xxh3_128_hexdigest(_bytes_of(tensor))
 
 
 def _quantized_parts(tensor: Tensor) -> list[Tensor]:
