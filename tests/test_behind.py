@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ from actcache.store import behind, checks, fetching, gather, mirror, placement
 from actcache.store.backend import Bytes, LocalBackend, MemoryBackend
 from actcache.store.container import Tensor
 from actcache.store.placement import Placement
+from actcache.store.prompts import PromptTable
 from actcache.store.receiving import Received
 from actcache.store.records import BLOCK, Records
 from actcache.store.store import Store
@@ -217,6 +219,131 @@ def test_rows_in_their_order_go_where_they_are_wanted_as_they_come(
     behind.settle()
     again = store.locate(its, table=table, sites=["b"], layout="mean", check=False).take()
     np.testing.assert_array_equal(again[:, 0], values)
+
+
+class Three:
+    """Three objects of the vectors of 3 x `ROWS` prompts, the tokens' rows of them too, and a reader that has none."""
+
+    def __init__(self, backend: Counting, folder: Path) -> None:
+        self.backend, self.folder = backend, folder
+        writer, space = opened(backend, folder / "writer")
+        self.table = make_table(range(3 * ROWS))
+        self.mean = np.concatenate([VALUES["b"], VALUES["a"], VALUES["b"][::-1]])
+        rows = self.table.token_offset
+        self.every = np.arange(int(rows[-1]) * 40, dtype=np.float32).reshape(-1, 40)
+        with writer:
+            for k in range(3):
+                part = self.table.select(np.arange(k * ROWS, (k + 1) * ROWS))
+                if k:
+                    mean = {"b": self.mean[k * ROWS : (k + 1) * ROWS]}
+                    writer.append(space, Records.pooled(part, "mean", mean))
+                writer.append(space, Records.tokens(part, {"b": self.every[rows[k * ROWS] : rows[(k + 1) * ROWS]]}))
+                # What is sent later is merged before.
+                writer.flush()
+        self.store, self.space = opened(backend, folder / "three")
+        # The first read looks at what all mirrors take, for which it waits.
+        self.store.read(self.space, TABLE.select(np.arange(1)), "a", pooling="mean")
+        behind.settle()
+
+    def read(self, pooling: str | None, prompts: PromptTable | None) -> Any:
+        return self.store.read(self.space, prompts, "b", pooling=pooling)
+
+    def right(self, got: Any, pooling: str | None, numbers: Sequence[int] = range(3 * ROWS)) -> bool:
+        offset = self.table.token_offset
+        expected = [self.mean[i] if pooling else self.every[offset[i] : offset[i + 1]] for i in numbers]
+        return all(np.array_equal(a.numpy(), b) for a, b in zip(got, expected, strict=True))
+
+    def times(self, layout: str) -> npt.NDArray[np.int64]:
+        """When each prompt was read last."""
+        index = self.store._index(self.space)
+        return np.concatenate([index.reads.times(i) for _, i in index.segments() if i.layout == layout])
+
+
+@pytest.fixture
+def three(backend: Counting, tmp_path: Path) -> Three:
+    return Three(backend, tmp_path)
+
+
+@pytest.mark.parametrize("pooling", ["mean", None])
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("spoilt", [0, 1, 2])
+def test_read_copies_what_it_gives_as_it_comes(
+    three: Three, monkeypatch: pytest.MonkeyPatch, pooling: str | None, named: bool, spoilt: int
+) -> None:
+    """Nothing is put together behind the last byte; a block that is `spoilt` more than once is an error."""
+    reads = [0]
+
+    def spoil(data: bytearray, start: int) -> None:
+        reads[0] += 1
+        if reads[0] <= spoilt or spoilt == 2:
+            data[-1] ^= 1
+
+    behind_it: list[Tensor] = []
+    rows = Received.rows
+    monkeypatch.setattr(Received, "rows", lambda self, tensor: behind_it.append(tensor) or rows(self, tensor))
+    monkeypatch.setattr(three.backend, "concurrency", 1)
+    three.backend.on_read = spoil
+    prompts = three.table if named else None
+    began = time.time_ns()
+    if spoilt == 2:
+        with pytest.raises(NotCachedError, match=r"damaged|have no 'b'"):
+            three.read(pooling, prompts)
+        assert (three.times(pooling or "tokens") < began).any()
+        return
+    got = three.read(pooling, prompts)
+    assert waits() and not behind_it and three.right(got, pooling)
+    assert (three.times(pooling or "tokens") >= began).all()
+    assert (three.times("tokens" if pooling else "mean") < began).all()
+    # It is the caller's, and nobody else's.
+    for tensor in [got] if pooling else got:
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * 4
+        tensor.fill_(7)
+    behind.settle()
+    assert three.right(three.read(pooling, prompts), pooling) and three.store.verify().ok
+
+
+@pytest.mark.parametrize("pooling", ["mean", None])
+def test_some_of_what_is_read_is_here_and_some_wanted_twice(three: Three, pooling: str | None) -> None:
+    numbers = [5, 5, 4, *range(3 * ROWS - 1, ROWS, -1), 5]
+    three.read(pooling, three.table.select(np.arange(ROWS, ROWS + 9)))
+    behind.settle()
+    for _ in range(2):
+        assert three.right(three.read(pooling, three.table.select(np.array(numbers))), pooling, numbers)
+        behind.settle()
+
+
+@pytest.mark.parametrize("pooling", ["mean", None])
+@pytest.mark.parametrize("named", [False, True])
+def test_objects_that_another_machine_merges_in_the_middle_of_a_read(
+    three: Three, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pooling: str | None, named: bool
+) -> None:
+    monkeypatch.setattr(three.backend, "concurrency", 1)
+    before = {info.name for info in three.backend.list()}
+
+    def merge(data: bytearray, start: int) -> None:
+        three.backend.on_read = lambda data, start: None
+        other, space = opened(three.backend, tmp_path / "other")
+        with other:
+            other.compact(space)
+
+    three.backend.on_read = merge
+    assert three.right(three.read(pooling, three.table if named else None), pooling)
+    assert len(before - {info.name for info in three.backend.list()}) == 5
+
+
+@pytest.mark.parametrize("pooling", ["mean", None])
+def test_a_read_that_fails_in_the_middle_gives_nothing(three: Three, pooling: str | None) -> None:
+    failing = [3]
+
+    def fail(data: bytearray, start: int) -> None:
+        failing[0] -= 1
+        if not failing[0]:
+            raise BackendError("the network is gone")
+
+    three.backend.on_read = fail
+    with pytest.raises(BackendError, match="the network is gone"):
+        three.read(pooling, None)
+    assert three.right(three.read(pooling, None), pooling)
 
 
 def test_few_rows_of_many_bytes_do_not_keep_these_in_memory(reader: tuple[Store, str]) -> None:

@@ -104,7 +104,7 @@ def limit_bytes(gb: Any, source: str) -> int | None:
         number = math.nan
     if isinstance(gb, bool) or not number >= 0:
         raise OptionError(
-            f"{source} is {gb!r}: expected a number of GB that is not negative (0: store nothing), such as 50 or 0.5."
+            f"{source} is {gb!r}: expected a number of GB that is not negative (0: keep nothing), such as 50 or 0.5."
         )
     return None if math.isinf(number) else int(number * GB)
 

@@ -53,7 +53,7 @@ def locate_here(
 ) -> tuple[list[tuple[Placement, Ints]], npt.NDArray[np.bool_]]:
     """`locate_any` among what this host knows of."""
     if prompts is None:
-        everything = locate_all(index, site, layout)
+        everything = locate_all(index, site, layout, check)
         if everything is not None:
             return [(everything, np.arange(len(everything)))], everything.found
         prompts = stored_prompts(index, site, layout)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ from actcache.store.container import Tensor
 from actcache.store.fetching import Fetcher, Wanted, fetch
 from actcache.store.lazy import lazy
 from actcache.store.mapped import MappedFile
-from actcache.store.receiving import Received, Target
+from actcache.store.receiving import Received, Targets
 from actcache.store.records import BLOCK
 
 Ints = npt.NDArray[np.int64]
@@ -339,7 +338,7 @@ def fetch_together(wanted: Iterable[tuple[BlockChecks, Sequence[str], Ints, Ints
 
 def receive_together(
     wanted: Iterable[tuple[BlockChecks, Sequence[str], Ints, Ints]],
-    targets: Mapping[BlockChecks, Sequence[Target]] = MappingProxyType({}),
+    targets: Callable[[], Mapping[BlockChecks, Targets]] = dict,
 ) -> dict[BlockChecks, Received]:
     """`fetch_together` for whoever reads these rows now: of some segments all of them, which may be in no file yet.
 
@@ -364,15 +363,16 @@ def receive_together(
 def _received(
     found: Sequence[tuple[BlockChecks, Wanted | None, bool]],
     absent: Sequence[Wanted],
-    targets: Mapping[BlockChecks, Sequence[Target]],
+    targets: Callable[[], Mapping[BlockChecks, Targets]],
 ) -> dict[BlockChecks, Received]:
     # Of each segment all that is wanted or nothing: some of it may be wanted apart from the rest.
     partly = {checks for checks, _, alone in found if not alone}
     whole = [checks for checks, one, _ in found if one is not None and checks not in partly]
-    received = {checks: Received(targets=targets.get(checks, ())) for checks in whole}
+    received: dict[BlockChecks, Received] = {}
     size = sum(one.nbytes for one in absent)
-    if size < _LEAST_BEHIND or not behind.has_room(size):
-        received = {}
+    if whole and size >= _LEAST_BEHIND and behind.has_room(size):
+        wanted = targets()
+        received = {checks: Received(targets=wanted.get(checks)) for checks in whole}
     expected = dict.fromkeys(received, 0)
     for checks, one, _ in found:
         if one is not None and checks in received:

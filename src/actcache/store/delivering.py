@@ -11,9 +11,9 @@ import numpy.typing as npt
 from actcache.store.checks import BlockChecks
 from actcache.store.gather import Piece
 from actcache.store.keys import Ints
-from actcache.store.receiving import Target
+from actcache.store.receiving import Targets
 
-Deliveries = Mapping[BlockChecks, Sequence[Target]]
+Deliveries = Mapping[BlockChecks, Targets]
 
 
 def wanted_by(pieces: Sequence[Piece], names: Sequence[str]) -> Iterator[tuple[BlockChecks, list[str], Ints, Ints]]:
@@ -34,9 +34,9 @@ def deliveries(pieces: Sequence[Piece], names: Sequence[str], out: npt.NDArray[A
 
     Nothing of an object of which some has to be put together in another way.
     """
-    found: dict[BlockChecks, list[Target]] = {}
     if out.shape[1] != 1 or not out.flags.c_contiguous or not out.size:
-        return found
+        return {}
+    found: dict[BlockChecks, tuple[list[int], list[npt.NDArray[np.uint8]]]] = {}
     width = out.shape[2] * out.itemsize
     flat = out.reshape(-1).view(np.uint8)
     others = set()
@@ -49,9 +49,10 @@ def deliveries(pieces: Sequence[Piece], names: Sequence[str], out: npt.NDArray[A
             continue
         start, place = tensors[0].start + int(piece.rows[0]) * width, int(piece.at[0]) * width
         size = len(piece.rows) * width
-        target = Target(start, start + size, flat[place : place + size])
-        found.setdefault(piece.segment.checks, []).append(target)
-    return {checks: targets for checks, targets in found.items() if checks not in others}
+        starts, outs = found.setdefault(piece.segment.checks, ([], []))
+        starts.append(start)
+        outs.append(flat[place : place + size])
+    return {checks: Targets(*targets) for checks, targets in found.items() if checks not in others}
 
 
 def _is_within(piece: Piece) -> bool:

@@ -388,10 +388,10 @@ class SpaceIndex:
         self._open.pop(name, None)
         self.listing.forget()
 
-    def note_read(self, number: int, prompts: Ints | int) -> None:
-        """Remember that these prompts of a segment are read now."""
-        info = self._infos[number]
-        if info is not None:
+    def note_read(self, segment: int | str, prompts: Ints | int) -> None:
+        """Remember that these prompts of a segment, known by its number or name, are read now."""
+        number = self._numbers.get(segment) if isinstance(segment, str) else segment
+        if number is not None and (info := self._infos[number]) is not None:
             self.reads.note(info, prompts)
 
     def write_reads(self) -> None:

@@ -129,7 +129,7 @@ class Placement:
         if received := self._bring(wanted_by(pieces, self.sites), lambda: deliveries(pieces, self.sites, out)):
             found = [(piece, received.get(piece.segment.checks)) for piece in pieces]
             # Some is where it is wanted since it came.
-            pieces = [replace(piece, received=here) for piece, here in found if here is None or not here.targets]
+            pieces = [replace(piece, received=here) for piece, here in found if here is None or here.targets is None]
         gather_pieces(pieces, self.sites, out)
         return out
 
@@ -216,7 +216,7 @@ class Placement:
         received, self._received = self._received, {}
         left = [one for one in wanted if one[0] not in received]
         try:
-            return {**received, **receive_together(left, targets())}
+            return {**received, **receive_together(left, targets)}
         except FileNotFoundError as error:
             raise NotCachedError(f"some of what was found has gone since: look for it again ({error})") from error
 

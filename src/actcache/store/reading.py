@@ -11,6 +11,7 @@ import numpy.typing as npt
 from actcache.errors import NotCachedError, OptionError, ValueOverflowError, did_you_mean
 from actcache.store import sparse_reading, tensors
 from actcache.store.asking import locate_any, why_absent
+from actcache.store.copied import copied_rows
 from actcache.store.dtypes import common_dtype, reaches
 from actcache.store.index import SpaceIndex
 from actcache.store.prompts import PromptTable
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from actcache.store.placement import Placement
+
+    _Located = Sequence[tuple[Placement, npt.NDArray[np.int64]]]
 
 _READABLE = ("float16", "bfloat16", "float32", "float64")
 
@@ -106,7 +109,14 @@ def read(
         if wanted is not None or out is not None:
             raise OptionError(f"{site!r} is sparse, and read as it is stored: leave out dtype= and out=.")
         return sparse_reading.read(index, sparse, prompts, pooled=bool(pooling), positions=positions)
-    located, found = locate_any(index, prompts, site, layout, check=True)
+    # Into a tensor of the caller's nothing is copied before all of it is here.
+    quick = index.copy is not None and out is None and positions is None
+    located, found = locate_any(index, prompts, site, layout, check=not quick)
+    if quick and len(found) and found.all():
+        answer = _as_it_comes(index, located, len(found), site, pooling, wanted, allow_inf)
+        if answer is not None:
+            return answer
+        located, found = locate_any(index, prompts, site, layout, check=True)
     if (not found.all() or not len(found)) and (why := why_absent(index, site, layout)):
         raise NotCachedError(why)
     if not len(found):
@@ -124,20 +134,49 @@ def read(
             f"(the first is prompt {int(np.flatnonzero(~found)[0])}): see Store.contains() and Store.discover()"
         )
 
-    def place(prompt: int) -> str:
-        return f"prompt {prompt}, {site}"
-
     if pooling:
-        return _stacked(located, len(found), out, wanted, allow_inf, lambda at: place(at[0]))
+        return _stacked(located, len(found), site, out, wanted, allow_inf)
     rows: list[Any] = [None] * len(found)
     for placement, members in located:
         local = np.flatnonzero(placement.found)
         for i, (values,) in zip(members[local].tolist(), placement.all_rows(local), strict=True):
-            tensor = tensors.to_tensor(tensors.cut(values, positions))
-            if wanted is not None:
-                tensor = converted(tensor, wanted, allow_inf=allow_inf, name=lambda _, i=i: place(i))  # type: ignore[misc]
-            rows[i] = tensor
+            rows[i] = _of_one(tensors.cut(values, positions), i, site, wanted, allow_inf)
     return rows
+
+
+def _as_it_comes(
+    index: SpaceIndex, located: _Located, n: int, site: str, pooling: str | None, dtype: torch.dtype | None,
+    allow_inf: bool,
+) -> Any:  # fmt: skip
+    """The answer for `n` prompts that were located elsewhere, unchecked: each is checked and copied as it comes.
+
+    None where some have gone since, or turn out damaged: then look closer.
+    """
+    if any(segment.source is None for placement, _ in located for segment in placement.segments):
+        return None
+    try:
+        if pooling:
+            answer = _stacked(located, n, site, None, dtype, allow_inf)
+        else:
+            answer = [None] * n
+            for placement, members in located:
+                local = np.flatnonzero(placement.found)
+                for i, values in zip(members[local].tolist(), copied_rows(placement, local), strict=True):
+                    answer[i] = _of_one(values, i, site, dtype, allow_inf)
+    except NotCachedError:
+        return None
+    with index.lock:
+        for placement, _ in located:
+            for segment, prompts in placement.held():
+                index.note_read(segment.info.name, prompts)
+    return answer
+
+
+def _of_one(rows: npt.NDArray[Any], prompt: int, site: str, dtype: torch.dtype | None, allow_inf: bool) -> torch.Tensor:
+    tensor = tensors.to_tensor(rows)
+    if dtype is None:
+        return tensor
+    return converted(tensor, dtype, allow_inf=allow_inf, name=lambda _: f"prompt {prompt}, {site}")
 
 
 def _check_out(out: Any, pooling: str | None, dtype: torch.dtype | None, n: int | None) -> None:
@@ -161,15 +200,12 @@ def _check_out(out: Any, pooling: str | None, dtype: torch.dtype | None, n: int 
         raise OptionError("out is expanded: its rows share memory, so that each would be written over the other.")
 
 
-def _stacked(
-    located: Sequence[tuple[Placement, npt.NDArray[np.int64]]],
-    n: int,
-    out: Any,
-    dtype: torch.dtype | None,
-    allow_inf: bool,
-    name: Callable[[list[int]], str],
-) -> Any:
+def _stacked(located: _Located, n: int, site: str, out: Any, dtype: torch.dtype | None, allow_inf: bool) -> Any:
     """The vectors of all located prompts in one tensor ``[n, D]``; in `out` where it is given."""
+
+    def name(at: list[int]) -> str:
+        return f"prompt {at[0]}, {site}"
+
     parts = [(p, members[local], local) for p, members in located if len(local := np.flatnonzero(p.found))]
     stored = common_dtype(p.dtype for p, _, _ in parts)
     widths = {width for p, _, _ in parts for width in p.widths}

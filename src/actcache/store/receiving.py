@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,19 +17,27 @@ from actcache.store.keys import Ints
 from actcache.store.statistics import as_float, is_float
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where bytes `start` to `stop` of an object are wanted: `out`, uint8, as many of them."""
+class Targets:
+    """Where bytes of an object are wanted: those from ``starts[i]`` on in ``outs[i]``, uint8, as many as fit."""
 
-    start: int
-    stop: int
-    out: npt.NDArray[np.uint8]
+    def __init__(self, starts: Sequence[int], outs: Sequence[npt.NDArray[np.uint8]]) -> None:
+        order = sorted(range(len(starts)), key=starts.__getitem__)
+        self._starts = [starts[i] for i in order]
+        self._outs = [outs[i] for i in order]
+        self._longest = max(map(len, outs), default=0)
 
     def take(self, start: int, data: memoryview) -> None:
         """Copy what is wanted of `data`, which begins at `start` of the object."""
-        a, b = max(start, self.start), min(start + len(data), self.stop)
-        if a < b:
-            self.out[a - self.start : b - self.start] = np.frombuffer(data, np.uint8)[a - start : b - start]
+        some, stop = np.frombuffer(data, np.uint8), start + len(data)
+        # There may be one for each of many prompts, and `data` is for few of them.
+        low, high = bisect_right(self._starts, start - self._longest), bisect_left(self._starts, stop)
+        for begin, out in zip(self._starts[low:high], self._outs[low:high], strict=True):
+            end = begin + len(out)
+            if begin >= start and end <= stop:
+                out[:] = some[begin - start : end - start]
+            elif end > start:
+                a, b = max(start, begin), min(stop, end)
+                out[a - begin : b - begin] = some[a - start : b - start]
 
 
 @dataclass
@@ -37,7 +45,7 @@ class Received:
     """Bytes of one object that have come and are right: where each run of them begins, and the run. Threads fill it."""
 
     runs: list[tuple[int, memoryview]] = field(default_factory=list)
-    targets: Sequence[Target] = ()
+    targets: Targets | None = None
     """Where all of them are wanted as they are; then they are there, too, as soon as they have come."""
 
     @property
@@ -46,8 +54,8 @@ class Received:
 
     def add(self, start: int, data: memoryview) -> None:
         self.runs.append((start, data.toreadonly()))
-        for target in self.targets:
-            target.take(start, data)
+        if self.targets is not None:
+            self.targets.take(start, data)
 
     def rows(self, tensor: Tensor) -> ReceivedRows:
         """What is here of a matrix."""
