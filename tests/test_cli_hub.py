@@ -334,7 +334,7 @@ class TestControlC:
         (tmp_path / "c").mkdir()
         arguments = ["pull", "user/full", "--store", tmp_path / "s", "--materialize", "--trust-names"]
         cut = interrupted(hub, tmp_path / "c", arguments, {"method": "GET", "path": "/blobs/.*", "skip": 4})
-        assert cut == (1, "", "actcache: stopped. What has come is kept; the same command goes on from there.\n")
+        assert cut == (1, "", "actcache: stopped. What has come is kept. The same command goes on from there.\n")
         process = start(hub, tmp_path / "c", *arguments)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0 and "11 prompts pulled" in out, err
@@ -369,7 +369,7 @@ class TestControlC:
         (tmp_path / "c" / "x.npz").write_bytes(b"before")
         arguments = ["load", "user/full", "--out", "x.npz"]
         cut = interrupted(hub, tmp_path / "c", arguments, {"method": "GET", "path": "/blobs/.*", "skip": 2})
-        assert cut == (1, "", "actcache: stopped, and x.npz is as it was. The same command begins anew.\n")
+        assert cut == (1, "", "actcache: stopped. No file is half written: the same command begins anew.\n")
         assert (tmp_path / "c" / "x.npz").read_bytes() == b"before"
         assert [p.name for p in (tmp_path / "c").iterdir() if p.name != "hub"] == ["x.npz"]
 

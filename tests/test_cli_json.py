@@ -97,7 +97,7 @@ TEXTS: dict[str, Callable[[Any], list[str]]] = {
     "pull": lambda p: [f"{p['model_name']}: {prompts(p['prompts'])} "],
     "dataset-info": lambda d: [f"prompts  {d['num_prompts']}\n", f"labels  {', '.join(d['labels'])}\n"],
     "verify": lambda v: (
-        [f"{v['segments']} segments, {v['blocks']} blocks, {v['tombs']} tombs"]
+        [f"{v['segments']} segment", f" {v['blocks']} block", f" {v['tombs']} tomb"]
         + [f"{d['site']}, {len(d['rows'])} rows: {d['reason']}" for d in v["damaged"]]
     ),
     "evict": lambda e: [f"{prompts(e['prompts'])} evicted"],

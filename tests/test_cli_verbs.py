@@ -141,6 +141,21 @@ def test_show_reports_what_is_stored(cli: Cli) -> None:
     assert "every token" in out
 
 
+def test_stats_has_no_norms_of_what_is_no_vector(cli: Cli) -> None:
+    cli("warmup", MODEL, "--prompt", PROMPT, "--raw", "--layers", "0", "--perplexity")
+    status, out, err = cli("stats", MODEL)
+    assert (status, err) == (0, "") and "nan" not in out
+    (line,) = [line.split() for line in out.splitlines() if "token_nll" in line]
+    tokens = the_json(cli("list", MODEL, "--json"))[0]["prompts"][0]["num_tokens"]  # type: ignore[index]
+    assert line[:3] == ["token_nll", str(tokens), "1"] and line[-4:] == ["float32", "0", "0", "1"]
+    (variant,) = the_json(cli("stats", MODEL, "--json"))  # type: ignore[misc]
+    by_name = {entry["site"]: entry for entry in variant["sites"]}
+    for name in ("perplexity", "token_nll"):
+        assert (by_name[name]["mean_norm"], by_name[name]["std"]) == (None, None)
+        assert by_name[name]["stored"][0]["error_relative"] == 0
+    assert by_name["resid_post.0"]["mean_norm"] > 0
+
+
 def test_list_gives_prompts_as_they_were_given(cli: Cli, tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('"two\\nlines"\n[1, 2, 3]\n')

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import actcache as ac
 from actcache.demo import model_path
-from actcache.errors import FormatError, NotCachedError, OptionError
+from actcache.errors import FormatError, NotCachedError, OptionError, UnknownSiteError
 from actcache.store.store import Store
 from cli_helpers import Cli
 
@@ -343,9 +343,27 @@ def test_arrays_with_a_list_of_prompts(tmp_path: Path, store: Store, cli: Cli) -
     with pytest.raises(OptionError, match="site="):
         ac.import_arrays(tmp_path / "x.npy", "org/m", texts, pooling="mean", store=store)
     with pytest.raises(OptionError, match=r"\[3, 8\].*pooling="):
-        ac.import_arrays({"x": matrix}, "org/m", texts, store=store)
+        ac.import_arrays({"embed": matrix}, "org/m", texts, store=store)
     with pytest.raises(OptionError, match=r"expected \[2, D\]"):
-        ac.import_arrays({"x": matrix}, "org/m", ["a", "b"], pooling="mean", store=store)
+        ac.import_arrays({"embed": matrix}, "org/m", ["a", "b"], pooling="mean", store=store)
+    for name, error, words in (
+        ("resid_pots.5", UnknownSiteError, "Did you mean 'resid_post'"),
+        ("resid_post", OptionError, "as in 'resid_post.5'"),
+        ("resid_post.-1", OptionError, "count from 0"),
+    ):
+        with pytest.raises(error, match=words):
+            ac.import_arrays(tmp_path / "x.npy", "org/n", texts, site=name, pooling="mean", store=store)
+        with pytest.raises(error, match=words):
+            ac.import_arrays({name: matrix}, "org/n", texts, pooling="mean", store=store)
+        said = ("--model", "org/n", "--prompts", str(tmp_path / "p.txt"), "--store", str(tmp_path / "none"))
+        (tmp_path / "p.txt").write_text("a\n")
+        status, out, err = cli("import", str(tmp_path / "x.npy"), "--site", name, *said)
+        assert (status, out, err.count("\n")) == (2, "", 1) and name in err
+        assert not (tmp_path / "none").exists()
+    # As others call it, it is the same one.
+    given = {"blocks.5.hook_resid_post": matrix + 1}
+    other = ac.import_arrays(given, "org/tl", texts, pooling="mean", store=store)
+    assert np.array_equal(store.read(other.spaces["org/tl"], texts, "resid_post.5", pooling="mean"), matrix + 1)
     (tmp_path / "x.txt").write_text("no")
     with pytest.raises(FormatError, match="neither"):
         ac.import_arrays(tmp_path / "x.txt", "m", ["a"], store=store)
@@ -364,9 +382,9 @@ def test_arrays_with_a_list_of_prompts(tmp_path: Path, store: Store, cli: Cli) -
     assert store.read(report.spaces["org/m"], ["text"], "attn_out.0")[0].dtype == torch.bfloat16
     assert cli("import", str(tmp_path / "y.safetensors"))[0] == 2
     with pytest.raises(OptionError, match="padding cannot be told"):
-        ac.import_arrays({"x": whole}, "m", ["a", "b"], store=store)
+        ac.import_arrays({"embed": whole}, "m", ["a", "b"], store=store)
     with pytest.raises(OptionError, match="3 token ids and 4 rows"):
-        ac.import_arrays({"x": whole, "mask": np.ones((2, 4))}, "m", [[1, 2, 3], [1, 2, 3, 4]], store=store)
+        ac.import_arrays({"embed": whole, "mask": np.ones((2, 4))}, "m", [[1, 2, 3], [1, 2, 3, 4]], store=store)
 
 
 class FakeCache(dict[str, torch.Tensor]):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -150,7 +154,7 @@ def report_said(capsys: pytest.CaptureFixture[str], *arguments: str, out: Path) 
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["--out", "{}/none/page.html"], 2, "folder that does not exist"),
+        (["--out", "{}/none/page.html"], 2, "there is no folder"),
         (["--out", "{}"], 2, "is a folder"),
         (["--prompt", "x", "--out", "{}/p.html"], 2, "--prompt needs the MODEL"),
         (["--revision", "main", "--out", "{}/p.html"], 2, "--revision is of a dataset"),
@@ -164,6 +168,41 @@ def test_misuse_is_told_in_a_line_and_writes_nothing(tmp_path, capsys, arguments
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
     assert not (tmp_path / "p.html").exists()
+
+
+def test_a_page_takes_the_place_of_another_whole_or_not_at_all(filled, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "page.html"
+    out.write_bytes(b"before")
+    out.chmod(0o640)
+    arguments = ["report", MODEL, "--store", str(filled[0]), "--out", str(out)]
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        assert run(arguments) == 1
+        assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("actcache.report.page.page", lambda _: 1 / 0)
+        assert run(arguments) == 1
+    assert out.read_bytes() == b"before" and [p.name for p in tmp_path.iterdir()] == ["page.html"]
+    link = tmp_path / "link.html"
+    link.symlink_to("page.html")
+    report(MODEL, "--store", str(filled[0]), out=link)
+    assert link.is_symlink() and out.read_bytes().startswith(b"<!doctype html>")
+    assert stat.S_IMODE(out.stat().st_mode) == 0o640 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_page_goes_into_a_pipe_that_stays_one(filled, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(pipe.read_bytes)
+        assert run(["report", MODEL, "--store", str(filled[0]), "--out", str(pipe)]) == 0
+        assert read.result(60).endswith(b"</html>") and pipe.is_fifo()
 
 
 def test_json_says_what_the_page_says(filled, tmp_path, capsys):

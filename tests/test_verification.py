@@ -20,6 +20,7 @@ from actcache.store import container
 from actcache.store import segment as segments
 from actcache.store.records import BLOCK, Records
 from actcache.store.store import Store
+from actcache.store.verification import Damage, VerifyReport, in_words
 from store_helpers import CONTEXT, SITES, check_pooled, every_token, make_store, make_table, pooled, segment_files
 
 
@@ -311,6 +312,13 @@ def test_the_verb_and_the_function(tmp_path: Path, capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert f"DAMAGED: v1/{space}/{path.name} {SITES[1]}, 10 rows" in shown
     assert f"lost: 10 activations of 10 prompts ({SITES[1]} of 10); all else is intact." in shown
+    assert shown.startswith("1 segment, 2 blocks, 0 tombs read.\n")
+    one = VerifyReport(1, 1, 1, [Damage("a", "x.0", [0], "rot")], [], 1, 1, {"x.0": 1})
+    assert in_words(one)[:3] == [
+        "1 segment, 1 block, 1 tomb read.",
+        "DAMAGED: a x.0, 1 row: rot",
+        "lost: 1 activation of 1 prompt (x.0 of 1); all else is intact.",
+    ]
     assert run(["verify", "--repair", *where]) == 0
     assert "1 of 1 repaired" in capsys.readouterr().out
     ac.set_cache_backend(store.location)

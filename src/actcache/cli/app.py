@@ -7,14 +7,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from actcache._version import __version__
 from actcache.cli.examples import epilog
 from actcache.cli.options import Settings, debug_option
-from actcache.errors import ActCacheError, OptionError, did_you_mean
+from actcache.errors import ActCacheError, OptionError, UnknownSiteError, did_you_mean
 
 # Verb -> what the list of verbs says of it. Kept here so that plain --help imports no verb.
 VERBS = {
@@ -44,8 +44,19 @@ VERBS = {
 }
 
 
+class _Stopped(Exception):
+    """A verb was stopped by Ctrl-C or SIGTERM."""
+
+
 class Verbs(click.Group):
     """A group that imports the module of a verb when the verb is used."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            # click would print an empty line, also where no terminal has begun one with ^C.
+            raise _Stopped from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -105,7 +116,9 @@ def run(args: Sequence[str]) -> int:
         # The reader (`| head`) has gone: nothing failed, and nothing may be printed any more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt, _Stopped):
+        if sys.stderr.isatty():
+            click.echo(err=True)
         return _fail(f"stopped. {_STOPPED.get(settings.verb, 'The same command begins anew.')}", 1)
     except click.UsageError as error:
         verb = error.ctx.command_path if error.ctx else "actcache"
@@ -116,7 +129,7 @@ def run(args: Sequence[str]) -> int:
         if settings.debug:
             raise
         if isinstance(error, ActCacheError):
-            return _fail(str(error), 2 if isinstance(error, OptionError) else 1)
+            return _fail(str(error), 2 if isinstance(error, (OptionError, UnknownSiteError)) else 1)
         return _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
 
 
@@ -126,16 +139,23 @@ def _fail(message: str, status: int) -> int:
 
 
 _KEPT = "What was finished is stored: the same command goes on from there."
+_GONE = "What has gone has gone, all else is as it was: the same command goes on from there."
+_GOES_ON = "The same command goes on from there."
 _STOPPED = {
     "warmup": _KEPT,
-    "lens": _KEPT,
-    "report": _KEPT,
+    "lens": f"{_KEPT} No file is half written.",
+    "report": f"{_KEPT} No file is half written.",
     "import": "What was brought in is stored: the same command brings in the rest.",
-    "evict": "What has gone has gone, all else is as it was: the same command goes on from there.",
-    "clear": "What has gone has gone, all else is as it was: the same command goes on from there.",
+    "push": _GOES_ON,
+    "pull": f"What has come is kept. {_GOES_ON}",
+    "load": "No file is half written: the same command begins anew.",
+    "migrate": _GOES_ON,
+    "upgrade": _GOES_ON,
     "verify": "The store is as good as before: the same command begins anew.",
+    "evict": _GONE,
+    "clear": _GONE,
 }
-"""What is said of a verb that is stopped and does not know more of it than this."""
+"""What is said of verbs that change something, when they are stopped."""
 
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:

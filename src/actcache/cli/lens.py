@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from actcache.cli.files import file_to_write, replaced
 from actcache.cli.options import debug_option, json_option, layers_option, store_option
 
 if TYPE_CHECKING:
@@ -68,14 +68,10 @@ def command(
     """
     from actcache.cli.output import console, print_json
     from actcache.cli.prompts import read_prompt, read_prompts
-    from actcache.errors import OptionError
     from actcache.model.sites import Site
     from actcache.unified import UnifiedCache
 
-    if html is not None and not Path(html).expanduser().parent.is_dir():
-        raise OptionError(f"--html {html!r}: there is no folder {str(Path(html).parent)!r} to write it into.")
-    if html is not None and Path(html).expanduser().is_dir():
-        raise OptionError(f"--html {html!r} is a folder: name a file to write.")
+    page = None if html is None else file_to_write("--html", html)
     asked = Site.parse(site)
     sites = tuple(dict.fromkeys([site, str(Site("resid_post", stack=asked.stack))]))
     if not texts and not files:
@@ -93,15 +89,17 @@ def command(
         translators=translators,
     )
     shown = "\n\n".join(lens.table(i, position, width=console().width) for i in range(len(given)))
-    written = None if html is None else lens.to_html(html, title=f"Logit lens of {cache.model_name}")
+    if page is not None:
+        with replaced("--html", page) as temporary:
+            lens.to_html(temporary, title=f"Logit lens of {cache.model_name}")
     if as_json:
         each = [{"prompt": prompt, "positions": _plain(lens, i)} for i, prompt in enumerate(given)]
         said = {"model_name": cache.model_name, "site": lens.site, "layers": lens.layers}
-        print_json({**said, "prompts": each, "html": written})
+        print_json({**said, "prompts": each, "html": page})
         return
     console().print(shown, markup=False, soft_wrap=True)
-    if written is not None:
-        console().print(f"wrote {written}", markup=False, soft_wrap=True)
+    if page is not None:
+        console().print(f"wrote {page}", markup=False, soft_wrap=True)
 
 
 def _plain(lens: LogitLens, prompt: int) -> list[dict[str, Any]]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from actcache.cli.options import debug_option, json_option
+from actcache.cli.files import file_to_write, replaced
+from actcache.cli.options import dataset_layers_option, debug_option, json_option
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -25,7 +22,7 @@ _SUFFIXES = (".safetensors", ".npz")
 @click.option(
     "--out", required=True, metavar="FILE", type=click.Path(dir_okay=False), help="A .safetensors or .npz file."
 )
-@click.option("--layers", metavar="NUMBERS", default="all", show_default=True, help="all, or numbers such as 0,5.")
+@dataset_layers_option
 @click.option(
     "--pooling",
     metavar="NAME",
@@ -44,7 +41,7 @@ _SUFFIXES = (".safetensors", ".npz")
 def command(
     repo: str,
     out: str,
-    layers: str,
+    layers: list[int] | None,
     pooling: str,
     files: tuple[str, ...],
     column: str | None,
@@ -64,51 +61,35 @@ def command(
     from actcache.share.load import load_activations
     from actcache.share.metadata import fetch_dataset_metadata
 
-    path = Path(out)
+    path = file_to_write("--out", out)
     if path.suffix not in _SUFFIXES:
         raise click.UsageError(f"--out {out}: expected a name that ends with {' or '.join(_SUFFIXES)}.")
-    if not path.absolute().parent.is_dir():
-        raise click.UsageError(f"--out {out}: there is no folder {path.parent}.")
-    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-        raise click.UsageError(f"--out {out}: {path.absolute().parent} may not be written to. Name another folder.")
     asked = read_prompts(files, (), column=column) if files else None
-    try:
-        found = fetch_dataset_metadata(repo, revision=revision)
-        # The same commit, whatever is pushed meanwhile.
-        loaded = load_activations(
-            repo,
-            prompts=asked,
-            layers=_layers(layers),
-            pooling=None if pooling == "none" else pooling,
-            return_labels=labels,
-            site=site,
-            revision=found.commit,
-        )
-        values, given = loaded if labels else (loaded, None)
-        prompts = found.prompts if asked is None else asked
-        arrays = _arrays(values, site)
-        if path.suffix == ".npz":
-            _write_npz(path, arrays, prompts, given)
-        else:
-            said = {"dataset": found.dataset, "commit": found.commit, "model": found.model_name}
-            _write_safetensors(path, arrays, {**said, "site": site, "pooling": pooling}, prompts, given)
-    except KeyboardInterrupt:
-        raise click.ClickException(f"stopped, and {out} is as it was. The same command begins anew.") from None
+    found = fetch_dataset_metadata(repo, revision=revision)
+    # The same commit, whatever is pushed meanwhile.
+    loaded = load_activations(
+        repo,
+        prompts=asked,
+        layers=layers,
+        pooling=None if pooling == "none" else pooling,
+        return_labels=labels,
+        site=site,
+        revision=found.commit,
+    )
+    values, given = loaded if labels else (loaded, None)
+    prompts = found.prompts if asked is None else asked
+    arrays = _arrays(values, site)
+    if path.suffix == ".npz":
+        _write_npz(path, arrays, prompts, given)
+    else:
+        said = {"dataset": found.dataset, "commit": found.commit, "model": found.model_name}
+        _write_safetensors(path, arrays, {**said, "site": site, "pooling": pooling}, prompts, given)
     written = path.stat().st_size
     if as_json:
         shapes = {name: list(array.shape) for name, array in arrays.items()}
         print_json({"file": path, "prompts": len(prompts), "size_bytes": written, "tensors": shapes})
         return
     click.echo(f"{path}: {count(len(prompts), 'prompt')}, {count(len(values), 'layer')}, {size(written)}")
-
-
-def _layers(text: str) -> list[int] | None:
-    if text.strip() == "all":
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise click.UsageError(f"--layers {text!r} is neither all nor numbers like 0,5.") from None
 
 
 def _arrays(values: dict[int | None, Any], site: str) -> dict[str, npt.NDArray[Any]]:
@@ -136,7 +117,7 @@ def _write_npz(path: Path, arrays: dict[str, npt.NDArray[Any]], prompts: Any, la
             "only a .safetensors file holds."
         )
     named = {"prompts": np.array(prompts, np.str_), **({} if labels is None else {"labels": labels}), **arrays}
-    with replaced(path) as temporary, temporary.open("wb") as file:
+    with replaced("--out", path) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **named)
 
 
@@ -150,24 +131,5 @@ def _write_safetensors(
     metadata["prompts"] = json.dumps(prompts, ensure_ascii=False)
     if labels is not None:
         metadata["labels"] = json.dumps(labels.tolist(), ensure_ascii=False)
-    with replaced(path) as temporary:
+    with replaced("--out", path) as temporary:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata)
-
-
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A name beside `path`, the value of --out, that takes its place when the block ends well."""
-    from safetensors import SafetensorError
-
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else None
-        reason = os.strerror(number) if number else str(error)
-        raise click.ClickException(
-            f"--out {path} cannot be written ({reason}): name another place, or make room. It is as it was."
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)

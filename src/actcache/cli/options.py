@@ -50,16 +50,26 @@ def _parse_layers(_ctx: click.Context, _param: click.Parameter, value: str) -> s
     text = value.strip()
     if text in ("all", "last", "middle"):
         return text
+    return _numbers(value, "none of all, last, middle, or numbers like 0,5,-1.")
+
+
+def _parse_dataset_layers(_ctx: click.Context, _param: click.Parameter, value: str) -> list[int] | None:
+    return None if value.strip() == "all" else _numbers(value, "neither all nor numbers like 0,5.")
+
+
+def _numbers(value: str, otherwise: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        return [int(part) for part in value.split(",")]
     except ValueError:
-        raise click.BadParameter(f"{value!r} is none of all, last, middle, or numbers like 0,5,-1.") from None
+        raise click.BadParameter(f"{value!r} is {otherwise}") from None
 
 
-def _parse_names(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
+def _parse_names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
     names = tuple(part.strip() for part in value.split(",") if part.strip())
     if not names:
-        raise click.BadParameter("name at least one site, as in resid_post,attn_out.")
+        raise click.BadParameter("name at least one, as in resid_post,attn_out.")
     return names
 
 
@@ -71,6 +81,27 @@ layers_option = click.option(
     metavar="SPEC",
     help="all, last, middle, or block numbers such as 0,5,-1.",
 )
+
+dataset_layers_option = click.option(
+    "--layers",
+    default="all",
+    show_default=True,
+    callback=_parse_dataset_layers,
+    metavar="NUMBERS",
+    help="all, or numbers such as 0,5.",
+)
+
+
+def tensors_option(default: str) -> Callable[[F], F]:
+    """Which tensors of a dataset; `default` says in words what is taken without it."""
+    return click.option(
+        "--tensors",
+        callback=_parse_names,
+        metavar="NAMES",
+        help="hidden_layers, logits_topk, perplexity, router_logits, other sites, or single layers such as attn_out.3. "
+        f"[default: {default}]",
+    )
+
 
 _MODEL_OPTIONS = (
     layers_option,

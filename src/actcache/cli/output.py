@@ -49,12 +49,14 @@ def plain(value: Any) -> Any:
 
 
 def console() -> Console:
-    """A console on standard output that keeps a fixed width in a pipe."""
+    """A console on standard output that keeps a fixed width in a pipe, where it has no colours, whatever FORCE_COLOR
+    says: a script reads there."""
     from rich.console import Console
 
+    terminal = sys.stdout.isatty()
     # rich takes 80 columns when there is no terminal, which breaks names that a script looks for.
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
-    return Console(width=width, highlight=False)
+    width = None if terminal or "COLUMNS" in os.environ else _PIPE_WIDTH
+    return Console(width=width, highlight=False, force_terminal=terminal)
 
 
 def table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:

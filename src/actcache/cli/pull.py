@@ -4,29 +4,13 @@ from __future__ import annotations
 
 import click
 
-from actcache.cli.options import debug_option, json_option, store_option
-from actcache.cli.push import names_option
-
-
-def _layers(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int] | None:
-    if value is None or value.strip() == "all":
-        return None
-    try:
-        return [int(part) for part in value.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is neither all nor numbers like 0,5.") from None
+from actcache.cli.options import dataset_layers_option, debug_option, json_option, store_option, tensors_option
 
 
 @click.command("pull")
 @click.argument("repo")
-@click.option(
-    "--tensors",
-    metavar="NAMES",
-    callback=names_option,
-    help="hidden_layers, logits_topk, perplexity, router_logits, other sites, or single layers such as attn_out.3. "
-    "[default: all]",
-)
-@click.option("--layers", metavar="NUMBERS", callback=_layers, help="Numbers such as 0,5. [default: all]")
+@tensors_option("all")
+@dataset_layers_option
 @click.option("--target-prompts", "files", multiple=True, metavar="FILE",
               type=click.Path(exists=True, allow_dash=True, dir_okay=False),
               help="Only these prompts. Text, JSONL or CSV. [default: all]")  # fmt: skip
@@ -47,7 +31,7 @@ def _layers(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
 @debug_option
 def command(
     repo: str,
-    tensors: list[str] | None,
+    tensors: tuple[str, ...] | None,
     layers: list[int] | None,
     files: tuple[str, ...],
     column: str | None,
@@ -71,23 +55,20 @@ def command(
     from actcache.store.default import store_at
 
     where = store_at(store)
-    try:
-        space, prompts = pull(
-            where,
-            repo,
-            tensors=tensors,
-            layers=layers,
-            target_prompts=read_prompts(files, (), column=column) if files else None,
-            overwrite=overwrite,
-            token=None,
-            materialize=materialize,
-            num_workers=num_workers,
-            show=None,
-            trust_names=trust_names,
-            revision=revision,
-        )
-    except KeyboardInterrupt:
-        raise click.ClickException("stopped. What has come is kept; the same command goes on from there.") from None
+    space, prompts = pull(
+        where,
+        repo,
+        tensors=tensors,
+        layers=layers,
+        target_prompts=read_prompts(files, (), column=column) if files else None,
+        overwrite=overwrite,
+        token=None,
+        materialize=materialize,
+        num_workers=num_workers,
+        show=None,
+        trust_names=trust_names,
+        revision=revision,
+    )
     pulled, said = space.identity["pulled"], space.label["pulled"]
     if as_json:
         print_json(

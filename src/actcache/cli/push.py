@@ -6,15 +6,10 @@ from typing import Any
 
 import click
 
-from actcache.cli.options import debug_option, json_option, store_option
+from actcache.cli.options import debug_option, json_option, store_option, tensors_option
 from actcache.cli.prompts import prompt_arguments, read_labelled
 
 _POSITIVE = click.IntRange(min=1)
-
-
-def names_option(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[str] | None:
-    """Names with commas between them, as a list."""
-    return None if value is None else [part.strip() for part in value.split(",") if part.strip()]
 
 
 @click.command("push")
@@ -22,13 +17,7 @@ def names_option(_ctx: click.Context, _param: click.Parameter, value: str | None
 @click.argument("model")
 @prompt_arguments
 @click.option("--label-column", metavar="NAME", help="Column or field of FILES that holds the label of each prompt.")
-@click.option(
-    "--tensors",
-    metavar="NAMES",
-    callback=names_option,
-    help="hidden_layers, logits_topk, perplexity, router_logits, other sites, or single layers such as attn_out.3. "
-    "[default: all that the prompts have in common]",
-)
+@tensors_option("all that the prompts have in common")
 @click.option(
     "--pooling", metavar="NAME", help="Which stored form, `tokens` for full sequences. [default: most prompts']"
 )
@@ -98,19 +87,16 @@ def command(
         if len(variants) > 1:
             raise AmbiguousVariantError(f"--space {space}: {len(variants)} variants of {model!r} begin so. Write more.")
         space = variants[0][0].space
-    try:
-        url = push_dataset(
-            repo,
-            stored_name(where, model),
-            prompts,
-            labels=labels,
-            shard_max_bytes=shard_max_bytes or DEFAULT_SHARD_BYTES,
-            space=space,
-            store=where,
-            **options,
-        )
-    except KeyboardInterrupt:
-        raise click.ClickException("stopped. The same command goes on from there.") from None
+    url = push_dataset(
+        repo,
+        stored_name(where, model),
+        prompts,
+        labels=labels,
+        shard_max_bytes=shard_max_bytes or DEFAULT_SHARD_BYTES,
+        space=space,
+        store=where,
+        **options,
+    )
     if as_json:
         print_json({"dataset": url})
         return

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
+from actcache.cli.files import file_to_write, replaced
 from actcache.cli.options import debug_option, json_option, space_option, store_option
 
 
@@ -38,16 +37,13 @@ def command(
     from actcache.cli.lookup import stored_name, variants_of
     from actcache.cli.output import console, print_json, size
     from actcache.cli.prompts import read_prompt
-    from actcache.errors import NotCachedError, OptionError
+    from actcache.errors import NotCachedError
     from actcache.report.of_dataset import dataset_contents
     from actcache.report.of_store import store_contents
     from actcache.report.page import page, summary_of
     from actcache.store.default import store_at
 
-    path = Path(out).expanduser()
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        why = "is a folder: name a file to write." if path.is_dir() else "names a folder that does not exist."
-        raise OptionError(f"--out {out!r} {why}")
+    path = file_to_write("--out", out)
     opened = store_at(store)
     stored = None
     if name is not None:
@@ -66,12 +62,13 @@ def command(
     else:
         variants = variants_of(opened, name, space)
         contents = store_contents(opened, variants, model=name, prompts=[read_prompt(text) for text in texts])
-    made = page(contents)
-    path.write_text(made, encoding="utf-8")
+    made = page(contents).encode()
+    with replaced("--out", path) as temporary:
+        temporary.write_bytes(made)
     if as_json:
-        print_json({"written": str(path), "bytes": path.stat().st_size, "contents": contents_in_json(contents)})
+        print_json({"written": str(path), "bytes": len(made), "contents": contents_in_json(contents)})
         return
-    console().print(f"wrote {path}: {summary_of(contents)}, {size(path.stat().st_size)}", markup=False, soft_wrap=True)
+    console().print(f"wrote {path}: {summary_of(contents)}, {size(len(made))}", markup=False, soft_wrap=True)
 
 
 def contents_in_json(contents: object) -> object:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
@@ -12,20 +11,9 @@ import click
 from actcache.cli.options import debug_option, json_option, space_option, store_option
 
 if TYPE_CHECKING:
+    from actcache.cli.results.store import ShownSite
     from actcache.store.prompts import PromptTable
     from actcache.store.store import Store
-
-
-@dataclass(frozen=True)
-class StoredSite:
-    """One site of one prompt as it is stored: `norm` is the mean length of its vectors."""
-
-    site: str
-    layout: str
-    dtype: str
-    vectors: int
-    width: int
-    norm: float
 
 
 @click.command("show")
@@ -63,7 +51,7 @@ def command(model: str, prompt: str, space: str | None, store: str | None, as_js
         raise AmbiguousVariantError(
             f"{one_line(prompt, 60)!r} is stored only as it was computed with edits: choose one with --space: {listed}."
         )
-    stored = sorted(_stored(opened, variant.space, stored_prompt), key=lambda s: (s.layout, site_order(s.site)))
+    stored = sorted(_stored(opened, variant.space, stored_prompt), key=lambda s: (s["layout"], site_order(s["site"])))
     perplexity = _perplexity(opened, variant.space, stored_prompt)
     label, metadata = (read(opened, variant.space, kind, stored_prompt)[0] for kind in KINDS)
     (as_given,) = readable(stored_prompt)
@@ -97,8 +85,9 @@ def command(model: str, prompt: str, space: str | None, store: str | None, as_js
     out.print(f"{len(tokens)} tokens: {shown}" if known else "tokens: unknown", markup=False, soft_wrap=True)
     rows = table("site", "stored", "dtype", "vectors", "width", "mean norm", right=("vectors", "width", "mean norm"))
     for entry in stored:
-        layout = "every token" if entry.layout == "tokens" else entry.layout
-        rows.add_row(entry.site, layout, entry.dtype, str(entry.vectors), str(entry.width), f"{entry.norm:.4g}")
+        layout = "every token" if entry["layout"] == "tokens" else entry["layout"]
+        numbers = str(entry["vectors"]), str(entry["width"]), f"{entry['norm']:.4g}"
+        rows.add_row(entry["site"], layout, entry["dtype"], *numbers)
     out.print(rows)
     if perplexity is not None:
         out.print("perplexity {:.4g}, of single tokens {:.4g} to {:.4g}".format(*perplexity))
@@ -124,7 +113,7 @@ def _find(store: Store, space: str, prompt: str) -> PromptTable | None:
     return found
 
 
-def _stored(store: Store, space: str, prompt: PromptTable) -> Iterator[StoredSite]:
+def _stored(store: Store, space: str, prompt: PromptTable) -> Iterator[ShownSite]:
     import numpy as np
 
     from actcache.store.records import is_result
@@ -138,8 +127,14 @@ def _stored(store: Store, space: str, prompt: PromptTable) -> Iterator[StoredSit
             continue
         for site, rows, dtype in zip(sites, placement.rows(0), placement.stored_as(0), strict=True):
             values = rows.reshape(len(rows), -1).astype(np.float64)
-            norm = float(np.linalg.norm(values, axis=1).mean())
-            yield StoredSite(site, layout, dtype, len(rows), values.shape[1], norm)
+            yield {
+                "site": site,
+                "layout": layout,
+                "dtype": dtype,
+                "vectors": len(rows),
+                "width": values.shape[1],
+                "norm": float(np.linalg.norm(values, axis=1).mean()),
+            }
 
 
 def _perplexity(store: Store, space: str, prompt: PromptTable) -> list[float] | None:

@@ -37,13 +37,10 @@ def run(job: Job, *, dry_run: bool, as_json: bool) -> None:
     """Do a job, or say what it would do."""
     from actcache.cli.output import one_line, plain, print_json, size
 
-    try:
-        with job.planned() as plan:
-            report = plan.report
-            if not dry_run:
-                plan.apply()
-    except KeyboardInterrupt:
-        raise click.ClickException("stopped. The same command goes on from there.") from None
+    with job.planned() as plan:
+        report = plan.report
+        if not dry_run:
+            plan.apply()
     if as_json:
         print_json({**plain(report), "dry_run": dry_run})
         return

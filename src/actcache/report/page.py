@@ -12,7 +12,6 @@ from importlib.resources import files
 from actcache.capture.lens_html import script, shortened, visible
 from actcache.report import charts
 from actcache.report.contents import Contents, Layered, ReadEntry, Variant
-from actcache.store.records import DERIVED
 from actcache.store.summaries import SiteSummary
 from actcache.wording import count, duration, size
 
@@ -98,9 +97,7 @@ def _variant(number: int, variant: Variant, now: float) -> str:
 def _sites(summaries: Sequence[SiteSummary]) -> str:
     rows = []
     for s in summaries:
-        # Of results such as perplexity a length means nothing.
-        moments = ["", ""] if s.layout == DERIVED else [_number(s.mean_norm), _number(s.std)]
-        numbers = [f"{s.rows:,}", str(s.width), *moments, size(s.size_bytes)]
+        numbers = [f"{s.rows:,}", str(s.width), _number(s.mean_norm), _number(s.std), size(s.size_bytes)]
         first = [s.site, "every token" if s.layout == "tokens" else s.layout, *numbers]
         if not s.stored:
             rows.append([*first, "integers" if s.mean_norm is None else "", "", "", ""])

@@ -45,7 +45,8 @@ class CastError:
     @property
     def relative(self) -> float:
         """Relative L2 error of all values together."""
-        return float(np.sqrt(self.squares / self.given)) if self.given else 0.0
+        # Of values that were kept as they are, nan among them, nothing has changed.
+        return float(np.sqrt(self.squares / self.given)) if self.given and self.squares else 0.0
 
     @property
     def cosine(self) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import FormatError, OptionError, PromptError
+from actcache.model.sites import Site
 from actcache.store import container
 from actcache.store.prompts import IDS, PromptTable
 from actcache.store.records import TOKENS, Records, is_layout
@@ -193,16 +194,20 @@ def import_arrays(
         An `ImportReport`. What is imported is marked as known by name only: see `UnifiedCache(trust_names=True)`.
 
     Raises:
-        OptionError: arrays whose shapes fit neither each other nor the prompts.
+        OptionError: arrays whose shapes fit neither each other nor the prompts; a site without its layer.
+        UnknownSiteError: a name that is no site.
         FormatError: a file that is neither.
     """
     from actcache.store.default import model_label, store_at
 
+    if site is not None:
+        site = _complete(site)
     opened, known = store_at(store), known_prompts(prompts)
     given = _load(arrays, site) if isinstance(arrays, (str, Path)) else {k: to_array(v) for k, v in arrays.items()}
     mask = given.pop("mask", None)
     if mask is None:
         mask = given.pop("attention_mask", None)
+    given = {_complete(name): array for name, array in given.items()}
     if not given:
         raise OptionError("there are no arrays to import: expected one for each site.")
     if pooling is not None and (not is_layout(pooling) or pooling == TOKENS):
@@ -217,6 +222,16 @@ def import_arrays(
     entries = _pooled(given, known, pooling) if pooling is not None else _sequences(given, known, mask)
     import_entries(opened, model_label(model_name), "arrays", entries, report)
     return report
+
+
+def _complete(name: str) -> str:
+    """The name of one site as it is stored, of any of its names."""
+    if _is_result(name):
+        return name
+    site = Site.parse(name)
+    if not site.complete or (site.layer or 0) < 0:
+        raise OptionError(f"site {name!r} does not say of which block: count from 0, as in '{replace(site, layer=5)}'.")
+    return str(site)
 
 
 def _load(path: str | Path, site: str | None) -> dict[str, npt.NDArray[Any]]:

@@ -13,6 +13,8 @@ from actcache.store.records import PULLED
 from actcache.store.reports import counted, statistics
 from actcache.store.site_names import site_order
 
+_NO_VECTORS = ("perplexity", "token_nll")
+
 
 @dataclass(frozen=True)
 class StoredAs:
@@ -42,9 +44,9 @@ class SiteSummary:
         layout: "tokens", or the pooling.
         rows: rows of live prompts, each prompt once: tokens, or prompts where they are pooled.
         width: numbers in a row.
-        mean_norm: mean length of a row; None for integers.
-        mean: length of the mean row; None for integers.
-        std: spread of a value, over all dimensions; None for integers.
+        mean_norm: mean length of a row; None for integers, and for results whose rows are no vectors (perplexity).
+        mean: length of the mean row; None as `mean_norm`.
+        std: spread of a value, over all dimensions; None as `mean_norm`.
         size_bytes: bytes on disk, scales included.
         stored: one entry for each dtype in which rows are stored; empty for integers.
     """
@@ -84,9 +86,10 @@ def _summary(
 ) -> SiteSummary:
     layout, site = key
     stored = [StoredAs(name, e.rows, e.max, e.relative, e.cosine, e.cosine_min) for name, e in sorted(errors.items())]
-    if not any(name in FLOATING for name in errors):
+    floating = any(name in FLOATING for name in errors)
+    if not floating or site in _NO_VECTORS:
         rows = sum(int(np.diff(segment.row_offset)[counts].sum()) for segment, counts in counted(index, site, layout))
-        return SiteSummary(layout, site, rows, width, None, None, None, size, [])
+        return SiteSummary(layout, site, rows, width, None, None, None, size, stored if floating else [])
     moments = statistics(index, site, layout)
     with np.errstate(all="ignore"):
         mean = float(np.linalg.norm(moments.mean))

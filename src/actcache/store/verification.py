@@ -39,6 +39,7 @@ from actcache.store.segment import blocks_of, problems_of_keys, rows_of_blocks
 from actcache.store.spaces import FILE, SpaceInfo, holds_segments, read_space, recovered_space, write_space
 from actcache.store.tombs import read_tomb
 from actcache.store.working_copy import WorkingCopy
+from actcache.wording import count
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,8 @@ class _Space:
         )
         self.report.lost += found.activations
         self.report.lost_prompts += found.prompts
-        for site, count in found.sites.items():
-            self.report.lost_sites[site] = self.report.lost_sites.get(site, 0) + count
+        for site, number in found.sites.items():
+            self.report.lost_sites[site] = self.report.lost_sites.get(site, 0) + number
 
     def _names(self) -> set[str]:
         with contextlib.suppress(FileNotFoundError):
@@ -370,15 +371,15 @@ def _same(row: SegmentInfo, info: SegmentInfo) -> bool:
 
 def in_words(report: VerifyReport) -> list[str]:
     """The lines that a person reads."""
-    lines = [f"{report.segments:,} segments, {report.blocks:,} blocks, {report.tombs:,} tombs read."]
+    read = (count(report.segments, "segment"), count(report.blocks, "block"), count(report.tombs, "tomb"))
+    lines = [f"{', '.join(read)} read."]
     for damage in report.damaged:
-        about = f" {damage.site}, {len(damage.rows):,} rows" if damage.site else ""
+        about = f" {damage.site}, {count(len(damage.rows), 'row')}" if damage.site else ""
         lines.append(f"{'repaired' if damage.repaired else 'DAMAGED'}: {damage.segment}{about}: {damage.reason}")
     if report.lost:
-        each = ", ".join(f"{site} of {count:,}" for site, count in sorted(report.lost_sites.items()))
-        lines.append(
-            f"lost: {report.lost:,} activations of {report.lost_prompts:,} prompts ({each}); all else is intact."
-        )
+        each = ", ".join(f"{site} of {number:,}" for site, number in sorted(report.lost_sites.items()))
+        lost = f"{count(report.lost, 'activation')} of {count(report.lost_prompts, 'prompt')}"
+        lines.append(f"lost: {lost} ({each}); all else is intact.")
     lines += [f"newer: {name}: install a newer actcache to read it" for name in report.newer]
     lines.append(
         "everything is intact." if not report.damaged else f"{report.repaired} of {len(report.damaged)} repaired."
