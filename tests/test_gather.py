@@ -64,6 +64,23 @@ def test_any_rows_to_any_places(data):
     np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.parametrize(
+    "at",
+    [[*range(6), *range(8, 14)], [*range(6, 12), *range(6)], list(range(12))[::-1]],
+    ids=["gap", "swapped", "back"],
+)
+def test_neighbours_of_one_site_that_go_to_other_places(monkeypatch, at):
+    """Each run is worth a copy of its own, and ends where the places do."""
+    monkeypatch.setattr(module, "_LONG_BYTES", 1)
+    held = Held(2, 20, 7, np.dtype(np.float32), 1)
+    rows = np.arange(4, 16)
+    out = np.full((15, 2, 7), -1, np.float32)
+    expected = out.copy()
+    expected[at, 1] = held.matrix(1)[rows]
+    gather_pieces([Piece(held, [1], rows, np.array(at))], ["0", "1"], out)
+    np.testing.assert_array_equal(out, expected)
+
+
 @pytest.mark.parametrize("touched", [1, 9, module._TOUCHED_ROWS])
 def test_long_ones_among_others_go_each_to_its_place(monkeypatch, touched):
     monkeypatch.setattr(module, "_LONG_BYTES", 64)
