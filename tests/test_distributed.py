@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import actcache as ac
+import toy_backend
 from actcache.distributed.inputs import find_inputs
 from actcache.distributed.job import make_job
 from actcache.distributed.processes import visible_gpus
@@ -180,6 +181,43 @@ def test_a_failing_batch_is_tried_prompt_by_prompt(
     assert stored(tmp_path / "s") == 40
 
 
+def test_rows_of_parquet_that_cannot_be_done_are_reported_alone(
+    folder: Path, tmp_path: Path, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are null, too long, or unknown; and those of a row group whose bytes are damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows: list[Any] = [*PROMPTS[:60], *PROMPTS[:20], *PROMPTS[60:]]
+    for at, bad in ((5, None), (30, [1] * 65), (40, [999]), (50, [])):
+        rows.insert(at, bad)
+    source = tmp_path / "p.parquet"
+    groups = [
+        pa.table({"input_ids": pa.array(part, pa.list_(pa.int64()))}) for part in (rows[:64], rows[64:84], rows[84:])
+    ]
+    with pq.ParquetWriter(source, groups[0].schema, compression="zstd", use_dictionary=False) as file:
+        for group in groups:
+            file.write_table(group)
+    column = pq.ParquetFile(source).metadata.row_group(1).column(0)
+    data = bytearray(source.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    data[middle : middle + 30] = bytes(30)
+    source.write_bytes(data)
+    with pytest.raises(PartialWarmupError, match="24 prompts were not stored") as caught:
+        alone(source, folder, tmp_path / "s", monkeypatch, unit_prompts=16)
+    reasons = dict(caught.value.failed)
+    assert sorted(reasons) == [5, 30, 40, 50, *range(64, 84)]
+    for at, said in (
+        (5, "there is none (null)"),
+        (30, "has 65 tokens"),
+        (40, "id 999"),
+        (50, "is empty"),
+        (70, "row 70"),
+    ):
+        assert said in reasons[at] and str(source) in reasons[at]
+    check_stored(tmp_path / "s", expected)
+
+
 def test_too_many_failed_prompts_end_the_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "p.jsonl", [[], *PROMPTS] * 3 + [[999]] * 2000)
     with pytest.raises(PartialWarmupError, match=r"more than max_failed=0.05 of [56]\d\d: the run was ended") as caught:
@@ -255,6 +293,31 @@ def test_texts_without_a_tokenizer_concern_all(folder: Path, tmp_path: Path, mon
         alone(write(tmp_path / "p.jsonl", ["a", "b"]), folder, tmp_path / "s", monkeypatch)
 
 
+@pytest.mark.parametrize("engine", ["rank", pytest.param("local", marks=pytest.mark.slow)])
+def test_a_backend_that_a_package_offers_runs_in_workers(
+    engine: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed as any package is: by its metadata in a folder of the path, and nothing else."""
+    about = tmp_path / "site" / "toy_backends-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-backends\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[actcache.backends]\ninstalled-toy = toy_backend:Toy\n")
+    options = {"backend": "installed-toy", "layers": [1], **OPTIONS}
+    with pytest.raises(OptionError, match="unknown backend 'installed-toy'"):
+        ac.warmup_distributed(write(tmp_path / "p.jsonl"), folder, engine="local", store=tmp_path / "s", **options)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    source = write(tmp_path / "p.jsonl", PROMPTS[:30])
+    workers = {"num_workers": 2} if engine == "local" else {}
+    stats = ac.warmup_distributed(source, folder, engine=engine, store=tmp_path / "s", **workers, **options)
+    assert (stats.total_prompts, stats.activations_extracted) == (30, 30)
+    cache = ac.UnifiedCache(folder, store=tmp_path / "s", **options)
+    found = cache.get_activations(PROMPTS[:30])[0].tolist()
+    assert found == [toy_backend.value("resid_post.1", prompt[-1]) for prompt in PROMPTS[:30]]
+    assert not cache.model_loaded
+
+
 def test_part_of_a_unit_after_another_worker_stored_some(folder: Path, tmp_path: Path) -> None:
     """What a worker has seen of the store before does not hide what one that died has stored since."""
     job = make_job(folder, tmp_path / "s", OPTIONS)
@@ -287,3 +350,29 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(OptionError, match=message):
             visible_gpus(size, gpus)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5,6,7"
+
+
+def test_progress_is_told_in_units(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that this rank does: every second of eleven."""
+    from contextlib import contextmanager
+
+    from actcache.distributed import warmup
+
+    told: list[Any] = []
+
+    @contextmanager
+    def noting(total: int | None, description: str, *, unit: str) -> Any:
+        told.extend([total, unit])
+        yield type("Bar", (), {"update": lambda self, n: told.append(n)})()
+
+    monkeypatch.setattr(warmup, "progress", noting)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"ids": PROMPTS[:33]}), tmp_path / "p.parquet")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ac.warmup_distributed(
+        tmp_path / "p.parquet", folder, engine="rank", store=tmp_path / "s", unit_prompts=3, **OPTIONS
+    )
+    assert told == [6, "unit", 1, 1, 1, 1, 1, 1]

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actcache.distributed import actors
-from actcache.distributed.actors import Actors
+from actcache.distributed.actors import Actors, _Said
 from actcache.distributed.dispatch import Event, Trouble, dispatch
 from actcache.distributed.inputs import Input
 from actcache.distributed.ledger import KEPT, Ledger
+from actcache.distributed.notes import Notes
 from actcache.distributed.units import Unit
 from actcache.distributed.worker import Answer, Lost, Task
 from actcache.errors import BackendError, OptionError, StoreAccessError, WorkersError
@@ -269,11 +270,19 @@ def test_a_cluster_that_lost_all_it_had_is_not_waited_for_without_end(monkeypatc
     monkeypatch.setattr(actors, "time", SimpleNamespace(monotonic=lambda: ray.now))
     crew = Actors.__new__(Actors)
     vars(crew).update(
-        _ray=ray, _class=ray, _job=None, _needs={"CPU": 1}, _timeout=60.0, _members={}, _warned=False, size=1
+        _ray=ray,
+        _class=ray,
+        _job=None,
+        _needs={"CPU": 1},
+        _timeout=60.0,
+        _members={},
+        _warned=False,
+        size=1,
+        _notes=Notes(),
     )
     crew.start()
-    for _ in range(2):
-        ray.come[ray.calls[-1]] = None
+    for said in (None, _Said(None)):
+        ray.come[ray.calls[-1]] = said
         crew.wait()
     assert crew.idle() == [0]
     crew.give(0, Task(next(units(1))))

@@ -165,25 +165,32 @@ def test_workers_of_a_killed_driver_end_by_themselves(
 def test_prompts_that_cannot_be_done_are_reported_alone(
     engine: str, folder: Path, tmp_path: Path, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that no batch survives, one that ends every worker, and one that the model cannot take."""
+    """One that no batch survives, one that ends every worker, those that the model cannot take, and lines that are
+    none."""
     set_fault(monkeypatch, failing=201, fatal=202)
     prompts: list[Any] = list(PROMPTS)
-    for at, prompt in ((10, [201, 1]), (60, [202, 1]), (100, [999])):
+    for at, prompt in ((10, [201, 1]), (60, [202, 1]), (100, [999]), (120, [1] * 65), (130, "the line"), (140, None)):
         prompts.insert(at, prompt)
     source = write(tmp_path / "prompts.jsonl", prompts)
-    with pytest.raises(PartialWarmupError, match="3 prompts were not stored") as caught:
+    source.write_text(source.read_text().replace('"the line"', "{no JSON"))
+    with pytest.raises(PartialWarmupError, match="6 prompts were not stored") as caught:
         ac.warmup_distributed(source, folder, store=tmp_path / "s", **arguments(engine, batch_size=4))
-    assert [place for place, _ in caught.value.failed] == [10, 60, 100]
-    for (_, reason), said in zip(caught.value.failed, ("this batch fails", "whatever worker", "id 999"), strict=True):
-        assert said in reason
-    assert caught.value.stats.total_prompts == 163  # type: ignore[attr-defined]
+    assert [place for place, _ in caught.value.failed] == [10, 60, 100, 120, 130, 140]
+    for (_, reason), said in zip(
+        caught.value.failed,
+        ("this batch fails", "whatever worker", "id 999", "has 65 tokens", "not JSON", "not null"),
+        strict=True,
+    ):
+        assert said in reason and str(source) in reason
+    assert caught.value.stats.total_prompts == 166  # type: ignore[attr-defined]
     check_stored(tmp_path / "s", expected)
 
 
 def test_a_small_input_is_spread_over_workers(
-    engine: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of a Parquet file of one row group: neither worker goes on before the other has something to do."""
+    """Of a Parquet file of one row group: neither worker goes on before the other has something to do. What both of
+    them say is told once."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -193,12 +200,17 @@ def test_a_small_input_is_spread_over_workers(
     pq.write_table(pa.table({"input_ids": PROMPTS[:40]}), tmp_path / "p.parquet")
     assert len(list(Units(find_inputs(tmp_path / "p.parquet")))) == 5
     (tmp_path / "together").mkdir()
-    set_fault(monkeypatch, together=str(tmp_path / "together"))
-    given = arguments(engine)
+    set_fault(monkeypatch, together=str(tmp_path / "together"), loud=True)
+    given = arguments(engine, batch_size=4)
     del given["unit_prompts"]
     stats = ac.warmup_distributed(tmp_path / "p.parquet", folder, store=tmp_path / "s", **given)
     assert stats.activations_extracted == 40
     assert len(list((tmp_path / "together").iterdir())) == 2
+    said = [record.getMessage() for record in caplog.records if record.name == "actcache.workers"]
+    assert sorted(line.partition(": ")[2] for line in said) == [
+        "UserWarning: an odd value", "an odd configuration", "an odd prompt",
+    ]  # fmt: skip
+    assert all(line.partition(":")[0] in ("worker 0", "worker 1") for line in said)
 
 
 def test_what_ends_every_worker_is_an_error(

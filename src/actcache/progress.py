@@ -33,3 +33,14 @@ def progress(
 
     with tqdm(total=total, desc=description, unit=f" {unit}", leave=False, dynamic_ncols=True) as bar:
         yield bar
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """While something is written to the terminal beside bars: they go, and come back behind it."""
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is None:
+        yield
+        return
+    with tqdm.tqdm.external_write_mode(sys.stderr):
+        yield

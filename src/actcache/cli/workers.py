@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -54,4 +56,6 @@ def distributed(model: str, files: list[str], workers: dict[str, Any], options: 
 
     given = {**options, **workers}
     given["compute_perplexity"], given["cache_pooled"] = given.pop("perplexity"), not given.pop("raw")
-    return warmup_distributed(files, model, **given)
+    # Ray says there what becomes of machines, and who asks for JSON wants nothing else.
+    with contextlib.redirect_stdout(sys.stderr):
+        return warmup_distributed(files, model, **given)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import signal
 import socket
+import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from actcache.distributed.dispatch import Event, Trouble
 from actcache.distributed.job import Job
+from actcache.distributed.notes import Note, Notes, listen
 from actcache.errors import MissingExtraError, OptionError, WorkersError
+from actcache.progress import aside
 from actcache.store.files import log
 
 if TYPE_CHECKING:
-    from actcache.distributed.worker import Task, Worker
+    from actcache.distributed.worker import Answer, Task, Worker
 
 _POLL_S, _PATIENCE_S = 1.0, 10.0
 _ADDRESS = re.compile(r"(?:ray://)?([^/:]+):(\d+)")
@@ -23,30 +30,44 @@ _OBJECT_STORE_BYTES = 80 << 20
 """Nothing but tasks and what became of them goes through it."""
 
 
+@dataclass(frozen=True)
+class _Said:
+    """An answer, and what was logged until then."""
+
+    answer: Answer | Trouble | None
+    notes: tuple[Note, ...] = ()
+
+
 class Actor:
     """What runs where Ray has put it."""
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
+        self._notes: list[Note] = []
 
     def here(self) -> None:
         """Answers once there was room for it."""
 
-    def begin(self, job: Job) -> Trouble | None:
+    def begin(self, job: Job) -> _Said:
         from actcache.distributed.worker import Worker
 
+        listen(self._notes.append, job.log_level)
         try:
             self._worker = Worker(job)
         except Exception as error:
-            return Trouble.of(error)
-        return None
+            return self._said(Trouble.of(error))
+        return self._said(None)
 
-    def run(self, task: Task) -> Any:
+    def run(self, task: Task) -> _Said:
         assert self._worker is not None
         try:
-            return self._worker.run(task)
+            return self._said(self._worker.run(task))
         except Exception as error:
-            return Trouble.of(error)
+            return self._said(Trouble.of(error))
+
+    def _said(self, answer: Answer | Trouble | None) -> _Said:
+        notes, self._notes[:] = tuple(self._notes), []
+        return _Said(answer, notes)
 
 
 class _Member:
@@ -86,6 +107,7 @@ class Actors:
         self._members: dict[int, _Member] = {}
         self._alone_since = 0.0
         self._warned = False
+        self._notes = Notes()
         self._owns = not ray.is_initialized()
         if not self._owns and address is not None:
             _check_same(address, _running())
@@ -112,7 +134,8 @@ class Actors:
             # Ray itself would ask for minutes.
             if found := _ADDRESS.fullmatch(address):
                 socket.create_connection((found[1], int(found[2])), _PATIENCE_S).close()
-            self._ray.init(address=address, **options)
+            with _signals_kept():
+                self._ray.init(address=address, **options)
         except (RuntimeError, ValueError, OSError, self._ray.exceptions.RayError) as error:
             where = "on this machine" if address == "local" else f"at address {address!r}"
             raise WorkersError(f"Ray cannot be reached {where}: {error}") from None
@@ -169,9 +192,11 @@ class Actors:
         if one.stage == "starting":
             one.stage, one.asked = "beginning", one.actor.begin.remote(self._job)
             return None
-        if one.stage == "beginning" and said is None:
+        for note in said.notes:
+            self._notes.tell(worker, note)
+        if one.stage == "beginning" and said.answer is None:
             one.stage = "ready"
-        return Event(worker, task, said)
+        return Event(worker, task, said.answer)
 
     def _lose_patience(self) -> None:
         waited = time.monotonic() - self._alone_since
@@ -179,7 +204,8 @@ class Actors:
             raise WorkersError(self._no_room(f"no worker could be started in {self._timeout:g} s"))
         if waited > _PATIENCE_S and not self._warned:
             self._warned = True
-            log.warning("%s", self._no_room("still waiting for room for a worker"))
+            with aside():
+                log.warning("%s", self._no_room("still waiting for room for a worker"))
 
     def replace(self, worker: int) -> None:
         self._members[worker] = _Member(self._class.remote())
@@ -190,6 +216,21 @@ class Actors:
             self._ray.kill(one.actor)
         if self._owns:
             self._ray.shutdown()
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """What this program does of Ctrl-C and SIGTERM stays: Ray would end it with a dump of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def _running() -> str:

@@ -12,6 +12,7 @@ from actcache.distributed.ledger import Ledger
 from actcache.distributed.units import Reader, Unit
 from actcache.distributed.worker import Answer, Task
 from actcache.errors import ActCacheError, BackendError, DatasetAccessError, WorkersError
+from actcache.progress import aside
 from actcache.store.files import log
 
 _TRIES = 3
@@ -138,11 +139,13 @@ class _Run:
         passing = isinstance(error, BackendError | DatasetAccessError) or not isinstance(error, ActCacheError)
         if task is None or not passing or task.tries + 1 >= _TRIES:
             raise error
-        log.warning("a unit is done again, since it met with %s: %s", type(error).__name__, error)
+        with aside():
+            log.warning("a unit is done again, since it met with %s: %s", type(error).__name__, error)
         self._again.append(replace(task, tries=task.tries + 1))
 
     def _bury(self, worker: int, task: Task | None, why: str) -> None:
-        log.warning("a worker %s; another one takes its place", why)
+        with aside():
+            log.warning("a worker %s; another one takes its place", why)
         if task is None:
             self._failed_starts += 1
             if self._failed_starts >= _STARTS:

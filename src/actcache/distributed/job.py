@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -74,6 +75,7 @@ class Job:
         config: what is extracted, as text that is the same for the same extraction.
         verify_cache, max_retries: as `UnifiedCache.warmup` takes them.
         threads: of torch, in each worker; None leaves them alone.
+        log_level: what of actcache's log the driver shows.
     """
 
     model: str
@@ -85,6 +87,7 @@ class Job:
     verify_cache: bool = False
     max_retries: int | None = None
     threads: int | None = None
+    log_level: int = logging.WARNING
 
     def open(self) -> UnifiedCache:
         """The cache of a worker."""
@@ -149,7 +152,10 @@ def make_job(
     }
     space = space_id(identity.values)
     place = StorePlace.of(cache.store)
-    return Job(model_label(model), given, place, space, source.name, digest_json(said), verify_cache, max_retries)
+    return Job(
+        model_label(model), given, place, space, source.name, digest_json(said), verify_cache, max_retries,
+        log_level=logging.getLogger("actcache").getEffectiveLevel(),
+    )  # fmt: skip
 
 
 def _check_travels(options: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -15,26 +16,43 @@ def main(fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.set_inheritable(fd, False)
     pipe = Connection(fd)
+    send = _Sender(pipe)
     given: SimpleQueue[Any] = SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, given), daemon=True).start()
 
     from actcache.distributed.dispatch import Trouble
+    from actcache.distributed.notes import listen
     from actcache.distributed.worker import Worker
 
     try:
-        worker = Worker(given.get())
+        job = given.get()
+        listen(send, job.log_level)
+        worker = Worker(job)
     except Exception as error:
-        pipe.send(Trouble.of(error))
+        send(Trouble.of(error))
         given.get()
         return
-    pipe.send(None)
+    send(None)
     while True:
         task = given.get()
         try:
             answer: object = worker.run(task)
         except Exception as error:
             answer = Trouble.of(error)
-        pipe.send(answer)
+        send(answer)
+
+
+class _Sender:
+    """The way to the driver, for threads that log and the one that answers."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._lock = threading.RLock()
+
+    def __call__(self, what: object) -> None:
+        # Where nobody listens any more this process ends; see below.
+        with self._lock, contextlib.suppress(OSError):
+            self._pipe.send(what)
 
 
 def _listen(pipe: Connection, given: SimpleQueue[Any]) -> None:

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from actcache.distributed.dispatch import Event, Trouble
 from actcache.distributed.job import Job
+from actcache.distributed.notes import Note, Notes
 from actcache.distributed.worker import Answer, Task
 from actcache.errors import OptionError
 
@@ -83,6 +84,7 @@ class Processes:
         self._threads = threads
         self._shares = visible_gpus(size, gpus)
         self._workers: dict[int, _Process] = {}
+        self._notes = Notes()
 
     def start(self) -> None:
         for worker in range(self.size):
@@ -100,16 +102,20 @@ class Processes:
 
     def wait(self) -> list[Event]:
         by_pipe = {one.pipe: k for k, one in self._workers.items()}
-        return [self._heard(by_pipe[pipe]) for pipe in wait(list(by_pipe)) if isinstance(pipe, Connection)]
+        come = [self._heard(by_pipe[pipe]) for pipe in wait(list(by_pipe)) if isinstance(pipe, Connection)]
+        return [event for event in come if event is not None]
 
-    def _heard(self, worker: int) -> Event:
+    def _heard(self, worker: int) -> Event | None:
         one = self._workers[worker]
-        task, one.task = one.task, None
         try:
-            said: Answer | Trouble | None = one.pipe.recv()
+            said: Answer | Trouble | Note | None = one.pipe.recv()
         except (EOFError, OSError):
             del self._workers[worker]
-            return Event(worker, task, ended=one.why())
+            return Event(worker, one.task, ended=one.why())
+        if isinstance(said, Note):
+            self._notes.tell(worker, said)
+            return None
+        task, one.task = one.task, None
         one.ready = one.ready or said is None
         return Event(worker, task, said)
 
