@@ -34,6 +34,7 @@ from actcache.store.locks import exclusive
 from actcache.store.prompts import PromptTable
 from actcache.store.pulled import PROMPT
 from actcache.store.records import PULLED, TOKENS, Records, is_result
+from actcache.store.spill import Spill
 
 if TYPE_CHECKING:
     from actcache.store.spaces import SpaceInfo
@@ -200,7 +201,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _opened(info: SpaceInfo) -> Dataset:
+def _opened(store: Store, info: SpaceInfo) -> Dataset:
     with _lock:
         known = _open.get(info.space)
     if known is not None and not known.index.source.stop.is_set():
@@ -210,7 +211,7 @@ def _opened(info: SpaceInfo) -> Dataset:
     folder = local_folder(name)
     try:
         source = open_source(name, token=_tokens.get(info.space), revision=None if folder is not None else commit)
-        index = Index(source)
+        index = Index(source, Spill(store.index_dir))
     except DatasetNotFoundError as error:
         raise DatasetNotFoundError(f"{_what(info)} can no longer be read: {error} {_REMEDY}") from None
     except DatasetAccessError as error:
@@ -252,12 +253,12 @@ def fetch(
     told(len(table) - lacking)
     if not missing:
         return 0
-    dataset = _opened(info)
+    dataset = _opened(store, info)
     try:
         with dataset.lock, exclusive(store.index_dir, f"pull-{info.space}", wait_s=_WAIT_S):
             if dataset.index.source.stop.is_set():
                 # It failed for those who had it before.
-                dataset = _opened(info)
+                dataset = _opened(store, info)
             missing = _missing(store, info, table, sites, layout)
             told(lacking - _count(missing))
             check_unchanged(info, dataset.index.source, dataset.offered)

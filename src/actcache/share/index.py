@@ -1,7 +1,8 @@
 """The index of a dataset: its metadata, and the columns that are asked for, which alone are transferred.
 
 It is a stranger's file. Before pyarrow decodes a column, the footer of the file must promise no more than so many
-bytes could hold; long texts that recur stay one value each.
+bytes could hold; long texts that recur stay one value each. What was transferred is kept packed, and need not be in
+memory: it is decoded a few rows at a time.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from actcache.errors import ActCacheError, DatasetFormatError, DatasetNotFoundError, MissingExtraError
 from actcache.share.checksums import Checksums
 from actcache.share.format import INDEX, INFO, PREFIX, describe
 from actcache.share.ours import PREFIX as OURS
 from actcache.share.pages import read_pages
 from actcache.share.source import Source
+from actcache.store.spill import Spill
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -48,16 +52,18 @@ class Index:
         ours: what the dataset says under keys of this library, see `actcache.share.ours`; empty where it says nothing.
         checksums: what it says of its files.
         nbytes: the size of the file.
+        spill: where what there is of each prompt may lie.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, spill: Spill | None = None) -> None:
         try:
             import pyarrow.parquet as pq
         except ImportError as error:
             raise MissingExtraError("reading a dataset needs pyarrow: pip install 'actcache[hub]'") from error
         self.source = source
+        self.spill = Spill(None) if spill is None else spill
         try:
-            self._bytes = _Bytes(source, INDEX)
+            self._bytes = _Bytes(source, INDEX, self.spill)
         except DatasetNotFoundError as error:
             if "no file" not in str(error):
                 raise
@@ -101,10 +107,16 @@ class Index:
         rows = rows if most_rows is None else min(rows, most_rows)
         texts = self._texts(names)
         file = self._decoded(lambda: pq.ParquetFile(self._bytes, pre_buffer=False, read_dictionary=texts))
+        came = 0
         for group in range(file.num_row_groups):
             found = self._decoded(partial(_some, file, list(names), group, rows))
             while (batch := self._decoded(partial(next, found, None))) is not None:
+                came += batch.num_rows
+                if came > self.num_rows:
+                    break
                 yield {name: batch.column(name) for name in names}
+        if came != self.num_rows:
+            raise self.wrong(f"it promises {self.num_rows:,} rows and has {came:,}")
 
     def kind(self, name: str) -> pa.DataType:
         """The type of a column; `DatasetFormatError` when there is none of that name."""
@@ -236,14 +248,17 @@ def _some(file: Any, names: list[str], group: int, rows: int) -> Iterator[pa.Rec
 class _Bytes(io.RawIOBase):
     """A file of a source for a library that seeks: parts that were fetched, and others when they are read."""
 
-    def __init__(self, source: Source, path: str) -> None:
+    def __init__(self, source: Source, path: str, spill: Spill) -> None:
         super().__init__()
         self._source = source
         self._path = path
+        self._spill = spill
         self._at = 0
         with source.open(path, 0, _FIRST) as stream:
             self.size = stream.size
-            self._parts = [(0, stream.read(min(_FIRST, self.size)))]
+            first = spill.empty(min(_FIRST, self.size), np.uint8).data
+            stream.readinto(first)
+            self._parts = [(0, first)]
         if self.size > _FIRST:
             self.prefetch([(max(_FIRST, self.size - _TAIL), self.size)])
 
@@ -259,23 +274,27 @@ class _Bytes(io.RawIOBase):
                 wanted.append((start, stop))
         if not wanted:
             return
+        rooms = [self._spill.empty(stop - start, np.uint8).data for start, stop in wanted]
         with ThreadPoolExecutor(min(len(wanted), self._source.concurrency)) as pool:
-            self._parts += zip([start for start, _ in wanted], pool.map(self._fetch, wanted), strict=True)
+            list(pool.map(self._fetch, wanted, rooms))
+        self._parts += zip([start for start, _ in wanted], rooms, strict=True)
 
-    def at(self, start: int, count: int) -> bytes | memoryview:
+    def at(self, start: int, count: int) -> memoryview:
         """`count` bytes at `start`, which must lie inside the file."""
         part = self._part(start, start + count)
         if part is None:
-            return self._fetch((start, start + count))
+            into = memoryview(bytearray(count))
+            self._fetch((start, start + count), into)
+            return into
         first, data = part
-        return memoryview(data)[start - first : start - first + count]
+        return data[start - first : start - first + count]
 
-    def _part(self, start: int, stop: int) -> tuple[int, bytes] | None:
+    def _part(self, start: int, stop: int) -> tuple[int, memoryview] | None:
         return next((part for part in self._parts if part[0] <= start and stop <= part[0] + len(part[1])), None)
 
-    def _fetch(self, place: tuple[int, int]) -> bytes:
+    def _fetch(self, place: tuple[int, int], into: memoryview) -> None:
         with self._source.open(self._path, *place) as stream:
-            return stream.read(place[1] - place[0])
+            stream.readinto(into)
 
     def read(self, size: int = -1) -> bytes:
         left = max(0, self.size - self._at)

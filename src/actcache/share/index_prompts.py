@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,11 +11,14 @@ import numpy.typing as npt
 
 from actcache.derive.results import PERPLEXITY, TOKEN_NLL
 from actcache.share.columns import is_fixed
+from actcache.share.different import AT_ONCE, Different, Some, columns_of, prompts_in
 from actcache.share.format import ROUTER, TensorGroup
 from actcache.share.index import Index
-from actcache.share.prompts import Different, labels_of
+from actcache.share.prompts import LABEL as LABEL_COLUMN
+from actcache.share.prompts import has_labels, numbered_labels
 from actcache.share.rows import Ints, every_row
-from actcache.share.values import is_plain, values_of
+from actcache.share.taken import Piece
+from actcache.share.values import is_plain, values_in
 from actcache.store import given
 from actcache.store.files import log
 from actcache.store.prompts import IDS, PromptTable, offsets
@@ -25,43 +28,70 @@ from actcache.store.tensors import stand_in
 if TYPE_CHECKING:
     import pyarrow as pa
 
+Columns = Mapping[str, "pa.Array"]
+
 IDS_COLUMN, LOSSES_COLUMN = "token_ids", "token_perplexity"
 PERPLEXITIES = ("perplexity_mean", "perplexity_min", "perplexity_max")
 # What a pooled prompt of unknown length stands for; the number means nothing.
 _SOME_TOKENS = 4
 _MOST_TOKENS = 1 << 31
-_AT_ONCE = 1 << 13
 _LEAST_ROOM, _MAX_RATIO = 64 << 20, 100
 
 
-def first_rows(index: Index) -> Ints:
-    """The first row of each different prompt, ascending."""
-    return np.sort(np.unique(Different(index).codes, return_index=True)[1])
+def pieces(index: Index, rows: Ints, lengths: Ints | None, context: str) -> Iterator[Piece]:
+    """The prompts of `rows` (ascending), under the text context `context`, and what the index says of them.
 
-
-def table_of(index: Index, rows: Ints, lengths: Ints | None, context: str) -> PromptTable:
-    """The prompts of `rows` (ascending), under the text context `context`.
-
-    `lengths`: how many rows of vectors each prompt of the index has, where every token has one. Ids that are not known
-    have negative numbers in their place.
+    A prompt of which the dataset says two labels has none. `lengths`: how many rows of vectors each prompt of the index
+    has, where every token has one. Ids that are not known have negative numbers in their place.
     """
-    different, (own, offset) = Different(index), _ids(index, rows)
-    tables = []
-    # Python's own texts and lists take many times the room of what becomes of them.
-    for start in range(0, len(rows), _AT_ONCE):
-        kinds, texts = different.some(rows[start : start + _AT_ONCE])
-        parsed = _parsed(index, kinds, texts)
-        ids = []
-        for i, (kind, text) in enumerate(zip(kinds, texts, strict=True)):
-            at = start + i
-            found = parsed.get(i, own[offset[at] : offset[at + 1]] if offset[at + 1] > offset[at] else None)
-            count = None if lengths is None else int(lengths[rows[at]])
-            if count is not None and found is not None and len(found) != count:
-                raise index.wrong(f"row {int(rows[at])} has {len(found):,} token ids and {count:,} rows of vectors")
-            ids.append(stand_in(kind, text, _SOME_TOKENS if count is None else count) if found is None else found)
-        plain = [None if kind == IDS else text for kind, text in zip(kinds, texts, strict=True)]
-        tables.append(PromptTable.build(ids, plain, kinds, context))
-    return PromptTable.concatenate(tables)
+    contradicted = _contradicted(index) if has_labels(index) else None
+    known = [name for name in (IDS_COLUMN, *_labels(index), *_others(index)) if name in index.columns]
+    names = dict.fromkeys([*columns_of(index), *known, *_results(index)])
+    room, start = _Room(index), 0
+    for batch in index.batches(list(names), most_rows=AT_ONCE):
+        some = prompts_in(index, start, batch)
+        mine = _between(rows, start, len(some))
+        at = mine - start
+        start += len(some)
+        if len(mine):
+            part = {name: column.take(_arrow(at)) for name, column in batch.items()}
+            table = _table(index, some, part, mine, lengths, context)
+            said = [*_labelled(index, room, table, mine, part, contradicted), *_described(index, room, table, part)]
+            yield Piece(mine, table, said, list(_results_in(index, part, table)))
+
+
+def results_of(index: Index, rows: Ints, table: PromptTable) -> Iterator[Records]:
+    """The perplexities of those of the prompts `rows` (ascending) that have them, as a store keeps them."""
+    names, start, done = _results(index), 0, 0
+    for batch in index.batches(names, most_rows=AT_ONCE) if names else ():
+        mine = _between(rows, start, len(batch[names[0]]))
+        if len(mine):
+            part = {name: column.take(_arrow(mine - start)) for name, column in batch.items()}
+            yield from _results_in(index, part, table.select(np.arange(done, done + len(mine))))
+        start += len(batch[names[0]])
+        done += len(mine)
+
+
+def _between(rows: Ints, start: int, count: int) -> Ints:
+    """Those of `rows` (ascending) from `start` on, of so many."""
+    return rows[slice(*np.searchsorted(rows, [start, start + count]).tolist())]
+
+
+def _table(index: Index, some: Some, part: Columns, rows: Ints, lengths: Ints | None, context: str) -> PromptTable:
+    """The prompts `rows`, which are among `some`; `part`: the columns at these rows."""
+    kinds = some.kinds[rows - some.start].tolist()
+    texts = some.texts.some(some.texts.codes[rows - some.start])
+    parsed = _parsed(index, kinds, texts)
+    own, offset = _ids(index, part, len(rows))
+    ids = []
+    for i, (row, kind, text) in enumerate(zip(rows.tolist(), kinds, texts, strict=True)):
+        found = parsed.get(i, own[offset[i] : offset[i + 1]] if offset[i + 1] > offset[i] else None)
+        count = None if lengths is None else int(lengths[row])
+        if count is not None and found is not None and len(found) != count:
+            raise index.wrong(f"row {row} has {len(found):,} token ids and {count:,} rows of vectors")
+        ids.append(stand_in(kind, text, _SOME_TOKENS if count is None else count) if found is None else found)
+    plain = [None if kind == IDS else text for kind, text in zip(kinds, texts, strict=True)]
+    return PromptTable.build(ids, plain, kinds, context)
 
 
 def _parsed(index: Index, kinds: Sequence[int], texts: Sequence[str]) -> dict[int, npt.NDArray[np.int32]]:
@@ -79,23 +109,20 @@ def _parsed(index: Index, kinds: Sequence[int], texts: Sequence[str]) -> dict[in
     return found
 
 
-def _ids(index: Index, rows: Ints) -> tuple[npt.NDArray[np.int32], Ints]:
-    """The column of token ids, row after row, and where each row begins and ends; none where they are not known."""
-    parts, lengths = [np.empty(0, np.int32)], np.zeros(len(rows), np.int64)
-    if IDS_COLUMN in index.columns:
-        for mine, _, offset, values in _lists(index, IDS_COLUMN, rows, whole=True):
-            if len(values) and (values.min() < 0 or values.max() >= _MOST_TOKENS):
-                raise index.wrong(f"column {IDS_COLUMN!r} holds a number that is no token id")
-            parts.append(values.astype(np.int32))
-            lengths[mine] = np.diff(offset)
-    return np.concatenate(parts), offsets(lengths)
+def _ids(index: Index, part: Columns, count: int) -> tuple[npt.NDArray[np.int32], Ints]:
+    """The token ids of `count` rows, row after row, and where each begins and ends; none where they are not known."""
+    if IDS_COLUMN not in part:
+        return np.empty(0, np.int32), np.zeros(count + 1, np.int64)
+    _, offset, values = _lists(index, IDS_COLUMN, part[IDS_COLUMN], whole=True)
+    if len(values) and (values.min() < 0 or values.max() >= _MOST_TOKENS):
+        raise index.wrong(f"column {IDS_COLUMN!r} holds a number that is no token id")
+    return values.astype(np.int32), offset
 
 
 def _lists(
-    index: Index, name: str, rows: Ints, *, whole: bool
-) -> Iterator[tuple[Ints, npt.NDArray[np.bool_], Ints, npt.NDArray[Any]]]:
-    """A column of lists of numbers at `rows` (ascending), some at a time: which of `rows`, whether there is a list,
-    where each begins, and all numbers."""
+    index: Index, name: str, lists: pa.Array, *, whole: bool
+) -> tuple[npt.NDArray[np.bool_], Ints, npt.NDArray[Any]]:
+    """Lists of numbers: whether there is one, where each begins, and all numbers."""
     import pyarrow.types as types
 
     kind = index.kind(name)
@@ -104,19 +131,12 @@ def _lists(
     texts = types.is_list(kind) and not whole and types.is_string(kind.value_type)
     if not types.is_list(kind) or not (texts or fits(kind.value_type)):
         raise index.wrong(f"column {name!r} holds {kind}, expected lists of {'whole ' if whole else ''}numbers")
-    before = 0
-    for batch in index.batches([name]):
-        lists: pa.Array = batch[name]
-        mine = np.arange(*np.searchsorted(rows, [before, before + len(lists)]))
-        chosen = lists.take(_arrow(rows[mine] - before))
-        before += len(lists)
-        values = _numbers(index, name, chosen.flatten()) if texts else chosen.flatten()
-        if values.null_count:
-            raise index.wrong(f"column {name!r} has no value for some tokens")
-        has = np.asarray(chosen.is_valid().to_numpy(zero_copy_only=False))
-        lengths = np.asarray(chosen.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)).astype(np.int64)
-        offset = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        yield mine, has, offset, np.asarray(values.to_numpy(zero_copy_only=False))
+    values = _numbers(index, name, lists.flatten()) if texts else lists.flatten()
+    if values.null_count:
+        raise index.wrong(f"column {name!r} has no value for some tokens")
+    has = np.asarray(lists.is_valid().to_numpy(zero_copy_only=False))
+    lengths = np.asarray(lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)).astype(np.int64)
+    return has, offsets(lengths), np.asarray(values.to_numpy(zero_copy_only=False))
 
 
 def _numbers(index: Index, name: str, texts: pa.Array) -> pa.Array:
@@ -138,29 +158,48 @@ def lengths_of(index: Index, group: TensorGroup | None) -> Ints | None:
     """How many rows of vectors each prompt has in a `group` of full sequences; None where there is no such group."""
     if group is None or group.pooling is not None or group.name == ROUTER:
         return None
-    return np.diff(every_row(index, group).row_offset)
+    return every_row(index, group).row_counts(index.spill)
 
 
-def said_of(index: Index, rows: Ints, table: PromptTable) -> list[Records]:
-    """Labels and other columns of the prompts `rows`, as a store keeps them. A prompt that the dataset says two things
-    of has no label."""
-    made: list[Records] = []
-    room = _Room(index)
-    labels = labels_of(index)
-    if labels is not None:
-        contradicted = _contradicted(index, labels)
-        chosen = [i for i, row in enumerate(rows.tolist()) if labels[row] is not None and row not in contradicted]
-        if chosen:
-            values = [room.take(given.encoded(labels[rows[i]])) for i in chosen]
-            made += given.records(LABEL, table.select(chosen), values)
-    names = [name for name in index.columns if not is_fixed(name) and is_plain(index.kind(name))]
-    if names:
-        columns = {name: values_of(index, name) for name in names}
-        values = []
-        for row in rows.tolist():
-            values.append(room.take(given.encoded({name: _finite(columns[name][row]) for name in names})))
-        made += given.records(METADATA, table, values)
-    return made
+def _labels(index: Index) -> list[str]:
+    return [LABEL_COLUMN] if has_labels(index) else []
+
+
+def _others(index: Index) -> list[str]:
+    """The columns of metadata."""
+    return [name for name in index.columns if not is_fixed(name) and is_plain(index.kind(name))]
+
+
+def _labelled(
+    index: Index,
+    room: _Room,
+    table: PromptTable,
+    rows: Ints,
+    part: Columns,
+    contradicted: npt.NDArray[np.bool_] | None,
+) -> list[Records]:
+    """Labels, as a store keeps them."""
+    if LABEL_COLUMN not in part:
+        return []
+    labels = values_in(index, LABEL_COLUMN, part[LABEL_COLUMN])
+    has = np.array([label is not None for label in labels])
+    if contradicted is not None:
+        has &= ~contradicted[rows]
+    chosen = np.flatnonzero(has)
+    values = [room.take(given.encoded(labels[i])) for i in chosen.tolist()]
+    return given.records(LABEL, table.select(chosen), values) if values else []
+
+
+def _described(index: Index, room: _Room, table: PromptTable, part: Columns) -> list[Records]:
+    """Other columns, as a store keeps them."""
+    columns = {name: values_in(index, name, part[name]) for name in _others(index)}
+    if not columns:
+        return []
+    values = [
+        room.take(given.encoded({name: _finite(value) for name, value in zip(columns, row, strict=True)}))
+        for row in zip(*columns.values(), strict=True)
+    ]
+    return given.records(METADATA, table, values)
 
 
 class _Room:
@@ -185,52 +224,60 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _contradicted(index: Index, labels: Sequence[Any]) -> set[int]:
-    if all(label is None for label in labels):
-        return set()
+def _contradicted(index: Index) -> npt.NDArray[np.bool_] | None:
+    """Of which rows the prompt has two labels, bool ``[rows]``, as far as they are the first of it; None of none."""
+    numbers = numbered_labels(index)
+    if numbers is None:
+        return None
     different = Different(index)
-    numbers: dict[int | str | None, int] = {}
-    label = np.fromiter((numbers.setdefault(one, len(numbers)) for one in labels), np.int64, len(labels))
-    _, first, which = np.unique(different.codes, return_index=True, return_inverse=True)
-    found = set(first[which[label != label[first[which]]]].tolist())
-    if found:
-        row = min(found)
-        log.warning(
-            "%s has %d prompts with two labels each, which count as having none; the first is %.80r (row %d)",
-            index.source.name, len(found), different.text(row), row,
-        )  # fmt: skip
+    found = index.spill.zeros(index.num_rows, bool)
+    for _, first in different.contradicted(numbers):
+        found[first] = True
+    count = int(np.count_nonzero(found))
+    if not count:
+        return None
+    row = int(np.argmax(found))
+    log.warning(
+        "%s has %d prompts with two labels each, which count as having none; the first is %.80r (row %d)",
+        index.source.name, count, different.text(row), row,
+    )  # fmt: skip
     return found
 
 
-def results_of(index: Index, rows: Ints, table: PromptTable) -> list[Records]:
-    """The perplexities of those of the prompts `rows` (ascending) that have them, as a store keeps them."""
+def _results(index: Index) -> list[str]:
+    """The columns of perplexities."""
     import pyarrow.types as types
 
-    made = []
-    if set(PERPLEXITIES) <= set(index.columns):
-        columns = index.read(PERPLEXITIES)
-        for name in PERPLEXITIES:
-            if not types.is_floating(columns[name].type):
-                raise index.wrong(f"column {name!r} holds {columns[name].type}, expected floating numbers")
-        values = np.stack([np.asarray(columns[name].to_numpy(), np.float64)[rows] for name in PERPLEXITIES], axis=1)
+    found = list(PERPLEXITIES) if set(PERPLEXITIES) <= set(index.columns) else []
+    for name in found:
+        if not types.is_floating(index.kind(name)):
+            raise index.wrong(f"column {name!r} holds {index.kind(name)}, expected floating numbers")
+    return [*found, *([LOSSES_COLUMN] if LOSSES_COLUMN in index.columns else [])]
+
+
+def _results_in(index: Index, part: Columns, table: PromptTable) -> Iterator[Records]:
+    """The perplexities of the prompts of `table`, which the columns `part` are of."""
+    if set(PERPLEXITIES) <= part.keys():
+        columns = [np.asarray(part[n].to_numpy(zero_copy_only=False), np.float64) for n in PERPLEXITIES]
+        values = np.stack(columns, axis=1)
         has = np.isfinite(values).all(axis=1)
         if has.any():
             limit = float(np.finfo(np.float32).max)
             data = {PERPLEXITY: np.minimum(values[has], limit).astype(np.float32)}
-            made.append(Records.pooled(table.select(has), DERIVED, data))
-    if LOSSES_COLUMN in index.columns:
+            made = Records.pooled(table.select(has), DERIVED, data)
+            made.screened = True
+            yield made
+    if LOSSES_COLUMN in part:
+        has, offset, values = _lists(index, LOSSES_COLUMN, part[LOSSES_COLUMN], whole=False)
         parts, chosen = [], []
-        for mine, has, offset, values in _lists(index, LOSSES_COLUMN, rows, whole=False):
-            for k, i in enumerate(mine.tolist()):
-                each = values[offset[k] : offset[k + 1]]
-                # Of a prompt of unknown length it cannot be said which token is which.
-                known = table.token_ids[table.token_offset[i]] >= 0 and len(each) == table.lengths[i] - 1
-                if has[k] and known and np.isfinite(each).all() and (each > 0).all():
-                    chosen.append(i)
-                    parts.append(np.append(np.log(each), 0.0).astype(np.float32))
+        for i in np.flatnonzero(has).tolist():
+            each = values[offset[i] : offset[i + 1]]
+            # Of a prompt of unknown length it cannot be said which token is which.
+            known = table.token_ids[table.token_offset[i]] >= 0 and len(each) == table.lengths[i] - 1
+            if known and np.isfinite(each).all() and (each > 0).all():
+                chosen.append(i)
+                parts.append(np.append(np.log(each), 0.0).astype(np.float32))
         if chosen:
-            losses = {TOKEN_NLL: np.concatenate(parts)[:, None]}
-            made.append(Records.tokens(table.select(chosen), losses))
-    for records in made:
-        records.screened = True
-    return made
+            made = Records.tokens(table.select(chosen), {TOKEN_NLL: np.concatenate(parts)[:, None]})
+            made.screened = True
+            yield made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import operator
 from collections.abc import Sequence
@@ -11,14 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import DatasetFormatError, NotCachedError, PromptError, PromptTypeError, did_you_mean
+from actcache.share.different import AT_ONCE, Different, in_steps
 from actcache.share.index import Index
-from actcache.share.ours import KIND, KINDS
+from actcache.share.ours import KINDS
 from actcache.share.rows import Ints
-from actcache.share.values import Texts, codes_of, is_text, values_of
+from actcache.share.values import is_text, values_in, values_of
+from actcache.store import given
 from actcache.store.prompts import IDS, TEXT
 from actcache.store.tensors import kind_of
 
-TEXTS, LABEL, _IDS_COLUMN = "text", "label", "token_ids"
+LABEL, _IDS_COLUMN = "label", "token_ids"
 _FEW = 5_000
 _LONG = 1 << 28
 _INT64 = 1 << 63
@@ -35,13 +39,13 @@ def find_prompts(index: Index, prompts: Sequence[Any] | str | None) -> Ints | No
     if not asked:
         raise PromptError("the list of prompts is empty: expected at least one, or None for all of the dataset.")
     wanted = [_key(prompt, number) for number, prompt in enumerate(asked)]
-    row_of = Different(index).find(wanted)
+    row_of = _rows_of(index, wanted)
     row_of |= _rows_of_ids(index, [text for kind, text in wanted if kind == IDS and (kind, text) not in row_of])
     absent = [number for number, key in enumerate(wanted) if key not in row_of]
     if absent:
         text = wanted[absent[0]][1]
         few = index.num_rows <= _FEW and len(text) <= 1000
-        known = [text for _, text in different_prompts(index)[1]] if few else []
+        known = [prompt for some in in_steps(index) for prompt in some.texts.all()] if few else []
         more = f", nor {len(absent) - 1:,} more of the {len(asked):,} asked for" if len(absent) > 1 else ""
         near = did_you_mean(text, known)[:300]
         raise NotCachedError(f"{index.source.name} has no prompt {asked[absent[0]]!r:.200}{more}.{near}")
@@ -49,10 +53,17 @@ def find_prompts(index: Index, prompts: Sequence[Any] | str | None) -> Ints | No
 
 
 def prompts_of(index: Index) -> list[Any]:
-    """The prompts of a dataset in the order of its index: texts, token ids or chats."""
-    codes, there = different_prompts(index)
-    values = [text if kind == TEXT else _parsed(index, kind, text) for kind, text in there]
-    return [values[code] for code in codes.tolist()]
+    """The prompts of a dataset in the order of its index: texts, token ids or chats. One that recurs is one object."""
+    known: dict[tuple[int, str], Any] = {}
+    found = []
+    for some in in_steps(index):
+        texts = some.texts.all()
+        for kind, code in zip(some.kinds.tolist(), some.texts.codes.tolist(), strict=True):
+            text = texts[code]
+            if (kind, text) not in known:
+                known[kind, text] = text if kind == TEXT else _parsed(index, kind, text)
+            found.append(known[kind, text])
+    return found
 
 
 def _key(prompt: Any, number: int) -> tuple[int, str]:
@@ -64,6 +75,20 @@ def _key(prompt: Any, number: int) -> tuple[int, str]:
         except TypeError:
             raise PromptTypeError(f"prompt {number} is no list of token ids, nor a text, nor a chat.") from None
     return kind, text
+
+
+def _rows_of(index: Index, wanted: Sequence[tuple[int, str]]) -> dict[tuple[int, str], int]:
+    """The first row of each of some prompts that is there."""
+    asked = {}
+    for kind, text in wanted:
+        with contextlib.suppress(UnicodeEncodeError):
+            asked[kind, text.encode()] = kind, text
+    found: dict[tuple[int, str], int] = {}
+    for some in in_steps(index):
+        for row, key in enumerate(some.keys(), some.start):
+            if key in asked:
+                found.setdefault(asked[key], row)
+    return found
 
 
 def _rows_of_ids(index: Index, wanted: Sequence[str]) -> dict[tuple[int, str], int]:
@@ -108,14 +133,40 @@ def _parsed(index: Index, kind: int, text: str) -> Any:
 
 def labels_of(index: Index) -> list[int | str | None] | None:
     """The label of each row, None where it has none; None when the dataset has no labels."""
+    return values_of(index, LABEL) if has_labels(index) else None
+
+
+def has_labels(index: Index) -> bool:
+    """Whether a dataset has a column of labels; `DatasetFormatError` where it holds something else."""
     import pyarrow.types as types
 
     if LABEL not in index.columns:
-        return None
+        return False
     kind = index.kind(LABEL)
     if not (types.is_integer(kind) or types.is_null(kind) or is_text(kind)):
         raise index.wrong(f"column {LABEL!r} holds {kind}, expected whole numbers or texts")
-    return values_of(index, LABEL)
+    return True
+
+
+def numbered_labels(index: Index) -> Ints | None:
+    """A number for the label of each row, the same for what is the same; None where no row has one."""
+    numbers: dict[Any, int] = {}
+    found = index.spill.empty(index.num_rows, np.int64)
+    start, none = 0, _number(None)
+    for batch in index.batches([LABEL], most_rows=AT_ONCE):
+        labels = values_in(index, LABEL, batch[LABEL])
+        if len(numbers) > AT_ONCE:
+            numbers = {}
+        for label in set(labels) - numbers.keys():
+            numbers[label] = _number(label)
+        found[start : start + len(labels)] = [numbers[label] for label in labels]
+        start += len(labels)
+    return None if not start or (found == none).all() else found
+
+
+def _number(label: int | str | None) -> int:
+    digest = hashlib.blake2b(given.encoded(label), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def label_values(index: Index, selection: Ints | None) -> npt.NDArray[Any] | None:
@@ -146,90 +197,19 @@ def _fit_array(texts: list[str]) -> bool:
 
 
 def _refuse_contradictions(index: Index, labels: list[int | str | None], selection: Ints | None) -> None:
+    numbers = numbered_labels(index)
     different = Different(index)
-    numbers: dict[int | str | None, int] = {}
-    label = np.array([numbers.setdefault(one, len(numbers)) for one in labels], np.int64)
-    _, first, which = np.unique(different.codes, return_index=True, return_inverse=True)
-    wrong = label != label[first[which]]
-    if selection is not None:
-        wrong &= np.isin(which, which[selection])
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
-        before = int(first[which[row]])
+    wrong = (
+        []
+        if numbers is None
+        else [
+            min(zip(rows.tolist(), first.tolist(), strict=True))
+            for rows, first in different.contradicted(numbers, selection)
+        ]
+    )
+    if wrong:
+        row, before = min(wrong)
         raise DatasetFormatError(
             f"{index.source.name} has prompt {different.text(row)!r:.80} with two labels, {labels[before]!r:.40} in "
             f"row {before} and {labels[row]!r:.40} in row {row}: labels cannot be told (return_labels=False)."
         )
-
-
-class Different:
-    """The different prompts of a dataset, which stay in the index: there may be very many.
-
-    `codes` int64 ``[n]``: which one each row is of.
-    """
-
-    def __init__(self, index: Index) -> None:
-        self._texts = Texts(index, TEXTS)
-        _refuse_absent(index, TEXTS, self._texts.codes)
-        self._kinds = {TEXT: 0}
-        self.codes = self._texts.codes
-        self._which: Ints | None = None
-        if KIND in index.columns:
-            self._which, self._kinds = _kinds_of(index)
-            self.codes = self._texts.codes * len(self._kinds) + self._which
-
-    def text(self, row: int) -> str:
-        """The text of a row."""
-        return self._texts[int(self._texts.codes[row])]
-
-    def some(self, rows: Ints) -> tuple[list[int], list[str]]:
-        """Kind and text of each of these rows."""
-        names = list(self._kinds)
-        kinds = [TEXT] * len(rows) if self._which is None else [names[k] for k in self._which[rows].tolist()]
-        return kinds, self._texts.some(self._texts.codes[rows])
-
-    def find(self, prompts: Sequence[tuple[int, str]]) -> dict[tuple[int, str], int]:
-        """The first row of each of `prompts` (kind and text) that is there."""
-        of_text = self._texts.find(text for _, text in prompts)
-        code_of = {
-            of_text[text] * len(self._kinds) + self._kinds[kind]: (kind, text)
-            for kind, text in prompts
-            if text in of_text and kind in self._kinds
-        }
-        found: dict[tuple[int, str], int] = {}
-        rows = np.flatnonzero(np.isin(self.codes, np.array(list(code_of), np.int64)))
-        for row, code in zip(rows.tolist(), self.codes[rows].tolist(), strict=True):
-            found.setdefault(code_of[code], row)
-        return found
-
-
-def different_prompts(index: Index) -> tuple[Ints, list[tuple[int, str]]]:
-    """Which of the different prompts, kind and text each, every row is of."""
-    codes, texts = _codes(index, TEXTS)
-    if KIND not in index.columns:
-        return codes, [(TEXT, text) for text in texts]
-    which, kinds = _kinds_of(index)
-    pairs, found = np.unique(codes * len(kinds) + which, return_inverse=True)
-    names = list(kinds)
-    return found, [(names[pair % len(names)], texts[pair // len(names)]) for pair in pairs.tolist()]
-
-
-def _kinds_of(index: Index) -> tuple[Ints, dict[int, int]]:
-    """A number for the kind of each row, and of which kind it is the number."""
-    which, names = _codes(index, KIND)
-    unknown = sorted(set(names) - set(KINDS))
-    if unknown:
-        raise index.wrong(f"column {KIND!r} names the kind {unknown[0]!r:.60}: expected {', '.join(KINDS)}")
-    return which, {KINDS.index(name): number for number, name in enumerate(names)}
-
-
-def _codes(index: Index, name: str) -> tuple[Ints, list[str]]:
-    codes, texts = codes_of(index, name)
-    _refuse_absent(index, name, codes)
-    return codes, texts
-
-
-def _refuse_absent(index: Index, name: str, codes: Ints) -> None:
-    absent = int((codes < 0).sum())
-    if absent:
-        raise index.wrong(f"column {name!r} has no value for {absent:,} prompts")

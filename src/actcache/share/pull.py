@@ -8,25 +8,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from actcache.errors import DatasetAccessError, DatasetFormatError, OptionError
 from actcache.progress import progress
+from actcache.share.different import Different
 from actcache.share.fetching import Dataset, fetch, remember
 from actcache.share.folder import Folder
 from actcache.share.index import Index
-from actcache.share.index_prompts import first_rows, lengths_of, results_of, said_of, table_of
+from actcache.share.index_prompts import lengths_of, pieces
 from actcache.share.offered import Column, Offered
 from actcache.share.prompts import find_prompts
 from actcache.share.rows import Ints
 from actcache.share.source import open_source
+from actcache.share.taken import Piece, Taken
 from actcache.share.unchanged import check_unchanged, fingerprint, state_of_index
 from actcache.store.default import store_at
 from actcache.store.files import log
 from actcache.store.locks import exclusive
-from actcache.store.prompts import PromptTable
+from actcache.store.mapped import return_free_memory
 from actcache.store.pulled import CONTEXT, PROMPT, TRUSTED
 from actcache.store.records import PULLED, Records
 from actcache.store.spaces import SpaceInfo, space_id
+from actcache.store.spill import Spill
 from actcache.store.tombs import is_member
 
 if TYPE_CHECKING:
@@ -36,7 +40,7 @@ _WAIT_S = 60.0
 # Prompts that are fetched, and become durable, together.
 _STEP_BYTES = 256 << 20
 _LONGEST_NAME = 500
-_AT_ONCE = 1 << 15
+_AT_ONCE = 1 << 13
 _MOST_BYTES = 1 << 30
 _MANY_TOKENS = 1 << 22
 
@@ -122,22 +126,19 @@ def pull(
     source = open_source(repo_id, token=token, revision=revision)
     source.concurrency = num_workers or source.concurrency
     before = state_of_index(source)
-    index = Index(source)
+    index = Index(source, Spill(where.index_dir))
     dataset = Dataset(index)
     columns = dataset.offered.choose(tensors, layers)
-    rows = first_rows(index) if target_prompts is None else _unique(find_prompts(index, target_prompts))
+    rows = Different(index).first_rows() if target_prompts is None else _unique(find_prompts(index, target_prompts))
     _check_size(source.name, len(columns), len(rows))
     info = _space(index, dataset.offered)
     lengths = _lengths(index, dataset)
     context = str(info.label["pulled"]["context"])
-    table = table_of(index, rows, lengths, context)
+    taken = Taken(pieces(index, rows, lengths, context), index.spill)
     for column in columns:
         # What lies outside the shards is refused before anything is stored.
         if column.group is not None:
             dataset.runs(column.group, column.layout)
-    if index.num_rows and not len(table):
-        raise OptionError(f"{source.name} has no prompts.")
-    said, results = said_of(index, rows, table), results_of(index, rows, table)
     if state_of_index(source) != before:
         raise DatasetFormatError(f"{source.name} was changed while it was read: pull it again.")
     where.check_writable()
@@ -147,12 +148,14 @@ def pull(
             _forget(where, info)
             where.open_space(info.identity, info.label)
         check_unchanged(info, source, dataset.offered)
-        _register(where, info, columns, rows, table, said, results, trust_names=trust_names)
+        for piece in taken.together(_AT_ONCE):
+            _register(where, info, columns, piece, trust_names=trust_names)
+            return_free_memory()
     remember(info.space, dataset, token)
     if materialize:
-        _materialize(where, info, dataset, columns, table, rows, show=show)
+        _materialize(where, info, dataset, columns, taken, rows, show=show)
     where.merge(info)
-    return info, len(table)
+    return info, len(taken)
 
 
 def _unique(rows: Ints | None) -> Ints:
@@ -234,52 +237,45 @@ def _forget(store: Store, info: SpaceInfo) -> None:
             store.clear(other.space)
 
 
-def _register(
-    store: Store,
-    info: SpaceInfo,
-    columns: Sequence[Column],
-    rows: Ints,
-    table: PromptTable,
-    said: Sequence[Records],
-    results: Sequence[Records],
-    *,
-    trust_names: bool,
-) -> None:
+def _register(store: Store, info: SpaceInfo, columns: Sequence[Column], piece: Piece, *, trust_names: bool) -> None:
     """Store where prompts are, and what the index says of them, as far as that is not there."""
+    table = piece.table
     sites = [PROMPT, *([TRUSTED] if trust_names else [])]
     sites += [f"{PULLED}.{column.site}" for column in columns if column.group is not None]
+    results = piece.results if any(column.group is None for column in columns) else []
+    of_index = sorted({site for records in results for site in records.data})
+    # They are of some prompts only, and become readable with their registration.
+    keys = {site: [r.prompts.token_key for r in results if site in r.data] for site in of_index}
     has = np.zeros((len(table), 0), bool)
-    of_index: list[str] = []
-    for records in results if any(column.group is None for column in columns) else ():
-        # They are of some prompts only, and become readable with their registration.
-        (site,) = records.data
-        there = is_member(table.token_key, records.prompts.token_key)
-        has = np.column_stack([has, there])
-        of_index.append(f"{PULLED}.{site}")
-    kinds, which = np.unique(has, axis=0, return_inverse=True) if len(table) else (has, np.zeros(0, np.int64))
-    # What is said of prompts is looked through for each piece of them.
-    step = max(1, len(table)) if said or results else _AT_ONCE
-    alike = [np.flatnonzero(which.ravel() == number) for number in range(len(kinds))]
-    for kind, members in (
-        (kind, every[start : start + step])
-        for kind, every in zip(kinds, alike, strict=True)
-        for start in range(0, len(every), step)
-    ):
-        named = [*sites, *(site for site, there in zip(of_index, kind.tolist(), strict=True) if there)]
+    for site in of_index:
+        has = np.column_stack([has, is_member(table.token_key, np.concatenate(keys[site]))])
+    kinds, which = np.unique(has, axis=0, return_inverse=True)
+    for number, kind in enumerate(kinds):
+        members = np.flatnonzero(which.ravel() == number)
+        named = [f"{PULLED}.{site}" for site, there in zip(of_index, kind.tolist(), strict=True) if there]
+        named = [*sites, *named]
         placement = store.locate(info.space, table=table.select(members), sites=named, layout=PULLED)
         new = members[~placement.found]
         if not len(new):
             continue
-        keys = table.select(new).token_key
-        for records in (*said, *(results if of_index else ())):
-            part = records.select(is_member(records.prompts.token_key, keys))
-            if len(part.prompts):
-                store.append(info.space, part)
-        own = rows[new].astype(np.int32)[:, None]
-        made = Records.pooled(table.select(new), PULLED, dict.fromkeys(named, own))
+        chosen = table if len(new) == len(table) else table.select(new)
+        for parts in _alike([*piece.said, *results], None if chosen is table else chosen.token_key):
+            store.append(info.space, parts)
+        own = piece.rows[new].astype(np.int32)[:, None]
+        made = Records.pooled(chosen, PULLED, dict.fromkeys(named, own))
         made.screened = True
         # Last, so that whoever finds the prompts finds what is said of them.
         store.append(info.space, made)
+
+
+def _alike(every: Sequence[Records], keys: npt.NDArray[np.uint8] | None) -> list[list[Records]]:
+    """What of `every` is of prompts with these keys (None: all), those together that can share a segment."""
+    found: dict[tuple[Any, ...], list[Records]] = {}
+    for records in every:
+        part = records if keys is None else records.select(is_member(records.prompts.token_key, keys))
+        if len(part.prompts):
+            found.setdefault(part.signature, []).append(part)
+    return list(found.values())
 
 
 def _materialize(
@@ -287,7 +283,7 @@ def _materialize(
     info: SpaceInfo,
     dataset: Dataset,
     columns: Sequence[Column],
-    table: PromptTable,
+    taken: Taken,
     rows: Ints,
     *,
     show: bool | None,
@@ -297,8 +293,8 @@ def _materialize(
     for column in columns:
         if column.group is not None:
             groups.setdefault(column.group.name, []).append(column)
-    with progress(len(groups) * len(table), "pull", unit="row", show=show) as bar:
+    with progress(len(groups) * len(taken), "pull", unit="row", show=show) as bar:
         for some in groups.values():
             layout, sites = some[0].layout, [column.site for column in some]
             for members in dataset.in_order(rows, some, layout, _STEP_BYTES):
-                fetch(store, info, table.select(members), sites, layout, told=bar.update)
+                fetch(store, info, taken.select(members), sites, layout, told=bar.update)

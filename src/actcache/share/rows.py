@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from actcache.errors import DatasetFormatError
 from actcache.share.format import INDEX, LOGITS, ROUTER, TensorGroup
 from actcache.share.index import Index
+from actcache.store.spill import Spill
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,9 +35,9 @@ class Runs:
         return len(self.offset) - 1
 
     @staticmethod
-    def of_each(shard: Ints, start: Ints, length: Ints) -> Runs:
+    def of_each(shard: Ints, start: Ints, length: Ints, spill: Spill | None = None) -> Runs:
         """One run for each prompt."""
-        return Runs(np.arange(len(shard) + 1), shard, start, length)
+        return Runs(_counted(len(shard) + 1, spill or Spill(None)), shard, start, length)
 
     def take(self, prompts: Ints) -> Runs:
         """Those of some prompts, in their order."""
@@ -48,6 +50,15 @@ class Runs:
         """Prompt `i` has rows ``row_offset[i]:row_offset[i + 1]`` of all of them, one after the other."""
         return _offsets(self.length)[self.offset]
 
+    def row_counts(self, spill: Spill) -> Ints:
+        """How many rows each prompt has."""
+        found = spill.empty(len(self), np.int64)
+        for first in range(0, len(self), _AT_ONCE):
+            bounds = self.offset[first : first + _AT_ONCE + 1]
+            ends = _offsets(self.length[bounds[0] : bounds[-1]])[bounds - bounds[0]]
+            found[first : first + _AT_ONCE] = np.diff(ends)
+        return found
+
     def rows(self) -> tuple[Ints, Ints]:
         """Shard, and row in it, of every row."""
         if self.length.strides == (0,) and len(self.shard) and self.length[0] == 1:
@@ -59,17 +70,20 @@ def one_row(index: Index, group: TensorGroup, *, first: bool = False) -> Runs:
     """The one row of each prompt: the pooled one, or of full sequences that of its last token, or of its `first`."""
     if group.pooling is None and (first or not _is_split(index, group)):
         every = every_row(index, group)
-        at = every.offset[:-1] if first else every.offset[1:] - 1
-        start = every.start[at] + (0 if first else every.length[at] - 1)
-        return Runs.of_each(every.shard[at], start, np.ones(len(at), np.int64))
+        shard, start = (index.spill.empty(len(every), np.int64) for _ in range(2))
+        for begin in range(0, len(every), _AT_ONCE):
+            to = slice(begin, begin + _AT_ONCE)
+            at = every.offset[:-1][to] if first else every.offset[1:][to] - 1
+            shard[to] = every.shard[at]
+            start[to] = every.start[at] + (0 if first else every.length[at] - 1)
+        return Runs.of_each(shard, start, _all(1, shard), index.spill)
     if group.name == ROUTER:
         # No column says where these are: they lie in the order of the index.
         counts = np.array([shard.prompts for shard in group.shards], np.int64)
         return Runs.of_each(np.repeat(np.arange(len(counts)), counts), _within(counts), np.ones(counts.sum(), np.int64))
     shard, row = _columns(index, _place_columns(index, group))
-    one = np.broadcast_to(np.int64(1), len(row))
-    _check(group, shard, row, one, len(group.placed))
-    return Runs.of_each(shard, row, one)
+    _check(group, shard, row, _all(1, row), len(group.placed))
+    return Runs.of_each(shard, row, _all(1, row), index.spill)
 
 
 def every_row(index: Index, group: TensorGroup) -> Runs:
@@ -87,12 +101,14 @@ def _together(index: Index, group: TensorGroup) -> Runs:
     """Full sequences whose tokens lie together."""
     shard_column, _ = _place_columns(index, group)
     shard, start, length = _columns(index, (shard_column, "token_offset", "num_tokens"))
-    _check(group, shard, np.zeros_like(shard), np.ones_like(shard), len(group.shards))
+    _check(group, shard, _all(0, shard), _all(1, shard), len(group.shards))
     if not _are_local(index, shard, start):
         # Counted through all shards: without those before.
-        start = start - _offsets(np.array([s.rows for s in group.shards], np.int64))[shard]
+        before = _offsets(np.array([s.rows for s in group.shards], np.int64))
+        for first in range(0, len(start), _AT_ONCE):
+            start[first : first + _AT_ONCE] -= before[shard[first : first + _AT_ONCE]]
     _check(group, shard, start, length, len(group.shards))
-    return Runs.of_each(shard, start, length)
+    return Runs.of_each(shard, start, length, index.spill)
 
 
 def _is_split(index: Index, group: TensorGroup) -> bool:
@@ -112,23 +128,33 @@ def _are_local(index: Index, shard: Ints, start: Ints) -> bool:
     said = index.description.token_offsets_are_local
     if said is not None:
         return said
-    first = np.flatnonzero(np.diff(shard, prepend=-1) != 0)
-    return bool((start[first] == 0).all())
+    for begin in range(0, len(shard), _AT_ONCE):
+        some = shard[begin : begin + _AT_ONCE]
+        first = np.flatnonzero(np.diff(some, prepend=shard[begin - 1] if begin else -1) != 0)
+        if (start[begin + first] != 0).any():
+            return False
+    return True
 
 
-def _columns(index: Index, names: tuple[str, ...]) -> list[Ints]:
-    read = index.read(names)
-    return [_whole_numbers(index, name, read[name]) for name in names]
-
-
-def _whole_numbers(index: Index, name: str, column: Any) -> Ints:
+def _columns(index: Index, names: Sequence[str]) -> list[Ints]:
+    """Columns of whole numbers, int64 ``[rows]`` each; they may lie in files, and may be written to."""
     import pyarrow.types as types
 
-    if not types.is_integer(column.type):
-        raise index.wrong(f"column {name!r} holds {column.type}, expected whole numbers")
-    if column.null_count:
-        raise index.wrong(f"column {name!r} has no value for {column.null_count:,} prompts")
-    return np.asarray(column.to_numpy()).astype(np.int64)
+    for name in names:
+        if not types.is_integer(index.kind(name)):
+            raise index.wrong(f"column {name!r} holds {index.kind(name)}, expected whole numbers")
+    found = [index.spill.empty(index.num_rows, np.int64) for _ in names]
+    at, absent = 0, np.zeros(len(names), np.int64)
+    for batch in index.batches(names, most_rows=_AT_ONCE):
+        absent += [batch[name].null_count for name in names]
+        stop = at + len(batch[names[0]])
+        for name, numbers in zip(names, found, strict=True):
+            numbers[at:stop] = np.asarray(batch[name].fill_null(0).to_numpy(zero_copy_only=False)).astype(np.int64)
+        at = stop
+    for name, count in zip(names, absent.tolist(), strict=True):
+        if count:
+            raise index.wrong(f"column {name!r} has no value for {count:,} prompts")
+    return found
 
 
 def _check(group: TensorGroup, shard: Ints, start: Ints, length: Ints, shards: int) -> None:
@@ -153,23 +179,33 @@ def _split(index: Index, group: TensorGroup) -> Runs:
     names = ("token_shard_ids", "token_shard_offsets")
     for name in names:
         _check_list(index, name)
-    counts, parts = [], []
+    counts, parts, keep = [], [], index.spill.keep
     for batch in index.batches(names):
         lengths, shard = _flat(index, names[0], batch[names[0]])
         others, row = _flat(index, names[1], batch[names[1]])
         if not np.array_equal(lengths, others) or (lengths < 1).any():
             raise index.wrong("a prompt has no tokens, or not as many shards as rows of its tokens")
-        _check(group, shard, row, np.ones_like(row), len(group.shards))
+        _check(group, shard, row, _all(1, row), len(group.shards))
         begins = np.ones(len(shard), bool)
         begins[1:] = (shard[1:] != shard[:-1]) | (row[1:] != row[:-1] + 1)
         begins[_offsets(lengths)[:-1]] = True
         at = np.flatnonzero(begins)
-        counts.append(np.add.reduceat(begins.astype(np.int64), _offsets(lengths)[:-1]))
-        parts.append((shard[at], row[at], np.diff(at, append=len(shard))))
+        counts.append(keep(np.add.reduceat(begins.astype(np.int64), _offsets(lengths)[:-1])))
+        parts.append((keep(shard[at]), keep(row[at]), keep(np.diff(at, append=len(shard)))))
     if not parts:
-        return Runs.of_each(*(np.zeros(0, np.int64) for _ in range(3)))
-    shard, start, length = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    return Runs(_offsets(np.concatenate(counts)), shard, start, length)
+        none = np.zeros(0, np.int64)
+        return Runs.of_each(none, none, none)
+    shard, start, length = (_joined(columns, index.spill) for columns in zip(*parts, strict=True))
+    offset = index.spill.zeros(sum(map(len, counts)) + 1, np.int64)
+    done = 0
+    for some in counts:
+        offset[done + 1 : done + len(some) + 1] = offset[done] + np.cumsum(some)
+        done += len(some)
+    return Runs(offset, shard, start, length)
+
+
+def _joined(parts: Sequence[Ints], spill: Spill) -> Ints:
+    return np.concatenate(parts, out=spill.empty(sum(map(len, parts)), np.int64))
 
 
 def _check_list(index: Index, name: str) -> None:
@@ -197,3 +233,16 @@ def _within(counts: Ints) -> Ints:
     """0, 1, ... up to each count."""
     total = _offsets(counts)
     return np.arange(total[-1]) - np.repeat(total[:-1], counts)
+
+
+def _all(value: int, like: Ints) -> Ints:
+    """An array as long as another one, of one value, that takes no memory."""
+    return np.broadcast_to(np.int64(value), len(like))
+
+
+def _counted(count: int, spill: Spill) -> Ints:
+    """0, 1, ..."""
+    found = spill.empty(count, np.int64)
+    for first in range(0, count, _AT_ONCE):
+        found[first : first + _AT_ONCE] = np.arange(first, min(first + _AT_ONCE, count))
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,26 +17,41 @@ if TYPE_CHECKING:
 
 def codes_of(index: Index, name: str) -> tuple[Ints, list[str]]:
     """A column of texts as numbers, -1 where there is none, and the different texts that they stand for."""
+    require_texts(index, name)
+    return codes_in(index, name, index.read([name])[name].combine_chunks())
+
+
+def codes_in(index: Index, name: str, column: pa.Array) -> tuple[Ints, list[str]]:
+    """`codes_of` some rows."""
+    codes, different = _encoded(column)
+    try:
+        return codes, different.to_pylist()
+    except UnicodeDecodeError:
+        raise _no_text(index, name) from None
+
+
+def require_texts(index: Index, name: str) -> None:
+    """`DatasetFormatError` for a column that does not hold texts."""
     if not is_text(index.kind(name)):
         raise index.wrong(f"column {name!r} holds {index.kind(name)}, expected texts")
-    return _codes(index, name, index.read([name])[name].combine_chunks())
 
 
 class Texts:
-    """The different texts of a column, as numbers name them: few of very many become Python's own."""
+    """The different texts in some rows of a column, as numbers name them: few of very many become Python's own."""
 
-    def __init__(self, index: Index, name: str) -> None:
-        if not is_text(index.kind(name)):
-            raise index.wrong(f"column {name!r} holds {index.kind(name)}, expected texts")
+    def __init__(self, index: Index, name: str, column: pa.Array) -> None:
         self._index, self._name = index, name
-        self.codes, self._different = _encoded(index.read([name])[name].combine_chunks())
+        self.codes, self._different = _encoded(column)
         """Which one each row has, int64 ``[n]``, -1 where there is none."""
 
-    def __getitem__(self, code: int) -> str:
-        try:
-            return str(self._different[code].as_py())
-        except UnicodeDecodeError:
-            raise _no_text(self._index, self._name) from None
+    def encoded(self) -> list[bytes]:
+        """The bytes of the different texts."""
+        found: list[bytes] = self._different.cast(_binary(self._different.type)).to_pylist()
+        return found
+
+    def all(self) -> list[str]:
+        """The different texts."""
+        return self.some(np.arange(len(self._different)))
 
     def some(self, codes: Ints) -> list[str]:
         """The texts that these numbers name."""
@@ -49,17 +63,6 @@ class Texts:
             raise _no_text(self._index, self._name) from None
         return found
 
-    def find(self, texts: Iterable[str]) -> dict[str, int]:
-        """The numbers of those of `texts` that are there."""
-        import pyarrow as pa
-        import pyarrow.compute as compute
-
-        wanted = [text for text in dict.fromkeys(texts) if _is_unicode(text)]
-        among = pa.array(wanted, self._different.type)
-        places = _integers(compute.index_in(self._different, value_set=among))
-        there = np.flatnonzero(places >= 0)
-        return {wanted[place]: code for place, code in zip(places[there].tolist(), there.tolist(), strict=True)}
-
 
 def values_of(index: Index, name: str) -> list[Any]:
     """A column as Python values of their own types, None where there is none."""
@@ -68,17 +71,27 @@ def values_of(index: Index, name: str) -> list[Any]:
     kind = index.kind(name)
     column = index.read([name])[name]
     if is_text(kind):
-        return _shared(*_codes(index, name, column.combine_chunks()))
+        return values_in(index, name, column.combine_chunks())
     if not (types.is_list(kind) or types.is_large_list(kind)) or not is_text(kind.value_type):
         return list(column.to_pylist())
+    return [value for chunk in column.chunks for value in values_in(index, name, chunk)]
+
+
+def values_in(index: Index, name: str, column: pa.Array) -> list[Any]:
+    """`values_of` some rows."""
+    import pyarrow.types as types
+
+    kind = index.kind(name)
+    if is_text(kind):
+        return _shared(*codes_in(index, name, column))
+    if not (types.is_list(kind) or types.is_large_list(kind)) or not is_text(kind.value_type):
+        return list(column.to_pylist())
+    texts = _shared(*codes_in(index, name, column.flatten()))
     found: list[Any] = []
-    for chunk in column.chunks:
-        texts = _shared(*_codes(index, name, chunk.flatten()))
-        lengths = chunk.value_lengths().to_pylist()
-        at = 0
-        for length in lengths:
-            found.append(None if length is None else texts[at : at + length])
-            at += length or 0
+    at = 0
+    for length in column.value_lengths().to_pylist():
+        found.append(None if length is None else texts[at : at + length])
+        at += length or 0
     return found
 
 
@@ -101,14 +114,6 @@ def is_text(kind: pa.DataType) -> bool:
     return bool(types.is_string(kind) or types.is_large_string(kind))
 
 
-def _codes(index: Index, name: str, column: pa.Array) -> tuple[Ints, list[str]]:
-    codes, different = _encoded(column)
-    try:
-        return codes, different.to_pylist()
-    except UnicodeDecodeError:
-        raise _no_text(index, name) from None
-
-
 def _encoded(column: pa.Array) -> tuple[Ints, pa.Array]:
     """Numbers of texts, -1 for none, and the different texts."""
     import pyarrow.types as types
@@ -122,17 +127,14 @@ def _encoded(column: pa.Array) -> tuple[Ints, pa.Array]:
     return np.where(codes >= 0, _integers(unique.indices)[codes], -1), unique.dictionary
 
 
+def _binary(kind: pa.DataType) -> pa.DataType:
+    import pyarrow as pa
+
+    return pa.large_binary() if pa.types.is_large_string(kind) else pa.binary()
+
+
 def _no_text(index: Index, name: str) -> DatasetFormatError:
     return index.wrong(f"column {name!r} holds bytes that are no text")
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether an index can hold a text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _integers(indices: pa.Array) -> npt.NDArray[np.int64]:

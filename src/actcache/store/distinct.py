@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
-from actcache.store.keys import KeyTable, Mask
+from actcache.store.keys import Ints, KeyTable, Mask
 from actcache.store.spill import Spill
 
 
@@ -53,12 +53,17 @@ class Distinct:
     def first(self) -> Mask:
         """Which rows are the first of their key, bool ``[count]``."""
         found = self._spill.zeros(len(self._later), bool)
+        for _, first in self.alike():
+            found[first] = True
+        return found
+
+    def alike(self) -> Iterator[tuple[Ints, Ints]]:
+        """Which rows there are, and of each the first of its key, int64; those of one key come together."""
         begins = np.array(self._begins, np.int64)
         for piece in self._table.pieces():
             at = begins[piece.segment] + piece.row
             order = np.lexsort((at, self._later[at], piece.low, piece.high))
-            high, low = piece.high[order], piece.low[order]
+            high, low, rows = piece.high[order], piece.low[order], at[order]
             new = np.ones(len(order), bool)
             new[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
-            found[at[order[new]]] = True
-        return found
+            yield rows, rows[new][np.cumsum(new) - 1]

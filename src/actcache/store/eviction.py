@@ -25,10 +25,11 @@ from actcache.store.files import (
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import Mask
 from actcache.store.locks import LOCK_WAIT_S, exclusive
-from actcache.store.merging import Overtaken, open_source, replace_segments, tidy
+from actcache.store.merging import Overtaken, open_source, replace_segments
 from actcache.store.records import LABEL, METADATA, PULLED, is_result
 from actcache.store.replacing import bury, discard
 from actcache.store.spaces import FILE, drop_if_empty
+from actcache.store.tidying import tidy
 from actcache.store.tombs import Keys, count_distinct, is_member
 from actcache.store.victims import Newer, Victim
 

@@ -290,7 +290,7 @@ class GrowingFile:
             with translated(self.path.parent, len(head) + len(region)):
                 # The rest of the room is a hole of zeros already, which nobody has to read.
                 used = max(placed[name].stop for name in index) - len(head)
-                write_all(self._fd, [head, memoryview(region)[:used]], 0)
+                write_all(self._fd, [head, region.data[:used]], 0)
                 os.fsync(self._fd)
                 os.rename(self.path, path)
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
@@ -15,15 +14,17 @@ import numpy as np
 from actcache.store.copying import copied
 from actcache.store.damage import Remnant, intact_of, remnants
 from actcache.store.fetching import Vanished
-from actcache.store.files import TOMB_NAME, is_ours, log, remove, sweep, sync_folder
+from actcache.store.files import log, remove, sweep, sync_folder
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import Mask
 from actcache.store.locks import exclusive
+from actcache.store.mapped import return_free_memory
 from actcache.store.mapping import Segment
 from actcache.store.opening import look_again
 from actcache.store.prompts import PromptTable, offsets
 from actcache.store.records import LABEL, METADATA, SegmentInfo
 from actcache.store.replacing import Replacing, discard
+from actcache.store.tidying import tidy
 from actcache.store.writing import write_columns
 
 TARGET = 256 << 20
@@ -33,7 +34,8 @@ FEW, MANY = 8, 32
 """Segments of one size class that may pile up: after a run, and while one is under way."""
 _TIERS = (1 << 20, 16 << 20, TARGET // 2)
 _MOST = 1024
-_TOMB_GRACE_S = 3600.0
+_MOST_PROMPTS = 1 << 14
+"""Prompts of a merged segment that is made of little else: what is known of them is in memory while they merge."""
 # What a host has stored, and others have not seen, is seldom older.
 _SEEN_NS = 3600 * 10**9
 _READS = 4
@@ -83,13 +85,15 @@ def plan(
             continue
         members.sort(key=lambda m: (m[1].created_ns, m[1].name))
         group: list[int] = []
-        size = 0
+        size = prompts = 0
         for number, info in members:
-            if group and (size + info.size > target or len(group) == _MOST):
+            many = 2 * info.data_bytes < info.size and prompts + info.prompts > _MOST_PROMPTS
+            if group and (many or size + info.size > target or len(group) == _MOST):
                 groups.append(group)
-                group, size = [], 0
+                group, size, prompts = [], 0, 0
             group.append(number)
             size += info.size
+            prompts += info.prompts
         groups.append(group)
     return [g for g in groups if len(g) > 1]
 
@@ -193,6 +197,8 @@ def _merge(index: SpaceIndex, numbers: Sequence[int]) -> int:
         with contextlib.suppress(OSError):
             sync_folder(index.folder)
         index.refresh(force=True)
+    if sum(source.info.prompts for source in found) > _MOST_PROMPTS // 4:
+        return_free_memory()
     return merged
 
 
@@ -261,7 +267,8 @@ def _write_part(
 ) -> SegmentInfo:
     """One segment with `sites` of the prompts `kept`; of what storing changed nothing at sites that are `told`."""
     prompts = PromptTable.concatenate(
-        [s.segment.prompts if keep.all() else s.segment.prompts.select(keep) for s, keep in kept]
+        [s.segment.prompts if keep.all() else s.segment.prompts.select(keep) for s, keep in kept],
+        empty=index.spill.empty,
     )
     first = kept[0][0].info
     lengths = np.concatenate([np.diff(s.segment.row_offset)[keep] for s, keep in kept])
@@ -270,6 +277,7 @@ def _write_part(
         index.folder, prompts, first.layout, columns, row_offset=offsets(lengths),
         space=first.space, created_ns=max(s.info.created_ns for s in sources), block_offset=block_offset,
         replaces={s.info.name: s.tombs for s in sources}, before=old.publish,
+        empty=index.spill.empty,
     )  # fmt: skip
 
 
@@ -370,31 +378,3 @@ def drop_duplicates(sources: Sequence[Source]) -> None:
     for source in sources:
         source.keep = keep[at : at + source.info.prompts]
         at += source.info.prompts
-
-
-def tidy(index: SpaceIndex) -> None:
-    """Remove unfinished files of writers that are gone, and tombs of segments that are gone.
-
-    Tombs only when no merge that began before them can still be under way.
-    """
-    sweep(index.folder)
-    if index.copy is not None:
-        # A tomb may have been put just after what it is for, which is not known here yet.
-        index.copy.pull(index.folder.name)
-        index.refresh(force=True)
-    with index.lock:
-        if index.refused:
-            # A later version may read what this one cannot, and needs its tombs.
-            return
-        infos = [info for _, info in index.segments()]
-    alive = {i.name for i in infos}
-
-    def counts(tomb: str) -> bool:
-        return tomb[:32] in alive or any(tomb not in i.replaces.get(tomb[:32], (tomb,)) for i in infos)
-
-    with contextlib.suppress(OSError):
-        for entry in list(os.scandir(index.folder)):
-            if TOMB_NAME.fullmatch(entry.name) and not counts(entry.name):
-                path = index.folder / entry.name
-                if time.time() - entry.stat().st_mtime > _TOMB_GRACE_S and is_ours(path, TOMB_NAME):
-                    discard(index.copy, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -17,6 +17,7 @@ from actcache.store.lazy import lazy
 
 IDS, TEXT, CHAT = 0, 1, 2
 """Kinds of prompt: token ids only, text, and chat messages as canonical JSON."""
+_GATHERED = 1 << 18
 
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
@@ -129,10 +130,12 @@ class PromptTable:
         )  # fmt: skip
 
     @classmethod
-    def concatenate(cls, tables: Sequence[PromptTable], *, mixed: bool = False) -> PromptTable:
+    def concatenate(
+        cls, tables: Sequence[PromptTable], *, mixed: bool = False, empty: Callable[..., npt.NDArray[Any]] = np.empty
+    ) -> PromptTable:
         """The prompts of all `tables`, in order; tables with text must agree in `text_context`.
 
-        With `mixed` they need not: the result has the keys of its parts and an empty context.
+        With `mixed` they need not: the result has the keys of its parts and an empty context. `empty` makes its arrays.
         """
         if len(tables) == 1:
             return tables[0]
@@ -143,15 +146,20 @@ class PromptTable:
             contexts = {""}
         if len(contexts) > 1:
             raise ValueError(f"prompts of different text contexts cannot be joined: {sorted(contexts)}")
+
+        def joined(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+            made = empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+            return np.concatenate(parts, out=made)
+
         return cls(
-            np.concatenate([t.token_ids for t in tables]),
+            joined([t.token_ids for t in tables]),
             _join_offsets([t.token_offset for t in tables]),
-            np.concatenate([t.kind for t in tables]),
-            np.concatenate([t.text for t in tables]),
+            joined([t.kind for t in tables]),
+            joined([t.text for t in tables]),
             _join_offsets([t.text_offset for t in tables]),
             contexts.pop(),
-            np.concatenate([t.token_key for t in tables]),
-            np.concatenate([t.text_key for t in tables]),
+            joined([t.token_key for t in tables]),
+            joined([t.text_key for t in tables]),
         )
 
     def __len__(self) -> int:
@@ -246,10 +254,19 @@ class PromptTable:
 
 def gather_ragged(flat: npt.NDArray[Any], offset: Ints, index: Ints) -> tuple[npt.NDArray[Any], Ints]:
     """The pieces ``flat[offset[i]:offset[i + 1]]`` for `i` in `index`, joined, and their new offsets."""
-    lengths = offset[index + 1] - offset[index]
+    starts = offset[index]
+    lengths = offset[index + 1] - starts
     ends = offsets(lengths)
-    take = np.arange(int(ends[-1]), dtype=np.int64) + np.repeat(offset[index] - ends[:-1], lengths)
-    return flat[take], ends
+    if len(index) and (starts[1:] == starts[:-1] + lengths[:-1]).all():
+        # They lie one after the other.
+        return flat[starts[0] : starts[0] + ends[-1]].copy(), ends
+    found = np.empty(int(ends[-1]), flat.dtype)
+    # Where each number comes from takes many times the room of a text.
+    bounds = np.searchsorted(ends, np.arange(0, len(found), _GATHERED), side="right") - 1
+    for a, b in pairwise([*np.unique(bounds).tolist(), len(index)]):
+        take = np.arange(ends[a], ends[b]) + np.repeat(starts[a:b] - ends[a:b], lengths[a:b])
+        np.take(flat, take, out=found[ends[a] : ends[b]])
+    return found, ends
 
 
 def offsets(lengths: Sequence[int] | Ints) -> Ints:

@@ -100,12 +100,13 @@ def write_columns(
     not_before: int = 0,
     before: Callable[[Path, Path], object] | None = None,
     measured: Callable[[], Measurements] = dict,
+    empty: Callable[..., npt.NDArray[Any]] = np.empty,
 ) -> SegmentInfo:
     """Write one segment whose data arrives in pieces; memory stays that of prompts, a site's scales and a few blocks.
 
     `row_offset`: which rows are whose, int64 ``[n + 1]``. `created_ns`: None for now, or `not_before` where that is
     later. `before`: as of `atomic_file`. `block_offset`: which rows share a scale, int64 ``[blocks + 1]``; only 0 where
-    no column has scales.
+    no column has scales. `empty` makes the array in which the index tensors are put together.
     """
     n = len(prompts)
     rows = int(row_offset[-1])
@@ -150,8 +151,8 @@ def write_columns(
                 moments[k], error = known[column.site]
                 index["errors"][k] = error.numbers
         index["moments"][:] = joined_moments(moments)
-        region = index_region(head, index, placed, data_start)
-        write_all(fd, [region], len(head))
+        region = index_region(head, index, placed, data_start, empty)
+        write_all(fd, [region.data], len(head))
         # Pads at the very end (there are none today) and empty tensors must not leave the file short.
         if os.fstat(fd).st_size != total:
             os.ftruncate(fd, total)
@@ -208,15 +209,23 @@ def joined_moments(moments: Sequence[Moments | None]) -> npt.NDArray[np.float64]
 
 
 def index_region(
-    head: bytes, index: Mapping[str, npt.NDArray[Any]], placed: Mapping[str, container.Tensor], stop: int
-) -> bytearray:
+    head: bytes,
+    index: Mapping[str, npt.NDArray[Any]],
+    placed: Mapping[str, container.Tensor],
+    stop: int,
+    empty: Callable[..., npt.NDArray[Any]] = np.empty,
+) -> npt.NDArray[np.uint8]:
     """The bytes of a file between its header and `stop`: the index tensors, their digests first."""
-    region = bytearray(stop - len(head))
+    region = empty(stop - len(head), np.uint8)
+    end = 0
     for name, array in index.items():
         at = placed[name].start - len(head)
-        region[at : at + array.nbytes] = flat_bytes(array)
-    digests = xxhash.xxh3_64_intdigest(head), xxhash.xxh3_64_intdigest(memoryview(region)[16:])
-    region[:16] = np.array(digests, "<u8").tobytes()
+        region[end:at] = 0
+        end = at + array.nbytes
+        region[at:end] = np.frombuffer(flat_bytes(array), np.uint8)
+    region[end:] = 0
+    digests = xxhash.xxh3_64_intdigest(head), xxhash.xxh3_64_intdigest(region.data[16:])
+    region[:16] = np.frombuffer(np.array(digests, "<u8").tobytes(), np.uint8)
     return region
 
 
