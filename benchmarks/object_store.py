@@ -357,9 +357,13 @@ def writing(folder: Path, server: Server, report: Report, rounds: int, n: int) -
     def stored(parts: Sequence[Records]) -> None:
         write(*open_store(folder, f"again-{next(_fresh)}"), parts)
 
-    def least(pool: ThreadPoolExecutor, *, measured: bool) -> None:
-        """The same puts while the same bytes become durable here, at once, hashed and measured where `measured`."""
-        jobs = [pool.submit(put, i) for i in range(len(blobs))]
+    def least(pool: ThreadPoolExecutor, parts: Sequence[Records], *, measured: bool, kept: bool = False) -> None:
+        """The same puts while the same bytes become durable here, at once, hashed and measured where `measured`.
+
+        `kept`: what a store promises is kept, too: each commit is durable before the next one is written, and an object
+        is put when all of it is there.
+        """
+        jobs = []
         moments = JointMoments(LAYERS, WIDTH)
 
         def look(data: list[Any]) -> None:
@@ -369,17 +373,26 @@ def writing(folder: Path, server: Server, report: Report, rounds: int, n: int) -
             if measured:
                 moments.update(data)
 
+        def send(durable: int) -> None:
+            while len(jobs) < len(blobs) and sum(sizes[: len(jobs) + 1]) <= durable:
+                jobs.append(pool.submit(put, len(jobs)))
+
         fd = os.open(folder / f"index {next(_fresh)}.least", os.O_RDWR | os.O_CREAT)
         os.ftruncate(fd, size)
         at = 0
-        for part in ways[largest]:
+        send(0 if kept else sum(sizes))
+        for part in parts:
             data = list(part.data.values())
             with Beside(lambda data=data: look(data)):  # type: ignore[misc]
                 for rows in data:
                     at += os.pwrite(fd, memoryview(rows).cast("B"), at)
                     start_writing(fd, 0, 0)
+                if kept:
+                    os.fdatasync(fd)
+            send(at if kept else 0)
         os.fdatasync(fd)
         os.close(fd)
+        send(sum(sizes))
         for job in jobs:
             job.result()
 
@@ -388,17 +401,20 @@ def writing(folder: Path, server: Server, report: Report, rounds: int, n: int) -
         rows = compare(
             lambda: list(pool.map(lambda i: put(i, client), range(len(blobs)))),
             {"bodies not hashed": lambda: list(pool.map(put, range(len(blobs)))),
-             "and durable here": lambda: least(pool, measured=False),
-             "and hashed and measured": lambda: least(pool, measured=True)}
+             "and durable here": lambda: least(pool, ways[largest], measured=False),
+             "and hashed and measured": lambda: least(pool, ways[largest], measured=True)}
+            | {f"nothing but {name}": lambda parts=parts: least(pool, parts, measured=True, kept=True)  # type: ignore[misc]
+               for name, parts in ways.items()}
             | {name: lambda parts=parts: stored(parts) for name, parts in ways.items()},  # type: ignore[misc]
             rounds, reference_name="plain puts", warmup=1, before=tidy,
         )  # fmt: skip
-    limit = next(row for row in rows if row.name == "and hashed and measured")
-    shares = [f"{limit.wall / row.wall:.2f} ({row.name})" for row in rows if row.name in ways]
-    print(
-        f"\nwhat a store cannot do without, beside plain puts on these processors and this disk, allows "
-        f"{limit.speed.median:.2f} of their speed; of that: {', '.join(shares)}"
-    )
+    speed = {row.name: row for row in rows}
+    for name in ways:
+        limit = speed[f"nothing but {name}"]
+        print(
+            f"\n{name}: what a store promises, and nothing else, beside plain puts on these processors and this disk "
+            f"allows {limit.speed.median:.2f} of their speed; of that: {limit.wall / speed[name].wall:.2f}"
+        )
     title = f"writing {n:,} prompts x {LAYERS} x {WIDTH} float16, from the first batch until all is in the bucket"
     return [(title, rows, {"nbytes": size, "bounds": dict.fromkeys(ways, 0.7)})]
 

@@ -130,6 +130,8 @@ def test_a_stall_and_a_refused_connection_end_at_the_deadline(nowhere: None, mon
         url = server.url
     with pytest.raises(BackendError, match=r"no connection \(Connection refused\).*" + re.escape(url)):
         backend_at(url="s3://bucket", endpoint=url, deadline_s=0.5).put("a", b"0")
+    with pytest.raises(BackendError, match="tried 1 time in"):
+        backend_at(url="s3://bucket", endpoint=url, deadline_s=1e-9).put("a", b"0")
 
 
 def test_pauses_grow_and_differ(nowhere: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,21 @@ def test_a_machine_that_does_not_answer_is_not_waited_for(
     assert "machine.invalid" not in resolved, "somebody asks it who waits for as long as the network does"
 
 
+def test_a_server_that_refuses_what_is_not_signed_in_words_of_its_own(
+    aws: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As OpenStack Swift does, which knows no bucket without an account: what is missing is said."""
+    with ScriptedServer(lambda asked: refusal(412, "PreconditionFailed")) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        with pytest.raises(BackendError, match=r"412 PreconditionFailed.* not signed: no credentials were found"):
+            list(ac.ObjectBackend("s3://bucket/x").list())
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "SOME")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        with pytest.raises(BackendError, match="412 PreconditionFailed") as caught:
+            list(ac.ObjectBackend("s3://bucket/x").list())
+        assert "not signed" not in str(caught.value)
+
+
 def test_what_everybody_may_read_needs_no_credentials(
     moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

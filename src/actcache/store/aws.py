@@ -209,6 +209,11 @@ class Aws:
         return [] if shown is None else [secret for secret in (shown.secret_key, shown.token) if secret]
 
     @property
+    def is_signing(self) -> bool:
+        """Whether requests are signed."""
+        return self._shown is not None
+
+    @property
     def signs(self) -> str:
         """Whether requests are signed, and with what, for people."""
         if self._shown is None:

@@ -22,6 +22,7 @@ from actcache.store.object_clients import PART, SLOWEST, Clients, servers
 from actcache.store.object_errors import Failure, Meaning, ShortBodyError, understand
 from actcache.store.object_library import library
 from actcache.store.object_urls import parse_url
+from actcache.wording import count
 
 log = logging.getLogger("actcache.store")
 
@@ -274,9 +275,9 @@ class ObjectBackend(CacheBackend):
             now = time.monotonic()
             if now + pause >= end + (size / SLOWEST if failure.timed_out else 0):
                 raise BackendError(
-                    f"cannot {verb} {name} in {self.url}: tried {tries} times in {now - began:.1f} s, the last time: "
-                    f"{self._shown(failure)}. See whether the server can be reached{self._at()}; deadline_s= or "
-                    "ACTCACHE_DEADLINE_S changes how long is tried."
+                    f"cannot {verb} {name} in {self.url}: tried {count(tries, 'time')} in {now - began:.1f} s, the "
+                    f"last time: {self._shown(failure)}. See whether the server can be reached{self._at()}; "
+                    "deadline_s= or ACTCACHE_DEADLINE_S changes how long is tried."
                 )
             self._tell(verb, name, failure, tries, now - began)
             time.sleep(pause)
@@ -310,7 +311,9 @@ class ObjectBackend(CacheBackend):
             raise StoreAccessError(f"may not {verb} {name} in {self.url}{self._at()}: {reason}. {whose}")
         if failure.meaning is Meaning.REGION and aws is not None:
             reason = f"{reason}; requests were signed for {aws.region}. Set AWS_REGION to the region of the bucket"
-        raise BackendError(f"cannot {verb} {name} in {self.url}: {reason}.")
+        # Not every server says that it wants a signature: OpenStack Swift answers 412.
+        unsigned = f" {aws.signs}" if aws is not None and not aws.is_signing else ""
+        raise BackendError(f"cannot {verb} {name} in {self.url}: {reason}.{unsigned}")
 
     def _at(self) -> str:
         aws = self._place()
@@ -328,8 +331,8 @@ class ObjectBackend(CacheBackend):
             level, self._warned = logging.WARNING, time.monotonic()
         if log.isEnabledFor(level):
             log.log(
-                level, "%s: %s %s failed %d times in %.1f s (%s): trying on for up to %g s",
-                self.url, verb, name, tries, spent, self._shown(failure), self.deadline_s,
+                level, "%s: %s %s failed %s in %.1f s (%s): trying on for up to %g s",
+                self.url, verb, name, count(tries, "time"), spent, self._shown(failure), self.deadline_s,
             )  # fmt: skip
 
     def _in_child(self) -> None:
