@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import html
 import json
 import os
+import re
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +19,14 @@ import pytest
 import torch
 
 import actcache as ac
+from actcache.capture import lens_html
 from actcache.cli.app import run
 from actcache.demo import model_path
 from actcache.errors import DatasetNotFoundError, NotCachedError, OptionError
 from actcache.report.contents import Contents, Histogram, variant_of
 from actcache.report.of_dataset import dataset_contents
 from actcache.report.page import page
+from made_datasets import make
 
 MODEL = str(model_path())
 EVIL = ["</td><script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a\u202eb\x1b[31m", "&lt;b&gt;"]
@@ -224,6 +228,54 @@ def test_of_a_dataset(filled, tmp_path):
     assert "Mean norm by layer" in report(str(tmp_path / "dataset"), out=tmp_path / "page.html")
     with pytest.raises(DatasetNotFoundError):
         dataset_contents(tmp_path / "other")
+
+
+def test_of_a_dataset_whatever_it_has(tmp_path: Path) -> None:
+    """Of every published form: sizes and norms as numpy has them, and lengths where it tells them."""
+    for version in ("1.0 full", "1.2 pooled", "2.0 split"):
+        made = make(tmp_path / version, version)
+        (variant,) = dataset_contents(made.folder).variants
+        pooled = "pooled" in version
+        rows = np.stack(made.expected("last_token")) if pooled else np.concatenate(made.vectors)
+        (norms,) = variant.norms
+        assert (norms.name, norms.layers) == ("resid_post, last_token" if pooled else "resid_post", made.layers)
+        np.testing.assert_allclose(norms.values, np.linalg.norm(rows.astype(np.float64), axis=2).mean(0), rtol=1e-3)
+        by_site = {s.site: s for s in variant.summaries}
+        assert (by_site["resid_post.0"].rows, by_site["resid_post.0"].width) == (len(rows), 6)
+        logits = made.metadata["tensors"]["logits_topk"]
+        assert (by_site["logits_topk"].rows, by_site["logits_topk"].width) == (11, logits["k"])
+        if not pooled:
+            assert variant.lengths is not None and variant.lengths.total == len(rows)
+        text = report(str(made.folder), out=tmp_path / "page.html")
+        assert "nan" not in Parsed(text).cells and "A dataset tells neither" in text
+
+
+def test_a_lens_of_a_dataset_reads_the_vectors_of_the_dataset(filled, tmp_path, monkeypatch, capsys):
+    ac.push_dataset(tmp_path / "dataset", MODEL, PROMPTS, **at_store(filled[0]))
+    (tmp_path / "host").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "host"))
+    arguments = [str(tmp_path / "dataset"), "--prompt", PROMPTS[0], "--prompt", PROMPTS[1]]
+
+    def none(*_: object) -> None:
+        raise AssertionError("the model runs")
+
+    monkeypatch.setattr("actcache.extract.backends.local.LocalSession.run", none)
+    made = report(*arguments, "--model", MODEL, out=tmp_path / "page.html")
+    assert Parsed(made).tags.count("iframe") == 1
+    inside = re.search(r'srcdoc="([^"]*)"', made)
+    assert inside is not None
+    cache = ac.UnifiedCache(MODEL, cache_pooled=False, compute_perplexity=False, store=filled[0])
+    assert html.unescape(inside[1]) == lens_html.page(cache.logit_lens(PROMPTS[:2]))
+    assert not list((tmp_path / "host").iterdir()), "nothing is left behind"
+    # A folder of that name is not here, and the Hub is not asked.
+    assert run(["report", *arguments, "--out", str(tmp_path / "page.html")]) == 1
+    assert run(["report", MODEL, "--store", str(filled[0]), "--model", "x", "--out", str(tmp_path / "p")]) == 2
+    assert "--model is for --prompt with a dataset" in capsys.readouterr().err
+    made = make(tmp_path / "nameless", "1.0 full")
+    made.metadata["model"] = {}
+    made.write()
+    assert run(["report", str(made.folder), "--prompt", "x", "--out", str(tmp_path / "p")]) == 2
+    assert "name the model" in capsys.readouterr().err
 
 
 def at_store(folder: Path) -> dict[str, object]:

@@ -68,6 +68,25 @@ def test_it_fits_is_silent_and_can_be_read(page: Path, window: Browser, width: i
     assert window.messages() == []
 
 
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_of_a_dataset_does_too(window: Browser, tmp_path: Path, dark: bool) -> None:
+    cache = ac.UnifiedCache(MODEL, store=tmp_path / "store", compute_perplexity=False, cache_pooled=False)
+    prompts = [s.text for s in statements()][:20]
+    cache.warmup(prompts)
+    ac.push_dataset(tmp_path / "dataset", MODEL, prompts, store=cache.store, pooling=None)
+    out = tmp_path / "page.html"
+    more = ["--prompt", prompts[0], "--model", MODEL, "--out", str(out)]
+    assert run(["report", str(tmp_path / "dataset"), *more]) == 0
+    for width in (390, 1280):
+        window.open(out, width=width, dark=dark)
+        window.run("document.querySelectorAll('details').forEach((d) => (d.open = true))")
+        assert window.run("return document.documentElement.scrollWidth") <= width
+        assert window.run("return document.querySelectorAll('figure, iframe').length") == 4
+        contrasts = window.run(CONTRASTS)
+        assert len(contrasts) > 50 and min(contrasts) >= 4.5
+    assert window.messages() == []
+
+
 def test_the_browser_says_what_goes_wrong(window: Browser, tmp_path: Path) -> None:
     broken = tmp_path / "broken.html"
     broken.write_text("<!doctype html><p style='width:3000px'>wide</p><script>nothing.there()</script>")

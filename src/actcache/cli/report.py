@@ -12,8 +12,13 @@ from actcache.cli.options import debug_option, json_option, space_option, store_
 @click.argument("name", metavar="[MODEL|REPO]", required=False)
 @click.option("--out", required=True, metavar="FILE", help="The HTML file to write.")
 @click.option(
-    "--prompt", "texts", multiple=True, metavar="TEXT", help="Show the logit lens of MODEL at this prompt; repeatable."
+    "--prompt",
+    "texts",
+    multiple=True,
+    metavar="TEXT",
+    help="Show the logit lens of MODEL, or of the dataset's model, at this prompt; repeatable.",
 )
+@click.option("--model", metavar="NAME", help="The model of a dataset, for --prompt. [default: as it says]")
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit of a dataset.")
 @space_option
 @store_option
@@ -23,6 +28,7 @@ def command(
     name: str | None,
     out: str,
     texts: tuple[str, ...],
+    model: str | None,
     revision: str | None,
     space: str | None,
     store: str | None,
@@ -37,7 +43,7 @@ def command(
     from actcache.cli.lookup import stored_name, variants_of
     from actcache.cli.output import console, print_json, size
     from actcache.cli.prompts import read_prompt
-    from actcache.errors import NotCachedError
+    from actcache.errors import DatasetAccessError, DatasetNotFoundError, NotCachedError
     from actcache.report.of_dataset import dataset_contents
     from actcache.report.of_store import store_contents
     from actcache.report.page import page, summary_of
@@ -45,23 +51,28 @@ def command(
 
     path = file_to_write("--out", out)
     opened = store_at(store)
-    stored = None
+    prompts = [read_prompt(text) for text in texts]
+    missing: NotCachedError | None = None
     if name is not None:
         try:
-            stored = stored_name(opened, name)
-        except NotCachedError:
-            if texts or space:
+            stored_name(opened, name)
+        except NotCachedError as error:
+            if space:
                 raise
-            stored = None
+            missing = error
     elif texts:
         raise click.UsageError("--prompt needs the MODEL whose lens it is.")
-    if name is not None and stored is None:
-        contents = dataset_contents(name, revision=revision)
+    if model is not None and (missing is None or not texts):
+        raise click.UsageError("--model is for --prompt with a dataset: a store knows the models of what it holds.")
+    if name is not None and missing is not None:
+        try:
+            contents = dataset_contents(name, revision=revision, prompts=prompts, model=model)
+        except (DatasetNotFoundError, DatasetAccessError) as error:
+            raise NotCachedError(f"{missing} As a dataset it cannot be read: {error}") from None
     elif revision is not None:
         raise click.UsageError("--revision is of a dataset: a store has --space.")
     else:
-        variants = variants_of(opened, name, space)
-        contents = store_contents(opened, variants, model=name, prompts=[read_prompt(text) for text in texts])
+        contents = store_contents(opened, variants_of(opened, name, space), model=name, prompts=prompts)
     made = page(contents).encode()
     with replaced("--out", path) as temporary:
         temporary.write_bytes(made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 from actcache.capture import lens_html
@@ -22,13 +23,7 @@ def store_contents(
     Raises what `UnifiedCache.logit_lens` does.
     """
     # First: what it computes is stored, and counts.
-    lenses = []
-    if prompts and model is not None:
-        cache = UnifiedCache(
-            model, cache_pooled=False, compute_perplexity=False, store=store, batch_size=None, sites=("resid_post",)
-        )
-        lens = cache.logit_lens(list(prompts))
-        lenses.append((f"{cache.model_name}, {count(len(prompts), 'prompt')}", lens_html.page(lens)))
+    lenses = [lens_of(model, store, prompts)] if prompts and model is not None else []
     info = store.info()
     facts = {
         "size": size(info.total_size_bytes),
@@ -43,3 +38,26 @@ def store_contents(
     now = [variant_of(store, space, shown[space.space]) for space in store.spaces() if space.space in shown]
     now.sort(key=lambda variant: variant.model_name)
     return Contents(title, str(info.cache_dir), facts, now, notes, lenses)
+
+
+def lens_of(
+    model: str | PathLike[str] | None,
+    store: Store,
+    prompts: Sequence[Any],
+    *,
+    revision: str | None = None,
+    trust_names: bool = False,
+) -> tuple[str, str]:
+    """Title and page of the logit lens of `prompts`, by `model`: of what `store` has of them
+    (with `trust_names` also of what it knows by the model's name alone); the rest is computed and stored."""
+    cache = UnifiedCache(
+        model,
+        cache_pooled=False,
+        compute_perplexity=False,
+        store=store,
+        batch_size=None,
+        sites=("resid_post",),
+        revision=revision,
+        trust_names=trust_names,
+    )
+    return f"{cache.model_name}, {count(len(prompts), 'prompt')}", lens_html.page(cache.logit_lens(list(prompts)))

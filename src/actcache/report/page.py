@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import math
 import time
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -104,7 +105,9 @@ def _sites(summaries: Sequence[SiteSummary]) -> str:
         for stored in s.stored:
             missing = 1 - stored.cosine
             errors = [f"{stored.error_max:.3g}", f"{stored.error_relative:.2g}"]
-            rows.append([*first, stored.dtype, *errors, "1" if missing <= 0 else f"1 - {missing:.1g}"])
+            errors.append("1" if missing <= 0 else f"1 - {missing:.1g}")
+            # Of a dataset it is not known what storing has changed.
+            rows.append([*first, stored.dtype, *(errors if math.isfinite(missing) else ("", "", ""))])
     heads = ["site", "layout", "rows", "width", "mean norm", "std", "size", "stored as"]
     heads += ["largest error", "relative error", "cosine"]
     return charts.table(heads, rows, words=2)
