@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,17 @@ def test_workers_that_end_before_they_begin(folder: Path, tmp_path: Path, monkey
     set_fault(monkeypatch, ends=7)
     with pytest.raises(WorkersError, match="workers end before they are ready: one ended with status 7"):
         ac.warmup_distributed(write(tmp_path / "p.jsonl"), folder, store=tmp_path / "s", **arguments("local"))
+    assert workers_of_this_process() == []
+
+
+def test_what_workers_cannot_import(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a module that only this process has: an error, and no run that waits without end."""
+    module = types.ModuleType("only_here")
+    exec("def first(rows):\n    return rows[0]", module.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    source = write(tmp_path / "p.jsonl")
+    with pytest.raises(WorkersError, match=r"ended with status 1 \(ModuleNotFoundError: No module named 'only_here'"):
+        ac.warmup_distributed(source, folder, store=tmp_path / "s", **arguments("local", pooling=module.first))
     assert workers_of_this_process() == []
 
 

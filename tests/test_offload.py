@@ -101,6 +101,18 @@ class TestByPath:
         values = cache.get_activations([IDS])[0]
         assert relative_error(values[0], alone(tiny_model("llama", seed=1), IDS, "resid_post.3")[-1]) < FLOAT32
 
+    def test_what_auto_finds_no_room_for_lies_on_disk(self, folder, tmp_path):
+        prompts = [IDS, IDS[:3], IDS[1:]]
+        model = tiny_model("llama", seed=1)
+        memory = sum(p.numel() * p.element_size() for p in model.parameters()) * 3 // 4
+        kwargs = {"max_memory": {"cpu": memory}, "offload_folder": str(tmp_path / "offloaded")}
+        cache = ac.UnifiedCache(folder, layers="last", cache_pooled=False, device_map="auto", model_kwargs=kwargs)
+        values, mask = cache.get_activations(prompts)
+        assert set(cache.model.hf_device_map.values()) == {"cpu", "disk"}
+        for i, prompt in enumerate(prompts):
+            assert relative_error(values[i][mask[i]], alone(model, prompt, "resid_post.3")) < FLOAT32
+        assert in_memory(cache.model) == []
+
 
 class TestLive:
     def test_it_is_the_model_it_would_be_in_memory(self, folder, tmp_path):

@@ -62,3 +62,8 @@ def _listen(pipe: Connection, given: SimpleQueue[Any]) -> None:
         except (EOFError, OSError):
             # Also in the middle of a unit: what is not finished is done again by others.
             os._exit(1)
+        except Exception as error:
+            # What was sent cannot be made here, such as a function of a module that is elsewhere only: nobody would
+            # ever answer. The driver is told the last line.
+            os.write(2, f"{type(error).__name__}: {error}\n".encode())
+            os._exit(1)
