@@ -11,7 +11,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -20,8 +22,8 @@ import xxhash
 from _measure import Row, Tables, arguments, compare, reporting
 from _reading import cold, pooled, sequences
 from actcache.store import gather
+from actcache.store.beside import Background
 from actcache.store.mapped import start_writing
-from actcache.store.measuring import Syncing
 from actcache.store.prompts import PromptTable
 from actcache.store.records import BLOCK, Records
 from actcache.store.statistics import JointMoments
@@ -129,27 +131,36 @@ def committing(folder: Path, rounds: int, n: int) -> Tables:
         store.close()
 
     def least(parts: Sequence[Records]) -> None:
-        """What no store with this format gets around: each site's rows where the finished file has them, checksums,
+        """What no store with this format gets around: each site's rows where the finished file has them, checksums and
         moments while the disk works, and one more write, all in the plainest loop; nobody could find any of it."""
         rows, width = sum(len(part.prompts) for part in parts), MANY_WIDTH * 2
         fd = os.open(folder / "raw", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         os.ftruncate(fd, rows * len(sites) * width + len(parts) * RECORD)
         os.fsync(fd)
-        moments, syncing, first = JointMoments(len(sites), MANY_WIDTH), Syncing(), 0
-        for k, part in enumerate(parts):
-            matrices = list(part.data.values())
+        moments, disk, first = JointMoments(len(sites), MANY_WIDTH), Background("disk"), 0
+
+        def hand_over(matrices: list[Any], first: int) -> None:
             for j, matrix in enumerate(matrices):
-                data = matrix.reshape(-1).view(np.uint8).data
-                for block in range(0, len(data), BLOCK):
-                    xxhash.xxh3_64_intdigest(data[block : block + BLOCK])
-                os.pwritev(fd, [data], (j * rows + first) * width)
+                os.pwritev(fd, [matrix.reshape(-1).view(np.uint8).data], (j * rows + first) * width)
                 if j % SENT == SENT - 1:
                     start_writing(fd, 0, 0)
+
+        def commit(k: int) -> None:
             os.pwritev(fd, [bytes(RECORD)], rows * len(sites) * width + k * RECORD)
-            with syncing.during(fd):
+            os.fdatasync(fd)
+
+        for k, part in enumerate(parts):
+            matrices = list(part.data.values())
+            with disk.waited_for():
+                disk.do(partial(hand_over, matrices, first))
+                for matrix in matrices:
+                    data = matrix.reshape(-1).view(np.uint8).data
+                    for block in range(0, len(data), BLOCK):
+                        xxhash.xxh3_64_intdigest(data[block : block + BLOCK])
+                disk.do(partial(commit, k))
                 moments.update(matrices)
             first += len(part.prompts)
-        syncing.stop()
+        disk.stop()
         os.fsync(fd)
         os.close(fd)
 

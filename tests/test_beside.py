@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from actcache.store import growing
 from actcache.store import segment as segments
-from actcache.store.beside import Beside
-from actcache.store.growing import GrowingFile
+from actcache.store.batches import OpenFile
+from actcache.store.beside import Background, Beside
+from actcache.store.growing import GrowingFile, _Column
 from actcache.store.records import Records
 from store_helpers import make_table
 
@@ -62,36 +67,38 @@ def test_parts_of_which_one_must_be_cast_are_measured_as_they_are_stored(tmp_pat
 
 @pytest.mark.parametrize("fails", ["measuring", "writing", "both"])
 def test_a_batch_that_fails_waits_for_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
-    monkeypatch.setattr(growing, "LARGE", 0)
     given = parts(2)
     file = GrowingFile(tmp_path, "0" * 32, given, 1 << 20)
     file.add(given)
-    written, measured = threading.Event(), threading.Event()
-    real = file._measured.add_given
+    journal, begun, looked, handed_over = file._at, threading.Event(), threading.Event(), threading.Event()
+    real_look, real_write = _Column.hash_given, growing.write_all
 
-    def measure(*arguments: object) -> None:
-        assert written.wait(10), "rows are written beside it"
-        real(*arguments)  # type: ignore[arg-type]
-        measured.set()
+    def look(*arguments: Any) -> list[int]:
+        assert begun.wait(10), "rows are written beside it"
+        found = real_look(*arguments)
+        looked.set()
         if fails != "writing":
             raise MemoryError("measuring")
+        return found
 
-    def write(*_: object) -> int:
-        written.set()
+    def write(*arguments: Any) -> int:
+        begun.set()
+        assert looked.wait(10), "rows are looked at beside it"
         if fails != "measuring":
             raise ValueError("writing")
-        return 0
+        stop = real_write(*arguments)
+        if arguments[2] > file._columns[1].start:
+            handed_over.set()
+        return stop
 
-    monkeypatch.setattr(file._measured, "add_given", measure)
-    if fails == "measuring":
-        real_write = growing.write_all
-        monkeypatch.setattr(growing, "write_all", lambda *a: (written.set(), real_write(*a))[1])
-    else:
-        monkeypatch.setattr(growing, "write_all", write)
-    with pytest.raises(MemoryError if fails == "measuring" else ValueError):
+    monkeypatch.setattr(_Column, "hash_given", look)
+    monkeypatch.setattr(growing, "write_all", write)
+    with pytest.raises(ValueError if fails == "writing" else MemoryError):
         file.add(parts(3))
-    assert measured.is_set(), "nothing uses what was given any more"
+    assert handed_over.is_set() == (fails == "measuring"), "nothing uses what was given any more"
+    assert file._at == journal and len(file.batches) == 1, "without its rows, or their checksums, no batch is there"
     file.close()
+    assert len(OpenFile(file.path).poll()) == 1
 
 
 def test_what_a_thread_raises_is_raised_at_the_end_of_the_block() -> None:
@@ -116,3 +123,87 @@ def test_where_no_thread_can_be_started_it_is_done_at_once(monkeypatch: pytest.M
     monkeypatch.setattr(threading.Thread, "start", start)
     with Beside(lambda: done.append(1)):
         assert done == [1]
+
+
+def test_one_thing_after_another_is_done_until_one_fails() -> None:
+    disk, done = Background("test"), list[Any]()
+
+    def fail() -> None:
+        raise KeyError("second")
+
+    with disk.waited_for():
+        for k in range(3):
+            disk.do(partial(done.append, k))
+    assert done == [0, 1, 2]
+    for work in (partial(done.append, 3), fail, partial(done.append, 4), fail):
+        disk.do(work)
+    with pytest.raises(KeyError, match="second"), disk.waited_for():
+        pass
+    assert done == [0, 1, 2, 3]
+    # It is told of once, and what comes then is done.
+    disk.do(partial(done.append, 5))
+    disk.wait()
+    disk.wait()
+    assert done == [0, 1, 2, 3, 5]
+    disk.stop()
+    disk.do(lambda: done.append(threading.current_thread().name))
+    disk.wait()
+    assert done[-1] == "test"
+    disk.stop()
+
+
+def test_what_ends_the_block_waits_and_says_more() -> None:
+    disk, go, done = Background("test"), threading.Event(), list[int]()
+
+    def late() -> None:
+        assert go.wait(10)
+        done.append(1)
+        raise KeyError("late")
+
+    disk.do(late)
+    threading.Timer(0.05, go.set).start()
+    with pytest.raises(ValueError, match="block"), disk.waited_for():
+        raise ValueError("block")
+    assert done == [1]
+    disk.wait()
+    disk.stop()
+
+
+def test_a_background_without_a_thread_does_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def fail() -> None:
+        raise KeyError("work")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    disk, done = Background("test"), list[int]()
+    for work in (partial(done.append, 1), fail, partial(done.append, 2)):
+        disk.do(work)
+    with pytest.raises(KeyError, match="work"), disk.waited_for():
+        pass
+    assert done == [1]
+    with disk.waited_for():
+        disk.do(partial(done.append, 3))
+        assert done == [1, 3]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_is_refused_and_never_waits(tmp_path: Path) -> None:
+    """The thread that writes is the parent's, as the file and its lock are."""
+    given = parts(4)
+    file = GrowingFile(tmp_path, "0" * 32, given, 1 << 20)
+    file.add(given)
+    child = os.fork()
+    if not child:
+        try:
+            signal.alarm(10)
+            file.add(given)
+        except OSError:
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    file.add(given)
+    file.close()
+    assert len(OpenFile(file.path).poll()) == 2

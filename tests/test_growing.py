@@ -122,7 +122,7 @@ def test_what_is_sealed_is_what_one_write_makes(tmp_path: Path, dtype: Any, layo
         file.add([records(some)])
     (held,) = [OpenFile(file.path)]
     held.poll()
-    info = file.seal(dict.fromkeys(file.batches, ()))
+    info = file.seal({batch.name: () for batch in file.batches})
     grown = segment.open(tmp_path / "grown" / f"{info.name}.safetensors")
     assert segment.validate(grown.path) == []
     written = segment.write(tmp_path, [records(some) for some in numbers], space="a" * 32, created_ns=info.created_ns)
@@ -488,7 +488,7 @@ def test_large_batches_are_what_one_write_makes_too(tmp_path: Path) -> None:
         for site in SITES:
             assert batch.matrix(site).tobytes() == b"".join(part.data[site].tobytes() for part in group)
             assert not len(batch.checks.damaged(site))
-    info = file.seal(dict.fromkeys(file.batches, ()))
+    info = file.seal({batch.name: () for batch in file.batches})
     path = tmp_path / f"{info.name}.safetensors"
     assert segment.validate(path) == []
     for site in SITES:
@@ -699,6 +699,29 @@ def test_damage_before_the_last_batch_is_found_and_repaired(
     assert again.verify().damaged == []
     assert check_pooled(again, space, [0, 1, 4, 5]).all()
     assert not check_pooled(again, space, [2]).any()
+
+
+@pytest.mark.parametrize("known", [0, 2])
+def test_a_writer_need_not_read_what_it_seals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: int) -> None:
+    """Damage of a record costs nothing then, whether its process has read some batches or none."""
+    monkeypatch.setattr(GrowingFile, "is_well_filled", True)
+    store, space = make_store(tmp_path)
+    writer = growing_writer(store, space)
+    for k in range(4):
+        writer.append([pooled([2 * k, 2 * k + 1])])
+        if k < known:
+            assert check_pooled(store, space, range(2 * k + 2)).all()
+    (path,) = open_files(store, space)
+    held = OpenFile(path)
+    held.poll()
+    flipped(path, held.batches[2].start + 900)
+    assert not check_pooled(fresh(store, tmp_path), space, [4, 5]).any()
+    writer.finish(True)
+    (made,) = segment_files(store, space)
+    assert made.stem == path.stem and segment.validate(made) == []
+    assert len(segment.open(made).info.replaces) == 4
+    for looking in (store, fresh(store, tmp_path, "third")):
+        assert check_pooled(looking, space, range(8)).all()
 
 
 def test_every_byte_flipped_is_detected_or_harmless(tmp_path: Path) -> None:

@@ -85,6 +85,13 @@ def test_columns_that_are_measured_together_are_as_measured_apart(dtype: Any, di
     assert taken.count == 700 and joint.of(0).count == 705, "what was taken out is a copy"
 
 
+def test_the_first_rows_of_joint_moments_may_be_too_large_to_square() -> None:
+    joint = JointMoments(2, 3)
+    joint.update([np.full((2, 3), 1e200), np.full((2, 3), -3.0)])
+    for k, value in enumerate((1e200, -3.0)):
+        assert (joint.of(k).mean == value).all() and (joint.of(k).m2 == 0).all()
+
+
 @all_dtypes
 def test_what_numpy_finds_in_float64(dtype: Any) -> None:
     """The claim as a caller would check it: a whole set against numpy's own float64."""

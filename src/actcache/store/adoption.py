@@ -15,15 +15,8 @@ from actcache.store.files import OPEN_NAME, is_ours, log, remove, sync_folder
 from actcache.store.growing import GrowingFile
 from actcache.store.index import SpaceIndex
 from actcache.store.locks import LOCK_WAIT_S, exclusive
-from actcache.store.merging import (
-    Source,
-    before_writes,
-    drop_duplicates,
-    in_order,
-    open_source,
-    overtaken_by_others,
-    replace_segments,
-)
+from actcache.store.merging import before_writes, drop_duplicates, open_source, replace_segments, writing_since
+from actcache.store.sources import Part, in_order, overtaken_by_others
 
 
 def adopt(index: SpaceIndex, lock_folder: Path) -> int:
@@ -71,10 +64,9 @@ def claimed(path: Path) -> Iterator[bool]:
 def finish(index: SpaceIndex, file: GrowingFile, lock_folder: Path) -> None:
     """Make a segment of what this process has written to `file`, and close it: where it is if that is mostly filled."""
     try:
-        sources = _batches(index, file.path)
         filled = file.is_well_filled if index.copy is None else file.is_almost_full
-        if sources and filled and _may_be_sealed(index, file, sources):
-            _seal(index, file, sources)
+        if file.batches and filled and _may_be_sealed(index, file):
+            _seal(index, file)
         else:
             with exclusive(lock_folder, index.folder.name, wait_s=LOCK_WAIT_S) as mine:
                 if mine:
@@ -83,41 +75,39 @@ def finish(index: SpaceIndex, file: GrowingFile, lock_folder: Path) -> None:
         file.close()
 
 
-def _batches(index: SpaceIndex, path: Path) -> list[Source]:
-    """The batches of a file, oldest first, with all of their prompts."""
-    index.refresh(force=True)
-    with index.lock:
+def _may_be_sealed(index: SpaceIndex, file: GrowingFile) -> bool:
+    batches = file.batches
+    # What is in the file this process has written itself and need not read; nobody else looks at the index meanwhile.
+    with index.lock, index.opened.leaving(file.path):
+        # First: what is finished from here on is among the copies that are looked for below.
+        since, _ = writing_since(index)
         numbers = {info.name: number for number, info in index.segments()}
-        held = [batch for file in index.opened if file.path == path for batch in file.batches]
-        return [
-            Source(
-                numbers[b.info.name], b.info, b, np.ones(b.info.prompts, bool), tuple(sorted(index.tombs_of(b.info)))
-            )
-            for b in held
-        ]
-
-
-def _may_be_sealed(index: SpaceIndex, file: GrowingFile, sources: list[Source]) -> bool:
-    # First: what is finished from here on is among the copies that are looked for below.
-    settled = before_writes(index)
-    with index.lock:
-        tombs = [keys for source in sources for keys in index.tombs_of(source.info).values()]
+        parts = [Part(numbers.get(b.name, -1), b, np.ones(b.prompts, bool)) for b in batches]
         # All of it will count as being as new as its last batch, and an unreadable tomb of one batch for all of it.
-        known = all(keys is not None for keys in tombs) and [s.info.name for s in sources] == file.batches
-        return known and settled.issuperset(file.batches) and not overtaken_by_others(index, sources)
+        known = all(keys is not None for batch in batches for keys in index.tombs_of(batch).values())
+        newest = max(batch.created_ns for batch in batches)
+        return known and newest < since and not overtaken_by_others(index, parts)
 
 
-def _seal(index: SpaceIndex, file: GrowingFile, sources: list[Source]) -> None:
+def _seal(index: SpaceIndex, file: GrowingFile) -> None:
     with contextlib.suppress(FileNotFoundError):
         # Tombs of the batches go on counting through `replaces`, since nothing is dropped.
-        info = file.seal({source.info.name: () for source in sources})
+        info = file.seal({batch.name: () for batch in file.batches})
         if index.copy is not None:
             index.copy.spool.vouched.add(index.path(info.name))
         with index.lock:
-            index.reads.inherit(info, np.concatenate([index.reads.times(source.info) for source in sources]))
+            index.reads.inherit(info, np.concatenate([index.reads.times(batch) for batch in file.batches]))
         index.add(info)
         index.refresh(force=True)
-        log.info("%d batches became %s, with %d prompts", len(sources), index.path(info.name), info.prompts)
+        log.info("%d batches became %s, with %d prompts", len(file.batches), index.path(info.name), info.prompts)
+
+
+def _batches(index: SpaceIndex, path: Path) -> list[int]:
+    """The numbers of the batches of a file, oldest first."""
+    index.refresh(force=True)
+    with index.lock:
+        numbers = {info.name: number for number, info in index.segments()}
+        return [numbers[batch.info.name] for file in index.opened if file.path == path for batch in file.batches]
 
 
 def _settled(index: SpaceIndex, path: Path) -> bool:
@@ -125,7 +115,7 @@ def _settled(index: SpaceIndex, path: Path) -> bool:
 
     False when it was left, since what of it is live is unknown.
     """
-    sources = [open_source(index, source.number) for source in _batches(index, path)]
+    sources = [open_source(index, number) for number in _batches(index, path)]
     known = [source for source in sources if source is not None]
     intact = [source for source in known if not source.remnants]
     if len(known) < len(sources) or not is_ours(path, OPEN_NAME):

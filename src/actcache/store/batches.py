@@ -9,6 +9,7 @@ import json
 import os
 import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ def mark_behind(frame: bytes) -> bytes:
     return FRAME.pack(0, FRAME.unpack_from(frame)[1])
 
 
-def blob_of(metadata: dict[str, str], tensors: dict[str, npt.NDArray[Any]]) -> bytes:
+def blob_of(metadata: dict[str, str], tensors: Mapping[str, npt.NDArray[Any]]) -> bytes:
     """A record: a header with `metadata`, and small tensors, as a safetensors file of its own would be."""
     head, placed = container.encode(metadata, [(name, a.dtype, a.shape) for name, a in tensors.items()])
     blob = bytearray(max((t.stop for t in placed.values()), default=len(head)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -50,3 +52,81 @@ class Beside:
             self._work()
         except BaseException as error:
             self._error = error
+
+
+class Background:
+    """A thread that does one thing after another as its owner tells it, who computes meanwhile. Not thread-safe."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._asked: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def do(self, work: Callable[[], object]) -> None:
+        """Have `work` done when all that was told before is; not at all, where something of that has failed."""
+        if self._thread is None:
+            thread = threading.Thread(target=_do_all, args=(self._asked, self._answers), daemon=True, name=self._name)
+            try:
+                thread.start()
+                self._thread = thread
+            except RuntimeError:
+                # No thread can be started any more, as at the end of a process.
+                if self._error is None:
+                    self._error = _raised(work)
+                return
+        self._asked.put(work)
+
+    def wait(self) -> None:
+        """Return when all is done, and raise what the first to fail has raised."""
+        error, self._error = self._error, None
+        if self._thread is not None:
+            self._asked.put(_answer)
+            error = self._answers.get() or error
+        if error is not None:
+            raise error
+
+    @contextlib.contextmanager
+    def waited_for(self) -> Iterator[None]:
+        """Wait at the end of the block, whatever happens in it: what is worked on is nobody else's before that."""
+        try:
+            yield
+        except BaseException:
+            # What has ended the block says more.
+            with contextlib.suppress(BaseException):
+                self.wait()
+            raise
+        self.wait()
+
+    def stop(self) -> None:
+        """End the thread."""
+        if self._thread is not None:
+            self._asked.put(None)
+            self._thread = None
+
+
+def _answer() -> None:
+    """What asks for an answer."""
+
+
+def _raised(work: Callable[[], object]) -> BaseException | None:
+    try:
+        work()
+    except BaseException as error:
+        return error
+    return None
+
+
+def _do_all(
+    asked: queue.SimpleQueue[Callable[[], object] | None], answers: queue.SimpleQueue[BaseException | None]
+) -> None:
+    error: BaseException | None = None
+    while (work := asked.get()) is not None:
+        if work is _answer:
+            answers.put(error)
+            error = None
+        elif error is None:
+            error = _raised(work)
+        # What it refers to is not kept until there is more to do.
+        del work

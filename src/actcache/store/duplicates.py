@@ -18,7 +18,8 @@ from actcache.store import merging
 from actcache.store.files import log, sync_folder
 from actcache.store.index import SpaceIndex
 from actcache.store.locks import exclusive
-from actcache.store.merging import Overtaken, Source, open_source, replace_segments
+from actcache.store.merging import Overtaken, open_source, replace_segments
+from actcache.store.sources import Source
 
 
 def drop_twins(index: SpaceIndex, lock_folder: Path) -> int:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import threading
 import time
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,18 @@ import xxhash
 
 from actcache.store import container
 from actcache.store.batches import BATCH, FRAME, OPEN, blob_of, framed, mark_behind
-from actcache.store.beside import LARGE, Beside
+from actcache.store.beside import Background
 from actcache.store.casting import CastError, cast, is_cast
 from actcache.store.dtypes import matrix_dtype
-from actcache.store.files import open_locked, sync_folder, translated, write_all
+from actcache.store.files import open_locked, sync_data, sync_folder, translated, write_all
 from actcache.store.mapped import start_writing
-from actcache.store.measuring import Measured, Syncing
+from actcache.store.measuring import Measured
 from actcache.store.prompts import PromptTable
 from actcache.store.records import BLOCK, INDEX_TENSORS, JOURNAL, TOKENS, VERSION, Records, SegmentInfo, flat_bytes
 from actcache.store.writing import BlockHasher, index_region, index_tensors, joined_moments, segment_metadata
 
 _PAGE = 4096
+_DISK = "actcache-disk"
 _SENT_BYTES = 1 << 20
 _STUB = b'{"__metadata__":{"format":"actcache-open"}}'
 # Prompts to come may have more text and come in smaller batches: holes cost nothing.
@@ -49,10 +50,6 @@ class _Column:
         self.site, self.code, self.dim, self.start = site, code, dim, start
         self.width = dim * matrix_dtype(code).itemsize
         self.checksums = BlockHasher()
-
-    def write_given(self, fd: int, at: int, matrices: Sequence[npt.NDArray[Any]]) -> int:
-        """Write rows as they are at `at` of the file, in one call, and do not look at them: where they end."""
-        return write_all(fd, [flat_bytes(matrix) for matrix in matrices], at)
 
     def hash_given(self, matrices: Sequence[npt.NDArray[Any]]) -> list[int]:
         """The checksums of rows that are written as they are."""
@@ -117,11 +114,12 @@ class GrowingFile:
         self._size = _up(at + _SPARE * batches * record + _PER_BATCH + _PER_TENSOR * len(first.data))
         self._first_row = 0
         self._tables: list[PromptTable] = []
-        self.batches: list[str] = []
+        self.batches: list[SegmentInfo] = []
+        """What was committed, as readers know it, in order."""
         self.created_ns = 0
         self._used = 0
         self._measured = Measured([(c.site, c.code, c.dim) for c in self._columns])
-        self._syncing = Syncing()
+        self._disk = Background(_DISK)
         with translated(folder):
             temporary, self._fd = open_locked(folder, ".tmp", locks_needed=True)
             _owned.add(self)
@@ -168,81 +166,83 @@ class GrowingFile:
         rows, prompts = _rows(group), PromptTable.concatenate([part.prompts for part in group])
         given = [c.site for c in self._columns if not any(is_cast(part.data[c.site], c.code) for part in group)]
         size = _stored(group)
-        large = size >= LARGE and len(given) == len(self._columns)
-        hashed, checksums = threading.Event(), list[int]()
-
-        def measure() -> None:
+        with translated(self.path.parent, size), self._disk.waited_for():
+            # The disk has a thread of its own, which hands over rows, then their record, and waits; all is looked at in
+            # this one meanwhile. What is written goes in few calls: two threads that take the interpreter from one
+            # another for each small piece come to a standstill.
+            if len(given) == len(self._columns):
+                every = [[np.ascontiguousarray(part.data[site]) for part in group] for site in given]
+                self._disk.do(partial(self._write_given, every, rows))
+                errors = [CastError()] * len(every)
+                looked = [column.hash_given(matrices) for column, matrices in zip(self._columns, every, strict=True)]
+                checksums = [digest for digests in looked for digest in digests]
+            else:
+                errors, checksums = self._write_rows(group, rows)
+            tensors = self._record(prompts, checksums, errors)
+            name, frames = uuid.uuid4().hex, list[bytes]()
+            self._disk.do(partial(self._commit, name, tensors, max(part.not_before for part in group), frames))
             self._measured.add_given(group, given)
-
-        def look() -> None:
-            try:
-                found = [column.hash_given(matrices) for column, matrices in zip(self._columns, every, strict=True)]
-                checksums.extend(digest for digests in found for digest in digests)
-            finally:
-                hashed.set()
-            measure()
-
-        with translated(self.path.parent, size):
-            every = [[np.ascontiguousarray(part.data[c.site]) for part in group] for c in self._columns if large]
-            with Beside(look) if large else contextlib.nullcontext() as looking:
-                errors = self._write_rows(group, rows, every, checksums)
-                if looking is not None:
-                    # All is looked at in one other thread, and what is written goes in few calls: two threads that take
-                    # the interpreter from one another for each small piece come to a standstill.
-                    hashed.wait()
-                    if not checksums:
-                        looking.wait()
-                name, self.created_ns = uuid.uuid4().hex, max(time.time_ns(), *(part.not_before for part in group))
-                metadata = {
-                    "format": BATCH, "batch": name, "created_ns": str(self.created_ns), "row": str(self._first_row),
-                }  # fmt: skip
-                frame = framed(blob_of(metadata, self._record(prompts, checksums, errors)))
-                self._at = write_all(self._fd, [frame], self._at)
-                with self._syncing.during(self._fd):
-                    if not large:
-                        measure()
+        with translated(self.path.parent):
             os.stat(self.path)
+            (frame,) = frames
             mark = mark_behind(frame)
             if self._at + len(mark) <= self._size - FRAME.size:
                 # Nothing hangs on it, so that it costs no sync: it gets to the disk with what comes next, or by itself.
                 with contextlib.suppress(OSError):
                     write_all(self._fd, [mark], self._at)
-        self.batches.append(name)
+        columns = tuple((c.site, c.code, c.dim) for c in self._columns)
+        self.batches.append(
+            SegmentInfo(
+                name, self.space, self._layout, columns, len(prompts), rows, size + len(frame), self.created_ns,
+                prompts.text_context, {}, prompts.token_key, prompts.text_key,
+            )
+        )  # fmt: skip
         self._tables.append(prompts)
         self._first_row += rows
         self._rows_left -= rows
         self._index_used += _index_bytes(group) + _PER_NAME
         self._used += size + 2 * len(frame)
 
-    def _write_rows(
-        self,
-        group: Sequence[Records],
-        rows: int,
-        given: Sequence[Sequence[npt.NDArray[Any]]],
-        checksums: list[int],
-    ) -> list[CastError]:
-        """Write the `rows` of `group`: what casting changed at each site.
-
-        The checksums of their blocks go to `checksums`, unless `given` holds the rows of each column as they are to be.
-        """
-        errors, unsent = [], 0
-        for k, column in enumerate(self._columns):
-            start = at = column.start + self._first_row * column.width
-            error: CastError | None = None
-            if given:
-                at = column.write_given(self._fd, at, given[k])
-            else:
-                hasher, matrices = BlockHasher(), [part.data[column.site] for part in group]
-                at, error = column.write(self._fd, at, matrices, hasher, self._measured)
-                checksums += hasher.finish()
-            if at != start + rows * column.width:
-                raise ValueError(f"{column.site}: {at - start} bytes of data for {rows} rows")
-            unsent += at - start
+    def _write_given(self, every: Sequence[Sequence[npt.NDArray[Any]]], rows: int) -> None:
+        """Write the matrices of each column as they are, and send them on to the disk."""
+        unsent = 0
+        for column, matrices in zip(self._columns, every, strict=True):
+            start = column.start + self._first_row * column.width
+            unsent += self._written(column, start, write_all(self._fd, [flat_bytes(m) for m in matrices], start), rows)
             if unsent >= _SENT_BYTES:
                 start_writing(self._fd, 0, 0)
                 unsent = 0
+
+    def _write_rows(self, group: Sequence[Records], rows: int) -> tuple[list[CastError], list[int]]:
+        """Write the `rows` of `group`: what casting changed at each site, and the checksums of all blocks."""
+        errors, checksums, unsent = [], list[int](), 0
+        for column in self._columns:
+            start = column.start + self._first_row * column.width
+            hasher, matrices = BlockHasher(), [part.data[column.site] for part in group]
+            at, error = column.write(self._fd, start, matrices, hasher, self._measured)
+            checksums += hasher.finish()
             errors.append(error or CastError())
-        return errors
+            unsent += self._written(column, start, at, rows)
+            if unsent >= _SENT_BYTES:
+                self._disk.do(partial(start_writing, self._fd, 0, 0))
+                unsent = 0
+        return errors, checksums
+
+    @staticmethod
+    def _written(column: _Column, start: int, at: int, rows: int) -> int:
+        if at != start + rows * column.width:
+            raise ValueError(f"{column.site}: {at - start} bytes of data for {rows} rows")
+        return at - start
+
+    def _commit(self, name: str, tensors: Mapping[str, npt.NDArray[Any]], not_before: int, frames: list[bytes]) -> None:
+        """Write the record of the batch `name`, whose rows are written, to the journal and to `frames`; sync all."""
+        self.created_ns = max(time.time_ns(), not_before)
+        metadata = {
+            "format": BATCH, "batch": name, "created_ns": str(self.created_ns), "row": str(self._first_row),
+        }  # fmt: skip
+        frames.append(framed(blob_of(metadata, tensors)))
+        self._at = write_all(self._fd, frames, self._at)
+        sync_data(self._fd)
 
     def _record(
         self, prompts: PromptTable, checksums: Sequence[int], errors: Sequence[CastError]
@@ -308,7 +308,7 @@ class GrowingFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            self._syncing.stop()
+            self._disk.stop()
 
 
 def _rows(group: Sequence[Records]) -> int:
@@ -359,6 +359,8 @@ def _after_fork() -> None:
         if file._fd >= 0:
             os.close(file._fd)
             file._fd = -1
+        # Its thread is the parent's.
+        file._disk = Background(_DISK)
 
 
 if hasattr(os, "register_at_fork"):

@@ -55,7 +55,9 @@ def ask_for(path: Path, size: int) -> None:
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
-                os.posix_fadvise(fd, 0, min(size, _MOST_AHEAD), os.POSIX_FADV_WILLNEED)
+                # What grew has room behind its index, with which this says nothing of the rows that follow.
+                stop = min(size, _MOST_AHEAD, os.lseek(fd, 0, os.SEEK_HOLE)) if hasattr(os, "SEEK_HOLE") else size
+                os.posix_fadvise(fd, 0, min(stop, _MOST_AHEAD), os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(fd)
 

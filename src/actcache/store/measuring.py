@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from actcache.store.casting import CastError, Piece, nothing_lost
 from actcache.store.dtypes import value_dtype
-from actcache.store.files import sync_data
 from actcache.store.records import Records
 from actcache.store.statistics import JointMoments, Moments, is_float
 
@@ -65,45 +61,3 @@ class Measured:
                 moments.merge(self._alone[site])
                 found[site] = moments, error
         return found
-
-
-class Syncing:
-    """A thread that waits for the disk and does nothing else, so that it keeps nobody from computing."""
-
-    def __init__(self) -> None:
-        self._asked: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    @contextlib.contextmanager
-    def during(self, fd: int) -> Iterator[None]:
-        """Make what was written to `fd` durable while the block runs, and wait for that at its end."""
-        if self._thread is None:
-            thread = threading.Thread(target=_sync_all, args=(self._asked, self._answers), daemon=True)
-            thread.name = "actcache-sync"
-            thread.start()
-            self._thread = thread
-        self._asked.put(fd)
-        try:
-            yield
-        finally:
-            # Also after an error: `fd` may be closed then, and become the number of another file.
-            error = self._answers.get()
-        if error is not None:
-            raise error
-
-    def stop(self) -> None:
-        """End the thread."""
-        if self._thread is not None:
-            self._asked.put(None)
-            self._thread = None
-
-
-def _sync_all(asked: queue.SimpleQueue[int | None], answers: queue.SimpleQueue[BaseException | None]) -> None:
-    while (fd := asked.get()) is not None:
-        try:
-            sync_data(fd)
-        except BaseException as error:
-            answers.put(error)
-        else:
-            answers.put(None)

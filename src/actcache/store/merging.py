@@ -5,25 +5,24 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from actcache.store.copying import copied
-from actcache.store.damage import Remnant, intact_of, remnants
+from actcache.store.damage import intact_of, remnants
 from actcache.store.fetching import Vanished
 from actcache.store.files import log, remove, sweep, sync_folder
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import Mask
 from actcache.store.locks import exclusive
 from actcache.store.mapped import return_free_memory
-from actcache.store.mapping import Segment
 from actcache.store.opening import look_again
 from actcache.store.prompts import PromptTable, offsets
 from actcache.store.records import LABEL, METADATA, SegmentInfo
 from actcache.store.replacing import Replacing, discard
+from actcache.store.sources import Source, in_order
 from actcache.store.tidying import tidy
 from actcache.store.writing import write_columns
 
@@ -39,29 +38,6 @@ _MOST_PROMPTS = 1 << 14
 # What a host has stored, and others have not seen, is seldom older.
 _SEEN_NS = 3600 * 10**9
 _READS = 4
-
-
-@dataclass
-class Source:
-    """A segment that is to be replaced: what of it is kept, and the tombs that count for it.
-
-    `keep`: the prompts of which all is intact; `remnants`: of which a part is.
-    """
-
-    number: int
-    info: SegmentInfo
-    segment: Segment
-    keep: Mask
-    tombs: tuple[str, ...]
-    remnants: list[Remnant] = field(default_factory=list)
-
-    @property
-    def kept(self) -> Mask:
-        """The prompts of which something is kept."""
-        kept = self.keep.copy()
-        for remnant in self.remnants:
-            kept |= remnant.keep
-        return kept
 
 
 def plan(
@@ -151,13 +127,20 @@ def before_writes(index: SpaceIndex) -> set[str]:
     What is merged counts as being as new as the newest of it: a copy that is being written, and is older than that,
     would never be read, though it is newer than the one that was merged.
     """
+    since, seen = writing_since(index)
+    return {name for name, created_ns in seen.items() if created_ns < since}
+
+
+def writing_since(index: SpaceIndex) -> tuple[int, dict[str, int]]:
+    """When the oldest file was begun that others are writing; segments and batches that were there before that was
+    looked for, by name, and when they were made. All in nanoseconds.
+    """
     sweep(index.folder)
     index.refresh(force=True)
     since, seen = index.listing.writing_since, {info.name: info.created_ns for _, info in index.segments()}
     # Whatever was begun before one of these was finished is either finished by now, or still there to be listed.
     index.refresh(force=True)
-    since = min(since, index.listing.writing_since)
-    return {name for name, created_ns in seen.items() if created_ns < since}
+    return min(since, index.listing.writing_since), seen
 
 
 def drop_dead(index: SpaceIndex, lock_folder: Path) -> int:
@@ -314,54 +297,7 @@ def open_source(index: SpaceIndex, number: int, wanted: Mask | None = None) -> S
         if lost := int((keep & ~good).sum()):
             log.warning("%s: %s of %d prompts is damaged, and dropped", segment.path, site, lost)
     left = remnants(info.sites, intact, keep)
-    return Source(number, info, segment, keep & intact.all(axis=0), tuple(sorted(tombs)), left)
-
-
-def in_order(index: SpaceIndex, sources: list[Source]) -> list[Source]:
-    """The sources that may be merged: what is merged counts as being as new as the newest of them.
-
-    A source stays as it is where it holds a prompt of which a newer copy, older than that, lies in a segment that
-    stays apart (it has other sites, or another size): that copy would be read no more.
-    """
-    while len(sources) > 1:
-        with index.lock:
-            # What has vanished while the sources were opened may lie in a segment that is not known yet.
-            index.refresh()
-            overtaken = overtaken_by_others(index, sources)
-        if not overtaken:
-            break
-        sources = [source for k, source in enumerate(sources) if k not in overtaken]
-    return sources
-
-
-def overtaken_by_others(index: SpaceIndex, sources: Sequence[Source]) -> set[int]:
-    """Which of the sources hold a prompt of which a newer copy lies elsewhere, not newer than the newest source.
-
-    Of the same time, too: between two merged segments that share their newest source chance decides.
-    """
-    mine = {s.number for s in sources}
-    counts = [int(s.keep.sum()) for s in sources]
-    owner = np.repeat(np.arange(len(sources)), counts)
-    own = np.repeat([s.info.created_ns for s in sources], counts)
-    oldest, latest = (bound(s.info.created_ns for s in sources) for bound in (min, max))
-    # Not by rank in the index, which a source may have left since it was opened. The last one is for what is not found.
-    known = dict(index.parts())
-    if not any(oldest <= info.created_ns <= latest for number, info in known.items() if number not in mine):
-        return set()
-    created = np.full(max(known, default=0) + 2, -1, np.int64)
-    created[list(known)] = [info.created_ns for info in known.values()]
-    sites = set(sources[0].info.sites)
-    found: set[int] = set()
-    for kind in ("token", "text"):
-        keys = np.concatenate([(s.info.prompt_key if kind == "token" else s.info.text_key)[s.keep] for s in sources])
-        for group in index.groups(sources[0].info.layout):
-            if group.sites.isdisjoint(sites):
-                continue
-            newest = index.find(group, kind, keys)[0]
-            age = created[newest]
-            between = (age >= own) & (age <= latest)
-            found.update(owner[between & ~np.isin(newest, list(mine))].tolist())
-    return found
+    return Source(number, info, keep & intact.all(axis=0), segment, tuple(sorted(tombs)), left)
 
 
 def drop_duplicates(sources: Sequence[Source]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ class OpenFiles:
         """None for what cannot be read."""
         self._batches: dict[str, Batch] = {}
         self._warned: set[str] = set()
+        self._left = ""
 
     def __iter__(self) -> Iterator[OpenFile]:
         return iter([file for file in self._files.values() if file is not None])
@@ -49,6 +51,8 @@ class OpenFiles:
         """Whether batches were committed since the last call, which it takes in."""
         before = len(self._batches)
         for name, known in self._files.items():
+            if name == self._left:
+                continue
             file = self._opened(name) if known is None else known
             if file is not None:
                 self._files[name] = file
@@ -56,6 +60,15 @@ class OpenFiles:
                 for reason in file.damage.values():
                     self._warn(f"{file.path}: {reason}")
         return len(self._batches) > before
+
+    @contextlib.contextmanager
+    def leaving(self, path: Path) -> Iterator[None]:
+        """Take in nothing more of the file at `path` while the block runs."""
+        self._left = path.name[:32]
+        try:
+            yield
+        finally:
+            self._left = ""
 
     def _opened(self, name: str) -> OpenFile | None:
         path = self.folder / f"{name}.open"

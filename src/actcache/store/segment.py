@@ -55,10 +55,13 @@ def write(
     }
     row_offset = joined_offsets(np.concatenate([np.diff(part.row_offset) for part in parts]))
     offsets = plan(list(scaled.values()), row_offset) if scaled else np.zeros(1, np.int64)
-    # Small pieces that are measured one by one take several times as long, and large ones are measured meanwhile.
-    apart = len(parts) > 1 or first.stored_bytes >= LARGE
-    alike = [s for s, rows in given.items() if apart and not any(is_cast(m, first.code(s)) for m in rows)]
+    # Small pieces that are measured one by one take several times as long.
+    alike = [s for s, rows in given.items() if not any(is_cast(m, first.code(s)) for m in rows)]
+    large = bool(alike) and sum(part.stored_bytes for part in parts) >= LARGE
     measured = Measured([(site, first.code(site), given[site][0].shape[1]) for site in alike])
+
+    def measure() -> None:
+        measured.add_given(parts, alike)
 
     def pieces(site: str) -> Iterator[Piece]:
         if site in scaled:
@@ -66,10 +69,13 @@ def write(
         return _unmeasured(given[site]) if site in alike else _pieces(given[site], first.code(site))
 
     columns = [Column(site, first.code(site), rows[0].shape[1], pieces(site)) for site, rows in given.items()]
-    with Beside(lambda: measured.add_given(parts, alike)) if alike else contextlib.nullcontext() as measuring:
+    with Beside(measure) if large else contextlib.nullcontext() as measuring:
 
         def found() -> Measurements:
-            if measuring is not None:
+            # The rows are on their way to the disk by now, which works meanwhile.
+            if measuring is None:
+                measure()
+            else:
                 measuring.wait()
             return measured.all()
 

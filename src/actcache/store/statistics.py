@@ -144,18 +144,25 @@ class JointMoments:
         n, dim = matrices[0].shape
         if n and dim:
             mean, m2, norms = _moments(matrices, self._memory)
-            with np.errstate(all="ignore"):
-                # As in `Moments.merge`.
-                share = n / (self.count + n)
-                delta = np.subtract(mean, self._mean, out=mean)
-                self._m2 += m2
-                np.multiply(delta, share, out=m2)
-                self._mean += m2
-                m2 *= delta
-                m2 *= self.count
-                self._m2 += m2
+            if self.count:
+                self._merge(n, mean, m2)
+            else:
+                # To merge it with nothing would square what may be too large for that.
+                self._mean[:], self._m2[:] = mean, m2
             self._norms += norms
         self.count += n
+
+    def _merge(self, n: int, mean: Floats, m2: Floats) -> None:
+        """As `Moments.merge`; what is given is lost."""
+        with np.errstate(all="ignore"):
+            share = n / (self.count + n)
+            delta = np.subtract(mean, self._mean, out=mean)
+            self._m2 += m2
+            np.multiply(delta, share, out=m2)
+            self._mean += m2
+            m2 *= delta
+            m2 *= self.count
+            self._m2 += m2
 
     def of(self, column: int) -> Moments:
         """Those of one column."""
