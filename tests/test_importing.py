@@ -447,3 +447,37 @@ def test_texts_of_one_token_whose_ids_are_unknown_stay_two(store: Store) -> None
     assert store.verify().ok
     store.invalidate(space, [texts[0]])
     assert store.contains(space, texts, "resid_post.0").tolist() == [False, True]
+
+
+def test_a_saved_cache_of_transformer_lens_comes_in_by_the_verb(tmp_path: Path, store: Store, cli: Cli) -> None:
+    """With every hook point that there is, and heads apart, as `run_with_cache` gives them."""
+    generator = torch.Generator().manual_seed(1)
+    heads = torch.randn(2, 3, 4, 2, generator=generator)
+    saved = {
+        "blocks.0.attn.hook_attn_scores": torch.randn(2, 4, 3, 3, generator=generator),
+        "blocks.0.attn.hook_pattern": torch.randn(2, 4, 3, 3, generator=generator),
+        "blocks.0.ln1.hook_scale": torch.randn(2, 3, 1, generator=generator),
+        "hook_pos_embed": torch.randn(2, 3, 8, generator=generator),
+    }
+    wanted = {"blocks.0.attn.hook_z": heads, "blocks.0.hook_resid_post": torch.randn(2, 3, 8, generator=generator)}
+    save_file({**saved, **wanted}, tmp_path / "cache.safetensors")
+    save_file(saved, tmp_path / "none.safetensors")
+    save_file({"resid_posst.0": heads[..., 0].contiguous()}, tmp_path / "misspelt.safetensors")
+    ids = [[1, 2, 3], [4, 5, 6]]
+    (tmp_path / "p.jsonl").write_text("[1, 2, 3]\n[4, 5, 6]\n")
+    arguments = ("--model", "org/m", "--prompts", str(tmp_path / "p.jsonl"), "--store", str(store.location))
+    status, out, err = cli("import", str(tmp_path / "cache.safetensors"), *arguments)
+    assert status == 0 and "org/m: 2 prompts imported." in out, err
+    assert all(name in out + err for name in saved)
+    store.refresh()
+    (space,) = store.spaces()
+    for site, hook in (("z.0", "blocks.0.attn.hook_z"), ("resid_post.0", "blocks.0.hook_resid_post")):
+        for i, rows in enumerate(store.read(space, ids, site)):
+            assert torch.equal(rows, wanted[hook][i].reshape(3, 8))
+    status, _, err = cli("import", str(tmp_path / "none.safetensors"), *arguments)
+    assert status == 2 and "hook_attn_scores" in err and "pattern.0" in err
+    status, _, err = cli("import", str(tmp_path / "misspelt.safetensors"), *arguments)
+    assert status == 2 and "resid_post" in err
+    with pytest.raises(OptionError, match="expected"):
+        # Nothing is joined that may be tokens.
+        ac.import_arrays({"blocks.0.attn.hook_z": heads}, "m", ids, pooling="mean", store=store)

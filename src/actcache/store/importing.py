@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from actcache.errors import FormatError, OptionError, PromptError
+from actcache.errors import FormatError, LayerRangeError, OptionError, PromptError, UnknownSiteError
 from actcache.model.sites import Site
 from actcache.store import container
 from actcache.store.prompts import IDS, PromptTable
@@ -182,7 +182,8 @@ def import_arrays(
 
     Args:
         arrays: a ``.npy`` file of one site (name it with `site`), a ``.safetensors`` file of tensors named by their
-            sites, or a mapping of sites to arrays or tensors. Each is ``[N, D]`` with `pooling`. Without, it is
+            sites, or a mapping of sites to arrays or tensors. Hook points of TransformerLens are names of sites, too;
+            those that are no site are skipped and named. Each array is ``[N, D]`` with `pooling`. Without, it is
             ``[N, S, D]``, and rows beyond a prompt's tokens are padding: a tensor named ``mask`` ``[N, S]`` says which
             rows count (token ids say it themselves where they fill the rows).
         model_name: under which they are to be found.
@@ -207,9 +208,10 @@ def import_arrays(
     mask = given.pop("mask", None)
     if mask is None:
         mask = given.pop("attention_mask", None)
-    given = {_complete(name): array for name, array in given.items()}
+    report = ImportReport()
+    given = _by_site(given, report, by_token=pooling is None)
     if not given:
-        raise OptionError("there are no arrays to import: expected one for each site.")
+        raise OptionError("there are no arrays to import: expected one for each site." + _first_reason(report))
     if pooling is not None and (not is_layout(pooling) or pooling == TOKENS):
         raise OptionError(f"pooling={pooling!r} is not the name of a pooling: use a word such as 'last_token'.")
     wanted = 2 if pooling is not None else 3
@@ -218,10 +220,41 @@ def import_arrays(
             expected = f"[{len(known)}, D]" if wanted == 2 else f"[{len(known)}, S, D]"
             hint = " (give pooling= for one vector per prompt)" if wanted == 3 and array.ndim == 2 else ""
             raise OptionError(f"{name!r} has the shape {list(array.shape)}: expected {expected} for the prompts{hint}.")
-    report = ImportReport()
     entries = _pooled(given, known, pooling) if pooling is not None else _sequences(given, known, mask)
     import_entries(opened, model_label(model_name), "arrays", entries, report)
     return report
+
+
+def _by_site(
+    given: Mapping[str, npt.NDArray[Any]], report: ImportReport, *, by_token: bool
+) -> dict[str, npt.NDArray[Any]]:
+    """Arrays by the names of their sites. Hook points of TransformerLens that are none are noted in `report`: whoever
+    has saved what `run_with_cache` returns has all of them; heads are joined."""
+    found = {}
+    for name, array in given.items():
+        if not name.rpartition(".")[2].startswith("hook_"):
+            found[_complete(name)] = array
+        elif (site := hook_site(name, report)) is not None:
+            found[_complete(site)] = array.reshape(*array.shape[:2], -1) if by_token and array.ndim == 4 else array
+    return found
+
+
+def _first_reason(report: ImportReport) -> str:
+    return f" {report.skipped[0][1]}" if report.skipped else ""
+
+
+def hook_site(name: str, report: ImportReport) -> str | None:
+    """The site that a hook point of TransformerLens is; None, which is noted in `report`, where it is none or its
+    values have no row for each token."""
+    try:
+        site = Site.parse(name)
+    except (UnknownSiteError, LayerRangeError) as error:
+        report.skipped.append((name, str(error)))
+        return None
+    if site.name == "pattern":
+        report.skipped.append((name, "a pattern has no row for each token"))
+        return None
+    return str(site)
 
 
 def _complete(name: str) -> str:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from actcache.errors import LayerRangeError, OptionError, UnknownSiteError
-from actcache.model.sites import Site
-from actcache.store.importing import Entry, ImportReport, Known, import_entries, known_prompts, real_rows
+from actcache.errors import OptionError
+from actcache.store.importing import Entry, ImportReport, Known, hook_site, import_entries, known_prompts, real_rows
 from actcache.store.records import TOKENS
 from actcache.store.tensors import to_array
 
@@ -49,7 +48,7 @@ def import_transformer_lens(
     batched = bool(getattr(cache, "has_batch_dim", True))
     arrays: dict[str, npt.NDArray[Any]] = {}
     for name, value in cache.items():
-        site = _site(str(name), report)
+        site = hook_site(str(name), report)
         if site is None:
             continue
         array = to_array(value) if batched else to_array(value)[None]
@@ -66,18 +65,6 @@ def import_transformer_lens(
     rows = real_rows(lengths.pop(), known, None if mask is None else to_array(mask))
     import_entries(opened, model_label(model_name), "TransformerLens", _entries(arrays, known, rows), report)
     return report
-
-
-def _site(name: str, report: ImportReport) -> str | None:
-    try:
-        site = Site.parse(name)
-    except (UnknownSiteError, LayerRangeError) as error:
-        report.skipped.append((name, str(error)))
-        return None
-    if site.name == "pattern":
-        report.skipped.append((name, "a pattern has no row for each token"))
-        return None
-    return str(site)
 
 
 def _entries(arrays: Mapping[str, npt.NDArray[Any]], known: Known, rows: list[Any]) -> Iterator[Entry]:
