@@ -100,6 +100,8 @@ def answers(home: Path, *words: str, **variables: str) -> list[str]:
 def test_values_that_can_be_known(home: Path, tmp_path: Path) -> None:
     assert answers(home, "warmup", "m", "--sites", "resid_post,resid_p") == ["plain,resid_post,resid_pre"]
     assert answers(home, "warmup", "m", "--pooling", "m") == ["plain,mean", "plain,max", "plain,min"]
+    assert answers(home, "warmup", "m", "--layers", "") == ["plain,all", "plain,last", "plain,middle"]
+    assert answers(home, "load", "./d", "--layers", "") == ["plain,all"]
     spaces = {s.model_name: s.space for s in Store(home / "store", index_dir=home / "index").spaces()}
     assert answers(home, "show", "org/second", "p", "--space", spaces["org/second"][:3]) == [
         f"plain,{spaces['org/second']}"

@@ -94,6 +94,12 @@ def poolings(ctx: click.Context, _param: click.Parameter, incomplete: str) -> li
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
+def layers(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """What layers may be called where they are not numbered: a dataset need not have those of the whole model."""
+    names = ("all",) if ctx.info_name in ("load", "pull") else ("all", "last", "middle")
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
 def _sites() -> Sequence[str]:
     from actcache.model.sites import SITE_NAMES
 
@@ -118,7 +124,7 @@ BY_NAME: dict[str, Complete] = {
     "site": one_of(_sites),
     "sites": some_of(_sites),
     "tensors": some_of(lambda: ("hidden_layers", "logits_topk", "perplexity", "router_logits", *_sites())),
-    "layers": one_of(lambda: ("all", "last", "middle")),
+    "layers": layers,
     "dtype": one_of(_dtypes),
     "device": one_of(lambda: _DEVICES),
     "backend": one_of(lambda: ("local", "nnsight")),

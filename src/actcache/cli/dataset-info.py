@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from actcache.cli.options import debug_option, json_option
+from actcache.cli.options import dataset_revision_option, debug_option, json_option
 
 
 @click.command("dataset-info")
 @click.argument("repo")
-@click.option("--revision", metavar="NAME", help="Branch, tag or commit of the repository.")
+@dataset_revision_option
 @json_option
 @debug_option
 def command(repo: str, revision: str | None, as_json: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from actcache.cli.options import debug_option, json_option, store_option
+from actcache.cli.options import debug_option, json_option, prompts_column_option, store_option
 
 
 @click.command("import")
@@ -18,7 +18,7 @@ from actcache.cli.options import debug_option, json_option, store_option
     metavar="FILE",
     help="Their prompts, in order; for a folder texts that it does not hold. Text, JSONL or CSV.",
 )
-@click.option("--column", metavar="NAME", help="Column or field of FILE that holds the prompt.")
+@prompts_column_option
 @click.option("--site", metavar="NAME", help="What a .npy file holds, such as resid_post.5.")
 @click.option("--pooling", metavar="NAME", help="How each vector was made of its prompt, where it is one per prompt.")
 @store_option

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from actcache.cli.files import file_to_write, replaced
-from actcache.cli.options import debug_option, json_option, layers_option, store_option
+from actcache.cli.options import (
+    debug_option,
+    device_option,
+    dtype_option,
+    json_option,
+    layers_option,
+    revision_option,
+    store_option,
+    tokenizer_option,
+    trust_remote_code_option,
+)
 
 if TYPE_CHECKING:
     from actcache.capture.lens import LogitLens
@@ -36,11 +46,11 @@ if TYPE_CHECKING:
 @click.option(
     "--site", default="resid_post", show_default=True, metavar="NAME", help="resid_post, resid_mid, resid_pre."
 )
-@click.option("--dtype", metavar="NAME", help="float32, float16, bfloat16 or float64. [default: float32]")
-@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--tokenizer", metavar="NAME", help="Tokenizer to use when it is not the model's own.")
-@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the Hub.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@dtype_option
+@device_option
+@tokenizer_option
+@revision_option
+@trust_remote_code_option
 @store_option
 @json_option
 @debug_option

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from actcache.cli.files import file_to_write, replaced
-from actcache.cli.options import dataset_layers_option, debug_option, json_option
+from actcache.cli.options import (
+    dataset_layers_option,
+    dataset_revision_option,
+    debug_option,
+    json_option,
+    prompts_column_option,
+)
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -32,10 +38,10 @@ _SUFFIXES = (".safetensors", ".npz")
 )
 @click.option("--prompts", "files", multiple=True, type=click.Path(exists=True, allow_dash=True, dir_okay=False),
               metavar="FILE", help="Only these prompts, in this order. Text, JSONL or CSV. [default: all]")  # fmt: skip
-@click.option("--column", metavar="NAME", help="Column or field of the prompts' FILE that holds the prompt.")
+@prompts_column_option
 @click.option("--site", metavar="NAME", default="resid_post", show_default=True, help="Which site of the dataset.")
 @click.option("--labels/--no-labels", default=True, show_default=True, help="Whether labels go into the file.")
-@click.option("--revision", metavar="NAME", help="Branch, tag or commit of the repository.")
+@dataset_revision_option
 @json_option
 @debug_option
 def command(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import click
 
-from actcache.cli.options import debug_option, json_option
+from actcache.cli.options import debug_option, json_option, shard_max_bytes_option
 from actcache.cli.upgrade import dry_run_option, run
 
 
 @click.command("migrate")
 @click.argument("repo")
-@click.option(
-    "--shard-max-bytes", type=click.IntRange(min=1), metavar="N", help="The size that a file reaches. [default: 1 GB]"
-)
+@shard_max_bytes_option
 @click.option("--private/--public", default=None, help="Who may see the repository. [default: as it is]")
 @dry_run_option
 @json_option

@@ -103,6 +103,32 @@ def tensors_option(default: str) -> Callable[[F], F]:
     )
 
 
+dtype_option = click.option("--dtype", metavar="NAME", help="float32, float16, bfloat16 or float64. [default: float32]")
+
+device_option = click.option(
+    "--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1, mps."
+)
+
+tokenizer_option = click.option("--tokenizer", metavar="NAME", help="Tokenizer to use when it is not the model's own.")
+
+revision_option = click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the Hub.")
+
+attn_implementation_option = click.option(
+    "--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2, ..."
+)
+
+trust_remote_code_option = click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+
+dataset_revision_option = click.option("--revision", metavar="NAME", help="Branch, tag or commit of the repository.")
+
+prompts_column_option = click.option(
+    "--column", metavar="NAME", help="Column or field of the prompts' FILE that holds the prompt."
+)
+
+shard_max_bytes_option = click.option(
+    "--shard-max-bytes", type=click.IntRange(min=1), metavar="N", help="The size that a file reaches. [default: 1 GB]"
+)
+
 _MODEL_OPTIONS = (
     layers_option,
     click.option(
@@ -127,23 +153,23 @@ _MODEL_OPTIONS = (
         is_flag=True,
         help="Store the vectors of every token instead of one per prompt.",
     ),
-    click.option("--dtype", metavar="NAME", help="float32, float16, bfloat16 or float64. [default: float32]"),
-    click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1, mps."),
+    dtype_option,
+    device_option,
     click.option(
         "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Most prompts in a batch."
     ),
     click.option("--max-batch-tokens", type=click.IntRange(min=1), help="Most tokens in a batch. [default: by device]"),
-    click.option("--tokenizer", metavar="NAME", help="Tokenizer to use when it is not the model's own."),
-    click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the Hub."),
+    tokenizer_option,
+    revision_option,
     click.option(
         "--backend", default="local", show_default=True, metavar="NAME", help="What runs the model: local, nnsight, ..."
     ),
     click.option("--remote", is_flag=True, help="Run it at the backend's service: of nnsight, NDIF (NDIF_API_KEY)."),
-    click.option("--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2, ..."),
+    attn_implementation_option,
     click.option("--perplexity", is_flag=True, help="Perplexity too: the whole model runs."),
     click.option("--allow-inf", is_flag=True, help="Store values that become inf in the store's dtype."),
     click.option("--trust-names", is_flag=True, help="Use what was imported under the model's name."),
-    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+    trust_remote_code_option,
     store_option,
 )
 

@@ -28,6 +28,11 @@ class _Place(click.Path):
         return value if str(value).startswith("hf://") else super().convert(value, param, ctx)
 
 
+label_column_option = click.option(
+    "--label-column", metavar="NAME", help="Column or field of FILES that holds the label of each prompt."
+)
+
+
 def prompt_arguments(command: F) -> F:
     """Add FILES, --prompt, --column and --format to a verb."""
     for decorate in (

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import click
 
-from actcache.cli.options import dataset_layers_option, debug_option, json_option, store_option, tensors_option
+from actcache.cli.options import (
+    dataset_layers_option,
+    dataset_revision_option,
+    debug_option,
+    json_option,
+    prompts_column_option,
+    store_option,
+    tensors_option,
+)
 
 
 @click.command("pull")
@@ -14,7 +22,7 @@ from actcache.cli.options import dataset_layers_option, debug_option, json_optio
 @click.option("--target-prompts", "files", multiple=True, metavar="FILE",
               type=click.Path(exists=True, allow_dash=True, dir_okay=False),
               help="Only these prompts. Text, JSONL or CSV. [default: all]")  # fmt: skip
-@click.option("--column", metavar="NAME", help="Column or field of the prompts' FILE that holds the prompt.")
+@prompts_column_option
 @click.option("--overwrite", is_flag=True, help="Forget first what was pulled of this dataset before.")
 @click.option("--materialize", is_flag=True, help="Fetch all of it now, not when it is read.")
 @click.option(
@@ -25,7 +33,7 @@ from actcache.cli.options import dataset_layers_option, debug_option, json_optio
     help="Streams at the same time. [default: auto]",
 )
 @click.option("--trust-names", is_flag=True, help="Let it answer for any model of the name that it claims.")
-@click.option("--revision", metavar="NAME", help="Branch, tag or commit of the repository.")
+@dataset_revision_option
 @store_option
 @json_option
 @debug_option

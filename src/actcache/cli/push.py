@@ -6,8 +6,15 @@ from typing import Any
 
 import click
 
-from actcache.cli.options import debug_option, json_option, store_option, tensors_option
-from actcache.cli.prompts import prompt_arguments, read_labelled
+from actcache.cli.options import (
+    debug_option,
+    json_option,
+    shard_max_bytes_option,
+    space_option,
+    store_option,
+    tensors_option,
+)
+from actcache.cli.prompts import label_column_option, prompt_arguments, read_labelled
 
 _POSITIVE = click.IntRange(min=1)
 
@@ -16,12 +23,12 @@ _POSITIVE = click.IntRange(min=1)
 @click.argument("repo")
 @click.argument("model")
 @prompt_arguments
-@click.option("--label-column", metavar="NAME", help="Column or field of FILES that holds the label of each prompt.")
+@label_column_option
 @tensors_option("all that the prompts have in common")
 @click.option(
     "--pooling", metavar="NAME", help="Which stored form, `tokens` for full sequences. [default: most prompts']"
 )
-@click.option("--shard-max-bytes", type=_POSITIVE, metavar="N", help="The size that a file reaches. [default: 1 GB]")
+@shard_max_bytes_option
 @click.option("--private", is_flag=True, help="Make a new repository a private one.")
 @click.option("--exist-ok", is_flag=True, help="Replace the dataset that is there.")
 @click.option(
@@ -47,7 +54,7 @@ _POSITIVE = click.IntRange(min=1)
 @click.option("--shuffle/--no-shuffle", default=True, show_default=True, help="Bring the rows in a random order.")
 @click.option("--revision", metavar="NAME", help="Of the model, where several are stored.")
 @click.option("--dtype", metavar="NAME", help="The dtype the model computed in, where several are stored.")
-@click.option("--space", metavar="ID", help="The id of one variant of the model (see `info`), or its beginning.")
+@space_option
 @store_option
 @json_option
 @debug_option

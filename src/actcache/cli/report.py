@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from actcache.cli.files import file_to_write, replaced
-from actcache.cli.options import debug_option, json_option, space_option, store_option
+from actcache.cli.options import dataset_revision_option, debug_option, json_option, space_option, store_option
 
 
 @click.command("report")
@@ -19,7 +19,7 @@ from actcache.cli.options import debug_option, json_option, space_option, store_
     help="Show the logit lens of MODEL, or of the dataset's model, at this prompt; repeatable.",
 )
 @click.option("--model", metavar="NAME", help="The model of a dataset, for --prompt. [default: as it says]")
-@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a dataset.")
+@dataset_revision_option
 @space_option
 @store_option
 @json_option

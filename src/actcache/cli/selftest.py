@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from actcache.cli.options import debug_option, json_option, layers_option
+from actcache.cli.options import (
+    attn_implementation_option,
+    debug_option,
+    device_option,
+    json_option,
+    layers_option,
+    revision_option,
+    trust_remote_code_option,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,10 +31,10 @@ _ROWS = 16
 @click.argument("model", required=False)
 @layers_option
 @click.option("--dtype", metavar="NAME", help="float32, float16 or bfloat16. [default: float32]")
-@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2, ...")
-@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the Hub.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@device_option
+@attn_implementation_option
+@revision_option
+@trust_remote_code_option
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=2),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from actcache.cli.options import debug_option, json_option
+from actcache.cli.options import debug_option, json_option, revision_option, trust_remote_code_option
 
 
 @click.command("sites")
 @click.argument("model")
-@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the Hub.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@revision_option
+@trust_remote_code_option
 @json_option
 @debug_option
 def command(model: str, revision: str | None, trust_remote_code: bool, as_json: bool) -> None:

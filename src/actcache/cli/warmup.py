@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from actcache.cli.options import debug_option, json_option, model_options, unified_cache
-from actcache.cli.prompts import prompt_arguments, read_labelled
+from actcache.cli.prompts import label_column_option, prompt_arguments, read_labelled
 from actcache.cli.workers import distributed, worker_options
 from actcache.errors import PartialWarmupError
 
@@ -16,11 +16,7 @@ from actcache.errors import PartialWarmupError
 @click.command("warmup")
 @click.argument("model")
 @prompt_arguments
-@click.option(
-    "--label-column",
-    metavar="NAME",
-    help="Column or field that holds the label of each prompt, to be stored with it.",
-)
+@label_column_option
 @click.option(
     "--max-retries",
     type=click.IntRange(min=0),
