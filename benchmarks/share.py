@@ -26,9 +26,11 @@ from _measure import Tables, arguments, compare, reporting
 
 PROMPTS, LAYERS, WIDTH = 2000, 12, 768
 PER_PROMPT = 40
-"""Bytes of memory that one more prompt may take. Nothing is kept of each, so that this is how far two pushes differ."""
+"""Bytes of memory that one more prompt may take. Nothing is kept of each, so that this is how far two runs differ."""
+BESIDE = 120
+"""Those beside what is loaded: where its rows are."""
 MEMORY_LAYERS = 3
-"""Of the stores whose pushes are looked at: it is the number of prompts that counts."""
+"""Of the stores that are looked at: it is the number of prompts that counts."""
 PUSH = READ = 0.5
 """At least this speed, as a share of that of a plain upload, or of a download and a read of the files."""
 ONE_LAYER = 1.1
@@ -146,10 +148,11 @@ def pushing(folder: Path, running: Hub, rounds: int) -> Tables:
     return [(title, rows, {"show": "speed", "nbytes": nbytes, "bounds": {"push_dataset": PUSH}})]
 
 
-def peak_of(store: Path, **options: Any) -> dict[str, int]:
-    """Anonymous memory of a process that pushes, in bytes: the most of it while it does, less what it had before."""
+def peak_of(what: str, given: str, folder: Path, **options: Any) -> dict[str, int]:
+    """Anonymous memory of a process that pushes a store, pulls or loads a dataset (`given`), in bytes: the most of it
+    while it does, less what it had before."""
     ran = subprocess.run(
-        [sys.executable, __file__, "--peak", str(store), json.dumps(options)],
+        [sys.executable, __file__, "--peak", what, given, str(folder), json.dumps(options)],
         capture_output=True,
         text=True,
         check=True,
@@ -164,10 +167,31 @@ def anonymous() -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 
-def measure_peak(store: Path, options: dict[str, Any]) -> None:
-    """What `peak_of` runs: a push that warms up what is loaded once, and one that is looked at."""
-    small = make_store(store.parent / "warm", 10)
-    push(small)
+def pull(name: str, folder: Path, **options: Any) -> None:
+    import actcache as ac
+
+    with ac.Store(folder / "store", index_dir=folder / "index") as store:
+        ac.pull_dataset(name, store=store, **options)
+
+
+def load(name: str, folder: Path, **options: Any) -> None:
+    import actcache as ac
+
+    ac.load_activations(name, show_progress=False, **options)
+
+
+def measure_peak(what: str, given: str, folder: Path, options: dict[str, Any]) -> None:
+    """What `peak_of` runs: once with little, which warms up what is loaded once, and once looked at."""
+    import actcache as ac
+
+    small = make_store(folder / "warm", 10)
+    work: Any = {"pull": pull, "load": load}.get(what)
+    if work is None:
+        push(small)
+    else:
+        name = next(_names)
+        ac.push_dataset(name, "benchmark", None, store=small)
+        work(name, folder / "warmed", **options)
     before, most, done = anonymous(), 0, threading.Event()
 
     def watch() -> None:
@@ -177,40 +201,60 @@ def measure_peak(store: Path, options: dict[str, Any]) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    push(store, **options)
+    if work is None:
+        push(Path(given), **options)
+    else:
+        work(given, folder, **options)
     done.set()
     watcher.join()
     print(json.dumps({"peak": most - before}))
 
 
 def memory(folder: Path, running: Hub, sizes: tuple[int, int]) -> bool:
-    """Peak memory of pushes of two sizes; whether it is that of the smaller one."""
-    held = True
-    print(f"\nmemory of a push, anonymous, beyond what the process had before ({MEMORY_LAYERS} layers x {WIDTH})")
+    """Peak memory of sharing two sizes; whether it is that of the smaller one."""
+    import actcache as ac
+
+    held, made = True, set[str]()
+    print(f"\nmemory, anonymous, beyond what the process had before ({MEMORY_LAYERS} layers x {WIDTH})")
     stores = {size: make_store(folder / str(size), size, MEMORY_LAYERS) for size in sizes}
-    for name, options in (("push_dataset", {}), ("... stream=True", {"stream": True})):
+    pushed = {size: next(_names) for size in sizes}
+    runs: list[tuple[str, str, dict[str, Any]]] = [
+        ("push_dataset", "push", {}), ("... stream=True", "push", {"stream": True}), ("pull_dataset", "pull", {}),
+        ("... materialize", "pull", {"materialize": True}), ("load, one layer", "load", {"layers": [1]}),
+    ]  # fmt: skip
+    for name, what, options in runs:
         peaks = {}
         for size, store in stores.items():
-            running.forget()
-            peaks[size] = peak_of(store, **options)["peak"]
+            if what == "push":
+                running.forget()
+            elif pushed[size] not in made:
+                ac.push_dataset(pushed[size], "benchmark", None, store=store)
+                made.add(pushed[size])
+            target = folder / f"{what}{len(options)}-{size}"
+            peaks[size] = peak_of(what, str(store) if what == "push" else pushed[size], target, **options)["peak"]
+            # What is loaded is the caller's.
+            peaks[size] -= size * WIDTH * 4 if what == "load" else 0
+            shutil.rmtree(target)
         small, large = peaks.values()
         each = (large - small) / (sizes[1] - sizes[0])
-        held &= each <= PER_PROMPT
+        most = BESIDE if what == "load" else PER_PROMPT
+        held &= each <= most
         told = ", ".join(f"{size:,} prompts {peak / 2**20:.0f} MB" for size, peak in peaks.items())
         data = sizes[1] * MEMORY_LAYERS * WIDTH * 4 / 2**20
         print(
             f"{name:16} {told} (data {data:.0f} MB): {each:,.0f} bytes a prompt  "
-            f"<= {PER_PROMPT:,} {'ok' if each <= PER_PROMPT else 'MISSED'}"
+            f"<= {most:,} {'ok' if each <= most else 'MISSED'}"
         )
     return held
 
 
 def main() -> int:
     parser = arguments(__doc__)
-    parser.add_argument("--peak", nargs=2, help="measure memory in this process")
+    parser.add_argument("--peak", nargs=4, help="measure memory in this process")
     options = parser.parse_args()
     if options.peak:
-        measure_peak(Path(options.peak[0]), json.loads(options.peak[1]))
+        what, given, folder, how = options.peak
+        measure_peak(what, given, Path(folder), json.loads(how))
         return 0
     rounds = 3 if options.quick else 15
     with reporting(options) as report, hub(report.folder) as running:

@@ -11,6 +11,7 @@ import pytest
 
 import actcache as ac
 from actcache.cli.app import app
+from actcache.errors import OptionError
 from share_helpers import MODEL, Published, fill_pooled, fill_tokens, new_space, new_store, rows, text
 
 N = range(20)
@@ -84,10 +85,17 @@ def test_what_cannot_be_is_one_line(cli, where, tmp_path, options, status, messa
     assert not (tmp_path / "set").exists()
 
 
+def test_a_space_is_named_by_what_lists_it(store, tmp_path):
+    (space,) = store.spaces()
+    assert ac.push_dataset(tmp_path / "set", MODEL, [text(3)], space=space, store=store) == str(tmp_path / "set")
+    with pytest.raises(OptionError, match="space is 3: expected the id of a variant, or its SpaceInfo"):
+        ac.push_dataset(tmp_path / "other", MODEL, [text(3)], space=3, store=store)
+
+
 def test_nothing_is_overwritten(cli, where, tmp_path):
     assert cli("push", f"{tmp_path}/set", MODEL, *where)[0] == 0
     status, _, err = cli("push", f"{tmp_path}/set", MODEL, *where)
-    assert status == 1 and "exist_ok=True" in err
+    assert status == 1 and "pass --exist-ok to replace" in err and "exist_ok" not in err
     assert cli("push", f"{tmp_path}/set", MODEL, "--exist-ok", "--prompt", text(1), *where)[0] == 0
     assert len(Published(tmp_path / "set").index) == 1
 

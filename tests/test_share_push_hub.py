@@ -577,6 +577,13 @@ class TestSecrets:
         assert next(r.path for r in hub.requests[since:] if r.method == "GET").endswith("whoami-v2")
         assert list((home / "store").rglob("hidden_layer*.safetensors")), "which comes when they are made"
 
+    def test_who_it_is_of_is_asked_once(self, hub, client, home, repo):
+        since = len(hub.requests)
+        # Without an owner it is of the account of the token.
+        assert push(client, home, repo.partition("/")[2]).endswith(f"/user/{repo.partition('/')[2]}")
+        asked = [r.path for r in hub.requests[since:] if "whoami" in r.path]
+        assert len(asked) == 1
+
     def test_one_that_is_given_is_the_one_that_is_used(self, hub, home, repo, tmp_path):
         with Client(hub, tmp_path / "client", token=None) as client:
             with pytest.raises(ClientError, match="hf auth login"):

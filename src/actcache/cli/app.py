@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -129,8 +130,21 @@ def run(args: Sequence[str]) -> int:
         if settings.debug:
             raise
         if isinstance(error, ActCacheError):
-            return _fail(str(error), 2 if isinstance(error, (OptionError, UnknownSiteError)) else 1)
+            message = _as_options(str(error), settings.verb)
+            return _fail(message, 2 if isinstance(error, (OptionError, UnknownSiteError)) else 1)
         return _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _as_options(message: str, verb: str) -> str:
+    """A message in which parameters of functions (``exist_ok=True``) are called as the options of a verb that they are
+    (``--exist-ok``)."""
+    command = app.get_command(click.Context(app), verb)
+    flags = {}
+    for option in command.params if command is not None else ():
+        if isinstance(option, click.Option) and option.is_flag and option.name:
+            flags[f"{option.name}=True"] = option.opts[0]
+            flags |= {f"{option.name}=False": other for other in option.secondary_opts[:1]}
+    return re.sub(r"\b\w+=(?:True|False)\b", lambda found: flags.get(found[0], found[0]), message)
 
 
 def _fail(message: str, status: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from actcache.errors import ActCacheError, DatasetAccessError, DatasetExistsError, OptionError
 from actcache.share.format import CARD, INDEX
+from actcache.share.hub_errors import check_token, is_connection, reason_of, retry_after, status_of
 from actcache.share.location import check_repo_id
 from actcache.share.staging import Staged, Staging
 from actcache.share.target import Target, is_stale
@@ -78,9 +79,7 @@ class HubTarget(Target):
         return store / "pushing"
 
     def look(self, staging: Staging) -> None:
-        if "/" not in self.name:
-            self.name = f"{self._patiently(self._api.whoami)['name']}/{self.name}"
-        self._refuse_readers()
+        self._refuse_readers(self._account())
         info = self._patiently(self._info)
         if info is None:
             self.incremental = True
@@ -108,13 +107,25 @@ class HubTarget(Target):
             path.startswith("index/") for path in self._tree
         )
 
-    def _refuse_readers(self) -> None:
+    def _account(self) -> Any:
+        """What the Hub says of the token, by which a name without an owner gets one; None where it says nothing."""
+        if "/" not in self.name:
+            account = self._patiently(self._api.whoami)
+            self.name = f"{account['name']}/{self.name}"
+            return account
+        try:
+            return self._api.whoami()
+        except Exception as error:
+            # It is asked rarely where many ask: the push itself will tell.
+            log.debug("%s: what the token may do is not known: %s", self.name, reason_of(error, status_of(error)))
+            return None
+
+    def _refuse_readers(self, account: Any) -> None:
         """`OptionError` for a token that may only read, before files are made for it."""
         try:
-            role = self._api.whoami()["auth"]["accessToken"]["role"]
-        except Exception as error:
-            # Of other tokens nothing is said here, and it is asked rarely where many ask: the push itself will tell.
-            log.debug("%s: what the token may do is not known: %s", self.name, _reason(error, _status(error)))
+            role = account["auth"]["accessToken"]["role"]
+        except (KeyError, TypeError):
+            # Of other tokens nothing is said here.
             return
         if role == "read":
             raise OptionError(
@@ -153,7 +164,7 @@ class HubTarget(Target):
                     self._api.create_repo(self.name, repo_type="dataset", private=self._private)
                 except HfHubHTTPError as error:
                     # Made by an attempt whose answer was lost, or by somebody else: a look will tell.
-                    if _status(error) != 409:
+                    if status_of(error) != 409:
                         raise
 
             self._patiently(create)
@@ -305,15 +316,15 @@ class HubTarget(Target):
             except ActCacheError:
                 raise
             except Exception as error:
-                status = _status(error)
-                passing = status in _TRANSIENT or (status is None and _is_connection(error))
+                status = status_of(error)
+                passing = status in _TRANSIENT or (status is None and is_connection(error))
                 if status == 412:
                     raise self._overtaken() from None
                 if not passing or attempt == attempts:
                     raise self._failed(error, status) from None
-                wait = _retry_after(error)
+                wait = retry_after(error)
                 wait = min(0.25 * 2**attempt if wait is None else wait, _LONGEST_WAIT_S)
-                log.info("%s: %s, again in %.1f s", self.name, _reason(error, status), wait)
+                log.info("%s: %s, again in %.1f s", self.name, reason_of(error, status), wait)
                 time.sleep(wait)
         raise AssertionError("unreachable")
 
@@ -325,52 +336,7 @@ class HubTarget(Target):
             404: "there is no such account, or this token may not see it.",
         }.get(status or 0, f"what has arrived stays there: {self.do_it_again} to go on.")
         kind: type[ActCacheError] = OptionError if status in (401, 403, 404) else DatasetAccessError
-        return kind(f"{self.doing} {self.name!r} failed ({_reason(error, status)}): {remedy}")
-
-
-def check_token(token: Any) -> Any:
-    """`token` where a header can hold it: the error of a header that cannot be would quote it."""
-    if isinstance(token, str) and not (token.isascii() and token.isprintable() and token and " " not in token):
-        raise OptionError("token is no token of the Hub: expected one like hf_..., without spaces or line ends.")
-    return token
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found
-
-
-def _response(error: Exception) -> Any:
-    return next((r for e in _chain(error) if (r := getattr(e, "response", None)) is not None), None)
-
-
-def _status(error: Exception) -> int | None:
-    response = _response(error)
-    return None if response is None else int(response.status_code)
-
-
-def _retry_after(error: Exception) -> float | None:
-    response = _response(error)
-    told = "" if response is None else response.headers.get("Retry-After", "")
-    return float(told) if told.isdigit() else None
-
-
-def _is_connection(error: Exception) -> bool:
-    """Whether it is the network that failed, in whichever library the client uses."""
-    names = {kind.__name__ for e in _chain(error) for kind in type(e).__mro__}
-    if "OfflineModeIsEnabled" in names:
-        return False
-    return bool(names & {"TransportError", "ConnectionError", "Timeout", "ChunkedEncodingError"})
-
-
-def _reason(error: Exception, status: int | None) -> str:
-    if status is not None:
-        return f"status {status}"
-    kinds = [type(e).__name__ for e in _chain(error)]
-    return "HF_HUB_OFFLINE is set" if "OfflineModeIsEnabled" in kinds else kinds[-1]
+        return kind(f"{self.doing} {self.name!r} failed ({reason_of(error, status)}): {remedy}")
 
 
 def _digests(file: Path) -> tuple[str, str]:

@@ -16,7 +16,8 @@ from actcache.progress import progress
 from actcache.share import card
 from actcache.share.columns import Absent, Column, label_column, metadata_columns
 from actcache.share.contents import Contents
-from actcache.share.hub_target import HubTarget, check_token, quiet_client
+from actcache.share.hub_errors import check_token
+from actcache.share.hub_target import HubTarget, quiet_client
 from actcache.share.index_file import Index, require_pyarrow
 from actcache.share.location import local_folder
 from actcache.share.selection import Selection, as_prompts, select
@@ -28,6 +29,7 @@ from actcache.store.default import store_at
 from actcache.store.files import log
 from actcache.store.mapped import return_free_memory
 from actcache.store.records import LABEL, METADATA
+from actcache.store.spaces import SpaceInfo
 
 if TYPE_CHECKING:
     from actcache.share.stored_rows import Rows
@@ -64,7 +66,7 @@ def push_dataset(
     pooling: str | None = None,
     revision: str | None = None,
     dtype: str | None = None,
-    space: str | None = None,
+    space: SpaceInfo | str | None = None,
     store: Store | str | Path | None = None,
 ) -> str:
     """Publish what is stored for `prompts` of a model as a dataset, in version 2.0 of the lmprobe format.
@@ -145,7 +147,7 @@ def push_dataset(
     label, columns = _said(labels, metadata, None if asked is None else len(asked))
     found = select(
         where, model_name, asked, tensors=tensors, pooling=pooling, skip_missing=skip_missing, revision=revision,
-        dtype=dtype, space=space,
+        dtype=dtype, space=_space_id(space),
     )  # fmt: skip
     label, columns = _of_selected(where, found, label, columns)
     name = str(repo_id) if folder is None else folder.name
@@ -183,6 +185,16 @@ def _said(labels: Any, metadata: Any, count: int | None) -> tuple[Column | None,
         None if labels is None else label_column(labels, count or 0),
         None if metadata is None else metadata_columns(metadata, count or 0),
     )
+
+
+def _space_id(space: Any) -> str | None:
+    if isinstance(space, SpaceInfo):
+        return space.space
+    if space is not None and not isinstance(space, str):
+        raise OptionError(
+            f"space is {space!r:.60}: expected the id of a variant, or its SpaceInfo, as Store.spaces() lists them."
+        )
+    return space
 
 
 def _of_selected(

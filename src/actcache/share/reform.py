@@ -13,7 +13,7 @@ from actcache.config import user_cache
 from actcache.errors import OptionError
 from actcache.share import folder_change, hub_change
 from actcache.share.change import Change, Report
-from actcache.share.hub_target import check_token
+from actcache.share.hub_errors import check_token
 from actcache.share.index import Index
 from actcache.share.index_file import require_pyarrow
 from actcache.share.location import local_folder
