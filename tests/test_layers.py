@@ -81,6 +81,12 @@ def test_every_room_has_a_floor() -> None:
     assert rooms <= set(LEVEL), f"say in FLOORS where {rooms - set(LEVEL)} stand"
 
 
+def test_no_module_is_two_rooms() -> None:
+    """About 400 lines are one subject: what has outgrown this is split."""
+    lengths = {module: (PACKAGE / module).read_text(encoding="utf-8").count("\n") for module in modules()}
+    assert not {module: length for module, length in lengths.items() if length > 420}
+
+
 @pytest.mark.parametrize("module", modules())
 def test_imports_go_downwards(module: str) -> None:
     room = room_of(module)
