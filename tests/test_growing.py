@@ -434,8 +434,12 @@ def test_killed_at_every_single_call(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pytest.fail("the work never ended")
 
 
-def test_rows_that_are_cast_and_rows_that_are_not_are_measured_into_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_place", [True, False])
+def test_rows_that_are_cast_and_rows_that_are_not_are_measured_into_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
     """Of one column, of columns that are otherwise alike, and of parts of one batch."""
+    monkeypatch.setattr(GrowingFile, "is_well_filled", in_place)
     store = Store(tmp_path / "store", dtype="float16", index_dir=tmp_path / "index")
     space = store.open_space({"weights": "abc"}, {"model_name": "org/model"})
     given: list[list[Any]] = [
@@ -465,6 +469,34 @@ def test_rows_that_are_cast_and_rows_that_are_not_are_measured_into_one(tmp_path
         np.testing.assert_allclose(found.m2, ((stored - stored.mean(axis=0)) ** 2).sum(axis=0), rtol=1e-12)
         assert error.given == pytest.approx((rows**2).sum(), rel=1e-6)
         assert error.squares == pytest.approx(((stored - rows) ** 2).sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize("gone", [[], [3], [0, 1]])
+def test_what_is_copied_is_not_measured_again_unless_some_of_it_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: list[int]
+) -> None:
+    monkeypatch.setattr(GrowingFile, "is_well_filled", False)
+    store, space = make_store(tmp_path)
+    writer = growing_writer(store, space)
+    for k in range(4):
+        writer.append([pooled([2 * k, 2 * k + 1])])
+    if gone:
+        store.invalidate(space, [text(i) for i in gone])
+    again = []
+    moments = batches.Batch.moments
+    monkeypatch.setattr(batches.Batch, "moments", lambda self, site: again.append(site) or moments(self, site))
+    writer.finish(False)
+    (path,) = segment_files(store, space)
+    assert segment.validate(path) == [] and bool(again) == bool(gone)
+    kept = segment.open(path)
+    for site in SITES:
+        rows = np.stack([vector(i, site) for i in range(8) if i not in gone]).astype(np.float64)
+        found, error = kept.moments(site), kept.error(site)
+        assert found is not None and found.count == len(rows) and error.squares == 0 and error.rows >= len(rows)
+        np.testing.assert_allclose(found.mean, rows.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(found.variance, rows.var(axis=0), rtol=1e-9)
+        given = sum((vector(i, site).astype(np.float64) ** 2).sum() for i in range(8))
+        assert gone or (error.rows, error.given) == (8, pytest.approx(given, rel=1e-6))
 
 
 def large(numbers: list[int], seed: int) -> Records:

@@ -70,7 +70,7 @@ def finish(index: SpaceIndex, file: GrowingFile, lock_folder: Path) -> None:
         else:
             with exclusive(lock_folder, index.folder.name, wait_s=LOCK_WAIT_S) as mine:
                 if mine:
-                    _settled(index, file.path)
+                    _settled(index, file.path, file)
     finally:
         file.close()
 
@@ -110,8 +110,10 @@ def _batches(index: SpaceIndex, path: Path) -> list[int]:
         return [numbers[batch.info.name] for file in index.opened if file.path == path for batch in file.batches]
 
 
-def _settled(index: SpaceIndex, path: Path) -> bool:
+def _settled(index: SpaceIndex, path: Path, file: GrowingFile | None = None) -> bool:
     """Write what the file at `path` holds as segments, and remove it. Whoever calls has its lock.
+
+    `file`: the same, where this process has written it, and need not measure it again.
 
     False when it was left, since what of it is live is unknown.
     """
@@ -125,7 +127,9 @@ def _settled(index: SpaceIndex, path: Path) -> bool:
     apart = {source.number for source in known} - {source.number for source in together}
     if together:
         drop_duplicates(together)
-        replace_segments(index, together)
+        names = [source.info.name for source in together]
+        whole = file is not None and names == [batch.name for batch in file.batches]
+        replace_segments(index, together, file.measured if file is not None and whole else dict)
     for source in known:
         if source.number in apart:
             replace_segments(index, [source])

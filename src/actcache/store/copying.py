@@ -18,10 +18,13 @@ Source = tuple[Segment, npt.NDArray[np.bool_]]
 """A segment, and which of its prompts are kept."""
 
 
-def copied(sources: Sequence[Source], sites: Sequence[str], told: Container[str] = ()) -> tuple[list[Column], Ints]:
+def copied(
+    sources: Sequence[Source], sites: Sequence[str], told: Container[str] = (), measured: Container[str] = ()
+) -> tuple[list[Column], Ints]:
     """The columns of a segment that holds the kept prompts of `sources` at `sites`, and its `block_offset`.
 
-    What storing changed at sites that are `told` is left out: another part of the same segments keeps it. The sources
+    What storing changed at sites that are `told` is left out: another part of the same segments keeps it; and so are
+    the moments, too, of sites that are `measured`: whoever writes them knows both. The sources
     agree in signature. Rows that shared a scale go on sharing it, however many of them are left: codes and scales are
     copied, so that what is read is the same bit for bit after any number of merges.
     """
@@ -33,7 +36,8 @@ def copied(sources: Sequence[Source], sites: Sequence[str], told: Container[str]
     offset = np.zeros(1 + sum(map(len, sizes)), np.int64)
     if sizes:
         np.cumsum(np.concatenate(sizes), out=offset[1:])
-    return [Column(site, code, dim, _pieces(sources, site, site in told)) for site, code, dim in chosen], offset
+    every = (_plain(sources, c[0]) if c[0] in measured else _pieces(sources, c[0], c[0] in told) for c in chosen)
+    return [Column(site, code, dim, pieces) for (site, code, dim), pieces in zip(chosen, every, strict=True)], offset
 
 
 def _block_of_rows(source: Source) -> Ints:
@@ -47,6 +51,11 @@ def _block_of_rows(source: Source) -> Ints:
 
 def _edges(blocks: Ints) -> Ints:
     return np.concatenate([[0], np.flatnonzero(np.diff(blocks)) + 1, [len(blocks)]])
+
+
+def _plain(sources: Sequence[Source], site: str) -> Iterator[Piece]:
+    """All rows of sources of which every prompt is kept, and nothing that is known of them."""
+    return (Piece(segment.matrix(site), segment.scales(site), None, CastError()) for segment, _ in sources)
 
 
 def _pieces(sources: Sequence[Source], site: str, told: bool) -> Iterator[Piece]:

@@ -31,7 +31,14 @@ from actcache.store.mapped import start_writing
 from actcache.store.measuring import Measured
 from actcache.store.prompts import PromptTable
 from actcache.store.records import BLOCK, INDEX_TENSORS, JOURNAL, TOKENS, VERSION, Records, SegmentInfo, flat_bytes
-from actcache.store.writing import BlockHasher, index_region, index_tensors, joined_moments, segment_metadata
+from actcache.store.writing import (
+    BlockHasher,
+    Measurements,
+    index_region,
+    index_tensors,
+    joined_moments,
+    segment_metadata,
+)
 
 _PAGE = 4096
 _DISK = "actcache-disk"
@@ -266,6 +273,10 @@ class GrowingFile:
         """Whether holes, which weigh as much as rows where the file is uploaded, are little of it."""
         return 8 * self._used >= 7 * self._size
 
+    def measured(self) -> Measurements:
+        """What is known of all rows of each site; to be asked once, when no more come."""
+        return self._measured.all()
+
     def seal(self, replaces: Mapping[str, Sequence[str]]) -> SegmentInfo:
         """Make a segment of it where it is: durable under its final name when this returns. The file is closed."""
         prompts = PromptTable.concatenate(self._tables)
@@ -273,7 +284,7 @@ class GrowingFile:
         prefix = "" if self._layout == TOKENS else f"{self._layout}/"
         index = index_tensors(prompts, self._row_offset(prompts), np.zeros(1, np.int64))
         index["checksum"] = np.array([d for c in self._columns for d in c.checksums.finish()], np.uint64)
-        measured = self._measured.all()
+        measured = self.measured()
         index["moments"] = joined_moments([measured[c.site][0] for c in self._columns])
         index["errors"] = np.array([measured[c.site][1].numbers for c in self._columns])
         metadata = segment_metadata(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from actcache.store.records import LABEL, METADATA, SegmentInfo
 from actcache.store.replacing import Replacing, discard
 from actcache.store.sources import Source, in_order
 from actcache.store.tidying import tidy
-from actcache.store.writing import write_columns
+from actcache.store.writing import Measurements, write_columns
 
 TARGET = 256 << 20
 GATHERED = 64 << 20
@@ -189,11 +189,15 @@ class Overtaken(Exception):
     """Somebody else has replaced or removed a segment that was to be replaced: nothing was done."""
 
 
-def replace_segments(index: SpaceIndex, sources: Sequence[Source]) -> list[SegmentInfo]:
+def replace_segments(
+    index: SpaceIndex, sources: Sequence[Source], measured: Callable[[], Measurements] = dict
+) -> list[SegmentInfo]:
     """Make one segment of what is to be kept of `sources` (of one signature), then remove them. What was made.
 
     Of a source with remnants, which must be the only one, as many more as they are; of sources of which nothing is kept
     none.
+
+    `measured`: what is known of all rows of all sources; asked where every prompt of them is kept.
 
     Raises `Overtaken` when one of them is gone by the time what is new is there.
 
@@ -202,6 +206,8 @@ def replace_segments(index: SpaceIndex, sources: Sequence[Source]) -> list[Segme
     whole = [(source, source.keep) for source in sources if source.keep.any()]
     parts = [(sources[0].info.sites, whole)] if whole else []
     parts += [(remnant.sites, [(source, remnant.keep)]) for source in sources for remnant in source.remnants]
+    all_kept = len(whole) == len(sources) and all(keep.all() for _, keep in whole) and len(parts) == 1
+    known = measured() if all_kept else {}
     made: list[SegmentInfo] = []
     told: set[str] = set()
     # The name pattern was checked when the folder was listed, the header when the segment was opened. A batch has no
@@ -209,7 +215,7 @@ def replace_segments(index: SpaceIndex, sources: Sequence[Source]) -> list[Segme
     paths = [index.path(s.info.name) for s in sources if s.info.name not in index.opened]
     with Replacing(index.copy, paths, remove) as old:
         for sites, kept in parts:
-            made.append(_write_part(index, sources, kept, sites, told, old))
+            made.append(_write_part(index, sources, kept, sites, told, known, old))
             told.update(sites)
         # Whoever invalidates must find the new segments or what they were made of: a tomb for what somebody else has
         # made of the same would not count for them. And what was evicted or cleared must not come back.
@@ -246,20 +252,25 @@ def _write_part(
     kept: list[tuple[Source, Mask]],
     sites: Sequence[str],
     told: set[str],
+    known: Measurements,
     old: Replacing,
 ) -> SegmentInfo:
-    """One segment with `sites` of the prompts `kept`; of what storing changed nothing at sites that are `told`."""
+    """One segment with `sites` of the prompts `kept`; of what storing changed nothing at sites that are `told`.
+
+    `known`: what is known of all its rows, where that is known.
+    """
     prompts = PromptTable.concatenate(
         [s.segment.prompts if keep.all() else s.segment.prompts.select(keep) for s, keep in kept],
         empty=index.spill.empty,
     )
     first = kept[0][0].info
     lengths = np.concatenate([np.diff(s.segment.row_offset)[keep] for s, keep in kept])
-    columns, block_offset = copied([(s.segment, keep) for s, keep in kept], sites, told)
+    columns, block_offset = copied([(s.segment, keep) for s, keep in kept], sites, told, known)
     return write_columns(
         index.folder, prompts, first.layout, columns, row_offset=offsets(lengths),
         space=first.space, created_ns=max(s.info.created_ns for s in sources), block_offset=block_offset,
         replaces={s.info.name: s.tombs for s in sources}, before=old.publish,
+        measured=lambda: known,
         empty=index.spill.empty,
     )  # fmt: skip
 
