@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from actcache.store.spaces import SpaceInfo
     from actcache.store.store import Store
 
-SLICE_BYTES = 64 << 20
-"""Bytes of rows that are in memory at once on their way."""
+SLICE_BYTES = 32 << 20
+"""Bytes of rows that are read together, while as many are written."""
 _OPEN = 4
 _WAIT_S = 600.0
 _LINGER_S = 0.25
@@ -318,7 +318,7 @@ def _fetch(
         if column is None:
             raise DatasetFormatError(f"{_what(info)} has no {site!r} any more: it was changed.")
         groups.setdefault(column.group.name if column.group is not None else None, []).append(column)
-    with store.writer(info.space, linger=_LINGER_S) as writer:
+    with store.writer(info.space, max_bytes=SLICE_BYTES, linger=_LINGER_S) as writer:
         for name, columns in groups.items():
             if name is None:
                 order = np.argsort(rows, kind="stable")
