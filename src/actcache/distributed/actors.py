@@ -66,7 +66,9 @@ class Actor:
             return self._said(Trouble.of(error))
 
     def _said(self, answer: Answer | Trouble | None) -> _Said:
-        notes, self._notes[:] = tuple(self._notes), []
+        notes = tuple(self._notes)
+        # Another thread may have said something since.
+        del self._notes[: len(notes)]
         return _Said(answer, notes)
 
 
