@@ -17,7 +17,8 @@ WRITTEN = ("lens.html", "layer6.safetensors", "all.npz", "store.html", "gpt2.htm
 
 @pytest.mark.slow
 def test_every_example_does_what_it_says(bucket: str, tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
+    for needed in ("pyarrow", "sklearn"):
+        pytest.importorskip(needed)
     script = Path(__file__).with_name("cli_examples.py")
     ran = subprocess.run(
         [sys.executable, script, bucket], cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False
