@@ -126,7 +126,7 @@ def cost(prompts: int, model: Model, kept: Kept) -> Cost:
         pages=math.ceil(segments / PAGE),
         index=MEASURED.index_bytes * prompts + MEASURED.segment_bytes * segments,
         run_s=2 * model.weights * TOKENS * prompts / OPERATIONS_PER_S,
-        opened_s=max(MEASURED.first_s * segments, heads / BYTES_PER_S) + loaded,
+        opened_s=MEASURED.first_s * segments + heads / BYTES_PER_S + loaded,
         again_s=MEASURED.again_s * segments + loaded,
         bucket_s=bucket + REQUEST_S * math.ceil(segments / PAGE),
     )

@@ -35,7 +35,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> Non
 
 def test_jsonl_holds_strings_objects_ids_and_chats(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "Hi\nthere"}]
-    values = ["text", {"id": 1, "text": "in a field"}, [5, 6, 7], chat, {"messages": chat, "label": 0}]
+    values = ["text", {"id": 1, "text": "in a field"}, [5, 6, 7], chat, {"text": chat, "label": 0}]
     file = write(tmp_path, "a.jsonl", "\n\n".join(json.dumps(v) for v in values))
     assert read_prompts([file], []) == ["text", "in a field", [5, 6, 7], chat, chat]
 
@@ -101,6 +101,11 @@ def test_standard_input_is_text_unless_told(monkeypatch: pytest.MonkeyPatch) -> 
         ("a.jsonl", '"fine"\n{"prompt": oops}\n', None, r"a.jsonl, line 2: not JSON"),
         ("a.jsonl", "3\n", None, r"line 1: a prompt is a string, .* not 3"),
         ("a.jsonl", '{"question": "x", "answer": "y"}\n', None, r"which of question, answer is the prompt\?.*--column"),
+        # One field for all lines: what a line without it has instead is no prompt.
+        ("a.jsonl", '{"prompt": "x"}\n{"title": "y"}\n', None, r"line 2: no 'prompt' among title"),
+        ("a.jsonl", '{"id": "x"}\n{"text": "y", "id": "z"}\n', None, r"line 1: no 'text' among id"),
+        ("a.jsonl", '{"what": "x"}\n{"why": "y"}\n', None, r"which of what, why is the prompt\?"),
+        ("a.json", '[{"prompt": "x"}, {"text": "y"}]', None, r"item 1: no 'prompt' among text"),
         ("a.csv", "question,answer\nx,y\n", "qestion", r"no 'qestion' among question, answer. Did you mean 'question'"),
         ("a.csv", "label,prompt\n1\n", None, r"line 2: the row is too short"),
         ("a.txt", "\n  \n", None, r"no prompts in .*a.txt: the file is empty"),

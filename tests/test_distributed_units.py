@@ -150,16 +150,45 @@ def test_a_bad_row_is_a_row_of_its_own(tmp_path: Path) -> None:
     path.write_bytes(b"\n".join(lines))
     rows = rows_of(Units(find_inputs(path), prompts=2))
     assert [(row.prompt, row.reason.partition(":")[0]) for row in rows] == [
-        ("one", ""), (None, "PromptError"), (None, "PromptError"), (None, "PromptError"), (None, "UnicodeDecodeError"),
+        ("one", ""), (None, "PromptError"), (None, "PromptError"), (None, "PromptError"), (None, "PromptError"),
         ([1, 2, 3], ""), ("last", ""),
     ]  # fmt: skip
     assert rows[1].at == "byte 6" and "not JSON" in rows[1].reason
+    assert "not UTF-8" in rows[4].reason
     table = tmp_path / "prompts.csv"
     table.write_bytes(b"id,prompt\n1,a\n2\n3,caf\xe9\n\n4,\n5,e\n")
     rows = rows_of(Units(find_inputs(table), prompts=2))
     assert [(row.prompt, bool(row.reason)) for row in rows] == [
         ("a", False), (None, True), ("caf\udce9", False), ("e", False),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lines", "label", "prompts"),
+    [
+        (['{"prompt": "a"}', '{"title": "b"}', '{"id": 7, "text": "c"}', '"d"'], None, ["a", None, None, "d"]),
+        (['{"title": "a"}', '{"prompt": "b"}'], None, [None, "b"]),
+        (['{"prompt": "a", "y": 1}', '{"note": "b", "y": 0}'], "y", ["a", None]),
+        (['{"q": "a"}', '{"q": "b", "other": "c"}'], None, ["a", "b"]),
+    ],
+)  # fmt: skip
+def test_one_field_holds_the_prompts_of_a_file(
+    tmp_path: Path, lines: list[str], label: str | None, prompts: list[str | None]
+) -> None:
+    """In all of its units: what a line has elsewhere is no prompt, and it says so."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    for size in (1, 10):
+        rows = [row for unit in Units(find_inputs(path, label=label), prompts=size) for row in Reader().rows(unit)]
+        assert [row.prompt for row in rows] == prompts
+        assert all(("among" in row.reason) == (row.prompt is None) for row in rows)
+
+
+def test_fields_that_may_all_hold_the_prompts_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"what": "x"}\n{"why": "y"}\n')
+    with pytest.raises(PromptError, match=r"which of what, why is the prompt\?"):
+        Units(find_inputs(path))
 
 
 def test_rows_of_a_damaged_row_group_say_so_and_others_are_read(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import IO, Any, TypeVar
 
 import click
 
-from actcache.distributed.rows import WHOLE_NUMBER, choose
+from actcache.distributed.rows import WHOLE_NUMBER, choose, field_of
 from actcache.errors import PromptError
 
 # What `UnifiedCache` takes: text, token ids, or chat messages.
@@ -176,21 +176,31 @@ def _parse_json(
         ) from None
     if not isinstance(values, list):
         raise PromptError(f"{shown}: a list of prompts is expected, not {json.dumps(values)[:40]}.")
-    for number, value in enumerate(values):
-        yield _of_json(value, column, label_column, f"{shown}, item {number}")
+    placed = [(value, f"{shown}, item {number}") for number, value in enumerate(values)]
+    yield from _of_values(placed, column, label_column, shown)
 
 
 def _parse_jsonl(
     file: IO[str], column: str | None, label_column: str | None, shown: str
 ) -> Iterator[tuple[Prompt, Any]]:
+    values = []
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            values.append((json.loads(line), f"{shown}, line {number}"))
         except ValueError as error:
             raise PromptError(f"{shown}, line {number}: not JSON ({error}).") from error
-        yield _of_json(value, column, label_column, f"{shown}, line {number}")
+    yield from _of_values(values, column, label_column, shown)
+
+
+def _of_values(
+    values: list[tuple[Any, str]], column: str | None, label_column: str | None, shown: str
+) -> Iterator[tuple[Prompt, Any]]:
+    if column is None:
+        column = field_of((value for value, _ in values), () if label_column is None else (label_column,), shown)
+    for value, where in values:
+        yield _of_json(value, column, label_column, where)
 
 
 def _of_json(value: Any, column: str | None, label_column: str | None, where: str) -> tuple[Prompt, Any]:
@@ -198,7 +208,7 @@ def _of_json(value: Any, column: str | None, label_column: str | None, where: st
     if label_column is not None:
         if not isinstance(value, dict):
             raise PromptError(f"{where}: no object, so that it has no {label_column!r}.")
-        label = value[choose([n for n in value if n != column], label_column, where)]
+        label = value[choose(list(value), label_column, where)]
     if isinstance(value, dict):
         value = value[choose([n for n in value if n != label_column], column, where)]
     if not isinstance(value, (str, list)):

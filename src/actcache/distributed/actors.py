@@ -120,7 +120,8 @@ class Actors:
         try:
             room = self._room(own_cluster)
             if own_cluster and (size or 1) > room:
-                raise WorkersError(self._no_room(f"{size or 1} workers do not fit on this machine"))
+                many = "1 worker does" if (size or 1) == 1 else f"{size} workers do"
+                raise WorkersError(self._no_room(f"{many} not fit on this machine"))
             self.size = size or max(1, room)
             self._class = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)(Actor)
         except BaseException:

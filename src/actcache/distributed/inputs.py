@@ -143,7 +143,8 @@ def _paths(place: str | Path) -> list[str]:
         parent = os.path.dirname(path)
         near = did_you_mean(os.path.basename(path), os.listdir(parent) if os.path.isdir(parent) else ())
         raise MissingFileError(
-            f"no file {path}.{near} source names files with prompts; prompts in memory are for UnifiedCache.warmup."
+            f"no file {path!r}.{near} source names files with prompts. Prompts in memory are for UnifiedCache.warmup; "
+            "for several processes write them to a JSONL or Parquet file."
         )
     return paths
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,27 @@ def choose(names: Sequence[str], column: str | None, where: str) -> str:
     raise PromptError(f"{where}: which of {', '.join(names)} is the prompt? Say so with --column (column=).")
 
 
+def field_of(values: Iterable[Any], beside: Sequence[str], where: str) -> str | None:
+    """Which field of a JSONL holds the prompts, as the lines say that it begins with: the first of the usual ones that
+    an object has, else the only one, the fields `beside` left aside. None where lines are prompts themselves.
+
+    One for all lines: a line without it has no prompt, whatever else it has.
+
+    Raises `PromptError` where several may be meant.
+    """
+    given = list(values)
+    held = [names for one in given if isinstance(one, dict) and (names := [n for n in one if n not in beside])]
+    for name in _USUAL_COLUMNS:
+        if any(name in names for names in held):
+            return name
+    alone: set[str] = {names[0] for names in held if len(names) == 1}
+    if len(alone) == 1:
+        return alone.pop()
+    if not held or any(isinstance(one, str | list) for one in given):
+        return None
+    return choose(list(dict.fromkeys(name for names in held for name in names)), None, where)
+
+
 def row_of_json(text: str, one: Input, at: str) -> Row:
     """The row of a line of JSONL: a string, an object with it in a field, a list of token ids or of messages.
 
@@ -80,5 +101,7 @@ def row_of_line(line: bytes, at: str, one: Input) -> Row | None:
         if not text.strip():
             return None
         return row_of_json(text, one, at) if one.kind == "jsonl" else Row(at, text)
-    except (PromptError, UnicodeDecodeError) as error:
-        return Row(at, None, f"{type(error).__name__}: {error}")
+    except PromptError as error:
+        return Row(at, None, f"PromptError: {error}")
+    except UnicodeDecodeError as error:
+        return Row(at, None, f"PromptError: the line is not UTF-8 ({error.reason} at its byte {error.start}).")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from actcache.distributed.inputs import Input
-from actcache.distributed.lines import CsvFile, check_lines, mean_line, rows_of_lines
+from actcache.distributed.lines import CsvFile, check_lines, mean_line, rows_of_lines, with_field
 from actcache.distributed.parquet import ParquetRows
 from actcache.distributed.rows import Row
 from actcache.errors import OptionError
@@ -52,15 +52,15 @@ class Units:
             raise OptionError(f"unit_prompts is {prompts!r}: expected how many prompts a unit of work has, at least 1.")
         self.inputs = inputs
         self._config = config
-        each = self._bytes_of_a_prompt(inputs[0])
+        self._understood: dict[str, Input] = {}
+        each = self._bytes_of_a_prompt(self._as_read(inputs[0]))
         estimate = sum(one.size for one in inputs) / each
-        self._typed: dict[str, Input] = {}
         self.prompts = prompts or min(MOST, max(LEAST, math.ceil(estimate / WANTED)))
 
     def __iter__(self) -> Iterator[Unit]:
         number = 0
         for given in self.inputs:
-            one = self._with_types(given)
+            one = self._as_read(given)
             for start, stop in self._ranges(one):
                 yield Unit(number, one, start, stop, self._id(one, start, stop))
                 number += 1
@@ -71,13 +71,14 @@ class Units:
             return None
         return sum(1 for one in self.inputs for _ in self._ranges(one))
 
-    def _with_types(self, one: Input) -> Input:
-        if one.kind not in ("csv", "tsv") or not one.beside:
+    def _as_read(self, one: Input) -> Input:
+        """With what must be the same in all of a file's units, and what one of them has of it may not tell."""
+        typed = one.kind in ("csv", "tsv") and one.beside
+        if not typed and (one.kind != "jsonl" or one.column is not None):
             return one
-        # Of the whole file: what a unit has of it may happen to look like numbers.
-        if one.path not in self._typed:
-            self._typed[one.path] = replace(one, numbers=CsvFile(one).numbers())
-        return self._typed[one.path]
+        if one.path not in self._understood:
+            self._understood[one.path] = replace(one, numbers=CsvFile(one).numbers()) if typed else with_field(one)
+        return self._understood[one.path]
 
     def _id(self, one: Input, start: int, stop: int) -> str:
         said = json.dumps([one.identity, one.kind, one.column, start, stop, self._config], ensure_ascii=True)

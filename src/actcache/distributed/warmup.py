@@ -55,7 +55,8 @@ def warmup_distributed(
 
     Args:
         source: a file of prompts (Parquet, JSONL, CSV with a header, text with a prompt a line), a folder or a pattern
-            of such, the same of a dataset of the Hub (``"hf://datasets/org/name[@revision][/path]"``), or a list.
+            of such, the same of a dataset of the Hub (``"hf://datasets/org/name[@revision][/path]"``), or
+            a list of these.
         model: Hub id or local folder, which must be the same wherever workers run.
         engine: ``"ray"``: actors of Ray, here or on a cluster (extra ``actcache[ray]``); ``"local"``: processes of this
             machine; ``"rank"``: this process is one of many that torchrun, Slurm or an indexed Kubernetes job has
@@ -68,15 +69,15 @@ def warmup_distributed(
         num_cpus_per_worker: processors of each, which has so many threads.
         store: a folder that all machines share, a URL, or an `ac.Store` of these; None for the default store.
         column: of Parquet and CSV, or field of JSONL, with the prompt; None: ``prompt``, ``text``, ``messages``,
-            ``input_ids``, or the only one.
+            ``input_ids``, or the only one, the same for all lines of a file.
         label_column: likewise, with the label of each prompt, which is stored with it. Of CSV whole numbers where all
             of the file are, else text.
         metadata_columns: likewise, those that become the metadata of each prompt. Each row has to have what is asked
             for, and may have null there; a prompt that occurs twice in a unit has to have the same.
         file_format: ``"parquet"``, ``"jsonl"``, ``"csv"``, ``"tsv"`` or ``"text"``; None: by the file's suffix.
         unit_prompts: how many prompts a unit has, about; None: 8 to 1,024, so that a small input is 64 units.
-        max_failed: the run ends at once when more than this share of the prompts gone through has failed (of at least
-            1,000).
+        max_failed: the run ends at once when more have failed than this share of the prompts gone through, or of 1,000
+            where fewer have gone through.
         failed_file: a file for all failed prompts, one JSON object a line; the error has the first 1,000.
         verify_cache: False trusts the index about what is stored before; True checks that its rows are undamaged.
         max_retries: how often a batch that fails is tried again, after 2, 4, 8 s and so on; None for 3 remote, and 0

@@ -79,7 +79,7 @@ def access_error(folder: Path, error: OSError) -> StoreAccessError:
     reason = os.strerror(error.errno) if error.errno else str(error)
     return StoreAccessError(
         f"cannot write to the store folder {folder} ({reason}): choose a folder you may write to with "
-        "ACTCACHE_DIR or set_cache_backend(path)"
+        "store= (--store), ACTCACHE_DIR or set_cache_backend(path)"
     )
 
 
