@@ -137,7 +137,6 @@ def test_folders_and_repositories_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert local_folder("org/name") is None, "the Hub, whatever lies here"
-    assert local_folder("name") is None
     assert local_folder(Path("org/name")) == tmp_path / "org" / "name"
     assert local_folder("./org") == local_folder("~/org") == local_folder(f"file://{tmp_path}/org") == tmp_path / "org"
     assert local_folder("file:///a%20b") == Path("/a b")
@@ -146,6 +145,9 @@ def test_folders_and_repositories_are_told_apart(tmp_path, monkeypatch):
             local_folder(wrong)
     with pytest.raises(OptionError, match=r"\./a/b/c"):
         local_folder("a/b/c")
+    with pytest.raises(OptionError) as caught:
+        local_folder("name")
+    assert str(caught.value) == '\'name\' is neither a repository ("org/name") nor a folder ("./name").'
 
 
 def test_an_empty_folder_is_none(tmp_path):

@@ -541,9 +541,13 @@ def test_offline_is_said(hub, home, repo, tmp_path):
     assert error.value.name == "DatasetAccessError" and "HF_HUB_OFFLINE is set" in error.value.message
 
 
-def test_a_name_without_an_owner_is_the_user_s(hub, client, home, tmp_path, seed):
-    assert push(client, home, f"mine{seed}") == f"{hub.url}/datasets/user/mine{seed}"
-    assert holds(published(hub, f"user/mine{seed}", tmp_path / "found"), seed)
+def test_a_name_without_an_owner_is_refused_before_anything_is_asked(hub, client, home):
+    since = len(hub.requests)
+    with pytest.raises(ClientError, match=r'"org/name"\) nor a folder \("\./mine"\)') as error:
+        push(client, home, "mine")
+    assert error.value.name == "OptionError"
+    assert not hub.requests[since:]
+    assert not list((home / "store").rglob("hidden_layer*.safetensors"))
 
 
 class TestSecrets:
@@ -579,8 +583,7 @@ class TestSecrets:
 
     def test_who_it_is_of_is_asked_once(self, hub, client, home, repo):
         since = len(hub.requests)
-        # Without an owner it is of the account of the token.
-        assert push(client, home, repo.partition("/")[2]).endswith(f"/user/{repo.partition('/')[2]}")
+        push(client, home, repo)
         asked = [r.path for r in hub.requests[since:] if "whoami" in r.path]
         assert len(asked) == 1
 

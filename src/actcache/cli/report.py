@@ -43,10 +43,11 @@ def command(
     from actcache.cli.lookup import stored_name, variants_of
     from actcache.cli.output import console, print_json, size
     from actcache.cli.prompts import read_prompt
-    from actcache.errors import DatasetAccessError, DatasetNotFoundError, NotCachedError
+    from actcache.errors import DatasetAccessError, DatasetNotFoundError, NotCachedError, OptionError
     from actcache.report.of_dataset import dataset_contents
     from actcache.report.of_store import store_contents
     from actcache.report.page import page, summary_of
+    from actcache.share.location import local_folder
     from actcache.store.default import store_at
 
     path = file_to_write("--out", out)
@@ -65,6 +66,10 @@ def command(
     if model is not None and (missing is None or not texts):
         raise click.UsageError("--model is for --prompt with a dataset: a store knows the models of what it holds.")
     if name is not None and missing is not None:
+        try:
+            local_folder(name)
+        except OptionError as error:
+            raise NotCachedError(f"{missing} As the name of a dataset {error}") from None
         try:
             contents = dataset_contents(name, revision=revision, prompts=prompts, model=model)
         except (DatasetNotFoundError, DatasetAccessError) as error:

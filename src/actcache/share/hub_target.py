@@ -108,11 +108,7 @@ class HubTarget(Target):
         )
 
     def _account(self) -> Any:
-        """What the Hub says of the token, by which a name without an owner gets one; None where it says nothing."""
-        if "/" not in self.name:
-            account = self._patiently(self._api.whoami)
-            self.name = f"{account['name']}/{self.name}"
-            return account
+        """What the Hub says of the token; None where it says nothing."""
         try:
             return self._api.whoami()
         except Exception as error:

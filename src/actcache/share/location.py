@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from actcache.errors import OptionError
 
-_REPO_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
+_REPO_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 def local_folder(dataset: str | os.PathLike[str]) -> Path | None:
@@ -43,6 +43,9 @@ def folder_exists(folder: Path) -> bool:
 
 def check_repo_id(name: str) -> str:
     """`name` where it can be that of a repository; `OptionError` otherwise."""
+    if name and "/" not in name and ":" not in name:
+        # The Hub would give it to the user of the token, where a folder may have been meant: public, and at once.
+        raise OptionError(f'{name!r} is neither a repository ("org/name") nor a folder ("./{name}").')
     if not _REPO_ID.fullmatch(name) or ".." in name or "--" in name or name.endswith((".git", ".", "-")):
         hint = f" A folder is written ./{name}" if re.fullmatch(r"[^:?#]+", name) and name else ""
         raise OptionError(
