@@ -40,7 +40,15 @@ def test_texts_that_no_array_of_texts_can_hold(cli: Cli, tmp_path):
     made.columns["text"][4] = "ends in zeros\0\0"
     made.write()
     status, _, error = cli("load", str(made.folder), "--out", str(tmp_path / "a.npz"), "--no-labels")
-    assert status == 2 and "NUL character" in error and not (tmp_path / "a.npz").exists()
+    assert status == 2 and "prompt 4, 'ends in zeros" in error and "ends in a NUL character" in error
+    assert not (tmp_path / "a.npz").exists()
+    made.columns["text"][4] = "ends in none"
+    made.write()
+    status, _, error = cli("load", str(made.folder), "--out", str(tmp_path / "a.npz"))
+    assert status == 2 and f"prompt 0, {made.columns['text'][0]!r}, has the label 'a" in error
+    assert "ends in a NUL character" in error and "--no-labels" in error
+    made.columns["text"][4] = "ends in zeros\0\0"
+    made.write()
     assert cli("load", str(made.folder), "--out", str(tmp_path / "a.safetensors"))[0] == 0
     with safe_open(tmp_path / "a.safetensors", "np") as file:
         assert json.loads(file.metadata()["prompts"]) == made.columns["text"]
@@ -65,7 +73,14 @@ def test_load_takes_prompts_in_the_order_of_a_file(cli: Cli, tmp_path):
 
 def test_labels_that_are_missing_or_contradict_each_other(cli: Cli, tmp_path):
     made = make(tmp_path / "set", labels=[1, None, *[0] * 9])
-    assert cli("load", str(made.folder), "--out", str(tmp_path / "a.npz"))[0] == 2
+    status, _, error = cli("load", str(made.folder), "--out", str(tmp_path / "a.npz"))
+    assert status == 2 and f"prompt 1, {made.texts[1]!r}, has no label, which only a .safetensors file" in error
+    assert "--no-labels" in error
+    # Also where labels are known only with the prompts that are asked for.
+    (tmp_path / "p.txt").write_text(f"{made.texts[2]}\n{made.texts[1]}\n")
+    asked = ["--prompts", str(tmp_path / "p.txt")]
+    status, _, error = cli("load", str(made.folder), "--out", str(tmp_path / "a.npz"), *asked)
+    assert status == 2 and f"prompt 1, {made.texts[1]!r}, has no label" in error
     assert cli("load", str(made.folder), "--out", str(tmp_path / "a.npz"), "--no-labels")[0] == 0
     assert cli("load", str(made.folder), "--out", str(tmp_path / "a.safetensors"))[0] == 0
     with safe_open(tmp_path / "a.safetensors", "np") as file:

@@ -403,6 +403,28 @@ class TestChoice:
             push(pooled, tmp_path / "b", model="org/modle")
         assert not (tmp_path / "b").exists()
 
+    def test_who_is_left_out_and_why_is_said(self, store, space, tmp_path, caplog):
+        fill_pooled(store, space, N[:12])
+        fill_pooled(store, space, N[12:15], ("resid_post.0",))
+        fill_pooled(store, space, N[:4], ("attn_out.0",))
+        prompts = ["never seen", *TEXTS[10:15]]
+        chosen = ["hidden_layers", "attn_out"]
+        found = push(store, tmp_path / "set", prompts, tensors=chosen[:1])
+        assert {row["text"] for row in found.index} == set(TEXTS[10:12])
+        (said,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+        assert "4 of 6 prompts are left out" in said
+        assert "prompt 0, 'never seen', which lacks hidden_layers (as last_token); prompt 3, " in said
+        assert f"prompt 5, {text(14)!r}, which lacks hidden_layers of layers 1 (as last_token)" in said
+        caplog.clear()
+        push(store, tmp_path / "b", tensors=chosen, prompts=TEXTS[:15])
+        (said,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+        assert f"prompt 4, {text(4)!r}, which lacks attn_out (as last_token); prompt 5, " in said
+        assert said.endswith("; and 6 more") and "prompt 9," not in said
+        with pytest.raises(
+            NotCachedError, match=r"prompt 0, 'never seen', which lacks hidden_layers .as last_token.\. "
+        ):
+            push(store, tmp_path / "c", prompts, skip_missing=False)
+
     def test_of_several_variants_one_is_to_be_chosen(self, pooled, space, tmp_path):
         other = new_space(pooled, weights="def")
         fill_pooled(pooled, other, N, seed=5)
@@ -466,7 +488,6 @@ class TestColumns:
             ([1, None, 3], "int32", [1, None, 3]),
             ([1, 2**40, None], "int64", [1, 2**40, None]),
             (["a", None, "b"], "string", ["a", None, "b"]),
-            (["a", 2, None], "string", ["a", "2", None]),
             ([None, None, None], "int32", [None, None, None]),
             ([True, False, None], "int32", [1, 0, None]),
             (np.array([3, 4, 5]), "int32", [3, 4, 5]),
@@ -481,6 +502,13 @@ class TestColumns:
     def test_labels_that_cannot_be(self, labels):
         with pytest.raises(OptionError, match="labels"):
             label_column(labels, 3)
+
+    def test_labels_of_both_types_are_named(self, pooled, tmp_path):
+        with pytest.raises(OptionError, match=r"labels\[2\] is 7, an int, and labels\[1\] is 'a', a str"):
+            push(pooled, tmp_path / "set", TEXTS[:3], labels=[None, "a", 7])
+        with pytest.raises(OptionError, match=r"labels\[0\] is 1, an int, and labels\[1\] is 'a', a str"):
+            label_column([True, "a"], 2)
+        assert not (tmp_path / "set").exists()
 
     def test_prompts_without_an_order_are_refused(self, pooled, tmp_path):
         with pytest.raises(PromptTypeError, match="prompts is a set"):

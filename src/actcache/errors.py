@@ -203,7 +203,7 @@ class MissingExtraError(ActCacheError, ImportError):
 
 def nearest(value: str, choices: Iterable[str], *, limit: int = 3) -> list[str]:
     """The `limit` choices most like `value`, best first; empty when nothing is close."""
-    return difflib.get_close_matches(value, list(choices), n=limit, cutoff=0.5)
+    return difflib.get_close_matches(value, list(dict.fromkeys(choices)), n=limit, cutoff=0.5)
 
 
 def did_you_mean(value: str, choices: Iterable[str]) -> str:

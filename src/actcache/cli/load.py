@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _SUFFIXES = (".safetensors", ".npz")
+_LARGEST_TEXTS = 1 << 30
 
 
 @click.command("load")
@@ -72,6 +74,9 @@ def command(
         raise click.UsageError(f"--out {out}: expected a name that ends with {' or '.join(_SUFFIXES)}.")
     asked = read_prompts(files, (), column=column) if files else None
     found = fetch_dataset_metadata(repo, revision=revision)
+    prompts = found.prompts if asked is None else asked
+    if path.suffix == ".npz":
+        _check_npz(path, prompts, found.labels if labels and asked is None else None)
     # The same commit, whatever is pushed meanwhile.
     loaded = load_activations(
         repo,
@@ -83,7 +88,6 @@ def command(
         revision=found.commit,
     )
     values, given = loaded if labels else (loaded, None)
-    prompts = found.prompts if asked is None else asked
     arrays = _arrays(values, site)
     if path.suffix == ".npz":
         _write_npz(path, arrays, prompts, given)
@@ -96,6 +100,43 @@ def command(
         print_json({"file": path, "prompts": len(prompts), "size_bytes": written, "tensors": shapes})
         return
     click.echo(f"{path}: {count(len(prompts), 'prompt')}, {count(len(values), 'layer')}, {size(written)}")
+
+
+def _check_npz(path: Path, prompts: Sequence[Any], labels: Sequence[Any] | None) -> None:
+    """`click.UsageError` for the first prompt that, or whose label, no array of a .npz file holds."""
+    instead = "which only a .safetensors file holds"
+    for i, prompt in enumerate(prompts):
+        reason = _lost(prompt) if isinstance(prompt, str) else "is no text"
+        if reason:
+            raise click.UsageError(f"--out {path}: prompt {i}, {prompt!r:.60}, {reason}, {instead}.")
+    _check_room(path, "prompts", prompts)
+    if labels is None or all(label is None for label in labels):
+        return
+    for i, label in enumerate(labels):
+        reason = "has no label" if label is None else None
+        if isinstance(label, str):
+            reason = f"has the label {label!r:.60}, which {lost}" if (lost := _lost(label)) else None
+        elif label is not None and not -(2**63) <= label < 2**63:
+            reason = f"has a label of more than 64 bits, {label}"
+        if reason:
+            raise click.UsageError(
+                f"--out {path}: prompt {i}, {prompts[i]!r:.60}, {reason}, {instead}; --no-labels leaves labels out."
+            )
+    _check_room(path, "labels", [label for label in labels if isinstance(label, str)])
+
+
+def _lost(text: str) -> str | None:
+    return "ends in a NUL character" if text.endswith("\0") else None
+
+
+def _check_room(path: Path, what: str, texts: Sequence[str]) -> None:
+    """`click.UsageError` where an array of texts, each of which takes the room of the longest, is too large."""
+    longest = max(range(len(texts)), key=lambda i: len(texts[i]), default=None)
+    if longest is not None and (room := 4 * len(texts[longest]) * len(texts)) > _LARGEST_TEXTS:
+        raise click.UsageError(
+            f"--out {path}: in a .npz file all {what} take the room of the longest, {what}[{longest}] with "
+            f"{len(texts[longest]):,} characters, together {room:,} bytes: write a .safetensors file."
+        )
 
 
 def _arrays(values: dict[int | None, Any], site: str) -> dict[str, npt.NDArray[Any]]:
@@ -114,14 +155,7 @@ def _arrays(values: dict[int | None, Any], site: str) -> dict[str, npt.NDArray[A
 def _write_npz(path: Path, arrays: dict[str, npt.NDArray[Any]], prompts: Any, labels: Any) -> None:
     import numpy as np
 
-    longest = max(map(len, prompts))
-    # An array of texts loses zeros at their ends, and has no room for anything but texts.
-    plain = all(isinstance(prompt, str) and not prompt.endswith("\0") for prompt in prompts)
-    if (labels is not None and labels.dtype == object) or not plain or 4 * longest * len(prompts) > 1 << 30:
-        raise click.UsageError(
-            f"--out {path}: some prompts have no label, are no texts, are very long, or end in a NUL character, which "
-            "only a .safetensors file holds."
-        )
+    _check_npz(path, prompts, None if labels is None else labels.tolist())
     named = {"prompts": np.array(prompts, np.str_), **({} if labels is None else {"labels": labels}), **arrays}
     with replaced("--out", path) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **named)

@@ -57,10 +57,10 @@ class Column:
 
 
 def label_column(labels: Any, count: int) -> Column:
-    """`labels` of `count` prompts: integers where all are (None: no label), text otherwise.
+    """`labels` of `count` prompts, all integers or all texts (None: no label); True and False are 1 and 0.
 
     Raises:
-        OptionError: not one for each prompt, or of other types.
+        OptionError: not one for each prompt, of both types, or of others.
     """
     values = [_plain(value, f"labels[{i}]") for i, value in enumerate(one_each(labels, "labels", count))]
     for i, value in enumerate(values):
@@ -73,7 +73,14 @@ def label_column(labels: Any, count: int) -> Column:
     if all(value is None or isinstance(value, int) for value in values):
         small = all(value is None or -_SMALL <= value < _SMALL for value in values)
         return Column("label", "int32" if small else "int64", values)
-    return Column("label", "string", [None if value is None else str(value) for value in values])
+    texts = [i for i, value in enumerate(values) if isinstance(value, str)]
+    number = next((i for i, value in enumerate(values) if isinstance(value, int)), None)
+    if number is not None:
+        raise OptionError(
+            f"labels[{number}] is {values[number]!r}, an int, and labels[{texts[0]}] is {values[texts[0]]!r:.60}, a "
+            "str: labels are all of one type. Convert them."
+        )
+    return Column("label", "string", values)
 
 
 def metadata_columns(metadata: Any, count: int) -> list[Column]:

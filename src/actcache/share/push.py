@@ -80,7 +80,8 @@ def push_dataset(
         model_name: as it is stored, a Hub id or a folder. Of several variants of it `revision`, `dtype` (the model
             computed in) and `space` choose one.
         prompts: texts, token ids or chats, which are published as they are given here; None for all that are stored.
-        labels: an int, a str or None for each prompt; None for those that are stored with them.
+        labels: for each prompt an int or a str, all of one type, or None; True and False become 1 and 0. None for those
+            that are stored with them.
         metadata: a dict for each prompt, all with the same names, or a list for each name; columns keep the types of
             their values. None for what is stored with the prompts.
         tensors: some of "hidden_layers" (the residual stream after each block), "logits_topk", "perplexity",

@@ -33,6 +33,7 @@ Ints = npt.NDArray[np.int64]
 STREAM = "resid_post"
 TENSORS = (HIDDEN, LOGITS, PERPLEXITY, ROUTER)
 _AT_ONCE = 1 << 15
+_NAMED = 5
 
 
 @dataclass
@@ -110,14 +111,14 @@ def select(
     return_free_memory()
     missing = spill.flatnonzero(~found)
     if len(missing) and (not skip_missing or not found.any()):
-        first = _shown(given[missing[0]])
         raise NotCachedError(
             f"{len(missing)} of {len(given)} prompts lack what is to be shared of {chosen.model_name!r} "
-            f"({', '.join(finder.names())}); the first is prompt {missing[0]}, {first}. {_remedy(chosen)}"
+            f"({', '.join(finder.names())}); the first is {finder.lacking(missing[:1])}. {_remedy(chosen)}"
             + (", or leave them out with skip_missing=True." if found.any() else " first, or name other tensors.")
         )
     if len(missing) and prompts is not None:
-        log.warning("%d of %d prompts are left out: they lack what is shared", len(missing), len(given))
+        shown = finder.lacking(missing[:_NAMED]) + (f"; and {more} more" if (more := len(missing) - _NAMED) > 0 else "")
+        log.warning("%d of %d prompts are left out: they lack what is shared: %s", len(missing), len(given), shown)
     return finder.selection(spill.flatnonzero(found), spill)
 
 
@@ -178,6 +179,27 @@ class _Finder:
     def names(self) -> list[str]:
         named = [name for name, _, _ in self.groups]
         return named + ([LOGITS] if self.k else []) + ([PERPLEXITY] if self.perplexity else []) or ["activations"]
+
+    def lacking(self, numbers: Ints) -> str:
+        """These prompts, and what each lacks of what is chosen."""
+        groups = [*self.groups, *([(LOGITS, self.k[1], {None: f"logits.top{self.k[0]}.values"})] if self.k else [])]
+        if self.perplexity and self.wanted is not None:
+            groups.append((PERPLEXITY, DERIVED, {None: PERPLEXITY}))
+        said = []
+        for i in numbers.tolist():
+            lacks = []
+            for name, layout, sites in groups:
+                found = self.store.locate_sites(
+                    self.space, [self.prompts[i]], list(sites.values()), layout, check=False
+                )
+                missing = [str(layer) for layer, has in zip(sites, found.found[0], strict=True) if not has]
+                if missing:
+                    layers = f" of layers {', '.join(missing)}" if len(missing) < len(sites) else ""
+                    lacks.append(name + layers + ("" if layout == DERIVED else f" (as {layout})"))
+            said.append(
+                f"prompt {i}, {_shown(self.prompts[i])}" + (f", which lacks {', '.join(lacks)}" if lacks else "")
+            )
+        return "; ".join(said)
 
     def _checked(self, tensors: Sequence[str]) -> dict[str, set[int | None]]:
         """Groups that are asked for, each with the layers of it that are (None: all)."""
