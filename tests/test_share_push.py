@@ -365,7 +365,7 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("tensors", "message"),
         [
-            (["hiden_layers"], "Did you mean 'hidden_layers'"),
+            (["hiden_layers"], "Did you mean 'hidden_layers'\\?"),
             (["attn_out.3"], r"'attn_out.3' is not stored.*Stored: hidden_layers"),
             (["resid_post.7"], "'resid_post.7' is not stored"),
             (["logits_topk"], "'logits_topk' is not stored"),

@@ -182,7 +182,7 @@ class _Finder:
 
     def lacking(self, numbers: Ints) -> str:
         """These prompts, and what each lacks of what is chosen."""
-        groups = [*self.groups, *([(LOGITS, self.k[1], {None: f"logits.top{self.k[0]}.values"})] if self.k else [])]
+        groups = self.groups + ([(LOGITS, self.k[1], {None: f"logits.top{self.k[0]}.values"})] if self.k else [])
         if self.perplexity and self.wanted is not None:
             groups.append((PERPLEXITY, DERIVED, {None: PERPLEXITY}))
         said = []
