@@ -71,8 +71,9 @@ class UnifiedCache(Results):
         allow_inf: store a prompt even where its values do not fit the store's dtype (they are read back as inf, of
             int8 and float8_e4m3 as nan); else it is refused, named, and the others are stored. So it is with dtypes
             that are asked for when reading.
-        trust_names: take what was imported under this model's name (`actcache import`) where its own activations are
-            missing. Nothing but the name says that they are this model's.
+        trust_names: take what was imported (`actcache import`) or pulled under this model's name where its own
+            activations are missing. Nothing but the name says that they are this model's. A string is the name that
+            it has there: ``"meta-llama/Llama-3.2-1B"`` says of a folder that it holds that model.
         edits: ready-made edits (`ac.ablate`, `ac.steer`, `ac.patch`, `ac.knockout`) to run the model with; what is
             stored is stored apart from what other edits, or none, give. They mean the same for every prompt.
 
@@ -111,7 +112,7 @@ class UnifiedCache(Results):
         add_special_tokens: bool = True,
         allow_hooks: Sequence[str] = (),
         allow_inf: bool = False,
-        trust_names: bool = False,
+        trust_names: bool | str = False,
         edits: ReadyMade | Sequence[ReadyMade] = (),
         generate: Mapping[str, Any] | None = None,
     ) -> None:

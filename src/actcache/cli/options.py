@@ -168,7 +168,10 @@ _MODEL_OPTIONS = (
     attn_implementation_option,
     click.option("--perplexity", is_flag=True, help="Perplexity too: the whole model runs."),
     click.option("--allow-inf", is_flag=True, help="Store values that become inf in the store's dtype."),
-    click.option("--trust-names", is_flag=True, help="Use what was imported under the model's name."),
+    click.option("--trust-names", is_flag=True, help="Use what was imported or pulled under the model's name."),
+    click.option(
+        "--known-as", metavar="NAME", help="Use what was imported or pulled under NAME: this model is that one."
+    ),
     trust_remote_code_option,
     store_option,
 )
@@ -181,8 +184,20 @@ def model_options(command: F) -> F:
     return command
 
 
-def unified_cache(model: str, *, raw: bool, perplexity: bool, store: str | None, **options: Any) -> UnifiedCache:
+def unified_cache(
+    model: str,
+    *,
+    raw: bool,
+    perplexity: bool,
+    store: str | None,
+    trust_names: bool,
+    known_as: str | None,
+    **options: Any,
+) -> UnifiedCache:
     """The cache that the options of `model_options` describe."""
     from actcache.unified import UnifiedCache
 
-    return UnifiedCache(model, compute_perplexity=perplexity, cache_pooled=not raw, store=store, **options)
+    trust = trust_names if known_as is None else known_as
+    return UnifiedCache(
+        model, compute_perplexity=perplexity, cache_pooled=not raw, store=store, trust_names=trust, **options
+    )

@@ -56,6 +56,8 @@ def distributed(model: str, files: list[str], workers: dict[str, Any], options: 
 
     given = {**options, **workers}
     given["compute_perplexity"], given["cache_pooled"] = given.pop("perplexity"), not given.pop("raw")
+    known_as = given.pop("known_as")
+    given["trust_names"] = given["trust_names"] if known_as is None else known_as
     # Ray says there what becomes of machines, and who asks for JSON wants nothing else.
     with contextlib.redirect_stdout(sys.stderr):
         return warmup_distributed(files, model, **given)

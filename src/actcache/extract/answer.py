@@ -33,7 +33,7 @@ class Question:
             text contexts.
         pulled: gives the datasets that may answer where both have nothing.
         added: is told when something was fetched of these, and stored.
-        trusts: whether what is known by name only may be among `trusted`.
+        trusts: the names under which what is known by name only may be among `trusted`.
     """
 
     store: Store
@@ -44,7 +44,7 @@ class Question:
     trusted: Sequence[tuple[str, Sequence[str]]] = ()
     pulled: Callable[[], Sequence[Pulled]] = tuple
     added: Callable[[], object] = int
-    trusts: bool = False
+    trusts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

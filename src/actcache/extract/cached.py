@@ -30,7 +30,7 @@ from actcache.extract.prompts import (
     text_context,
     tokenize,
 )
-from actcache.extract.questions import question_of, with_imports
+from actcache.extract.questions import check_trust, question_of, with_imports
 from actcache.extract.request import Filled, Request, partial_failure
 from actcache.extract.results import ResultsFound, ResultWriter, find_results
 from actcache.extract.session import Session, Sessions
@@ -61,7 +61,8 @@ class CachedExtractor:
         extractor: what to compute; its `positions` must be ``"all"``.
         store: an `ac.Store`, a folder, or None for the default store.
         allow_inf: store prompts of which a finite value becomes inf in the store's dtype; else they are refused.
-        trust_names: take what was imported under the model's name where its own activations are missing.
+        trust_names: take what was imported, or pulled, under the model's name where its own activations are missing;
+            a string: under that name, since this model is that one.
 
     Raises:
         OptionError: an extractor of some positions, or one that only says what it would send.
@@ -73,7 +74,7 @@ class CachedExtractor:
         store: Store | str | Path | None = None,
         *,
         allow_inf: bool = False,
-        trust_names: bool = False,
+        trust_names: bool | str = False,
     ) -> None:
         if not (isinstance(extractor.reduction.positions, str) and extractor.reduction.positions == "all"):
             raise OptionError(
@@ -87,7 +88,7 @@ class CachedExtractor:
         self._store = store_at(store)
         self._sessions = Sessions(self._store)
         self.allow_inf = allow_inf
-        self.trust_names = trust_names
+        self.trust_names = check_trust(trust_names)
 
     @property
     def store(self) -> Store:

@@ -94,7 +94,7 @@ def encode_store(
     spaces = [of.space]
     if cached is not None:
         # Of datasets that claim no more than the name nobody knows whether they are of this model.
-        pulled = store.pulled_for(of.space, of.model_name, names="none")
+        pulled = store.pulled_for(of.space, of.model_name, names=None)
         spaces += [one.info.space for one in pulled if one.offers([str(site)], pooling or TOKENS)]
     work = _Work(store, spaces, str(site), pooling, Encoder(encoder, trained, None, model))
     with evaluating(sae):

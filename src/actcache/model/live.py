@@ -59,7 +59,8 @@ class LiveSource(ModelSource):
                 "them, so they cannot be identified: load it whole, or pass its path."
             )
         self.options = options
-        self.name = str(getattr(self._model.config, "_name_or_path", "") or type(self._model).__name__)
+        self.given = str(getattr(self._model.config, "_name_or_path", "") or "")
+        self.name = self.given or type(self._model).__name__
         folder = Path(self.name)
         if folder.is_dir():
             self.name = str(folder.resolve())

@@ -72,7 +72,7 @@ class PathSource(ModelSource):
         self._quantization = canonical(options.quantization_config)
         _check_attention(options.attn_implementation)
         self._files = ModelFiles(str(model), options, every=bool(self._extra))
-        self.name = self._files.given.name
+        self.name, self.given = self._files.given.name, str(model)
         by_name = isinstance(tokenizer, str | Path)
         self._tokenizer = TokenizerSource(
             None if by_name else tokenizer,

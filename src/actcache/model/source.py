@@ -41,6 +41,8 @@ class ModelSource(ABC):
     """A model that can be identified and described at once, and loaded only when it is needed."""
 
     name: str
+    # What the caller, or whoever loaded it, wrote: of a folder `name` is the full path.
+    given: str = ""
     options: LoadOptions
     # What identifies the ready-made edits with which it is run; set before its identity is asked for.
     edits: tuple[Mapping[str, Any], ...] = ()

@@ -121,6 +121,11 @@ def pull(
     """What `pull_dataset` does: the space that the dataset is in, and how many prompts can be read."""
     if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 0:
         raise OptionError(f"num_workers is {num_workers!r}: expected a whole number, 0 for as many as suit.")
+    if not isinstance(trust_names, bool):
+        raise OptionError(
+            f"trust_names is {trust_names!r:.80}: expected True, for whoever asks for a model of the name that the "
+            "dataset claims, or False. UnifiedCache(model, trust_names='name') says which of these names a model has."
+        )
     if where.limit.value == 0:
         raise OptionError("the limit of the store is 0, so that it keeps nothing: raise it (set_cache_limit) and pull.")
     source = open_source(repo_id, token=token, revision=revision)

@@ -127,7 +127,7 @@ class Inspection(ABC):
             index.refresh()
         return [(space, index.contexts()) for space, index in indexes]
 
-    def pulled_for(self, space: str, model_name: str, *, names: str) -> list[Pulled]:
+    def pulled_for(self, space: str, model_name: str, *, names: Sequence[str] | None) -> list[Pulled]:
         """The spaces of pulled datasets that may answer for the model of `space`: see `actcache.store.pulled`."""
         self._look(begin=True)
 

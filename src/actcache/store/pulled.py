@@ -97,12 +97,13 @@ def expanded(info: SpaceInfo, sites: Mapping[str, set[str]]) -> dict[str, set[st
 
 
 def pulled_for(
-    root: Path, contexts: Callable[[str], Sequence[str]], space: str, model_name: str, *, names: str
+    root: Path, contexts: Callable[[str], Sequence[str]], space: str, model_name: str, *, names: Sequence[str] | None
 ) -> list[Pulled]:
     """The pulled spaces that may answer for the model of `space`: first those of just that identity, then, of datasets
     that claim the name alone, the newest first.
 
-    `names`: "all" where any of that name may, "trusted" where only what was pulled so, "none" where none may.
+    `names`: what the model is trusted to be called in datasets; of its own name `model_name` what was pulled with
+    ``trust_names=True`` counts besides. None: no name counts.
     """
     same, named = [], []
     for info in by_preference([one for one in list_spaces(root) if one.pulled]):
@@ -111,8 +112,8 @@ def pulled_for(
         if said.get("claims") == space:
             same.append(Pulled(info, forms_of(info), contexts(info.space)))
         # What edits made of a model is no answer for the model that has its name.
-        elif info.model_name == model_name and names != "none" and said.get("as_it_is", True):
-            named.append(Pulled(info, forms_of(info), contexts(info.space), names == "trusted"))
+        elif names is not None and info.model_name in (*names, model_name) and said.get("as_it_is", True):
+            named.append(Pulled(info, forms_of(info), contexts(info.space), info.model_name not in names))
     return same + named
 
 
