@@ -105,4 +105,4 @@ def test_the_hub_needs_a_token(cli, where, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     status, _, err = cli("push", "org/set", MODEL, *where)
-    assert status == 2 and "hf auth login" in err
+    assert status == 1 and "hf auth login" in err

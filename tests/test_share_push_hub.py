@@ -274,11 +274,11 @@ class TestWhatIsThere:
         hub.inject(Fault(path="/repos/create", status=409, times=None))
         with pytest.raises(ClientError) as error:
             push(client, home, repo)
-        assert error.value.name in ("OptionError", "DatasetAccessError") and repo in error.value.message
+        assert error.value.name == "DatasetAccessError" and repo in error.value.message
 
     def test_a_repository_that_goes_meanwhile(self, hub, client, home, repo):
         hub.inject(Fault(path="/preupload/", then=lambda: hub.repositories.pop(f"datasets/{repo}")))
-        with pytest.raises(ClientError, match="OptionError: pushing to"):
+        with pytest.raises(ClientError, match="DatasetAccessError: pushing to"):
             push(client, home, repo)
 
     def test_somebody_who_commits_meanwhile_is_not_overwritten(self, hub, client, home, repo):
@@ -535,6 +535,40 @@ class TestWithoutXet:
             assert xet_client.run(ask, repo=repo) is False
 
 
+def test_a_repository_that_the_loopback_has_made_is_pushed_to(hub, client, home, repo, tmp_path, seed):
+    hub.create(repo, kind="dataset")
+    push(client, home, repo)
+    assert holds(published(hub, repo, tmp_path / "found"), seed)
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_what_has_arrived_is_said_only_where_something_has(hub, client, home, repo, skip):
+    """`skip`: of the requests, how many are answered before the Hub is out of order for good."""
+    path = "/info/lfs/objects/batch" if skip else f"/api/datasets/{repo}$"
+    hub.inject(Fault(path=path, status=500, retry_after=0, times=None))
+    with pytest.raises(ClientError) as error:
+        push(client, home, repo, **SMALL)
+    hub.faults.clear()
+    assert "status 500" in error.value.message
+    assert ("what has arrived stays there" in error.value.message) == bool(skip)
+    assert error.value.message.endswith("push again to go on." if skip else ": push again.")
+
+
+def test_a_hub_that_is_not_there_is_named_without_what_is_secret(hub, home, tmp_path):
+    # Nobody listens at this port; nobody waits for that long.
+    with Client(hub, tmp_path / "client", HF_ENDPOINT="http://me:hunter2@127.0.0.1:9") as client:
+        client.run("import time\ntime.sleep = lambda seconds: None")
+        with pytest.raises(
+            ClientError, match=r"Error, http://127\.0\.0\.1:9 cannot be reached\): push again\.$"
+        ) as pushing:
+            push(client, home, "org/absent")
+        client.run("import actcache.share.repository as one\none._ATTEMPTS = 1")
+        with pytest.raises(ClientError, match=r"from the Hub at http://127\.0\.0\.1:9: \w+Error, 1 times") as reading:
+            client.run("ac.fetch_dataset_metadata('org/absent')")
+    for error in (pushing, reading):
+        assert error.value.name == "DatasetAccessError" and "hunter2" not in error.value.message
+
+
 def test_offline_is_said(hub, home, repo, tmp_path):
     with Client(hub, tmp_path / "client", HF_HUB_OFFLINE="1") as client, pytest.raises(ClientError) as error:
         push(client, home, repo)
@@ -572,7 +606,7 @@ class TestSecrets:
             since = len(hub.requests)
             with pytest.raises(ClientError, match="this token may only read") as error:
                 push(client, home, repo)
-            assert error.value.name == "OptionError"
+            assert error.value.name == "DatasetAccessError"
             assert not list((home / "store").rglob("hidden_layer*.safetensors"))
             # Where it cannot be asked, the Hub's refusal is what tells.
             hub.inject(Fault(path="whoami", status=429))

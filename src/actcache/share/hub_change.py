@@ -25,8 +25,8 @@ def apply(change: Change, *, token: str | bool | None, private: bool | None, doi
     """Make the change; the dataset's address.
 
     Raises:
-        OptionError: no token, or one that may not write.
-        DatasetAccessError: the Hub cannot be reached, or somebody has changed the dataset since it was read.
+        DatasetAccessError: no token, or one that may not write; the Hub cannot be reached, or somebody has changed the
+            dataset since it was read.
         DiskFullError: no room for the few files that are on their way.
     """
     target = _Target(change.source.name, token=token, doing=doing)
@@ -159,6 +159,7 @@ class _Target(HubTarget):
 
         here = {operation.path_in_repo for operation in self._pending}
         before = [_arrived(staged) for staged in files if staged.path not in here]
+        self._arrived = self._arrived or bool(before)
         operations: list[Any] = [*self._pending, *before]
         operations += [self._additions.make(path, file) for path, file in small.items()]
         operations += [CommitOperationDelete(path_in_repo=path) for path in removed if path in self._tree]
@@ -208,7 +209,7 @@ class _Target(HubTarget):
 
     def _is_refused(self, error: ActCacheError) -> bool:
         """Whether the Hub has said that there is no commit, and not just said nothing."""
-        return isinstance(error, OptionError) or (self._status or 0) in (400, 404, 409, 412, 413, 422, 429)
+        return isinstance(error, OptionError) or (self._status or 0) in (400, 401, 403, 404, 409, 412, 413, 422, 429)
 
     def _failed(self, error: Exception, status: int | None) -> ActCacheError:
         self._status = status

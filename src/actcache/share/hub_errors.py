@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
-from actcache.errors import OptionError
+from actcache.errors import DatasetAccessError, OptionError
 
 
-def check_token(token: Any) -> Any:
-    """`token` where a header can hold it: the error of a header that cannot be would quote it."""
+def check_token(token: Any, *, stored: bool = False) -> Any:
+    """`token` where a header can hold it: the error of a header that cannot be would quote it.
+
+    Raises `OptionError`; `DatasetAccessError` for one that is `stored`, by `hf auth login` or as HF_TOKEN.
+    """
     if isinstance(token, str) and not (token.isascii() and token.isprintable() and token and " " not in token):
-        raise OptionError("token is no token of the Hub: expected one like hf_..., without spaces or line ends.")
+        expected = "is no token of the Hub: expected one like hf_..., without spaces or line ends."
+        if stored:
+            raise DatasetAccessError(f"what `hf auth login` has stored, or HF_TOKEN, {expected}")
+        raise OptionError(f"token {expected}")
     return token
+
+
+def endpoint() -> str:
+    """The Hub's address, without a name and password in it."""
+    from huggingface_hub import constants
+
+    parts = urlsplit(constants.ENDPOINT)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from actcache.errors import ActCacheError, DatasetAccessError, DatasetExistsError, OptionError
 from actcache.share.format import CARD, INDEX
-from actcache.share.hub_errors import check_token, is_connection, reason_of, retry_after, status_of
+from actcache.share.hub_errors import check_token, endpoint, is_connection, reason_of, retry_after, status_of
 from actcache.share.location import check_repo_id
 from actcache.share.staging import Staged, Staging
 from actcache.share.target import Target, is_stale
@@ -48,15 +48,16 @@ class HubTarget(Target):
         self.exist_ok = exist_ok
         self._private = private
         self._threads = num_threads
-        self._token = check_token(get_token() if token in (None, True) else token)
+        self._token = check_token(get_token(), stored=True) if token in (None, True) else check_token(token)
         if not self._token:
-            raise OptionError(
+            raise DatasetAccessError(
                 f"{self.doing} {repo_id!r} needs a token of the Hub that may write: log in with `hf auth login`, set "
                 "HF_TOKEN, or pass token=. A folder is written ./folder."
             )
         self._api = HfApi(token=self._token, library_name="actcache")
         self._endpoint = constants.ENDPOINT
         self._exists = False
+        self._arrived = False
         self._head: str | None = None
         self._tree: dict[str, str] = {}
         self._pending: list[Any] = []
@@ -80,6 +81,8 @@ class HubTarget(Target):
 
     def look(self, staging: Staging) -> None:
         self._refuse_readers(self._account())
+        # Of a push that was cut before.
+        self._arrived = bool(staging.sent_before)
         info = self._patiently(self._info)
         if info is None:
             self.incremental = True
@@ -117,14 +120,14 @@ class HubTarget(Target):
             return None
 
     def _refuse_readers(self, account: Any) -> None:
-        """`OptionError` for a token that may only read, before files are made for it."""
+        """`DatasetAccessError` for a token that may only read, before files are made for it."""
         try:
             role = account["auth"]["accessToken"]["role"]
         except (KeyError, TypeError):
             # Of other tokens nothing is said here.
             return
         if role == "read":
-            raise OptionError(
+            raise DatasetAccessError(
                 f"{self.doing} {self.name!r}: this token may only read, and may not write. Pass one that may, made at "
                 f"{self._endpoint}/settings/tokens."
             )
@@ -166,7 +169,7 @@ class HubTarget(Target):
             self._patiently(create)
             info = self._patiently(self._info)
             if info is None:
-                raise OptionError(
+                raise DatasetAccessError(
                     f"{self.name!r} exists on the Hub, and this token may not see it: choose another name."
                 )
             self._head = info.sha
@@ -222,6 +225,8 @@ class HubTarget(Target):
                 # Known from writing it; else the client reads the file for it, which shows what a crash did to it.
                 operation.upload_info.sha256 = bytes.fromhex(staged.sha256)
             operations.append(operation)
+        # Some may have arrived where others fail.
+        self._arrived = True
         # Each of its requests the client tries several times by itself.
         self._preupload(operations, free_memory=True, attempts=2)
         self._additions.close(sent_only=True)
@@ -326,13 +331,16 @@ class HubTarget(Target):
 
     def _failed(self, error: Exception, status: int | None) -> ActCacheError:
         """What went wrong, without what the client says of it: that may hold signed addresses and headers."""
+        again = (
+            f"what has arrived stays there: {self.do_it_again} to go on." if self._arrived else f"{self.do_it_again}."
+        )
         remedy = {
             401: "the Hub does not know this token: log in again with `hf auth login`, or pass another one.",
             403: f"this token may not write to {self.name!r}: pass one that may, or choose another name.",
             404: "there is no such account, or this token may not see it.",
-        }.get(status or 0, f"what has arrived stays there: {self.do_it_again} to go on.")
-        kind: type[ActCacheError] = OptionError if status in (401, 403, 404) else DatasetAccessError
-        return kind(f"{self.doing} {self.name!r} failed ({reason_of(error, status)}): {remedy}")
+        }.get(status or 0, again)
+        where = f", {endpoint()} cannot be reached" if status is None and is_connection(error) else ""
+        return DatasetAccessError(f"{self.doing} {self.name!r} failed ({reason_of(error, status)}{where}): {remedy}")
 
 
 def _digests(file: Path) -> tuple[str, str]:

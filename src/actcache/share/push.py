@@ -109,12 +109,12 @@ def push_dataset(
         The dataset's address on the Hub, or its folder.
 
     Raises:
-        OptionError: an argument, a label or a column that cannot be; a token that may not write; a text whose tensors
-            are of different token ids.
+        OptionError: an argument, a label or a column that cannot be; a text whose tensors are of different token ids.
         NotCachedError: nothing, or not all, is stored of the prompts.
         AmbiguousVariantError: the model is stored in several variants, and none is chosen; they are named.
         DatasetExistsError: there is something already, without `exist_ok`.
-        DatasetAccessError: the Hub cannot be reached, or somebody else changed the dataset meanwhile.
+        DatasetAccessError: the Hub cannot be reached, no token is known or it may not write, or somebody else changed
+            the dataset meanwhile.
         DiskFullError: no room for the files on their way.
         MissingExtraError: pyarrow is not installed.
     """

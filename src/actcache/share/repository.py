@@ -12,6 +12,7 @@ from typing import Any
 from actcache._version import __version__
 from actcache.errors import DatasetAccessError, DatasetFormatError, DatasetNotFoundError, OptionError
 from actcache.share.folder import FileStream
+from actcache.share.hub_errors import check_token, endpoint
 from actcache.share.location import check_repo_id
 from actcache.share.source import Source, Stream
 
@@ -35,9 +36,7 @@ class Repository(Source):
     def __init__(self, name: str, *, token: str | bool | None = None, revision: str | None = None) -> None:
         super().__init__()
         self.name = check_repo_id(name)
-        if isinstance(token, str) and not (token.isascii() and token.isprintable() and token and " " not in token):
-            # The client's own error for a token that is no header would quote it.
-            raise OptionError("token is no token of the Hub: expected one like hf_..., without spaces or line ends.")
+        check_token(token)
         if revision is not None and not (isinstance(revision, str) and revision):
             raise OptionError(f"revision is {revision!r:.60}: expected a branch, a tag or a commit.")
         self.revision = revision
@@ -221,7 +220,9 @@ class _Download(Stream):
             return DatasetAccessError(
                 f"{self._path} of {self._repository.name} is not in the Hub client's cache, and HF_HUB_OFFLINE is set."
             )
-        return DatasetAccessError(f"the Hub cannot be reached for {self._repository.name}: {type(error).__name__}.")
+        return DatasetAccessError(
+            f"the Hub at {endpoint()} cannot be reached for {self._repository.name}: {type(error).__name__}."
+        )
 
     def _failed(self, reason: str, wait: float | None = None) -> None:
         """Wait before the next attempt; `DatasetAccessError` when there were too many in a row."""
@@ -229,7 +230,9 @@ class _Download(Stream):
         self._failures += 1
         what = f"{self._path} of {self._repository.name}"
         if self._failures == _ATTEMPTS:
-            raise DatasetAccessError(f"{what} cannot be read from the Hub: {reason}, {_ATTEMPTS} times in a row.")
+            raise DatasetAccessError(
+                f"{what} cannot be read from the Hub at {endpoint()}: {reason}, {_ATTEMPTS} times in a row."
+            )
         wait = 0.25 * 2**self._failures if wait is None else min(wait, _LONGEST_WAIT_S)
         log.info("%s: %s, again in %.1f s", what, reason, wait)
         if self._repository.stop.wait(wait):

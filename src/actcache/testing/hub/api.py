@@ -92,10 +92,8 @@ class Api(Exchange):
         private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
         with self.hub.lock:
             there = self.hub.repository(name, kind=kind, missing_ok=True)
-            repository = there or self.hub.create(name, kind=kind, private=private)
-            if there is None and not repository.commits:
-                # A new repository of the Hub has a commit from the start.
-                repository.commit({".gitattributes": b"*.safetensors filter=lfs\n"}, message="initial commit")
+            if there is None:
+                self.hub.create(name, kind=kind, private=private)
         url = f"{self.hub.url}/{'datasets/' if kind == 'dataset' else ''}{name}"
         if there is not None:
             error = "You already created this repo"

@@ -74,12 +74,17 @@ class LoopbackHub:
         }
 
     def create(self, name: str, *, kind: str = "model", private: bool = False, gated: bool = False) -> Repository:
-        """A new, empty repository ``org/name``, or ``datasets/org/name`` (a `kind` of ``"dataset"``)."""
+        """A new repository ``org/name``, or ``datasets/org/name`` (a `kind` of ``"dataset"``).
+
+        As a new one of the Hub it has one commit, with nothing but a ``.gitattributes``.
+        """
         key = _key(name, kind)
         kind = "dataset" if key.startswith("datasets/") else "model"
         plain = repository_name(key.removeprefix("datasets/"))
-        self.repositories[key] = Repository(plain, self.blobs, kind, private, gated)
-        return self.repositories[key]
+        made = Repository(plain, self.blobs, kind, private, gated)
+        made.commit({".gitattributes": b"*.safetensors filter=lfs\n"}, message="initial commit")
+        self.repositories[key] = made
+        return made
 
     def repository(self, name: str, *, kind: str = "model", missing_ok: bool = False) -> Repository | None:
         """The repository of this name and kind."""
