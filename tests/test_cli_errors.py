@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from actcache.cli.app import run
+from actcache.cli.app import _as_options, run
 from actcache.demo import model_path
 
 MODEL = str(model_path())
@@ -108,3 +108,28 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].split() == ["2", "'<|eos|><|eos|>'", "[1,", "1]"]
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("verb", "said", "shown"),
+    [
+        ("push", "leave them out with skip_missing=True.", "leave them out with --skip-missing."),
+        ("push", "shuffle=False, or share one with tensors=.", "--no-shuffle, or share one with --tensors."),
+        ("push", "Or pass labels= here.", "Or pass --label-column here."),
+        (
+            "pull",
+            "Choose some with layers=, tensors= or target_prompts=",
+            "Choose some with --layers, --tensors or --target-prompts",
+        ),
+        ("lens", "gated: pass token= of that account", "gated: set HF_TOKEN of that account"),
+        (
+            "dataset-info",
+            "check what token= may read, or pass token=.",
+            "check what HF_TOKEN may read, or set HF_TOKEN.",
+        ),
+        # What the verb has not, values, and what only looks so.
+        ("list", "tensors= pooling='mean' a==b x=1", "tensors= pooling='mean' a==b x=1"),
+    ],
+)
+def test_errors_call_options_by_the_names_that_they_have_here(verb: str, said: str, shown: str) -> None:
+    assert _as_options(said, verb).startswith(shown)

@@ -136,15 +136,23 @@ def run(args: Sequence[str]) -> int:
 
 
 def _as_options(message: str, verb: str) -> str:
-    """A message in which parameters of functions (``exist_ok=True``) are called as the options of a verb that they are
-    (``--exist-ok``)."""
+    """A message in which parameters of functions (``exist_ok=True``, ``tensors=``) are called as the options of a verb
+    that they are (``--exist-ok``, ``--tensors``), and the token as where the command takes it from."""
     command = app.get_command(click.Context(app), verb)
-    flags = {}
+    named: dict[str, str] = {}
     for option in command.params if command is not None else ():
-        if isinstance(option, click.Option) and option.is_flag and option.name:
-            flags[f"{option.name}=True"] = option.opts[0]
-            flags |= {f"{option.name}=False": other for other in option.secondary_opts[:1]}
-    return re.sub(r"\b\w+=(?:True|False)\b", lambda found: flags.get(found[0], found[0]), message)
+        if not isinstance(option, click.Option) or not option.name:
+            continue
+        named |= {f"{name.lstrip('-').replace('-', '_')}=": name for name in option.opts}
+        if option.name == "label_column":
+            named["labels="] = option.opts[0]
+        if option.is_flag:
+            named[f"{option.name}=True"] = option.opts[0]
+            named |= {f"{option.name}=False": other for other in option.secondary_opts[:1]}
+    # A verb's --token is something else.
+    named["token="] = "HF_TOKEN"
+    message = message.replace("pass token=", "set HF_TOKEN")
+    return re.sub(r"\b\w+=(?:(?:True|False)\b|(?=[\s.,;:)]|$))", lambda found: named.get(found[0], found[0]), message)
 
 
 def _fail(message: str, status: int) -> int:

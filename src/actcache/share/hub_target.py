@@ -51,8 +51,8 @@ class HubTarget(Target):
         self._token = check_token(get_token(), stored=True) if token in (None, True) else check_token(token)
         if not self._token:
             raise DatasetAccessError(
-                f"{self.doing} {repo_id!r} needs a token of the Hub that may write: log in with `hf auth login`, set "
-                "HF_TOKEN, or pass token=. A folder is written ./folder."
+                f"{self.doing} {repo_id!r} needs a token of the Hub that may write: log in with `hf auth login`, or "
+                "pass token=. A folder is written ./folder."
             )
         self._api = HfApi(token=self._token, library_name="actcache")
         self._endpoint = constants.ENDPOINT
