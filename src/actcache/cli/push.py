@@ -75,7 +75,8 @@ def command(
     """Publish what is stored for the prompts in FILES (default: for all) of MODEL as the dataset REPO.
 
     REPO is org/name on the Hugging Face Hub, where a token that may write is needed (`hf auth login`, or HF_TOKEN), or
-    a folder, written ./folder. Run again, a push that was stopped goes on where it was.
+    a folder, written ./folder. Run again, a push that was stopped goes on where it was. Of FILES prompts and labels are
+    read; metadata columns are those stored with the prompts, or are given in Python: push_dataset(metadata=).
     """
     from actcache.cli.lookup import stored_name, variants_of
     from actcache.cli.output import print_json
