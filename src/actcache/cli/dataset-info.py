@@ -49,7 +49,11 @@ def command(repo: str, revision: str | None, as_json: bool) -> None:
     out.print(f"prompts  {found.num_prompts:,}", markup=False)
     if labels:
         shown = ", ".join(one_line(label, 30) for label in labels[:10])
-        out.print(f"labels   {shown}{f' and {len(labels) - 10:,} more' if len(labels) > 10 else ''}", markup=False)
+        shown += f" and {len(labels) - 10:,} more" if len(labels) > 10 else ""
+        bare = sum(label is None for label in found.labels or [])
+        out.print(
+            f"labels   {shown}{f' ({bare:,} of {found.num_prompts:,} prompts have none)' if bare else ''}", markup=False
+        )
     if found.metadata:
         out.print(f"columns  {', '.join(one_line(name, 40) for name in found.metadata)}", markup=False)
     rows = table("tensors", "layers", "width", "rows", "shards", right=("width", "shards"))
@@ -63,4 +67,6 @@ def command(repo: str, revision: str | None, as_json: bool) -> None:
             "every token" if whole else one_line(f"one per prompt, {said.get('pooling')}", 60),
             str(len(said["shards"])),
         )
+    if found.has_perplexity:
+        rows.add_row("perplexity", "", "3", "one per prompt: mean, min, max", "")
     out.print(rows)

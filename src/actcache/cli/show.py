@@ -13,6 +13,7 @@ from actcache.cli.options import debug_option, json_option, space_option, store_
 if TYPE_CHECKING:
     from actcache.cli.results.store import ShownSite
     from actcache.store.prompts import PromptTable
+    from actcache.store.spaces import SpaceInfo
     from actcache.store.store import Store
 
 
@@ -89,6 +90,12 @@ def command(model: str, prompt: str, space: str | None, store: str | None, as_js
         numbers = str(entry["vectors"]), str(entry["width"]), f"{entry['norm']:.4g}"
         rows.add_row(entry["site"], layout, entry["dtype"], *numbers)
     out.print(rows)
+    if elsewhere := _elsewhere(opened, variant, stored_prompt):
+        out.print(
+            f"not here yet, and fetched from {variant.pulled} when it is read: {', '.join(elsewhere)}",
+            markup=False,
+            soft_wrap=True,
+        )
     if perplexity is not None:
         out.print("perplexity {:.4g}, of single tokens {:.4g} to {:.4g}".format(*perplexity))
     for what, said_of_it in (("label", label), ("metadata", metadata)):
@@ -135,6 +142,17 @@ def _stored(store: Store, space: str, prompt: PromptTable) -> Iterator[ShownSite
                 "width": values.shape[1],
                 "norm": float(np.linalg.norm(values, axis=1).mean()),
             }
+
+
+def _elsewhere(store: Store, variant: SpaceInfo, prompt: PromptTable) -> list[str]:
+    """The sites that a dataset which was pulled has of the prompt, and that were not fetched yet."""
+    from actcache.store.pulled import expanded
+    from actcache.store.records import PULLED
+    from actcache.store.site_names import in_order
+
+    held = {layout: set(sites) for layout, sites in store.sites_of(variant.space, prompt).items()}
+    offered = expanded(variant, {PULLED: held.pop(PULLED, set())})
+    return in_order({site for layout, sites in offered.items() for site in sites - held.get(layout, set())})
 
 
 def _perplexity(store: Store, space: str, prompt: PromptTable) -> list[float] | None:

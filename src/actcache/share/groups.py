@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 from actcache.derive.results import PERPLEXITY
-from actcache.share.format import HIDDEN, LOGITS, is_name
+from actcache.errors import OptionError, did_you_mean
+from actcache.model.site_list import ranges
+from actcache.share.format import HIDDEN, LOGITS, ROUTER, is_name
 from actcache.store.files import log
 from actcache.store.records import TOKENS, is_result
 from actcache.store.site_names import LAST
 
 _POOLINGS = (TOKENS, LAST, "mean", "first_token", "max", "min")
+TENSORS = (HIDDEN, LOGITS, PERPLEXITY, ROUTER)
 
 
 def by_name(held: dict[str, list[str]]) -> dict[str, dict[str, dict[int | None, str]]]:
@@ -33,6 +38,18 @@ def group_and_layer(site: str) -> tuple[str, int | None]:
     if plain and not name.rpartition(".")[2].isdigit():
         return name, int(layer)
     return site, None
+
+
+def not_stored(name: str, model: str, layers: Iterable[int | None], known: Collection[str]) -> OptionError:
+    """What to raise where no tensors `name` are stored; `layers`: those there are of its group."""
+    there = ranges(sorted(layer for layer in layers if layer is not None))
+    if there and group_and_layer(name)[1] is not None:
+        return OptionError(
+            f"tensors: {name!r} is not stored for {model!r}: of {group_and_layer(name)[0]} it has {there}."
+        )
+    stored = ", ".join(sorted(known)) or "nothing"
+    hint = did_you_mean(name, sorted({*known, *TENSORS}))
+    return OptionError(f"tensors: {name!r} is not stored for {model!r}.{hint} Stored: {stored}.")
 
 
 def preference(layout: str) -> tuple[int, str]:

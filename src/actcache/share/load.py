@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.capture.positions import pool_numpy
-from actcache.errors import DatasetLayerError, OptionError, did_you_mean
-from actcache.model.site_list import ranges
+from actcache.errors import OptionError, did_you_mean
 from actcache.model.sites import POOLINGS
 from actcache.progress import progress
 from actcache.share.format import TensorGroup
 from actcache.share.index import Index
+from actcache.share.layers import is_every, numbers_of
 from actcache.share.prompts import find_prompts, label_values
 from actcache.share.rows import Ints, Runs, every_row, one_row
 from actcache.share.shards import ShardReader
@@ -40,7 +40,7 @@ def load_activations(
     dataset: str | os.PathLike[str],
     *,
     prompts: Sequence[Any] | str | None = None,
-    layers: int | Sequence[int] | None = None,
+    layers: int | Sequence[int] | str | None = None,
     pooling: Pooling = "last_token",
     token: str | bool | None = None,
     as_dict: bool = True,
@@ -56,7 +56,8 @@ def load_activations(
     Args:
         prompts: texts (token ids and chats where the dataset has such); their rows come in this order. None: all, in
             the order of the dataset's index.
-        layers: block numbers; None: every layer that the dataset has.
+        layers: block numbers; None or "all": every layer that the dataset has. Negative numbers would count from the
+            end of the model, of which a dataset does not say how many layers it has.
         pooling: how the tokens of a prompt become one vector, computed here where the dataset has full sequences:
             "last_token", "first_token", "mean", "max", "min", or a function of an array ``[T, D]``. None: every token.
         token: a token of the Hub for a private dataset; None: the one that is logged in, False: none.
@@ -104,7 +105,7 @@ def load_activation_dataset(
     repo_id: str | os.PathLike[str],
     *,
     tensors: Sequence[str] | str | None = None,
-    layers: int | Sequence[int] | None = None,
+    layers: int | Sequence[int] | str | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -113,7 +114,7 @@ def load_activation_dataset(
     Args:
         tensors: some of "hidden_layers", "logits_topk", "router_logits", "perplexity" and names of sites, as far as the
             dataset has them; None: all.
-        layers: block numbers; None: every layer.
+        layers: block numbers; None or "all": every layer.
 
     Returns:
         ``{key: tensor [rows, D]}`` with the keys of the files (``hidden.layer_5``, ``logits_topk.values``,
@@ -172,24 +173,16 @@ def _site(index: Index, site: str) -> TensorGroup:
     return sites[site]
 
 
-def _layers(group: TensorGroup, layers: int | Sequence[int] | None, where: str) -> Layers:
+def _layers(group: TensorGroup, layers: int | Sequence[int] | str | None, where: str) -> Layers:
     """Layers of the dataset, in the order asked; None stands for a site that is of no layer."""
-    if layers is None:
+    if is_every(layers):
         return list(group.layers) or [None]
     if not group.layers:
         raise OptionError(f"{group.site} of {where} is of no layer: leave layers out.")
-    asked: list[Any] = list(layers) if isinstance(layers, Iterable) else [layers]
-    for layer in asked:
-        if not hasattr(layer, "__index__") or isinstance(layer, bool):
-            raise OptionError(f"layers holds {layer!r}: expected block numbers, or None for every layer.")
-        if int(layer) not in group.layers:
-            # How many layers the model has is not known, so that none can be counted from its end.
-            raise DatasetLayerError(
-                f"{where} has no layer {layer} of {group.site}: it has {ranges(sorted(group.layers))}."
-            )
-    if not asked or len(set(asked)) != len(asked):
-        raise OptionError(f"layers is {layers!r}: expected different block numbers, or None for every layer.")
-    return [int(layer) for layer in asked]
+    asked = numbers_of(layers, group.layers, where, f" of {group.site}")
+    if len(set(asked)) != len(asked):
+        raise OptionError(f"layers is {layers!r}: expected different block numbers.")
+    return asked
 
 
 def _width(reader: ShardReader, layers: Layers, runs: Runs) -> int:

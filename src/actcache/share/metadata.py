@@ -10,6 +10,7 @@ from typing import Any
 from actcache.share.columns import is_fixed
 from actcache.share.format import HIDDEN
 from actcache.share.index import Index
+from actcache.share.index_prompts import PERPLEXITIES
 from actcache.share.prompts import labels_of, prompts_of
 from actcache.share.source import open_source
 from actcache.share.values import is_plain, values_of
@@ -31,6 +32,7 @@ class DatasetMetadata:
             lists of these.
         provenance: what made the dataset, as it says itself.
         dataset: where it is; `commit`: the commit of the repository that was read, None for a folder.
+        has_perplexity: whether its index has the perplexity of prompts.
     """
 
     model_name: str | None
@@ -45,6 +47,7 @@ class DatasetMetadata:
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
     dataset: str = ""
     commit: str | None = None
+    has_perplexity: bool = False
 
 
 def fetch_dataset_metadata(
@@ -79,4 +82,5 @@ def fetch_dataset_metadata(
         provenance=provenance if isinstance(provenance, dict) else {},
         dataset=index.source.name,
         commit=index.source.commit,
+        has_perplexity=set(PERPLEXITIES) <= set(index.columns),
     )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from actcache.derive.results import LOGITS as LOGITS_SITE
 from actcache.derive.results import PERPLEXITY, TOKEN_NLL
-from actcache.errors import DatasetFormatError, DatasetLayerError, OptionError, did_you_mean
-from actcache.model.site_list import ranges
+from actcache.errors import DatasetFormatError, OptionError, did_you_mean
 from actcache.share.format import LOGITS, TensorGroup
 from actcache.share.index import Index
 from actcache.share.index_prompts import LOSSES_COLUMN, PERPLEXITIES
+from actcache.share.layers import is_every, numbers_of
 from actcache.store.pulled import kind_of
 from actcache.store.records import COMPLETION, DERIVED, LABEL, METADATA, PULLED, SCALE, TOKENS, is_layout, is_result
 
@@ -90,7 +90,7 @@ class Offered:
 
     def choose(self, tensors: Any, layers: Any) -> list[Column]:
         """The sites of `tensors` (names of tensors or sites, single layers of these; None: all) at `layers` (block
-        numbers; None: all). OptionError and DatasetLayerError name what there is."""
+        numbers; None or "all": all). OptionError and DatasetLayerError name what there is."""
         wanted = None if tensors is None else [tensors] if isinstance(tensors, str) else list(tensors)
         found: dict[str, Column] = {}
         by_site: dict[str, list[Column]] = {}
@@ -104,19 +104,8 @@ class Offered:
             found.update({column.site: column for column in columns})
         if not found:
             raise OptionError(f"tensors is empty: expected some of {', '.join(self._by_tensor)}, or None for all.")
-        if layers is None:
+        if is_every(layers):
             return list(found.values())
-        asked = self._layers(layers, found)
+        known = {column.layer for column in found.values() if column.layer is not None}
+        asked = numbers_of(layers, known, self.name)
         return [c for c in found.values() if c.layer is None or c.layer in asked]
-
-    def _layers(self, layers: Any, found: Mapping[str, Column]) -> set[int]:
-        asked: Sequence[Any] = list(layers) if isinstance(layers, Iterable) else [layers]
-        known = sorted({column.layer for column in found.values() if column.layer is not None})
-        for layer in asked:
-            if not hasattr(layer, "__index__") or isinstance(layer, bool):
-                raise OptionError(f"layers holds {layer!r}: expected block numbers, or None for every layer.")
-            if int(layer) not in known:
-                raise DatasetLayerError(f"{self.name} has no layer {layer}: it has {ranges(known) or 'none'}.")
-        if not asked:
-            raise OptionError("layers is empty: expected block numbers, or None for every layer.")
-        return {int(layer) for layer in asked}

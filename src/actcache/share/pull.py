@@ -49,7 +49,7 @@ def pull_dataset(
     repo_id: str | os.PathLike[str],
     *,
     tensors: Sequence[str] | str | None = None,
-    layers: int | Sequence[int] | None = None,
+    layers: int | Sequence[int] | str | None = None,
     target_prompts: Sequence[Any] | str | None = None,
     overwrite: bool = False,
     token: str | bool | None = None,
@@ -70,7 +70,7 @@ def pull_dataset(
     Args:
         tensors: some of "hidden_layers", "logits_topk", "router_logits", "perplexity", names of sites, or single layers
             of these; None: all.
-        layers: block numbers; None: every layer.
+        layers: block numbers; None or "all": every layer.
         target_prompts: texts (token ids, chats) of the dataset; None: all.
         overwrite: forget what was pulled of this dataset before, at whichever commit, and fetch it anew.
         token: of the Hub, for a private dataset; None: the one that is logged in, False: none. It is not stored: what
@@ -108,7 +108,7 @@ def pull(
     repo_id: str | os.PathLike[str],
     *,
     tensors: Sequence[str] | str | None,
-    layers: int | Sequence[int] | None,
+    layers: int | Sequence[int] | str | None,
     target_prompts: Sequence[Any] | str | None,
     overwrite: bool,
     token: str | bool | None,

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from actcache.derive.results import PERPLEXITY, TOKEN_NLL
 from actcache.errors import NotCachedError, OptionError, PromptTypeError, did_you_mean
-from actcache.share.format import HIDDEN, LOGITS, ROUTER
-from actcache.share.groups import by_name, group_and_layer, preference
+from actcache.share.format import HIDDEN, LOGITS
+from actcache.share.groups import by_name, group_and_layer, not_stored, preference
 from actcache.share.stored_prompts import StoredPrompts, StoredTable, of_other_tokens
 from actcache.store.asking import Located
 from actcache.store.default import model_label, one_variant
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 Ints = npt.NDArray[np.int64]
 STREAM = "resid_post"
-TENSORS = (HIDDEN, LOGITS, PERPLEXITY, ROUTER)
 _AT_ONCE = 1 << 15
 _NAMED = 5
 
@@ -217,11 +216,7 @@ class _Finder:
             choices = self.by_name.get(STREAM if group == HIDDEN else group, {})
             layers = {one for sites in choices.values() for one in sites}
             if group not in known or (layer is not None and layer not in layers):
-                stored = ", ".join(sorted(known)) or "nothing"
-                raise OptionError(
-                    f"tensors: {name!r} is not stored for {self.space.model_name!r}."
-                    f"{did_you_mean(str(name), [*known, *TENSORS])} Stored: {stored}."
-                )
+                raise not_stored(str(name), self.space.model_name, layers if group in known else (), known)
             wanted.setdefault(group, set()).add(layer)
         if not wanted:
             raise OptionError(f"tensors is empty: expected some of {', '.join(sorted(known))}, or None for all.")

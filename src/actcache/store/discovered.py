@@ -140,6 +140,12 @@ def none_of_that_name(name: str, spaces: Sequence[SpaceInfo]) -> NotCachedError:
     """What to raise where a store, which holds `spaces`, has nothing of a model of that name."""
     names = sorted({s.model_name for s in spaces})
     known = f" Stored: {', '.join(names)}." if names else " The store is empty."
+    brought = sorted({s.model_name for s in spaces if s.pulled or s.imported})
+    if brought:
+        known += (
+            " What was pulled or imported is called as it was where it comes from: ask for it by that name, as "
+            f"`actcache show {brought[0]} PROMPT` does."
+        )
     return NotCachedError(f"nothing is stored for {name!r}.{did_you_mean(name, names)}{known}")
 
 
