@@ -200,7 +200,7 @@ def test_layers_and_prompts_that_are_not_there_are_named(tmp_path):
     made = make(tmp_path / "set")
     with pytest.raises(DatasetLayerError, match=r"no layer 7 of resid_post: it has 0, 2, 5"):
         ac.load_activations(made.folder, layers=[0, 7])
-    with pytest.raises(ValueError, match="no layer -1"):
+    with pytest.raises(ValueError, match="layer -1 counts from the end"):
         ac.load_activations(made.folder, layers=-1)
     for wrong in ([], [0, 0], ["0"], [True], 1.5):
         with pytest.raises(OptionError):
