@@ -95,7 +95,10 @@ TEXTS: dict[str, Callable[[Any], list[str]]] = {
     "stats": lambda vs: [f" {s['site']}  {s['rows']}  {s['width']}  " for v in vs for s in v["sites"]],
     "import": lambda i: [f"{name}: {prompts(n)} imported" for name, n in i["models"].items()],
     "pull": lambda p: [f"{p['model_name']}: {prompts(p['prompts'])} "],
-    "dataset-info": lambda d: [f"prompts  {d['num_prompts']}\n", f"labels  {', '.join(d['labels'])}\n"],
+    "dataset-info": lambda d: [
+        f"prompts  {d['num_prompts']}\n",
+        f"labels  {', '.join(d['labels'])} (1 of 2 prompts have none)\n",
+    ],
     "verify": lambda v: (
         [f"{v['segments']} segment", f" {v['blocks']} block", f" {v['tombs']} tomb"]
         + [f"{d['site']}, {len(d['rows'])} rows: {d['reason']}" for d in v["damaged"]]
