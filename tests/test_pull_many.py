@@ -146,6 +146,43 @@ def test_merged_segments_have_so_many_prompts(tmp_path, monkeypatch):
         assert len(store.prompts(space)) == 28
 
 
+def test_texts_with_the_same_token_ids_in_different_steps(tmp_path, request):
+    """As of a tokenizer that leaves out case: each text is found by itself, however the dataset was pulled."""
+    titles, lower = ([f"{first}ext {i}" for i in range(12)] for first in "Tt")
+    texts = [*titles, *lower]
+    vectors = np.repeat(np.arange(12, dtype=np.float32), 4).reshape(12, 4)
+    with new_store(tmp_path) as store:
+        space = new_space(store)
+        own = PromptTable.build([[i, 5] for i in range(12)] * 2, texts, text_context="uncased")
+        values = {"resid_post.0": np.concatenate([vectors, vectors])}
+        store.append(space, Records.pooled(own, "last_token", values))
+        ac.push_dataset(tmp_path / "set", MODEL, texts, store=store)
+    request.getfixturevalue("few_at_once")
+
+    def found(store, prompts):
+        (space,) = store.spaces()
+        return store.read(space, prompts, "resid_post.0", pooling="last_token").numpy()
+
+    with new_store(tmp_path / "whole") as store:
+        assert ac.pull_dataset(tmp_path / "set", store=store) == 24
+        (space,) = store.spaces()
+        assert store.contains(space, texts, "resid_post.0", pooling="last_token").all()
+        # What is here of the first is not here of the second, which has another text.
+        assert np.array_equal(found(store, titles[:1]), vectors[:1])
+        assert np.array_equal(found(store, lower[:1]), vectors[:1])
+        assert np.array_equal(found(store, [lower[3], titles[3]]), vectors[[3, 3]])
+    with new_store(tmp_path / "materialized") as store:
+        ac.pull_dataset(tmp_path / "set", store=store, materialize=True)
+        (tmp_path / "set").rename(tmp_path / "gone")
+        assert np.array_equal(found(store, texts), np.concatenate([vectors, vectors]))
+        (tmp_path / "gone").rename(tmp_path / "set")
+    with new_store(tmp_path / "one by one") as store:
+        for chosen in (titles[1], lower[1]):
+            assert ac.pull_dataset(tmp_path / "set", store=store, target_prompts=[chosen]) == 1
+        (space,) = store.spaces()
+        assert store.contains(space, [titles[1], lower[1]], "resid_post.0", pooling="last_token").all()
+
+
 _PULL = """
 import sys, threading
 from pathlib import Path

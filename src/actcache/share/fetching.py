@@ -31,7 +31,7 @@ from actcache.share.unchanged import check_unchanged, files_of
 from actcache.store.dtypes import FLOATING, common_dtype
 from actcache.store.files import log
 from actcache.store.locks import exclusive
-from actcache.store.prompts import PromptTable
+from actcache.store.prompts import IDS, PromptTable
 from actcache.store.pulled import PROMPT
 from actcache.store.records import PULLED, TOKENS, Records, is_result
 from actcache.store.spill import Spill
@@ -289,14 +289,34 @@ def _missing(
     store: Store, info: SpaceInfo, table: PromptTable, sites: Sequence[str], layout: str
 ) -> list[tuple[Ints, list[str]]]:
     """Which of the prompts, each different one once, lack which sites."""
-    first = np.sort(np.unique(table.token_key, axis=0, return_index=True)[1])
-    placement = store.locate(info.space, table=table, sites=sites, layout=layout)
-    kinds, which = np.unique(placement.found_each[first], axis=0, return_inverse=True)
+    keys = np.hstack([table.token_key, table.text_key])
+    first = np.sort(np.unique(keys, axis=0, return_index=True)[1])
+    found_each = found_as_given(store, info, table, sites, layout)[first]
+    kinds, which = np.unique(found_each, axis=0, return_inverse=True)
     return [
         (first[which.ravel() == number], [site for site, found in zip(sites, kind.tolist(), strict=True) if not found])
         for number, kind in enumerate(kinds)
         if not kind.all()
     ]
+
+
+def found_as_given(
+    store: Store, info: SpaceInfo, table: PromptTable, sites: Sequence[str], layout: str
+) -> npt.NDArray[np.bool_]:
+    """Which prompts are there at which sites, bool ``[n, sites]``: by their token ids and, where they are texts, by
+    these, too. A tokenizer that leaves out case gives several texts the same ids."""
+    found = store.locate(info.space, table=table, sites=sites, layout=layout).found_each
+    some = np.flatnonzero(found.any(axis=1) & (table.kind != IDS))
+    # Prompts of several contexts that were joined do not say which context each text has.
+    if not len(some) or not table.text_context:
+        return found
+    texts = [text or "" for text in table.select(some).texts]
+    by_text = store.locate(
+        info.space, texts=texts, kinds=table.kind[some], text_context=table.text_context, sites=sites, layout=layout
+    )
+    found = found.copy()
+    found[some] &= by_text.found_each
+    return found
 
 
 def _count(missing: Sequence[tuple[Ints, Sequence[str]]]) -> int:

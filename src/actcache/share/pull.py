@@ -13,7 +13,7 @@ import numpy.typing as npt
 from actcache.errors import DatasetAccessError, DatasetFormatError, OptionError
 from actcache.progress import progress
 from actcache.share.different import Different
-from actcache.share.fetching import Dataset, fetch, remember
+from actcache.share.fetching import Dataset, fetch, found_as_given, remember
 from actcache.share.folder import Folder
 from actcache.share.index import Index
 from actcache.share.index_prompts import lengths_of, pieces
@@ -259,8 +259,7 @@ def _register(store: Store, info: SpaceInfo, columns: Sequence[Column], piece: P
         members = np.flatnonzero(which.ravel() == number)
         named = [f"{PULLED}.{site}" for site, there in zip(of_index, kind.tolist(), strict=True) if there]
         named = [*sites, *named]
-        placement = store.locate(info.space, table=table.select(members), sites=named, layout=PULLED)
-        new = members[~placement.found]
+        new = members[~found_as_given(store, info, table.select(members), named, PULLED).all(axis=1)]
         if not len(new):
             continue
         chosen = table if len(new) == len(table) else table.select(new)
