@@ -14,6 +14,9 @@ import pytest
 import actcache as ac
 from actcache.errors import DatasetFormatError
 from actcache.share import fetching
+from actcache.share.index import Index
+from actcache.share.source import open_source
+from actcache.share.values import codes_in
 from actcache.store import given, merging
 from actcache.store.prompts import PromptTable, gather_ragged
 from actcache.store.records import DERIVED, LABEL, METADATA, TOKENS, Records
@@ -181,6 +184,20 @@ def test_texts_with_the_same_token_ids_in_different_steps(tmp_path, request):
             assert ac.pull_dataset(tmp_path / "set", store=store, target_prompts=[chosen]) == 1
         (space,) = store.spaces()
         assert store.contains(space, [titles[1], lower[1]], "resid_post.0", pooling="last_token").all()
+
+
+def test_no_step_encodes_the_texts_of_the_steps_before(tmp_path):
+    """Rows that are read out of the middle of a file come with the texts of all rows before them."""
+    made = make(tmp_path / "set", n=60)
+    made.columns["text"] = [None if i % 7 == 6 else f"text {i % 40}" for i in range(60)]
+    made.write()
+    index = Index(open_source(made.folder))
+    known = []
+    for batch in index.batches(["text"], most_rows=5):
+        codes, texts = codes_in(index, "text", batch["text"])
+        assert len(texts) <= 5 and len(set(texts)) == len(texts)
+        known += [None if code < 0 else texts[code] for code in codes.tolist()]
+    assert known == made.columns["text"]
 
 
 _PULL = """

@@ -119,12 +119,25 @@ def _encoded(column: pa.Array) -> tuple[Ints, pa.Array]:
     import pyarrow.types as types
 
     encoded = column if types.is_dictionary(column.type) else column.dictionary_encode()
+    codes, texts = _integers(encoded.indices), encoded.dictionary
+    if len(texts) > len(codes):
+        # Some rows of many come with the texts of all rows that were read before them.
+        codes, texts = _used(codes, texts)
     # Parts of a dictionary that were joined may hold a text twice.
-    unique = encoded.dictionary.dictionary_encode()
-    codes = _integers(encoded.indices)
+    unique = texts.dictionary_encode()
     if not len(unique.dictionary):
         return codes, unique.dictionary
     return np.where(codes >= 0, _integers(unique.indices)[codes], -1), unique.dictionary
+
+
+def _used(codes: Ints, texts: pa.Array) -> tuple[Ints, pa.Array]:
+    """The same with those of `texts` alone that have a number among `codes`."""
+    import pyarrow as pa
+
+    used, which = np.unique(codes, return_inverse=True)
+    # -1, which names none, sorts first.
+    absent = int(len(used) > 0 and used[0] < 0)
+    return which.ravel() - absent, texts.take(pa.array(used[absent:]))
 
 
 def _binary(kind: pa.DataType) -> pa.DataType:
