@@ -188,6 +188,28 @@ def test_a_background_without_a_thread_does_it_at_once(monkeypatch: pytest.Monke
         assert done == [1, 3]
 
 
+def fail_to_start() -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_thread_that_starts_late_does_nothing_behind_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise KeyError("work")
+
+    disk, done = Background("test"), list[int]()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", lambda _: fail_to_start())
+        disk.do(fail)
+    disk.do(partial(done.append, 1))
+    with pytest.raises(KeyError, match="work"):
+        disk.wait()
+    assert done == []
+    disk.do(partial(done.append, 2))
+    disk.wait()
+    disk.stop()
+    assert done == [2]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_is_refused_and_never_waits(tmp_path: Path) -> None:
     """The thread that writes is the parent's, as the file and its lock are."""

@@ -116,3 +116,10 @@ def test_what_fails_is_1(home: Path, cli: Cli, verb: str, monkeypatch: pytest.Mo
     status, out, err = call(cli, verb, line.removeprefix("FULL"))
     assert (status, out) == (1, "")
     assert err.startswith("actcache: ") and err.count("\n") == 1, err
+
+
+def test_a_store_that_is_not_there_is_not_intact(home: Path, cli: Cli) -> None:
+    """As where its name is misspelled."""
+    status, out, err = call(cli, "verify", "--store absent")
+    assert (status, out) == (1, "") and "--store absent: there is no such folder" in err
+    assert not (home / "absent").exists()

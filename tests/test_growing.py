@@ -257,6 +257,23 @@ def test_what_is_invalidated_while_a_file_grows_stays_gone(
         assert check_pooled(looking, space, [1, 2, 3, 4]).tolist() == expected
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_is_stored_again_behind_its_tomb_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
+    monkeypatch.setattr(GrowingFile, "is_well_filled", in_place)
+    store, space = make_store(tmp_path)
+    writer = growing_writer(store, space)
+    writer.append([pooled([1, 2])])
+    assert store.invalidate(space, make_table([1, 2])) == 2
+    writer.append([pooled([1, 3])])
+    expected = [True, False, True]
+    assert check_pooled(store, space, [1, 2, 3]).tolist() == expected
+    writer.finish(False)
+    for looking in (store, fresh(store, tmp_path)):
+        assert check_pooled(looking, space, [1, 2, 3]).tolist() == expected
+
+
 def test_a_file_that_is_removed_is_followed_by_another(tmp_path: Path) -> None:
     """Whoever evicts or clears takes what was stored before; what is stored then is stored."""
     store, space = make_store(tmp_path)

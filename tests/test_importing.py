@@ -344,6 +344,9 @@ def test_arrays_with_a_list_of_prompts(tmp_path: Path, store: Store, cli: Cli) -
         ac.import_arrays(tmp_path / "x.npy", "org/m", texts, pooling="mean", store=store)
     with pytest.raises(OptionError, match=r"\[3, 8\].*pooling="):
         ac.import_arrays({"embed": matrix}, "org/m", texts, store=store)
+    both = {"blocks.0.hook_resid_post": matrix, "resid_post.0": matrix + 1}
+    with pytest.raises(OptionError, match=r"'blocks.0.hook_resid_post' and 'resid_post.0' are the same site"):
+        ac.import_arrays(both, "org/m", texts, pooling="mean", store=store)
     with pytest.raises(OptionError, match=r"expected \[2, D\]"):
         ac.import_arrays({"embed": matrix}, "org/m", ["a", "b"], pooling="mean", store=store)
     for name, error, words in (

@@ -165,6 +165,9 @@ class TestValues:
             assert torch.equal(stored[i][mask[i]], direct["resid_post.1"][i])
 
     def test_one_liner(self, folder):
+        for name, instead in ({"sites": ["mlp_out"]}, "site="), ({"cache_pooled": False}, "pooling=None"):
+            with pytest.raises(errors.OptionError, match=f"no {next(iter(name))}=: give {instead}"):
+                ac.activations(folder, TEXTS, **name)
         values = ac.activations(folder, TEXTS, layers=[0, 2])
         assert isinstance(values, np.ndarray)
         assert values.shape[:2] == (len(TEXTS), 2)

@@ -1,4 +1,4 @@
-"""Capture language-model activations once, keep them safe, and read them back at memory speed.
+"""Capture language-model activations once, keep them safe, and map them back into memory.
 
     import actcache as ac
 

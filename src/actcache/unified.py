@@ -343,12 +343,15 @@ def activations(
         that and the labels `[B]` that ``UnifiedCache.warmup(prompts, labels=...)`` has stored: int64, float64, bool or
         str where all are of one kind, else objects.
 
-    Further `options` are those of `UnifiedCache`.
+    Further `options` are those of `UnifiedCache`, but for `sites` and `cache_pooled`.
 
     Raises:
         NotCachedError: labels are asked for, and a prompt has none.
         OptionError: layers at which the site has other widths, which fit no array; besides what `UnifiedCache` raises.
     """
+    for name, instead in (("sites", "site= (one; UnifiedCache has several)"), ("cache_pooled", "pooling=None")):
+        if name in options:
+            raise OptionError(f"ac.activations has no {name}=: give {instead}.")
     cached = pooling is not None
     if pooling is not None:
         options["pooling"] = pooling

@@ -100,7 +100,7 @@ class Verbs(click.Group):
 @debug_option
 @click.pass_context
 def app(ctx: click.Context) -> None:
-    """Capture language-model activations once, keep them safe, and read them back at memory speed."""
+    """Capture language-model activations once, keep them safe, and map them back into memory."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 

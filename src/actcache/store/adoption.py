@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,9 @@ from actcache.store.growing import GrowingFile
 from actcache.store.index import SpaceIndex
 from actcache.store.locks import LOCK_WAIT_S, exclusive
 from actcache.store.merging import before_writes, drop_duplicates, open_source, replace_segments, writing_since
+from actcache.store.records import SegmentInfo
 from actcache.store.sources import Part, in_order, overtaken_by_others
+from actcache.store.tombs import Keys, is_member
 
 
 def adopt(index: SpaceIndex, lock_folder: Path) -> int:
@@ -83,10 +85,19 @@ def _may_be_sealed(index: SpaceIndex, file: GrowingFile) -> bool:
         since, _ = writing_since(index)
         numbers = {info.name: number for number, info in index.segments()}
         parts = [Part(numbers.get(b.name, -1), b, np.ones(b.prompts, bool)) for b in batches]
-        # All of it will count as being as new as its last batch, and an unreadable tomb of one batch for all of it.
-        known = all(keys is not None for batch in batches for keys in index.tombs_of(batch).values())
+        # All of it will count as being as new as its last batch, and a tomb of one batch for all of it.
+        said = [(batch, keys) for batch in batches for keys in index.tombs_of(batch).values()]
         newest = max(batch.created_ns for batch in batches)
-        return known and newest < since and not overtaken_by_others(index, parts)
+        return not (
+            any(keys is None or _is_stored_again(keys, batch, batches) for batch, keys in said)
+            or newest >= since
+            or overtaken_by_others(index, parts)
+        )
+
+
+def _is_stored_again(gone: Keys, batch: SegmentInfo, batches: Sequence[SegmentInfo]) -> bool:
+    """Whether other batches have a prompt that a tomb of `batch` names: they may have got it behind the tomb."""
+    return any(is_member(other.prompt_key, gone).any() for other in batches if other is not batch)
 
 
 def _seal(index: SpaceIndex, file: GrowingFile) -> None:

@@ -66,6 +66,8 @@ class Background:
 
     def do(self, work: Callable[[], object]) -> None:
         """Have `work` done when all that was told before is; not at all, where something of that has failed."""
+        if self._error is not None:
+            return
         if self._thread is None:
             thread = threading.Thread(target=_do_all, args=(self._asked, self._answers), daemon=True, name=self._name)
             try:
@@ -73,8 +75,7 @@ class Background:
                 self._thread = thread
             except RuntimeError:
                 # No thread can be started any more, as at the end of a process.
-                if self._error is None:
-                    self._error = _raised(work)
+                self._error = _raised(work)
                 return
         self._asked.put(work)
 

@@ -230,12 +230,18 @@ def _by_site(
 ) -> dict[str, npt.NDArray[Any]]:
     """Arrays by the names of their sites. Hook points of TransformerLens that are none are noted in `report`: whoever
     has saved what `run_with_cache` returns has all of them; heads are joined."""
-    found = {}
+    found: dict[str, npt.NDArray[Any]] = {}
+    names: dict[str, str] = {}
     for name, array in given.items():
-        if not name.rpartition(".")[2].startswith("hook_"):
-            found[_complete(name)] = array
-        elif (site := hook_site(name, report)) is not None:
-            found[_complete(site)] = array.reshape(*array.shape[:2], -1) if by_token and array.ndim == 4 else array
+        is_hook = name.rpartition(".")[2].startswith("hook_")
+        site = hook_site(name, report) if is_hook else name
+        if site is None:
+            continue
+        site = _complete(site)
+        if site in found:
+            raise OptionError(f"{names[site]!r} and {name!r} are the same site, {site}: leave one of them out.")
+        names[site] = name
+        found[site] = array.reshape(*array.shape[:2], -1) if is_hook and by_token and array.ndim == 4 else array
     return found
 
 
