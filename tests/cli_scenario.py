@@ -52,7 +52,7 @@ dataset-info ./pushed
 dataset-info ./absent
 load ./pushed --out out.safetensors --layers 5
 load ./pushed --out out.npz --pooling none --no-labels
-load ./pushed --out out.npz --layers 3
+load ./pushed --out out.npz --layers 3 --no-labels
 pull ./pushed --store other --materialize
 pull ./full --store other
 pull ./absent --store other
