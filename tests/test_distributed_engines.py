@@ -20,7 +20,11 @@ from actcache.errors import OptionError, PartialWarmupError, WorkersError
 from children import children, end_all_but
 from distributed_helpers import OPTIONS, PROMPTS, bare_forwards, check_stored, make_model, set_fault, stored, write
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning:ray.*")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray.*"),
+    pytest.mark.usefixtures("one_ray_at_a_time"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -190,6 +190,7 @@ def test_a_failing_batch_is_tried_as_often_as_is_said(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_ray_at_a_time")
 @pytest.mark.filterwarnings("ignore::FutureWarning:ray.*")
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_workers_store_labels_and_try_again(

@@ -17,7 +17,11 @@ import pytest
 import actcache as ac
 from distributed_helpers import OPTIONS, PROMPTS, bare_forwards, check_stored, make_model, set_fault
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning:ray.*")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray.*"),
+    pytest.mark.usefixtures("one_ray_at_a_time"),
+]
 
 SITE = "resid_post.1"
 DISTINCT = PROMPTS[:18]
