@@ -33,7 +33,8 @@ def command(capsys: pytest.CaptureFixture[str], *before: str) -> Cli:
 # Sends itself a signal at the n-th call of a function, so that it comes at the same place on every machine. Behind an @
 # is what the first argument of the calls that count has in it.
 STOPPED = """
-import importlib, os, sys
+import importlib, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 where, number, which, *sys.argv[1:] = sys.argv[1:]
 where, _, about = where.partition("@")
 module, _, path = where.partition(":")
