@@ -59,7 +59,8 @@ def test_upgrade(cli, tmp_path):
         (["migrate", "{pooled}"], 2, "one vector per prompt"),
         (["migrate", "{pooled}", "--private"], 2, "private"),
         (["migrate", "{pooled}", "--shard-max-bytes", "0"], 2, "shard-max-bytes"),
-        (["upgrade", "a b"], 2, "no repository of the Hub"),
+        (["upgrade", "a b"], 2, "is neither a repository"),
+        (["upgrade", "org/a b"], 2, "no repository of the Hub"),
     ],
 )
 def test_what_cannot_be_is_one_line(cli, tmp_path, monkeypatch, arguments, status, message):
