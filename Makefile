@@ -13,6 +13,10 @@ PEERS_ALONE ?= dictionary-learning==0.1.0
 # A server of objects that checks signatures, for slow tests.
 SWIFT ?= swift==2.38.3
 
+# Of `make bench-peers`: which of them (nnsight, transformer-lens, lmprobe, easyroutine), all when empty; 0 rounds are 7.
+PEER ?=
+ROUNDS ?= 0
+
 # The library whose users read our datasets, as we do theirs.
 LMPROBE ?= lmprobe==0.10.3
 
@@ -105,7 +109,7 @@ bench: venv ## run the benchmarks: tables of ratios against a reference in the s
 	@status=0; for file in $(BENCHMARKS); do echo "==> $$file"; $(offline) $(PY) $$file || status=1; done; exit $$status
 
 bench-peers: venv venv-peers venv-lmprobe ## the same work with other libraries: is it right, and how long does it take?
-	@$(PY) benchmarks/peers.py --torch "$(TORCH)" --environment nnsight=$(VENV_PEERS) \
+	@$(PY) benchmarks/peers.py $(addprefix --peer ,$(PEER)) --rounds $(ROUNDS) --torch "$(TORCH)" --environment nnsight=$(VENV_PEERS) \
 	    --environment transformer-lens=$(VENV_PEERS) --environment lmprobe=$(VENV_LMPROBE)
 
 clean: ## remove the virtual environments and what tools left behind

@@ -186,7 +186,7 @@ class Layer:
         warm = self.warm(parts, rounds)
         title = f"reading one layer of {PROMPTS:,} prompts, {self.what}"
         return [
-            (title, cold, {"nbytes": self.nbytes, "bounds": {"located, taken": 0.7}}),
+            (title, cold, {"nbytes": self.nbytes, "bounds": {"read": 0.7}}),
             (f"{title}, once more", warm, {"nbytes": self.nbytes, "bounds": {"read": 0.9}}),
         ]
 

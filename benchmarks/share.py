@@ -79,7 +79,7 @@ def plain_read(name: str, folder: Path) -> dict[str, Any]:
 
     snapshot_download(name, repo_type="dataset", local_dir=folder)
     found: dict[str, Any] = {"index": pq.read_table(folder / "index")}
-    for path in sorted((folder / "tensors").iterdir()):
+    for path in sorted((folder / "tensors").glob("*.safetensors")):
         found |= load_file(path)
     return found
 

@@ -58,7 +58,8 @@ No cell is wrong: then this page could not be made. Other architectures work whe
 identities hold. To see your own model on your own machine:
 
 ```sh
-actcache selftest path/or/hub-id          # --dtype bfloat16, --device cuda, --attn-implementation eager, ...
+MODEL=$(actcache demo --model-path)     # yours: a folder or a Hugging Face id
+actcache selftest "$MODEL"              # --dtype bfloat16, --device cuda, --attn-implementation eager, ...
 ```
 
 `ac.selftest(model)` takes a loaded model too.

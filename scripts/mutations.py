@@ -161,8 +161,8 @@ KEYS = (
     Mutation(
         "a selection takes the row behind",
         "store/prompts.py",
-        "np.repeat(offset[index] - ends[:-1], lengths)",
-        "np.repeat(offset[index + 1] - ends[:-1], lengths)",
+        "np.repeat(starts[a:b] - ends[a:b], lengths[a:b])",
+        "np.repeat(starts[a:b] - ends[a:b] + 1, lengths[a:b])",
         _SEGMENT,
     ),
     Mutation(

@@ -19,8 +19,8 @@ TEXTS = ["The sky is blue.", "Snow is white."]
 # In this order each finds what it needs. {...} are steps in between.
 ORDER = (
     "version", "config", "demo", "sites", "selftest", "plan", "warmup", "info", "list", "show", "lens", "stats",
-    "{published}", "migrate", "upgrade", "{gone}", "push", "pull", "load", "dataset-info", "{copied}", "report",
-    "import", "verify", "evict",
+    "{published}", "migrate", "upgrade", "{gone}", "push", "invalidate", "pull", "load", "dataset-info", "{copied}",
+    "report", "import", "verify", "evict",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def prepare() -> None:
     Path("prompts.txt").write_text("".join(f"{text}\n" for text in TEXTS))
     given = [*TEXTS, [464, 6766, 318]]
     Path("prompts.jsonl").write_text("".join(f"{json.dumps(prompt)}\n" for prompt in given))
-    Path("prompts.csv").write_text(f"text,truth\n{TEXTS[0]},1\n{TEXTS[1]},0\n")
+    Path("prompts.csv").write_text(f"text,truth,topic\n{TEXTS[0]},1,sky\n{TEXTS[1]},0,snow\n")
     np.save("vectors.npy", np.ones((2, 32), np.float32))
     lmprobe = Path(".cache/lmprobe") / h16("m")
     lmprobe.mkdir(parents=True)

@@ -34,7 +34,6 @@ def command(capsys: pytest.CaptureFixture[str], *before: str) -> Cli:
 # is what the first argument of the calls that count has in it.
 STOPPED = """
 import importlib, os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 where, number, which, *sys.argv[1:] = sys.argv[1:]
 where, _, about = where.partition("@")
 module, _, path = where.partition(":")

@@ -70,6 +70,9 @@ damage
 verify
 verify --repair
 verify
+invalidate org/other --store other
+invalidate org/other --store other --prompt 'Snow is white.'
+invalidate org/other --store other --prompt 'Snow is white.'
 evict
 evict --limit-gb 0.0000001
 clear org/other --store other

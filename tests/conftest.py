@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Before torch is imported. Models of 32 dimensions have no work to share out: threads that wait for one another make
 # these tests several times slower on a machine that is busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell's background jobs ignore it, and so would the commands that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,6 +65,19 @@ def one_ray_at_a_time(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with (tmp_path_factory.getbasetemp().parent / "ray.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@pytest.fixture(params=["local", "ray"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Of many workers, each of them; what it leaves behind ends with the test."""
+    if request.param == "ray":
+        pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    yield request.param
+    if request.param == "ray":
+        import ray
+
+        ray.shutdown()
 
 
 @pytest.fixture(autouse=True)

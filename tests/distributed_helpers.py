@@ -22,6 +22,13 @@ PROMPTS = [[1 + (7 * i + k * k) % 50 for k in range(1 + i % 13)] + [3 + i // 50,
 OPTIONS: dict[str, Any] = {"compute_perplexity": False}
 
 
+def arguments(engine: str, **more: Any) -> dict[str, Any]:
+    """Of a run with two workers."""
+    # On a machine with one processor there are two of these all the same.
+    share = {"num_cpus_per_worker": 0.5} if engine == "ray" else {}
+    return {"engine": engine, "num_workers": 2, "unit_prompts": 12, **share, **OPTIONS, **more}
+
+
 def make_model(folder: Path) -> Path:
     """A tiny GPT-2 without a tokenizer: 259 tokens, 64 positions."""
     tiny_model("gpt2", seed=1, n_layer=LAYERS).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What pages of the documentation take for granted: a model `gpt2` (a folder, here), and a Hub with datasets.
+"""What examples of the command line take for granted: a Hub, and the token of one who may write there.
 
 Imported first of all: the Hub's client reads its environment once.
 """
@@ -12,7 +12,6 @@ from pathlib import Path
 
 from actcache.testing.hub import LoopbackHub
 
-PROMPTS = ["The sky is blue.", "Snow is white.", "The Eiffel Tower is in", "Cats are", "Grass is"]
 TOKEN = "hf_documentation"
 
 
@@ -23,18 +22,4 @@ def serve() -> LoopbackHub:
     atexit.register(hub.__exit__, None, None, None)
     hub.tokens.add(TOKEN)
     os.environ.update(hub.environment(folder / "home"), HF_TOKEN=TOKEN, HF_HUB_OFFLINE="0")
-    from actcache.testing.tiny import tiny_model, tiny_tokenizer
-
-    tiny_model("gpt2", num_hidden_layers=13).save_pretrained("gpt2")
-    tiny_tokenizer().save_pretrained("gpt2")
     return hub
-
-
-def publish() -> None:
-    """Push what `gpt2` has on `PROMPTS`, as format 2.0 and as a folder."""
-    import actcache as ac
-
-    cache = ac.UnifiedCache("gpt2", cache_pooled=False, cache_logits=True, logit_top_k=5, store=tempfile.mkdtemp())
-    cache.warmup(PROMPTS)
-    for place in ("org/name", "./folder"):
-        ac.push_dataset(place, "gpt2", PROMPTS, labels=[1, 1, 0, 0, 0], store=cache.store)

@@ -14,10 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PRELUDES = Path(__file__).parent / "docs_preludes"
-"""What a page takes for granted: scripts that make it, by the name of the page."""
 STANDINS = Path(__file__).parent / "docs_bin"
-"""Commands that a page names and a test must not run as they are: `make`, `pip`, `srun`, ..."""
+"""Commands that a page names and a test must not run as they are: `make`, `pip`."""
 
 RUN = ("python", "sh")
 SHOWN = ("text", "layout", "json", "toml", "bibtex")
@@ -110,14 +108,13 @@ def layouts(text: str) -> list[re.Pattern[str]]:
     return found
 
 
-def run(text: str, page: str, folder: Path) -> list[str]:
-    """Run the blocks of `text` in their order, as one session behind the prelude of `page`; what each of them printed.
+def run(text: str, folder: Path) -> list[str]:
+    """Run the blocks of `text` in their order, as one session in an empty folder; what each of them printed.
 
     An error where one fails, or prints something else than the `text` that follows it.
     """
     todo = [block for block in blocks(text) if block.language in RUN]
-    prelude = PRELUDES / f"{Path(page).with_suffix('').as_posix().replace('/', '_')}.py"
-    script = [prelude.read_text(encoding="utf-8") if prelude.exists() else ""]
+    script: list[str] = []
     for number, block in enumerate(todo):
         script.append(f"print({_SAID.format(number)!r}, end='', flush=True)")
         script.append(block.code if block.language == "python" else f"__import__('docs_shell').run({block.code!r})")

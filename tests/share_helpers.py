@@ -9,6 +9,7 @@ import ml_dtypes  # noqa: F401  (numpy then knows bfloat16 by its name)
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+import xxhash
 from safetensors import safe_open
 
 from actcache.store.prompts import PromptTable
@@ -19,6 +20,7 @@ MODEL = "org/model"
 LAYERS = ("resid_post.0", "resid_post.1")
 DIM = 8
 INDEX = "index/train-00000-of-00001.parquet"
+BLOCKS = "tensors/blocks.xxh3"
 
 
 def text(i: int) -> str:
@@ -120,3 +122,19 @@ class Published:
         where = self.by_text[prompt]
         places = zip(where["token_shard_ids"], where["token_shard_offsets"], strict=True)
         return torch.stack([self.tensor(group, layer, shard)[offset] for shard, offset in places])
+
+
+def has_right_digests(found: Published) -> bool:
+    """Whether the digests of blocks are those of the files that the index lists, and the index names them."""
+    data = (found.folder / BLOCKS).read_bytes()
+
+    def digests(content: bytes) -> list[int]:
+        return [xxhash.xxh3_64(content[at : at + 65536]).intdigest() for at in range(0, len(content), 65536)]
+
+    wanted = [d for path in sorted(found.ours["files"]) for d in digests((found.folder / path).read_bytes())]
+    numbers = np.frombuffer(data, "<u8").tolist()
+    tail = digests(data[: 8 * len(wanted)])
+    assert numbers == [*wanted, *tail]
+    digest = xxhash.xxh3_128(np.array(tail, "<u8").tobytes()).hexdigest()
+    assert found.ours["blocks"] == {"block": 65536, "digest": digest}
+    return True

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +27,7 @@ from actcache.store.backend import Bytes, LocalBackend, MemoryBackend
 from actcache.store.container import Tensor
 from actcache.store.placement import Placement
 from actcache.store.prompts import PromptTable
-from actcache.store.receiving import Received
+from actcache.store.receiving import Received, Rows
 from actcache.store.records import BLOCK, Records
 from actcache.store.store import Store
 from bucket_helpers import opened
@@ -668,3 +669,26 @@ def test_rows_out_of_runs_of_any_length(seed: int) -> None:
             wanted, places = wanted[known[wanted]], places[known[wanted]]
             found.gather(wanted, out, places)
             np.testing.assert_array_equal(out[places], matrix[wanted])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rows_are_copied_whatever_the_pieces_that_come(seed: int) -> None:
+    """Prompts of any length, none among them, some twice and some not, out of pieces that are cut anywhere."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, 6, 40)
+    ends = np.cumsum(counts)
+    matrix = rng.standard_normal((int(ends[-1]), 3)).astype(np.float32)
+    begin = int(rng.integers(0, 9))
+    blob = bytes(begin) + matrix.tobytes() + bytes(5)
+    tensor = Tensor("a", np.dtype(np.float32), matrix.shape, begin, begin + matrix.nbytes)
+    chosen = rng.integers(0, 40, 30)
+    into: list[npt.NDArray[Any]] = [np.full((1, 3), np.nan, np.float32)] * 30
+    places = rng.permutation(30)
+    rows = Rows(tensor, ends[chosen] - counts[chosen], ends[chosen], places, into)
+    cuts = [0, *sorted(rng.integers(0, len(blob), 12).tolist()), len(blob)]
+    pieces = [(a, memoryview(blob)[a:b]) for a, b in pairwise(cuts) if b > begin and a < tensor.stop and a < b]
+    for k in rng.permutation(len(pieces)).tolist():
+        rows.take(*pieces[k])
+    for place, i in zip(places.tolist(), chosen.tolist(), strict=True):
+        np.testing.assert_array_equal(into[place], matrix[ends[i] - counts[i] : ends[i]])
+        assert into[place].flags.writeable and into[place].flags.aligned

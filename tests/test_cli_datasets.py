@@ -98,7 +98,7 @@ def test_labels_that_are_missing_or_contradict_each_other(cli: Cli, tmp_path):
         (["--out", "x.txt"], 2, ".safetensors or .npz"),
         (["--out", "absent/x.npz"], 2, "no folder"),
         (["--out", "x.npz", "--layers", "first"], 2, "neither all nor numbers"),
-        (["--out", "x.npz", "--layers", "9"], 1, "has no layer 9"),
+        (["--out", "x.npz", "--layers", "9"], 2, "has no layer 9"),
         (["--out", "x.npz", "--pooling", "mean"], 2, "pooled with 'last_token'"),
         (["--out", "x.npz", "--pooling", "meen"], 2, "Did you mean 'mean'"),
         (["--out", "x.npz", "--site", "attn"], 2, "no site 'attn'"),
@@ -121,6 +121,8 @@ def test_dataset_info_tells_what_there_is(cli: Cli, tmp_path):
     found = json.loads(cli("dataset-info", str(made.folder), "--json")[1])
     assert found["tensors"] == made.metadata["tensors"]
     assert (found["num_prompts"], found["available_layers"], found["labels"]) == (11, [0, 2, 5], ["a", "b"])
+    assert (found["perplexity"], found["prompts_without_label"], found["checksums"]) == (False, 0, None)
+    assert "checked  nothing" in printed
     assert cli("dataset-info", str(tmp_path / "absent"))[0] == 1
 
 

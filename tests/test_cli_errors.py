@@ -30,7 +30,7 @@ PROMPT = ("--prompt", "Snow is white.")
         (["warmup", MODEL, *PROMPT, "--dtype", "float31"], 2, "'float32'"),
         (["warmup", MODEL, *PROMPT, "--device", "gpu"], 2, "'cuda'"),
         (["warmup", MODEL, *PROMPT, "--store", "s4://bucket/x"], 2, "expected s3://, gs:// or az://"),
-        (["warmup", MODEL, *PROMPT, "--layers", "99"], 1, "layer 99"),
+        (["warmup", MODEL, *PROMPT, "--layers", "99"], 2, "layer 99"),
         (["warmup", MODEL, *PROMPT, "--sites", "resid_pots"], 2, "Did you mean 'resid_post'"),
         (["warmup", "./no/such/model", *PROMPT], 1, "does not exist"),
         (["warmup", MODEL, "--prompt", "word " * 5000], 1, "tokens and the context of"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import actcache as ac
 from actcache.cli.app import VERBS
 from actcache.demo import model_path
 from cli_helpers import Cli
@@ -45,6 +46,7 @@ RUNS = {
     "selftest": ("--max-tokens 4 --layers 0", "--max-tokens 1", "./absent"),
     "verify": ("", "more", "DAMAGED"),
     "evict": ("--limit-gb 1", "--limit-gb much", "FULL --limit-gb 1"),
+    "invalidate": ("org/other --all-prompts", "org/other", "org/absent --all-prompts"),
     "clear": ("org/other --yes", "org/other --all-variants --space 0 --yes", "org/absent --yes"),
     "config": ("", "more", "FULL"),
     "version": ("", "more", "FULL"),
@@ -118,8 +120,59 @@ def test_what_fails_is_1(home: Path, cli: Cli, verb: str, monkeypatch: pytest.Mo
     assert err.startswith("actcache: ") and err.count("\n") == 1, err
 
 
-def test_a_store_that_is_not_there_is_not_intact(home: Path, cli: Cli) -> None:
-    """As where its name is misspelled."""
-    status, out, err = call(cli, "verify", "--store absent")
-    assert (status, out) == (1, "") and "--store absent: there is no such folder" in err
-    assert not (home / "absent").exists()
+# What only the model or the store can tell.
+CANNOT_BE = {
+    "warmup MODEL --prompt Snow --layers 99": "layer 99 is out of range: the model has 6 layers",
+    "warmup MODEL --prompt Snow --sites typo": "unknown site 'typo'",
+    "warmup MODEL --prompt Snow --sites cross_attn_out": "its blocks have no cross-attention",
+    "warmup MODEL --prompt Snow --pooling typo": "unknown pooling 'typo'",
+    "plan MODEL --prompt Snow --layers=-7": "layer -7 is out of range",
+    "lens MODEL Snow --layers 99": "layer 99 is out of range",
+    "lens MODEL Snow --position 99": "position 99 is out of range: prompt 0 has 3",
+    "lens MODEL Snow --token Snowball.Snowball": "must be one",
+    "lens MODEL Snow --translators absent": "'absent' does not exist",
+    "load ./set --layers 99 --out x.npz": "99",
+    "pull ./set --layers 99": "99",
+    "push ./pushed org/both": "stored in 2 variants",
+    "show org/model TEXT --store FILE": "is a file",
+}
+
+
+@pytest.mark.parametrize("line", CANNOT_BE)
+def test_what_the_model_or_the_store_tells_to_be_wrong_is_2(home: Path, cli: Cli, line: str) -> None:
+    if "./set" in line:
+        make(home / "set", "1.0 full", k=0)
+    if "org/both" in line:
+        with ac.Store(home / "store") as store:
+            for weights in ("one", "two"):
+                fill_tokens(store, new_space(store, weights=weights, name="org/both"), range(2))
+    verb, _, rest = line.partition(" ")
+    status, out, err = call(cli, verb, rest.replace("FILE", str(home / "prompts.txt")))
+    assert (status, out) == (2, ""), err
+    said = err.splitlines()[-1]
+    assert CANNOT_BE[line] in said and said.startswith("actcache: ")
+
+
+READING = {
+    "info": "", "list": "org/model", "show": "org/model TEXT", "stats": "", "report": "--out page.html", "verify": "",
+    "evict": "--limit-gb 1", "clear": "--yes", "invalidate": "org/model --all-prompts",
+    "push": "./pushed org/model",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", READING)
+def test_a_store_that_is_not_there_is_neither_empty_nor_intact(home: Path, cli: Cli, verb: str) -> None:
+    """As where its name is misspelled, which verbs that only read tell."""
+    before = sorted(home.rglob("*"))
+    status, out, err = call(cli, verb, f"{READING[verb]} --store absent")
+    assert (status, out) == (2, "") and "--store absent: there is no such folder" in err
+    assert sorted(home.rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", ["info", "stats", "verify", "evict"])
+def test_a_default_store_in_which_nothing_was_stored_yet_is_empty(
+    home: Path, cli: Cli, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACTCACHE_DIR", str(home / "new"))
+    status, _, err = call(cli, verb, READING[verb])
+    assert (status, err) == (0, "")

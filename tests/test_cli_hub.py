@@ -177,7 +177,7 @@ def test_pushes_that_cannot_be(hub, home, call, arguments, token, status, messag
         (["a/b/c", MODEL], 2, "no repository of the Hub"),
         (["user/new", "org/modle"], 1, "Did you mean 'org/model'"),
         (["user/other", MODEL], 1, "exists on the Hub and holds 1 file"),
-        (["user/full", MODEL, "--private", "--exist-ok"], 2, "is public, and --private is asked for"),
+        (["user/full", MODEL, "--private", "--exist-ok"], 1, "is public, and --private is asked for"),
         (["./other", MODEL], 1, "is not empty: pass --exist-ok"),
         (["./file", MODEL], 2, "is a file: name a folder"),
         (["/proc/absent/set", MODEL], 1, "cannot write to /proc/absent"),
@@ -191,7 +191,7 @@ def test_places_that_cannot_be_pushed_to(hub, home, call, arguments, status, mes
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["load", "user/full", "--out", "x.npz", "--layers", "7"], 1, "no layer 7 of resid_post: it has 0, 2, 5"),
+        (["load", "user/full", "--out", "x.npz", "--layers", "7"], 2, "no layer 7 of resid_post: it has 0, 2, 5"),
         (["load", "user/full", "--out", "x.npz", "--site", "attn_out"], 2, "no site 'attn_out'"),
         (["load", "user/pooled", "--out", "x.npz", "--pooling", "mean"], 2, "pooled with 'last_token'"),
         (["load", "user/full", "--out", "x.npz", "--prompts", "file"], 1, "has no prompt 'no such prompt'"),
@@ -200,7 +200,7 @@ def test_places_that_cannot_be_pushed_to(hub, home, call, arguments, status, mes
         (["load", "user/full", "--out", "absent/x.npz"], 2, "there is no folder absent"),
         (["load", "user/full", "--out", "/proc/x.npz"], 1, "--out /proc/x.npz cannot be written"),
         (["load", "user/full"], 2, "Missing option '--out'"),
-        (["pull", "user/full", "--store", "p", "--layers", "7"], 1, "no layer 7: it has 0, 2, 5"),
+        (["pull", "user/full", "--store", "p", "--layers", "7"], 2, "no layer 7: it has 0, 2, 5"),
         (["pull", "user/full", "--store", "p", "--tensors", "nope"], 2, "no tensors 'nope': it has hidden_layers"),
         (["pull", "user/full", "--store", "./file"], 2, "is a file: name a folder"),
         (["pull", "user/full", "--store", "/proc/absent/x"], 1, "cannot write to the store folder /proc/absent"),

@@ -97,13 +97,17 @@ TEXTS: dict[str, Callable[[Any], list[str]]] = {
     "pull": lambda p: [f"{p['model_name']}: {prompts(p['prompts'])} "],
     "dataset-info": lambda d: [
         f"prompts  {d['num_prompts']}\n",
-        f"labels  {', '.join(d['labels'])} (1 of 2 prompts have none)\n",
+        f"labels  {', '.join(d['labels'])} ({d['prompts_without_label']} of 2 prompts have none)\n",
+        {"blocks": "checked  all that is read\n"}[d["checksums"]],
     ],
     "verify": lambda v: (
         [f"{v['segments']} segment", f" {v['blocks']} block", f" {v['tombs']} tomb"]
         + [f"{d['site']}, {len(d['rows'])} rows: {d['reason']}" for d in v["damaged"]]
     ),
     "evict": lambda e: [f"{prompts(e['prompts'])} evicted"],
+    "invalidate": lambda i: [
+        f"{prompts(i['forgotten'])} of 1 forgotten" if i["forgotten"] else "none of them is stored"
+    ],
     "clear": lambda c: [f"{prompts(c['deleted'])} deleted" if c["deleted"] else "nothing is stored"],
 }
 

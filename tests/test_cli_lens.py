@@ -127,9 +127,9 @@ def test_mistakes(cli: Cli, tmp_path: Path) -> None:
     store = ("--store", str(tmp_path / "store"))
     for arguments, status, message in (
         ((PROMPT, "--token", " Pariss"), 2, "must be one: give a token id"),
-        ((PROMPT, "--position", "9"), 1, "position 9 is out of range: prompt 0 has 9 here"),
+        ((PROMPT, "--position", "9"), 2, "position 9 is out of range: prompt 0 has 9 here"),
         ((PROMPT, "--site", "attn_out"), 2, "unknown site of the residual stream 'attn_out'"),
-        ((PROMPT, "--layers", "6"), 1, "6"),
+        ((PROMPT, "--layers", "6"), 2, "6"),
         ((PROMPT, "--top-k", "0"), 2, "0 is not in the range"),
         ((PROMPT, "--top-k", "99999"), 2, "expected 1 to 1024"),
         ((PROMPT, "--translators", str(tmp_path)), 1, "holds no config.json"),

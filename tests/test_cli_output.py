@@ -11,6 +11,7 @@ import pytest
 
 from actcache.cli.output import duration, one_line, print_json, size
 from actcache.model.site_list import ranges
+from actcache.wording import age
 
 
 @dataclass
@@ -68,6 +69,23 @@ def test_sizes(nbytes: int | None, text: str) -> None:
 )
 def test_durations(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-3, "less than a minute ago"),
+        (0.55, "less than a minute ago"),
+        (60, "1 min ago"),
+        (3599.9, "59 min ago"),
+        (3600, "1 h ago"),
+        (47.9 * 3600, "47 h ago"),
+        (48 * 3600, "2 days ago"),
+        (1e9, "11,574 days ago"),
+    ],
+)
+def test_ages(seconds: float, text: str) -> None:
+    assert age(seconds) == text
 
 
 def test_a_prompt_stays_on_one_line() -> None:

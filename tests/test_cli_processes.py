@@ -146,10 +146,10 @@ def test_bars_are_for_terminals_and_on_standard_error(home: Path) -> None:
     out, err = home / "out", home / "err"
     status, said = on_terminal(home, *arguments, out=out)
     assert status == 0 and "extracting" in said and "%|" in said
-    assert out.read_text().startswith("2 prompts: 0 were stored, 2 extracted") and out.read_text().count("\n") == 1
+    assert out.read_text().startswith("2 prompts: 0 were stored, 2 extracted") and out.read_text().count("\n") == 2
     status, said = on_terminal(home, *arguments, "--sites", "attn_out", err=err)
     assert (status, err.read_text()) == (0, "")
-    assert said.startswith("2 prompts: 0 were stored, 2 extracted") and said.count("\n") == 1 and "%|" not in said
+    assert said.startswith("2 prompts: 0 were stored, 2 extracted") and said.count("\n") == 2 and "%|" not in said
 
 
 @pytest.mark.parametrize(("key", "left"), [(b"n\n", 3), (b"\x03", 3), (b"\x04", 3), (b"y\n", 1)])
@@ -164,3 +164,23 @@ def test_clear_asks_on_a_terminal_and_nothing_but_yes_deletes(home: Path, key: b
     else:
         assert (status, lines[-1]) == (0, "40 prompts deleted.")
     assert len(list((home / "store").rglob("*.safetensors"))) == left
+
+
+def test_a_stop_during_an_import_has_the_status_of_any_other(tmp_path: Path) -> None:
+    """`python -m` ends by the signal once a Ctrl-C passed through source text that something executes."""
+    program = """
+import os, signal
+from actcache.cli import app
+def imports(stopped):
+    try:
+        exec("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    except KeyboardInterrupt:
+        return 1
+app.run = imports
+app.main()
+"""
+    (tmp_path / "stopped.py").write_text(program)
+    ran = subprocess.run(
+        [sys.executable, "-m", "stopped"], cwd=tmp_path, env=variables(tmp_path), timeout=60, check=False
+    )
+    assert ran.returncode == 1

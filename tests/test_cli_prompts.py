@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from actcache.cli.prompts import read_labelled, read_prompts
+from actcache.cli.prompts import read_described, read_prompts
 from actcache.errors import PromptError
 
 
@@ -51,6 +51,18 @@ def test_the_column_can_be_named_or_is_the_only_one(tmp_path: Path) -> None:
     assert read_prompts([write(tmp_path, "b.csv", "q\nwhy\n")], []) == ["why"]
 
 
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize(
+    ("text", "beside"), [("text,text,y\na,b,c\n", ["y"]), ("text,y,y\na,b,c\n", ["y"]), ("text,text\na,b\n", [])]
+)
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, folder: bool, text: str, beside: list[str]) -> None:
+    # A file alone had the last one, a file in a folder the first one.
+    file = write(tmp_path, "a.csv", text)
+    with pytest.raises(PromptError, match="2 columns are called"):
+        read_described([str(tmp_path) if folder else file], [], metadata_columns=beside)
+    assert read_prompts([write(tmp_path, "a.csv", "text,y,y\na,b,c\n")], []) == ["a"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "labels"),
     [
@@ -63,29 +75,56 @@ def test_the_column_can_be_named_or_is_the_only_one(tmp_path: Path) -> None:
     ],
 )
 def test_labels_are_in_a_column_of_their_own(tmp_path: Path, name: str, text: str, labels: list[object]) -> None:
-    prompts, found = read_labelled([write(tmp_path, name, text)], [], label_column="y")
+    prompts, found, others = read_described([write(tmp_path, name, text)], [], label_column="y")
+    assert others is None
     assert prompts == ["a", "b", "c"]
     assert found is not None
     assert [(type(label), label) for label in found] == [(type(label), label) for label in labels]
-    assert read_labelled([write(tmp_path, name, text)], [], column=None if "text" in text else "what")[1] is None
+    assert read_described([write(tmp_path, name, text)], [], column=None if "text" in text else "what")[1] is None
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.jsonl", '"a"\n', "line 1: no object, so that it has no 'y'"),
-        ("a.jsonl", '{"text": "a", "yy": 1}\n', "no 'y' among text, yy. Did you mean 'yy'"),
-        ("a.csv", "text,z\na,1\n", "no 'y' among text, z"),
+        ("a.jsonl", '{"text": "a", "yy": 1}\n', "'y' is expected, and there is text, yy. Did you mean 'yy'"),
+        ("a.csv", "text,z\na,1\n", "'y' is expected, and there is text, z"),
         ("a.csv", "text,y\na\n", "too short to have a 'y'"),
     ],
 )
 def test_a_label_that_is_missing_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
     with pytest.raises(PromptError, match=message):
-        read_labelled([write(tmp_path, name, text)], [], label_column="y")
+        read_described([write(tmp_path, name, text)], [], label_column="y")
     with pytest.raises(click.UsageError, match=r"--label-column y.*no columns"):
-        read_labelled([write(tmp_path, "a.txt", "a\n")], [], label_column="y")
+        read_described([write(tmp_path, "a.txt", "a\n")], [], label_column="y")
     with pytest.raises(click.UsageError, match="--prompt TEXT has no label"):
-        read_labelled([], ["a"], label_column="y")
+        read_described([], ["a"], label_column="y")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        (
+            "a.jsonl",
+            '{"text": "a", "y": 1.0, "z": true}\n{"z": [1, 2], "y": 2, "text": "b"}\n',
+            {"z": [True, [1, 2]], "y": [1.0, 2]},
+        ),
+        ("a.csv", "z,text,y\n1,a,0.5\n,b,x\n", {"z": [1, None], "y": ["0.5", "x"]}),
+        ("a.tsv", "text\ty\tz\na\t1\t01\nb\t-1\t2\n", {"z": ["01", "2"], "y": [1, -1]}),
+    ],
+)
+def test_other_columns_are_what_they_are_there(tmp_path: Path, name: str, text: str, wanted: dict[str, object]) -> None:
+    file = write(tmp_path, name, text)
+    found = read_described([file, file], [], label_column="z", metadata_columns=["z", "y", "z"])
+    prompts, labels, others = found
+    assert prompts == ["a", "b"] * 2 and others is not None and list(others) == ["z", "y"]
+    assert repr(others) == repr({key: values * 2 for key, values in wanted.items()}) and labels == others["z"]  # type: ignore[operator]
+    with pytest.raises(PromptError, match=r"'zz' is expected, and there is .*Did you mean 'z'"):
+        read_described([file], [], metadata_columns=["zz"])
+    with pytest.raises(click.UsageError, match=r"--metadata-column y.*no columns"):
+        read_described([write(tmp_path, "a.txt", "a\n")], [], metadata_columns=["y"])
+    with pytest.raises(click.UsageError, match="--prompt TEXT has no metadata"):
+        read_described([file], ["a"], metadata_columns=["y"])
 
 
 def test_standard_input_is_text_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,15 +137,23 @@ def test_standard_input_is_text_unless_told(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("name", "text", "column", "message"),
     [
-        ("a.jsonl", '"fine"\n{"prompt": oops}\n', None, r"a.jsonl, line 2: not JSON"),
+        ("a.jsonl", '"fine"\n{"prompt": oops}\n', None, r"a.jsonl, line 2: not JSON: Expecting value at column 12 of"),
+        # Where the line ends is where it is cut off, and not the beginning of the next.
+        ("a.jsonl", '{"prompt": "x"\n"fine"\n', None, r"line 1: not JSON: .* at column 15 of '\{\"prompt"),
+        ("a.jsonl", "[" * 100_000 + "\n", None, r"line 1: not JSON that can be read"),
         ("a.jsonl", "3\n", None, r"line 1: a prompt is a string, .* not 3"),
-        ("a.jsonl", '{"question": "x", "answer": "y"}\n', None, r"which of question, answer is the prompt\?.*--column"),
+        ("a.jsonl", '{"id": 1, "prompt": null}\n', None, r"line 1, field 'prompt': a prompt is a string, .* not null"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": ""}\n', None, r"line 2, field 'prompt': the prompt is empty \(''\)"),
+        ("a.jsonl", '{"prompt": "x"}\n{}\n', None, r"line 2: 'prompt' is expected, and there is nothing"),
+        ("a.jsonl", "{}\n", None, r"line 1: nothing is there that could be a prompt"),
+        ("a.jsonl", "[]\n", None, r"line 1: the prompt is empty"),
+        ("a.jsonl", '{"question": "x", "answer": "y"}\n', None, r"which of question, answer .*\? Say so with column="),
         # One field for all lines: what a line without it has instead is no prompt.
-        ("a.jsonl", '{"prompt": "x"}\n{"title": "y"}\n', None, r"line 2: no 'prompt' among title"),
-        ("a.jsonl", '{"id": "x"}\n{"text": "y", "id": "z"}\n', None, r"line 1: no 'text' among id"),
+        ("a.jsonl", '{"prompt": "x"}\n{"title": "y"}\n', None, r"line 2: 'prompt' is expected, and there is title"),
+        ("a.jsonl", '{"id": "x"}\n{"text": "y", "id": "z"}\n', None, r"line 1: 'text' is expected, and there is id"),
         ("a.jsonl", '{"what": "x"}\n{"why": "y"}\n', None, r"which of what, why is the prompt\?"),
-        ("a.json", '[{"prompt": "x"}, {"text": "y"}]', None, r"item 1: no 'prompt' among text"),
-        ("a.csv", "question,answer\nx,y\n", "qestion", r"no 'qestion' among question, answer. Did you mean 'question'"),
+        ("a.json", '[{"prompt": "x"}, {"text": "y"}]', None, r"item 1: 'prompt' is expected, and there is text"),
+        ("a.csv", "question,answer\nx,y\n", "qestion", r"'qestion' is expected, .* Did you mean 'question'"),
         ("a.csv", "label,prompt\n1\n", None, r"line 2: the row is too short"),
         ("a.txt", "\n  \n", None, r"no prompts in .*a.txt: the file is empty"),
     ],
@@ -119,8 +166,10 @@ def test_a_bad_file_is_named_with_its_line(
 
 
 def test_another_encoding_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="not UTF-8"):
-        read_prompts([write(tmp_path, "a.txt", "caf\u00e9\n", "latin-1")], [])
+    for name in ("a.txt", "a.jsonl", "a.csv"):
+        with pytest.raises(PromptError, match=rf"{name}, line 20002 \(byte 3 of it\) is not UTF-8"):
+            # Further behind than what is read at once.
+            read_prompts([write(tmp_path, name, '"x"\n' * 20_001 + "caf\u00e9\n", "latin-1")], [])
 
 
 def test_no_prompts_at_all_is_wrong_usage() -> None:

@@ -45,7 +45,9 @@ def test_what_comes_of_it(cli, tmp_path):
     shown = json.loads(out)
     assert status == 0, err
     assert [site["site"] for site in shown["sites"]] == ["resid_post.0", "resid_post.2"]
-    assert shown["pulled"].startswith(str(made.folder))
+    assert shown["pulled"].startswith(str(made.folder)) and shown["space"] == said["space"]
+    # The other layer was registered before, and its vectors were not fetched.
+    assert shown["not_here"] == ["resid_post.5"]
     assert cli("clear", "org/model", "--yes", *where)[0] == 0
     assert json.loads(cli("info", *where, "--json")[1])["models"] == []
 
@@ -74,6 +76,6 @@ def test_some_prompts_of_a_file(cli, tmp_path):
 def test_what_goes_wrong_is_one_line(cli, tmp_path):
     made = make(tmp_path / "set")
     status, out, err = cli("pull", str(made.folder), "--layers", "7", "--store", str(tmp_path / "s"))
-    assert (status, out) == (1, "") and err.count("\n") == 1 and "no layer 7: it has 0, 2, 5" in err
+    assert (status, out) == (2, "") and err.count("\n") == 1 and "no layer 7: it has 0, 2, 5" in err
     assert cli("pull", str(made.folder), "--layers", "x", "--store", str(tmp_path / "s"))[0] == 2
     assert not (tmp_path / "s").exists()

@@ -46,15 +46,22 @@ def test_pushes_all_that_is_stored(cli, where, tmp_path):
 
 
 def test_prompts_and_labels_of_a_file(cli, where, tmp_path):
-    lines = [json.dumps({"prompt": text(i), "topic": f"t{i}"}) for i in range(3)]
+    lines = [json.dumps({"prompt": text(i), "topic": f"t{i}", "n": i, "score": i / 2, "tags": [i]}) for i in range(3)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     options = ["--label-column", "topic", "--tensors", "resid_post.1", "--no-shuffle", "--license", "mit", "--json"]
+    options += [part for name in ("n", "score", "tags") for part in ("--metadata-column", name)]
     status, out, err = cli("push", f"{tmp_path}/set", MODEL, str(tmp_path / "prompts.jsonl"), *options, *where)
     assert status == 0, err
     assert json.loads(out) == {"dataset": f"{tmp_path}/set"}
     found = Published(tmp_path / "set")
     assert [(row["text"], row["label"]) for row in found.index] == [(text(i), f"t{i}") for i in range(3)]
     assert found.tensors["hidden_layers"]["layers"] == [1]
+    assert [found.table[name].to_pylist() for name in ("n", "score", "tags")] == [
+        [0, 1, 2],
+        [0, 0.5, 1],
+        [[0], [1], [2]],
+    ]
+    assert [str(found.table.schema.field(name).type) for name in ("n", "score")] == ["int64", "double"]
     assert "license: mit" in (tmp_path / "set" / "README.md").read_text()
 
 
@@ -62,7 +69,7 @@ def test_one_of_several_variants(cli, store, where, tmp_path):
     other = new_space(store, weights="def")
     fill_tokens(store, other, N, seed=2)
     status, _, err = cli("push", f"{tmp_path}/set", MODEL, *where)
-    assert status == 1 and "stored in 2 variants" in err and other in err and len(err.splitlines()) == 1
+    assert status == 2 and "stored in 2 variants" in err and other in err and len(err.splitlines()) == 1
     status, _, err = cli("push", f"{tmp_path}/set", MODEL, "--space", other[:8], *where)
     assert status == 0, err
     assert np.array_equal(Published(tmp_path / "set").tokens(text(4)).numpy(), rows(4, "resid_post.0", seed=2))
@@ -75,6 +82,7 @@ def test_one_of_several_variants(cli, store, where, tmp_path):
         (["--pooling", "mean"], 2, "nothing is stored with pooling='mean'"),
         (["--shard-max-bytes", "0"], 2, "shard-max-bytes"),
         (["--label-column", "x"], 2, "needs FILES"),
+        (["--metadata-column", "x"], 2, "needs FILES"),
         (["--prompt", "never seen"], 1, "Warm them up"),
         (["--prompt", "never seen", "--prompt", text(1), "--no-skip-missing"], 1, "1 of 2 prompts"),
     ],
@@ -83,6 +91,14 @@ def test_what_cannot_be_is_one_line(cli, where, tmp_path, options, status, messa
     found, out, err = cli("push", f"{tmp_path}/set", MODEL, *options, *where)
     assert found == status and message in err and len(err.splitlines()) == 1 and not out
     assert not (tmp_path / "set").exists()
+
+
+def test_a_column_that_cannot_be_is_named_by_its_option(cli, where, tmp_path):
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": text(i), "n": [1, "a"][i]}) for i in range(2)))
+    status, _, err = cli("push", f"{tmp_path}/set", MODEL, f"{tmp_path}/p.jsonl", "--metadata-column", "n", *where)
+    assert status == 2 and "metadata['n'] has values of several types (int, str)" in err
+    status, _, err = cli("push", f"{tmp_path}/set", MODEL, f"{tmp_path}/p.jsonl", "--metadata-column", "m", *where)
+    assert status == 1 and "'m' is expected, and there is prompt, n" in err and not (tmp_path / "set").exists()
 
 
 def test_a_space_is_named_by_what_lists_it(store, tmp_path):

@@ -113,4 +113,4 @@ def test_wrong_usage_and_a_missing_model(cli: Cli, tmp_path: Path) -> None:
     status, _, err = cli(str(tmp_path / "absent"))
     assert status == 1
     assert "absent" in err
-    assert cli("--layers", "9")[0] == 1
+    assert cli("--layers", "9")[0] == 2

@@ -36,6 +36,7 @@ SAID = dict.fromkeys(VERBS, "The same command begins anew.") | {
     "upgrade": "The same command goes on from there.",
     "verify": "The store is as good as before: the same command begins anew.",
     "evict": "What has gone has gone, all else is as it was: the same command goes on from there.",
+    "invalidate": "What has gone has gone, all else is as it was: the same command goes on from there.",
     "clear": "What has gone has gone, all else is as it was: the same command goes on from there.",
 }
 

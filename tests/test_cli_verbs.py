@@ -182,6 +182,7 @@ def test_list_keeps_variants_apart(cli: Cli) -> None:
 
 def test_info_counts_models_and_prompts(cli: Cli, tmp_path: Path) -> None:
     store = str(tmp_path / "elsewhere")
+    Path(store).mkdir()
     assert "nothing is stored" in cli("info", "--store", store)[1]
     cli("warmup", MODEL, "--prompt", PROMPT, "--prompt", "Snow", "--store", store)
     info = the_json(cli("info", "--store", store, "--json"))

@@ -12,7 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import actcache as ac
-from actcache.cli.prompts import read_labelled, read_prompts
+from actcache.cli.prompts import read_described, read_prompts
 from actcache.cli.results.schemas import schema
 from actcache.errors import PromptError
 from cli_helpers import Cli
@@ -101,7 +101,7 @@ def test_a_list_in_json_is_its_items(tmp_path: Path) -> None:
     source.write_text(json.dumps(["a\nb", [5, 9], chat, {"prompt": "c", "y": 1}], indent=1))
     assert read_prompts([str(source)], []) == ["a\nb", [5, 9], chat, "c"]
     source.write_text(json.dumps([{"text": "c", "y": 1}, {"text": "d", "y": "e"}]))
-    assert read_labelled([str(source)], [], label_column="y") == (["c", "d"], [1, "e"])
+    assert read_described([str(source)], [], label_column="y")[:2] == (["c", "d"], [1, "e"])
     for text, message in (
         ('"a"\n"b"\n', "each line is a prompt of its own, say --format jsonl"),
         ('{"prompt": "a"}', "a list of prompts is expected"),

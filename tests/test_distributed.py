@@ -131,7 +131,7 @@ def alone(source: Path, folder: Path, store: Path, monkeypatch: pytest.MonkeyPat
 
 
 BAD: list[tuple[Any, str]] = [
-    ([], "PromptError: the prompt is empty"),
+    ([], "PromptError: the line: the prompt is empty"),
     ([1, 999], "PromptError: the prompt has the token id 999"),
     ([1] * 65, "PromptError: the prompt has 65 tokens and the context of"),
     ([1, "x"], "PromptTypeError: the prompt mixes types"),

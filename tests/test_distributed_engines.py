@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,17 @@ import actcache as ac
 from actcache.distributed import dispatch
 from actcache.errors import OptionError, PartialWarmupError, WorkersError
 from children import children, end_all_but
-from distributed_helpers import OPTIONS, PROMPTS, bare_forwards, check_stored, make_model, set_fault, stored, write
+from distributed_helpers import (
+    OPTIONS,
+    PROMPTS,
+    arguments,
+    bare_forwards,
+    check_stored,
+    make_model,
+    set_fault,
+    stored,
+    write,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,29 +46,10 @@ def expected(folder: Path) -> Any:
     return bare_forwards(folder, PROMPTS)
 
 
-@pytest.fixture(params=["local", "ray"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each of them; what it leaves behind ends with the test."""
-    if request.param == "ray":
-        pytest.importorskip("ray")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    yield request.param
-    if request.param == "ray":
-        import ray
-
-        ray.shutdown()
-
-
 @pytest.fixture(params=["folder", "bucket"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """Where the store is: a folder, or a bucket of a server that speaks S3."""
     return tmp_path / "store" if request.param == "folder" else request.getfixturevalue("bucket") + "/run"
-
-
-def arguments(engine: str, **more: Any) -> dict[str, Any]:
-    # On a machine with one processor there are two of these all the same.
-    share = {"num_cpus_per_worker": 0.5} if engine == "ray" else {}
-    return {"engine": engine, "num_workers": 2, "unit_prompts": 12, **share, **OPTIONS, **more}
 
 
 def test_two_workers_store_what_bare_forwards_give(

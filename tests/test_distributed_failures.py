@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,17 @@ import pytest
 import actcache as ac
 from actcache.errors import BackendError, ModelLoadError, PartialWarmupError, StoreAccessError, WorkersError
 from children import children
-from distributed_helpers import OPTIONS, PROMPTS, bare_forwards, check_stored, make_model, set_fault, stored, write
+from distributed_helpers import (
+    OPTIONS,
+    PROMPTS,
+    arguments,
+    bare_forwards,
+    check_stored,
+    make_model,
+    set_fault,
+    stored,
+    write,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,23 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> Any:
     return bare_forwards(folder, PROMPTS)
-
-
-@pytest.fixture(params=["local", "ray"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "ray":
-        pytest.importorskip("ray")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    yield request.param
-    if request.param == "ray":
-        import ray
-
-        ray.shutdown()
-
-
-def arguments(engine: str, **more: Any) -> dict[str, Any]:
-    share = {"num_cpus_per_worker": 0.5} if engine == "ray" else {}
-    return {"engine": engine, "num_workers": 2, "unit_prompts": 12, **share, **OPTIONS, **more}
 
 
 def command(folder: Path, source: Path, store: Path, engine: str) -> list[str]:

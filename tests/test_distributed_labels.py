@@ -124,7 +124,7 @@ def test_rows_whose_label_cannot_be_kept_are_reported_alone(
     for (_, reason), said in zip(
         caught.value.failed,
         (
-            "no 'y' among ids",
+            "'y' is expected, and there is ids",
             "no object, so that it has no 'y'",
             "the label is {'a': 1}",
             "is that of byte",
@@ -146,7 +146,7 @@ def test_columns_that_are_not_there_are_refused_first(folder: Path, tmp_path: Pa
     pq.write_table(pa.table({"text": ["a"], "truth": [1]}), tmp_path / "p.parquet")
     (tmp_path / "p.csv").write_text("text,truth\na,1\n")
     for options, error, message in (
-        ({"label_column": "z"}, PromptError, "no 'z' among ids, y, group, tags"),
+        ({"label_column": "z"}, PromptError, "'z' is expected, and there is ids, y, group, tags"),
         ({"metadata_columns": ["grup"]}, PromptError, "Did you mean 'group'"),
         ({"metadata_columns": "group"}, OptionError, "expected a list of names"),
         ({"source": tmp_path / "p.txt", "label_column": "y", "column": None}, OptionError, "y: .* has no columns"),
@@ -241,11 +241,12 @@ def test_labels_of_datasets_of_the_hub(tmp_path: Path) -> None:
 
 
 def test_the_command_line_takes_labels_of_any_file(tmp_path: Path) -> None:
-    from actcache.cli.prompts import read_labelled
+    from actcache.cli.prompts import read_described
 
     pq.write_table(pa.table({"y": ["a", None], "text": ["one", "two"]}), tmp_path / "p.parquet")
-    assert read_labelled([str(tmp_path / "p.parquet")], [], label_column="y") == (["one", "two"], ["a", None])
+    assert read_described([str(tmp_path / "p.parquet")], [], label_column="y") == (["one", "two"], ["a", None], None)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.csv").write_text("text,y\none,1\ntwo,2\n")
     (tmp_path / "in" / "b.jsonl").write_text(json.dumps({"text": "three", "y": "x"}) + "\n")
-    assert read_labelled([str(tmp_path / "in")], [], label_column="y") == (["one", "two", "three"], [1, 2, "x"])
+    found = read_described([str(tmp_path / "in")], [], label_column="y", metadata_columns=["y"])
+    assert found == (["one", "two", "three"], [1, 2, "x"], {"y": [1, 2, "x"]})

@@ -181,7 +181,7 @@ def test_one_field_holds_the_prompts_of_a_file(
     for size in (1, 10):
         rows = [row for unit in Units(find_inputs(path, label=label), prompts=size) for row in Reader().rows(unit)]
         assert [row.prompt for row in rows] == prompts
-        assert all(("among" in row.reason) == (row.prompt is None) for row in rows)
+        assert all(("is expected" in row.reason) == (row.prompt is None) for row in rows)
 
 
 def test_fields_that_may_all_hold_the_prompts_are_named(tmp_path: Path) -> None:

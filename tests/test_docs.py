@@ -27,7 +27,29 @@ def read(page: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.language in RUN for b in blocks(read(page)))])
 def test_it_runs_as_it_stands_there(page: str, tmp_path: Path) -> None:
-    run(read(page), page.removeprefix("docs/"), tmp_path)
+    run(read(page), tmp_path)
+
+
+@pytest.mark.slow
+def test_the_backend_that_a_page_writes_passes_the_tests_it_names(tmp_path: Path) -> None:
+    code = [block.code for block in blocks(read("docs/buckets.md")) if block.language == "python"]
+    (made,) = [text.split("\n\n\nwith ac.Store(")[0] for text in code if "(ac.CacheBackend)" in text]
+    (held,) = [text for text in code if "(CacheBackendTests)" in text]
+    (tmp_path / "test_mine.py").write_text(f"import actcache as ac\n{made}\n\n{held}", encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(tmp_path),
+        "test_mine.py",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and re.search(r"\b(\d{2,}) passed", done.stdout), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -60,13 +82,13 @@ def test_what_would_be_left_out_is_found(text: str) -> None:
 def test_blocks_run_in_order_and_what_they_print_is_compared(tmp_path: Path) -> None:
     page = "```python\nx = 2\n```\n```sh\nA=3; echo $A\n```\n- in a list:\n  ```sh\n  echo $A$A > a\n  ```\n"
     page += "```python\nprint(x, open('a').read())\n```\n```text\n2 33\n```\n"
-    assert run(page, "none", tmp_path) == ["", "3\n", "", "2 33\n\n"]
+    assert run(page, tmp_path) == ["", "3\n", "", "2 33\n\n"]
     with pytest.raises(AssertionError, match="2 34"):
-        run(page.replace("2 33", "2 34"), "none", tmp_path)
+        run(page.replace("2 33", "2 34"), tmp_path)
     with pytest.raises(AssertionError):
-        run("```sh\nfalse\ntrue\n```\n", "none", tmp_path)
+        run("```sh\nfalse\ntrue\n```\n", tmp_path)
     with pytest.raises(AssertionError, match="2 blocks, and 1 of them"):
-        run("```python\nraise SystemExit\n```\n```sh\ntrue\n```\n", "none", tmp_path)
+        run("```python\nraise SystemExit\n```\n```sh\ntrue\n```\n", tmp_path)
 
 
 def test_files_have_the_names_that_pages_say(tmp_path: Path) -> None:
@@ -106,6 +128,15 @@ def test_links_lead_somewhere(page: str) -> None:
         if anchor:
             heads = re.findall(r"^#+ (.*)$", prose(file.read_text(encoding="utf-8")), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", head.lower()).strip().replace(" ", "-") for head in heads], target
+
+
+def test_the_citation_is_the_same_wherever_it_is_given() -> None:
+    about = dict(re.findall(r'^(\S+): "?(.*?)"?$', read("CITATION.cff"), re.MULTILINE))
+    (entry,) = [block.code for block in blocks(read("README.md")) if block.language == "bibtex"]
+    told = dict(re.findall(r"^  (\w+) = \{+(.*?)\}+,?$", entry, re.MULTILINE))
+    (author,) = re.findall(r'^authors = \[\{ name = "(.*)" \}\]$', read("pyproject.toml"), re.MULTILINE)
+    assert told["title"] == about["title"] and about["version"] == ac.__version__ and about["license"] == "Apache-2.0"
+    assert told["author"] == author and f"  - name: {author}\n" in read("CITATION.cff")
 
 
 def test_every_page_can_be_found_in_the_navigation() -> None:

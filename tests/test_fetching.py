@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from actcache.errors import BackendError
 from actcache.store.backend import Bytes, MemoryBackend
 from actcache.store.records import Records
 from bucket_helpers import opened
@@ -34,7 +35,7 @@ class Counting(MemoryBackend):
 
 @pytest.mark.parametrize(
     ("size", "requests", "longest"),
-    [(MB // 2, 1, MB // 2), (3 * MB, 2, 2 * MB), (16 * MB, 4, 4 * MB), (48 * MB, 6, 8 * MB)],
+    [(MB // 2, 1, MB // 2), (3 * MB, 2, 3 * MB // 2), (16 * MB, 4, 4 * MB), (48 * MB, 6, 8 * MB)],
 )
 def test_little_is_read_by_few_and_much_by_all_connections(
     tmp_path: Path, size: int, requests: int, longest: int
@@ -53,3 +54,34 @@ def test_little_is_read_by_few_and_much_by_all_connections(
     assert sum(backend.lengths) == size
     assert len(backend.lengths) == requests
     assert max(backend.lengths) == longest
+
+
+class Refusing(Counting):
+    """Notes the ranges of rows that it is asked for, and then fails."""
+
+    concurrency = 2
+    refuses = False
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
+        data = super().read(name, start, stop)
+        if self.refuses and start and name.endswith(".safetensors"):
+            raise BackendError(f"{name} cannot be read")
+        return data
+
+
+def test_a_connection_that_has_failed_begins_no_other_range(tmp_path: Path) -> None:
+    """Each may take as long as the deadline allows until it fails."""
+    backend = Refusing()
+    rows = 48 * MB // (4 * WIDTH)
+    store, space = opened(backend, tmp_path / "writer")
+    with store:
+        values = np.zeros((rows, WIDTH), np.float32)
+        store.append(space, Records.pooled(make_table(range(rows)), "mean", {"a": values}))
+    other, _ = opened(backend, tmp_path / "reader")
+    with other:
+        place = other.locate(space, table=make_table(range(rows)), sites=["a"], layout="mean", check=False)
+        backend.refuses = True
+        backend.lengths.clear()
+        with pytest.raises(BackendError, match="cannot be read"):
+            place.take()
+    assert 1 <= len(backend.lengths) <= Refusing.concurrency

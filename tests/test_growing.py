@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,26 @@ def test_room_for_longer_texts_and_smaller_batches_is_not_overrun(tmp_path: Path
     place = store.locate(space, texts=list(kept), text_context="t", sites=["resid_post.0"], layout="last_token")
     found = place.take()[:, 0]
     np.testing.assert_array_equal(found, np.stack(list(kept.values())))
+
+
+def test_room_that_was_not_needed_is_not_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index of a file has room for many small batches, of which two have come."""
+    monkeypatch.setattr(appending, "_SIZES", (1 << 24,))
+    monkeypatch.setattr(GrowingFile, "is_well_filled", True)
+    store, space = make_store(tmp_path)
+    writer = growing_writer(store, space)
+    for k in range(3):
+        writer.append([pooled([k])])
+    tracemalloc.start()
+    try:
+        writer.seal()
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    (path,) = [p for p in segment_files(store, space) if segment.open(p).info.replaces]
+    first = min(tensor.start for site in SITES for tensor in segment.open(path).parts(site))
+    assert first > 4 << 20, "the rows lie behind the room"
+    assert segment.validate(path) == [] and check_pooled(fresh(store, tmp_path), space, range(3)).all()
 
 
 def test_a_short_run_makes_segments_at_once(tmp_path: Path) -> None:

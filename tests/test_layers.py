@@ -13,7 +13,7 @@ import actcache
 PACKAGE = Path(actcache.__file__).parent
 # From the ground up; rooms of one floor do not import each other, except where ALLOWED says so.
 FLOORS = (
-    ("errors", "config", "progress", "wording", "_version"),
+    ("errors", "config", "progress", "wording", "written", "_version"),
     ("model",),
     ("store", "capture"),
     ("derive",),

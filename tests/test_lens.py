@@ -253,7 +253,7 @@ def test_a_table_fits_into_a_terminal(tmp_path: Path) -> None:
         lines = lens.table(0, 3, width=width).splitlines()
         assert len(lines) == 2 + len(lens.layers)
         assert all(len(line) <= width for line in lines)
-        assert lines[0] == "prompt 0, position 3, behind 'Ã'"
+        assert lines[0] == r"prompt 0, position 3, behind '\xc3'"
         assert lines[1].split() == ["layer", "entropy", "KL", "'a'", "best"]
         # Numbers end where their heads do.
         for name, value in (("entropy", lens.entropy), ("KL", lens.kl)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import html
 import json
@@ -19,6 +20,7 @@ import torch
 
 import actcache as ac
 import zoo
+from actcache import errors
 from actcache.capture.lens_html import page, visible
 from actcache.testing.tiny import tiny_tokenizer
 
@@ -168,6 +170,31 @@ def test_a_title_is_text_whatever_it_is(lens: ac.LogitLens, tmp_path: Path) -> N
     # As of a folder whose name is no UTF-8.
     place = lens.to_html(tmp_path / "lens.html", title="Logit lens of \udcff <b>")
     assert "<title>Logit lens of \\udcff &lt;b&gt;</title>" in place.read_text(encoding="utf-8")
+
+
+def test_a_page_is_written_whole_or_not_at_all(
+    lens: ac.LogitLens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "lens.html"
+    place.write_text("what was there")
+    link = tmp_path / "link.html"
+    link.symlink_to(place)
+    write = Path.write_bytes
+
+    def half(path: Path, data: bytes) -> int:
+        write(path, data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", half)
+        with pytest.raises(OSError, match="No space left"):
+            lens.to_html(link)
+    assert place.read_text() == "what was there"
+    assert sorted(tmp_path.glob("*lens*")) == [place] and not list(tmp_path.glob(".*"))
+    assert lens.to_html(link) == link
+    assert link.is_symlink() and place.read_text().startswith("<!doctype html>")
+    with pytest.raises(errors.MissingFileError, match=r"no folder .*absent"):
+        lens.to_html(tmp_path / "absent" / "lens.html")
 
 
 def test_the_page_asks_nobody(lens: ac.LogitLens) -> None:

@@ -41,6 +41,8 @@ def test_every_verb_says_what_it_says_of_a_folder(cli: Cli, anywhere: str, tmp_p
         ("plan", MODEL, *GIVEN), ("warmup", MODEL, *GIVEN[:4]), ("warmup", MODEL, *GIVEN, "--perplexity"),
         ("plan", MODEL, *GIVEN), ("info",), ("info", MODEL), ("list", MODEL), ("show", MODEL, PROMPTS[0]),
         ("stats", MODEL), ("verify",), ("verify", "--repair"), ("evict", "--limit-gb", "1"), ("info",),
+        ("invalidate", MODEL, "--prompt", PROMPTS[0]), ("info",), ("list", MODEL), ("verify",),
+        ("invalidate", MODEL, "--prompt", PROMPTS[0]), ("plan", MODEL, *GIVEN),
         ("clear", MODEL, "--yes"), ("info",), ("clear", "--yes"),
     ):  # fmt: skip
         there, here = (said(cli, *verb, "--store", store) for store in (anywhere, folder))

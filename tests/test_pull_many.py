@@ -13,7 +13,7 @@ import pytest
 
 import actcache as ac
 from actcache.errors import DatasetFormatError
-from actcache.share import fetching
+from actcache.share import fetching, pull
 from actcache.share.index import Index
 from actcache.share.source import open_source
 from actcache.share.values import codes_in
@@ -22,7 +22,7 @@ from actcache.store.prompts import PromptTable, gather_ragged
 from actcache.store.records import DERIVED, LABEL, METADATA, TOKENS, Records
 from actcache.store.store import Store
 from made_datasets import make
-from share_helpers import INDEX, MODEL, new_space, new_store, text
+from share_helpers import INDEX, MODEL, fill_pooled, new_space, new_store, rows, text
 from test_share_many import CHATS, IDS, N, filled
 
 _CONSTANTS = {
@@ -198,6 +198,22 @@ def test_no_step_encodes_the_texts_of_the_steps_before(tmp_path):
         assert len(texts) <= 5 and len(set(texts)) == len(texts)
         known += [None if code < 0 else texts[code] for code in codes.tolist()]
     assert known == made.columns["text"]
+
+
+def test_prompts_with_little_each_are_fetched_some_at_a_time(tmp_path, monkeypatch):
+    """Else what is known of them would be in memory at once, however small their vectors are."""
+    numbers, fetch, asked = range(300), pull.fetch, []
+    monkeypatch.setattr(pull, "_STEP_BYTES", 50 * 8192)
+    monkeypatch.setattr(pull, "fetch", lambda *a, **how: (asked.append(len(a[2])), fetch(*a, **how))[1])
+    with new_store(tmp_path) as store:
+        fill_pooled(store, new_space(store), numbers)
+        ac.push_dataset(tmp_path / "set", MODEL, None, store=store)
+    with new_store(tmp_path / "other") as store:
+        assert ac.pull_dataset(tmp_path / "set", store=store, materialize=True) == 300
+        (space,) = store.spaces()
+        found = store.read(space, [text(i) for i in numbers], "resid_post.1", pooling="last_token").numpy()
+    assert sum(asked) == 300 and max(asked) <= 100
+    assert np.array_equal(found, np.stack([rows(i, "resid_post.1")[-1] for i in numbers]))
 
 
 _PULL = """

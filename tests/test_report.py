@@ -138,6 +138,7 @@ def test_a_lens_is_the_page_of_its_own_in_a_frame(filled, tmp_path):
 
 
 def test_an_empty_store_and_one_of_several_models(tmp_path, capsys):
+    (tmp_path / "none").mkdir()
     assert "Nothing is stored." in report("--store", str(tmp_path / "none"), out=tmp_path / "page.html")
     store = ac.Store(tmp_path / "store")
     for name in ("org/a", "org/b"):
@@ -168,6 +169,7 @@ def report_said(capsys: pytest.CaptureFixture[str], *arguments: str, out: Path) 
 )
 def test_misuse_is_told_in_a_line_and_writes_nothing(tmp_path, capsys, arguments, status, words):
     filled_in = [argument.format(tmp_path) for argument in arguments]
+    (tmp_path / "store").mkdir()
     assert run(["report", *filled_in, "--store", str(tmp_path / "store")]) == status
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1

@@ -14,6 +14,7 @@ import actcache as ac
 from actcache.errors import NotCachedError, OptionError
 from actcache.share.stored_prompts import StoredPrompts
 from actcache.store import given as said
+from actcache.store.placement import Placement
 from actcache.store.prompts import PromptTable
 from actcache.store.records import LABEL, METADATA, Records
 from actcache.store.spill import Spill
@@ -114,6 +115,15 @@ def test_prompts_in_parts_are_found_where_they_are(tmp_path):
             wanted = store.read(space, [prompts[i]], "resid_post.1", pooling="last_token")[0].numpy()
             row = placement.of_site("resid_post.1").take(index=[located.local[i]])[0, 0]
             assert np.array_equal(row, wanted), prompts[i]
+
+
+def test_prompts_are_not_read_one_by_one(tmp_path, monkeypatch):
+    store, read, asked = new_store(tmp_path), Placement.prompts, []
+    fill_pooled(store, new_space(store), range(60))
+    monkeypatch.setattr(Placement, "prompts", lambda self, index=None: (asked.append(0), read(self, index))[1])
+    with store:
+        ac.push_dataset(tmp_path / "set", MODEL, None, store=store)
+    assert 0 < len(asked) < 30
 
 
 def test_a_space_whose_prompts_are_gone(tmp_path):

@@ -24,7 +24,7 @@ from actcache.share.index import Index as DatasetIndex
 from actcache.share.migrate import Migration
 from actcache.share.recard import updated
 from made_datasets import FULL, INDEX, VERSIONS, make, pa, pq
-from share_helpers import Published
+from share_helpers import BLOCKS, Published, has_right_digests
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "lmprobe"
 SMALL = 100
@@ -116,8 +116,9 @@ def test_migrated(tmp_path, version, limit):
     # Nothing of the old shards is left, and every file is one of the dataset.
     shards = range(len(found.tensors["hidden_layers"]["shards"]))
     wanted = {f"tensors/hidden_layer{n:03d}_shard{s:03d}.safetensors" for n in (0, 2, 5) for s in shards}
-    wanted |= {"tensors/logits_topk_000.safetensors", INDEX, "README.md", "notes/mine.txt"}
+    wanted |= {"tensors/logits_topk_000.safetensors", BLOCKS, INDEX, "README.md", "notes/mine.txt"}
     assert found.files == wanted and litter(made.folder) == []
+    assert has_right_digests(found)
     for name in ("text", "label", "tags", "half", "num_tokens"):
         assert found.table[name].to_pylist() == before[name].to_pylist()
         assert found.table.schema.field(name).type == before.schema.field(name).type
@@ -217,6 +218,8 @@ def test_router_logits_stay(tmp_path):
         change(made.folder)
         found = ac.load_activations(made.folder, site="router_logits", prompts=made.texts[::-1])[2]
         assert np.array_equal(found, values[::-1]) and same_values(made)
+    # Of the file that stayed no digest is known, and nobody may think that all is checked.
+    assert ac.fetch_dataset_metadata(made.folder).checksums == "some"
 
 
 @pytest.mark.parametrize("name", CAPTURED)

@@ -34,6 +34,7 @@ from actcache.store import given as said
 from actcache.store.prompts import PromptTable
 from actcache.store.records import DERIVED, LABEL, METADATA, Records
 from share_helpers import (
+    BLOCKS,
     INDEX,
     LAYERS,
     MODEL,
@@ -42,6 +43,7 @@ from share_helpers import (
     fill_perplexity,
     fill_pooled,
     fill_tokens,
+    has_right_digests,
     length,
     losses,
     new_space,
@@ -403,6 +405,18 @@ class TestChoice:
             push(pooled, tmp_path / "b", model="org/modle")
         assert not (tmp_path / "b").exists()
 
+    def test_who_is_left_out_of_all_that_are_stored_is_said(self, store, space, tmp_path, caplog):
+        fill_pooled(store, space, N[:5])
+        fill_pooled(store, space, N[5:8], layout="mean")
+        found = push(store, tmp_path / "set", None)
+        assert len(found.index) == 5
+        (said,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+        assert "3 of 8 prompts are left out" in said and said.count("lacks hidden_layers (as last_token)") == 3
+        assert all(repr(text(i)) in said for i in N[5:8])
+        lacks = "3 of 8 prompts, which lack some of it"
+        assert lacks in found.ours["provenance"]["left_out"]
+        assert f"not part of it: {lacks}" in (found.folder / "README.md").read_text()
+
     def test_who_is_left_out_and_why_is_said(self, store, space, tmp_path, caplog):
         fill_pooled(store, space, N[:12])
         fill_pooled(store, space, N[12:15], ("resid_post.0",))
@@ -566,6 +580,14 @@ class TestColumns:
             push(pooled, tmp_path / "set")
         assert push(pooled, tmp_path / "set", labels=list(N)).by_text[text(3)]["label"] == 3
 
+    def test_stored_metadata_that_no_dataset_holds(self, pooled, space, tmp_path):
+        values = [said.encoded({"topic": i if i % 2 else str(i)}) for i in N]
+        for records in said.records(METADATA, table(N), values):
+            pooled.append(space, records)
+        with pytest.raises(OptionError, match=r"metadata that is stored.*several types.*pass metadata="):
+            push(pooled, tmp_path / "set")
+        assert push(pooled, tmp_path / "set", metadata={}).by_text[text(3)]["label"] is None
+
     def test_a_text_that_no_index_can_hold(self, store, space, tmp_path):
         store.write(space, ["fine", "half of a pair \ud83d"], {"resid_post.0": [torch.ones(8)] * 2}, pooling="mean")
         with pytest.raises(PromptError, match="no valid Unicode"):
@@ -624,7 +646,7 @@ class TestFolders:
         folder = tmp_path / "set"
         assert len(push(store, folder, shard_max_bytes=100).files) > 60
         small = push(store, folder, TEXTS[:2], tensors=["resid_post.0"], exist_ok=True)
-        assert small.files == {"README.md", INDEX, *small.ours["files"]} and len(small.files) == 4
+        assert small.files == {"README.md", INDEX, BLOCKS, *small.ours["files"]} and len(small.files) == 5
         assert np.array_equal(small.tokens(text(1)).numpy(), rows(1, "resid_post.0"))
 
     def test_a_link_to_a_folder_stays_one(self, pooled, tmp_path):
@@ -664,10 +686,11 @@ class TestFolders:
 
     def test_checksums_are_those_of_the_files(self, pooled, tmp_path):
         found = push(pooled, tmp_path / "set", shard_max_bytes=100)
-        assert found.files - {"README.md", INDEX} == found.ours["files"].keys()
+        assert found.files - {"README.md", INDEX, BLOCKS} == found.ours["files"].keys()
         for path, (size, digest) in found.ours["files"].items():
             data = (found.folder / path).read_bytes()
             assert len(data) == size and hashlib.sha256(data).hexdigest() == digest
+        assert has_right_digests(found)
 
     def test_no_room_is_told_before_anything_is_made(self, pooled, tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))

@@ -13,7 +13,18 @@ import pytest
 from actcache.store.store import Store
 from actcache.testing.hub import Fault, LoopbackHub
 from hub_client import TOKEN, Client, ClientError
-from share_helpers import INDEX, MODEL, Published, fill_pooled, new_space, new_store, rows, table, text
+from share_helpers import (
+    INDEX,
+    MODEL,
+    Published,
+    fill_pooled,
+    has_right_digests,
+    new_space,
+    new_store,
+    rows,
+    table,
+    text,
+)
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "lmprobe"
 N = range(20)
@@ -89,6 +100,7 @@ def published(hub, repo, folder, revision="main"):
         (folder / path).write_bytes(repository.read(path, revision))
     found = Published(folder)
     assert found.ours["files"].keys() == {p for p in found.files if p.endswith(".safetensors")}
+    assert has_right_digests(found)
     return found
 
 
@@ -137,7 +149,7 @@ class TestArrives:
     def test_in_batches(self, hub, client, home, repo, tmp_path, seed):
         push(client, home, repo, commit_batch_size=5, **SMALL)
         sizes = [len(c.files) for c in reversed(hub.dataset(repo).history())]
-        assert sizes == [1, 6, 11, 15, 17]
+        assert sizes == [1, 6, 11, 15, 18]
         assert holds(published(hub, repo, tmp_path / "found"), seed)
 
     def test_as_ids_after_a_push_as_texts_that_was_cut_at_its_very_end(self, hub, client, home, repo, tmp_path):
@@ -176,7 +188,7 @@ class TestStream:
         push(client, home, repo, stream=True, stream_batch_size=3, **SMALL)
         assert 1 <= max(most) <= 3
         assert holds(published(hub, repo, tmp_path / "found"), seed)
-        assert [len(c.files) for c in hub.dataset(repo).history()][::-1] == [1, 4, 7, 10, 13, 15, 17]
+        assert [len(c.files) for c in hub.dataset(repo).history()][::-1] == [1, 4, 7, 10, 13, 15, 18]
 
     def test_into_a_dataset_that_is_shown_already(self, hub, client, home, repo, tmp_path, seed):
         push(client, home, repo, TEXTS[:5], **SMALL)
@@ -239,7 +251,7 @@ class TestWhatIsThere:
     def test_is_not_overwritten_unless_asked(self, hub, client, home, repo, tmp_path, seed):
         push(client, home, repo, TEXTS[:5], tensors=["resid_post.0"])
         head, since = hub.dataset(repo).refs["main"], len(hub.requests)
-        with pytest.raises(ClientError, match=r"DatasetExistsError: .* holds 3 files.*exist_ok=True"):
+        with pytest.raises(ClientError, match=r"DatasetExistsError: .* holds 4 files.*exist_ok=True"):
             push(client, home, repo)
         assert hub.dataset(repo).refs["main"] == head and changes(hub, since) == []
         assert not (home / "store" / "pushing").exists()
@@ -253,7 +265,7 @@ class TestWhatIsThere:
             hub.dataset(repo).append(kept, "main", "a file of somebody's own")
         push(client, home, repo, TEXTS[:2], exist_ok=True)
         files = set(hub.dataset(repo).files())
-        assert len(files) == 6 and "mine.txt" in files
+        assert len(files) == 7 and "mine.txt" in files
         assert holds(published(hub, repo, tmp_path / "found"), seed, numbers=range(2))
 
     def test_an_empty_repository_is_none(self, hub, client, home, repo, tmp_path, seed):
@@ -264,7 +276,7 @@ class TestWhatIsThere:
     def test_what_is_to_be_private_does_not_go_into_a_public_one(self, hub, client, home, repo):
         client.run("from huggingface_hub import HfApi\nHfApi().create_repo(r, repo_type='dataset'); None", r=repo)
         since = len(hub.requests)
-        with pytest.raises(ClientError, match=r"OptionError: .*is public"):
+        with pytest.raises(ClientError, match=r"DatasetExistsError: .*is public"):
             push(client, home, repo, private=True)
         assert changes(hub, since) == []
 
@@ -312,6 +324,7 @@ class TestNothingIsMadeBefore:
             ({"token": "hf_nobodys"}, "does not know this token"),
             ({"token": False}, "needs a token"),
             ({"token": f"{TOKEN}\n"}, "no token of the Hub"),
+            ({"token": [TOKEN]}, "token is a list: expected"),
         ],
     )
     def test_of_what_fails_here(self, hub, client, home, repo, change, message):

@@ -121,7 +121,7 @@ def test_a_function_pools(tmp_path):
 @pytest.mark.parametrize("pooling", ["first_token", "mean", "max", "min", None, np.mean])
 def test_a_pooling_that_cannot_be_had_is_refused_by_name(tmp_path, pooling):
     made = make(tmp_path / "set")
-    with pytest.raises(OptionError, match=r"pooled with 'last_token'.*pass pooling='last_token'"):
+    with pytest.raises(OptionError, match=r"pooled with 'last_token'.*choose 'last_token'"):
         ac.load_activations(made.folder, pooling=pooling)
     made.hidden["pooling"] = "mean"
     made.write()

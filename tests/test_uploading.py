@@ -513,6 +513,8 @@ def test_a_process_that_only_reads_uploads_what_another_has_left(tmp_path: Path)
         store.append(space, pooled([1]))
         grown = growing_writer(store, space)
         grown.append([pooled([2])])
+        # Here, where it still has its store: without one, it would begin to upload.
+        os._exit(0)
 
     backend = Folder(tmp_path / "objects")
     # It ends without any of its own exit handlers, as one that is killed.

@@ -131,7 +131,7 @@ def test_show_wants_an_edited_variant_to_be_chosen(tmp_path: Path, cli: Cli) -> 
     edited_cache = ac.UnifiedCache(MODEL, [0], store=tmp_path, edits=[ac.ablate("resid_post.0")])
     (edited_perplexity,) = edited_cache.get_perplexity([PROMPT])
     status, _, err = cli("show", MODEL, PROMPT, *where)
-    assert status == 1
+    assert status == 2
     assert "ablate resid_post.0" in err
     (edited,) = Store(tmp_path).spaces()
     assert edited.space in err
@@ -207,6 +207,7 @@ def test_stats_prints_the_numbers_of_numpy(tmp_path: Path, cli: Cli) -> None:
     assert "every token" in out
     for number in (f"{ten['mean_norm']:.4g}", f"{stored['error_relative']:.2g}", "int8", "integers"):
         assert number in out
+    (tmp_path / "empty").mkdir()
     assert "nothing is stored" in cli("stats", "--store", str(tmp_path / "empty"))[1]
 
 

@@ -55,7 +55,7 @@ class UnsavableError(ActCacheError, TypeError):
 
 
 class MissingFileError(ActCacheError, FileNotFoundError):
-    """A file that is to be read and is not there."""
+    """A file that is to be read, or a folder that is to be written in, and is not there."""
 
 
 class OptionError(ActCacheError, ValueError):

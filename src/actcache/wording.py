@@ -30,6 +30,15 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def age(seconds: float) -> str:
+    """``less than a minute ago``, ``4 min ago``, ``3 h ago``, ``12 days ago``: never more than it is."""
+    if seconds < 60:
+        return "less than a minute ago"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min ago"
+    return f"{seconds // 3600:.0f} h ago" if seconds < 48 * 3600 else f"{seconds // 86400:,.0f} days ago"
+
+
 def count(number: int, noun: str) -> str:
     """``1 prompt``, ``1,200 prompts``."""
     return f"{number:,} {noun if number == 1 else noun + 's'}"

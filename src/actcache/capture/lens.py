@@ -14,9 +14,11 @@ from torch import Tensor
 
 from actcache.capture.inputs import single_token
 from actcache.capture.rows import require_prompt
-from actcache.errors import LayerRangeError, OptionError, TokenizerError, UnknownKeyError
+from actcache.errors import LayerRangeError, MissingFileError, OptionError, TokenizerError, UnknownKeyError
 from actcache.model.head import Head
 from actcache.model.layer_predictions import LayerPredictions, rank_of
+from actcache.model.pieces import escaped, piece_of, quoted
+from actcache.written import in_place_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -73,7 +75,7 @@ class LogitLens:
     _normalised: bool
     _head: Head
     _load_tokenizer: Callable[[], Any]
-    _texts: dict[int, str] = field(default_factory=dict)
+    _pieces: dict[int, str] = field(default_factory=dict)
 
     @property
     def kl(self) -> Tensor:
@@ -133,11 +135,15 @@ class LogitLens:
         inside = torch.cat([(ranks >= 0) & (ranks < k), torch.ones(1, *self.mask.shape, dtype=torch.bool)])
         return torch.tensor([*self.layers, -1])[inside.int().argmax(0)]
 
-    def text(self, token: int) -> str:
-        """A token as text, its leading space included; its number where no tokenizer is known."""
-        if token not in self._texts:
-            self._texts[token] = str(token) if self._tokenizer is None else _text(self._tokenizer, token)
-        return self._texts[token]
+    def text(self, token: int | Sequence[int]) -> str:
+        r"""A token, or several one after the other, as text, leading spaces included; a token is its number where no
+        tokenizer is known. A byte that is no UTF-8, as of one that is part of a character, is written ``\xab``."""
+        return escaped("".join(map(self._piece, [token] if isinstance(token, int) else token)))
+
+    def _piece(self, token: int) -> str:
+        if token not in self._pieces:
+            self._pieces[token] = str(token) if self._tokenizer is None else piece_of(self._tokenizer, token)
+        return self._pieces[token]
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -159,7 +165,7 @@ class LogitLens:
         if not self.layers:
             return ""
         token = int(self.input_ids[prompt, at])
-        behind = "" if token < 0 else f", behind {_shown(self.text(token))}"
+        behind = "" if token < 0 else f", behind {_shown(self._piece(token))}"
         lines = [f"prompt {prompt}, {self.counted} {int(self.positions[prompt, at])}{behind}"]
         columns = [("layer", [f"{self.site}.{layer}" for layer in self.layers], "<")]
         columns.append(("entropy", [f"{x:.3f}" for x in self.entropy[:, prompt, at].tolist()], ">"))
@@ -169,10 +175,10 @@ class LogitLens:
             chances = self.chosen_probabilities[:, prompt, at, i].tolist()
             ranks = self.chosen_ranks[:, prompt, at, i].tolist()
             cells = [f"{p:.3f} #{rank}" for p, rank in zip(chances, ranks, strict=True)]
-            columns.append((_shown(self.text(number)), cells, "<"))
+            columns.append((_shown(self._piece(number)), cells, "<"))
         for i in range(self.tokens.shape[-1]):
             best, chances = self.tokens[:, prompt, at, i].tolist(), self.probabilities[:, prompt, at, i].tolist()
-            cells = [f"{_shown(self.text(id_))} {p:.3f}" for id_, p in zip(best, chances, strict=True)]
+            cells = [f"{_shown(self._piece(id_))} {p:.3f}" for id_, p in zip(best, chances, strict=True)]
             columns.append(("best" if i == 0 else "", cells, "<"))
         # The layers and one token at least, however narrow it is.
         least = len(columns) - self.tokens.shape[-1] + 1
@@ -181,11 +187,17 @@ class LogitLens:
     def to_html(self, path: str | PathLike[str], *, title: str | None = None) -> Path:
         """Write a page that needs nothing else, no network either: a map of tokens and layers, coloured by probability,
         entropy, KL, or rank or probability of a chosen token, with details of each cell under the pointer or by the
-        arrow keys. Returns the path."""
+        arrow keys. Returns the path. A file that is there is replaced when the page is whole.
+
+        Raises `MissingFileError` where there is no folder to write it in."""
         from actcache.capture.lens_html import page
 
         place = Path(path).expanduser()
-        place.write_bytes(page(self, title=title).encode())
+        if not place.parent.is_dir():
+            raise MissingFileError(f"there is no folder {str(place.parent)!r} to write a page in: make it first")
+        made = page(self, title=title).encode()
+        with in_place_of(place) as file:
+            file.write_bytes(made)
         return place
 
     def _repr_html_(self) -> str:
@@ -296,25 +308,12 @@ def check_top_k(top_k: Any, vocab_size: int) -> None:
         raise OptionError(f"top_k is {top_k!r}: expected 1 to {vocab_size}, the size of the vocabulary")
 
 
-def _text(tokenizer: Any, token: int) -> str:
-    text: str = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-    piece = tokenizer.convert_ids_to_tokens(token)
-    if not isinstance(piece, str):
-        # The head has more rows than the tokenizer has tokens.
-        return text or str(token)
-    if "\ufffd" in text or not text:
-        # Some bytes of a character, which mean nothing by themselves.
-        return piece
-    # Decoding drops the space in front of a first word.
-    return f" {text}" if piece.startswith("\u2581") and not text.startswith(" ") else text
-
-
-def _shown(text: str) -> str:
+def _shown(piece: str) -> str:
     """On one line, with what is not printable escaped, cut to `_LONGEST` columns."""
     from rich.cells import cell_len, set_cell_size
 
-    quoted = repr(text)
-    return quoted if cell_len(quoted) <= _LONGEST else set_cell_size(quoted, _LONGEST - 2).rstrip() + "…" + quoted[-1]
+    shown = quoted(piece)
+    return shown if cell_len(shown) <= _LONGEST else set_cell_size(shown, _LONGEST - 2).rstrip() + "…" + shown[-1]
 
 
 def _set(columns: list[tuple[str, list[str], str]], width: int, least: int) -> list[str]:

@@ -121,7 +121,7 @@ def _prompt_chooser(lens: LogitLens, numbers: list[int]) -> str:
     options = []
     for place, i in enumerate(numbers):
         ids = lens.input_ids[i][lens.mask[i]].tolist()
-        text = "".join(visible(lens.text(id_)) for id_ in ids[:40] if id_ >= 0).replace("·", " ").strip()
+        text = visible(lens.text([id_ for id_ in ids[:40] if id_ >= 0]).strip(" "))
         text = text if len(text) <= 60 else text[:59] + "…"
         options.append(f'<option value="{place}">{i}: {html.escape(text)}</option>')
     return f'<label>Prompt <select id="prompt" autocomplete="off">{"".join(options)}</select></label>'

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -33,6 +32,7 @@ from actcache.capture.tokens import Mask, Tokens
 from actcache.capture.values import KVSummary
 from actcache.errors import FormatError, MissingFileError, UnsavableError
 from actcache.model.layout import Block
+from actcache.written import in_place_of
 
 K = TypeVar("K", bound=Keyed)
 
@@ -76,16 +76,8 @@ def save(cache: Keyed, path: str | os.PathLike[str]) -> Path:
         target = new_file(target)
     if not target.parent.is_dir():
         raise MissingFileError(f"there is no folder {os.fspath(target.parent)!r} to save a cache in: make it first")
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    try:
+    with in_place_of(target) as temporary:
         save_file(writer.tensors, temporary, metadata=header)
-        # mkstemp makes files that only their owner may read.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
     return target
 
 
@@ -298,9 +290,3 @@ def _strategy(name: str) -> Any:
         if module == aggregate.__name__ and attribute in aggregate.__all__
         else Named(name)
     )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -15,7 +15,15 @@ import click
 from actcache._version import __version__
 from actcache.cli.examples import epilog
 from actcache.cli.options import Settings, debug_option
-from actcache.errors import ActCacheError, OptionError, UnknownSiteError, did_you_mean
+from actcache.errors import (
+    ActCacheError,
+    AmbiguousVariantError,
+    LayerRangeError,
+    OptionError,
+    SiteUnavailableError,
+    UnknownSiteError,
+    did_you_mean,
+)
 
 # Verb -> what the list of verbs says of it. Kept here so that plain --help imports no verb.
 VERBS = {
@@ -39,10 +47,16 @@ VERBS = {
     "selftest": "Prove on this machine that a model's activations are right.",
     "verify": "Check every byte of the store, or repair it.",
     "evict": "Bring the store below a size.",
+    "invalidate": "Forget stored prompts, so that they are computed again.",
     "clear": "Delete what is stored, for a model or altogether.",
     "config": "Say which settings are in force, and where each comes from.",
     "version": "Print versions.",
 }
+
+
+# What was typed cannot be, though only the model or the store may tell. That something is not there to be found, as a
+# model or a prompt, is a failure: it may be there tomorrow.
+_WRONG_USAGE = (OptionError, UnknownSiteError, SiteUnavailableError, LayerRangeError, AmbiguousVariantError)
 
 
 class _Stopped(Exception):
@@ -131,7 +145,7 @@ def run(args: Sequence[str]) -> int:
             raise
         if isinstance(error, ActCacheError):
             message = _as_options(str(error), settings.verb)
-            return _fail(message, 2 if isinstance(error, (OptionError, UnknownSiteError)) else 1)
+            return _fail(message, 2 if isinstance(error, _WRONG_USAGE) else 1)
         return _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
 
 
@@ -146,6 +160,8 @@ def _as_options(message: str, verb: str) -> str:
         named |= {f"{name.lstrip('-').replace('-', '_')}=": name for name in option.opts}
         if option.name == "label_column":
             named["labels="] = option.opts[0]
+        if option.name == "metadata_columns":
+            named["metadata="] = named["metadata_columns="] = option.opts[0]
         if option.is_flag:
             named[f"{option.name}=True"] = option.opts[0]
             named |= {f"{option.name}=False": other for other in option.secondary_opts[:1]}
@@ -175,6 +191,7 @@ _STOPPED = {
     "upgrade": _GOES_ON,
     "verify": "The store is as good as before: the same command begins anew.",
     "evict": _GONE,
+    "invalidate": _GONE,
     "clear": _GONE,
 }
 """What is said of verbs that change something, when they are stopped."""
@@ -189,6 +206,8 @@ def _interrupt(_signal: int, _frame: object) -> NoReturn:
 
 
 def _end_at_once(_signal: int, _frame: object) -> NoReturn:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     os.write(2, b"actcache: stopped at once. What was on its way begins anew.\n")
     os._exit(1)
 
@@ -217,4 +236,8 @@ def main() -> NoReturn:
             stream.reconfigure(errors="replace")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    # A Ctrl-C that passed through source text which a library executes, as dataclasses do during an import, counts as
+    # never caught, and `python -m` then ends by that signal, until other source text was executed.
+    exec("")
+    sys.exit(status)

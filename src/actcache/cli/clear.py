@@ -34,10 +34,9 @@ def command(
     dtype, edits, ...), --yes alone deletes none of them: --space chooses one, --all-variants takes them all. Files that
     actcache did not write are never touched.
     """
-    from actcache.cli.lookup import variants_of
+    from actcache.cli.lookup import store_to_read, variants_of
     from actcache.cli.output import count, print_json
     from actcache.errors import NotCachedError
-    from actcache.store.default import store_at
 
     # As an unset variable of the shell is given, which would choose whatever there is.
     if space == "":
@@ -45,7 +44,7 @@ def command(
     everything = model is None and space is None
     if all_variants and (everything or space is not None):
         raise click.UsageError("--all-variants goes with MODEL, and without --space.")
-    opened = store_at(store)
+    opened = store_to_read(store)
     variants = variants_of(opened, model, space)
     unclear = len(variants) > 1 and not everything and not all_variants
     if variants and (unclear or not yes):

@@ -24,6 +24,7 @@ def command(repo: str, revision: str | None, as_json: bool) -> None:
 
     found = fetch_dataset_metadata(repo, revision=revision)
     labels = sorted({str(label) for label in found.labels or [] if label is not None})
+    bare = sum(label is None for label in found.labels or [])
     if as_json:
         print_json(
             {
@@ -35,8 +36,11 @@ def command(repo: str, revision: str | None, as_json: bool) -> None:
                 "num_prompts": found.num_prompts,
                 "available_layers": found.available_layers,
                 "tensors": found.tensor_descriptors,
+                "perplexity": found.has_perplexity,
                 "labels": None if found.labels is None else labels,
+                "prompts_without_label": bare,
                 "columns": list(found.metadata),
+                "checksums": found.checksums,
                 "provenance": found.provenance,
             }
         )
@@ -50,12 +54,18 @@ def command(repo: str, revision: str | None, as_json: bool) -> None:
     if labels:
         shown = ", ".join(one_line(label, 30) for label in labels[:10])
         shown += f" and {len(labels) - 10:,} more" if len(labels) > 10 else ""
-        bare = sum(label is None for label in found.labels or [])
         out.print(
             f"labels   {shown}{f' ({bare:,} of {found.num_prompts:,} prompts have none)' if bare else ''}", markup=False
         )
     if found.metadata:
         out.print(f"columns  {', '.join(one_line(name, 40) for name in found.metadata)}", markup=False)
+    checked = {
+        "blocks": "all that is read",
+        "files": "files that are read whole",
+        "some": "some files: it has no checksums of others",
+        None: "nothing: it has no checksums",
+    }
+    out.print(f"checked  {checked[found.checksums]}", markup=False)
     rows = table("tensors", "layers", "width", "rows", "shards", right=("width", "shards"))
     for name, said in found.tensor_descriptors.items():
         width = said.get("dim", said.get("k", said.get("num_experts", "")))

@@ -23,10 +23,10 @@ def command(limit_gb: float | None, store: str | None, as_json: bool) -> None:
 
     What was read longest ago goes first. Whoever reads from the store at this moment can go on reading.
     """
+    from actcache.cli.lookup import store_to_read
     from actcache.cli.output import count, print_json, size
-    from actcache.store.default import store_at
 
-    opened = store_at(store)
+    opened = store_to_read(store)
     if limit_gb is None and not opened.limit.value:
         raise OptionError("there is no limit to keep to: give --limit-gb (ACTCACHE_MAX_GB is the default store's).")
     report = opened.evict(limit_gb)

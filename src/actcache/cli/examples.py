@@ -24,7 +24,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "push": (
         "actcache push org/name gpt2",
-        "actcache push ./folder gpt2 prompts.csv --label-column truth",
+        "actcache push ./folder gpt2 prompts.csv --label-column truth --metadata-column topic",
     ),
     "pull": ("actcache pull org/name", "actcache pull org/name --layers 6,7 --materialize"),
     "load": (
@@ -43,6 +43,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "selftest": ("actcache selftest", "actcache selftest gpt2 --dtype bfloat16"),
     "verify": ("actcache verify", "actcache verify --repair"),
     "evict": ("actcache evict --limit-gb 50",),
+    "invalidate": (
+        'actcache invalidate gpt2 --prompt "The sky is blue."',
+        "actcache invalidate gpt2 prompts.jsonl --store s3://bucket/lab",
+    ),
     "clear": ("actcache clear gpt2", "actcache clear gpt2 --space 3f2a91bc --yes", "actcache clear --yes"),
     "config": ("actcache config", "actcache config --store s3://bucket/lab --json"),
     "version": ("actcache version",),

@@ -16,11 +16,11 @@ from actcache.cli.options import debug_option, json_option, store_option
 @debug_option
 def command(model: str | None, store: str | None, as_json: bool) -> None:
     """Report on the store: where it is, its models, prompts and sizes; with MODEL, on that model alone."""
-    from actcache.cli.lookup import stored_name
+    from actcache.cli.lookup import store_to_read, stored_name
     from actcache.cli.output import console, print_json, size, table
-    from actcache.store.default import only_model, store_at
+    from actcache.store.default import only_model
 
-    opened = store_at(store)
+    opened = store_to_read(store)
     info = opened.info() if model is None else only_model(opened.info(), stored_name(opened, model))
     if as_json:
         print_json(info)

@@ -41,7 +41,12 @@ if TYPE_CHECKING:
     "--token", "tokens", multiple=True, metavar="TEXT", help="A token whose rank and probability are shown; repeatable."
 )
 @click.option("--html", metavar="FILE", help="Write a map of all tokens and layers, a page that works by itself.")
-@click.option("--translators", metavar="PATH", help="Folder of a tuned lens (of the package tuned-lens).")
+@click.option(
+    "--translators",
+    metavar="PATH",
+    type=click.Path(exists=True, file_okay=False),
+    help="Folder of a tuned lens (of the package tuned-lens).",
+)
 @layers_option
 @click.option(
     "--site", default="resid_post", show_default=True, metavar="NAME", help="resid_post, resid_mid, resid_pre."

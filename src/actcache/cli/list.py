@@ -24,11 +24,10 @@ def command(model: str, space: str | None, store: str | None, as_json: bool) -> 
 
     A model that is stored in several variants (revision, dtype, edits, ...) has a list for each.
     """
-    from actcache.cli.lookup import in_words, readable, variants_of
+    from actcache.cli.lookup import in_words, readable, store_to_read, variants_of
     from actcache.cli.output import count, one_line, print_json, size
-    from actcache.store.default import store_at
 
-    opened = store_at(store)
+    opened = store_to_read(store)
     variants = variants_of(opened, model, space)
     if as_json:
         print_json(

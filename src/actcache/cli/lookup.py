@@ -7,12 +7,29 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from actcache.errors import NotCachedError, did_you_mean
 
 if TYPE_CHECKING:
     from actcache.store.prompts import PromptTable
     from actcache.store.spaces import SpaceInfo
     from actcache.store.store import Store
+
+
+def store_to_read(place: str | None) -> Store:
+    """The store that --store names, for a verb that makes none.
+
+    `click.UsageError` where there is no such folder: a misspelled name must not be told to be empty, or intact.
+    """
+    from actcache.store.default import store_at
+    from actcache.store.locations import named_place
+
+    if place is not None:
+        folder = named_place(place, "--store")
+        if isinstance(folder, Path) and not folder.is_dir():
+            raise click.UsageError(f"--store {place}: there is no such folder, and so no store to look at.")
+    return store_at(place)
 
 
 def stored_name(store: Store, model: str) -> str:
@@ -76,9 +93,12 @@ def in_words(prompt: Any, model_name: str) -> str:
 
 
 def token_pieces(model_name: str, ids: list[int]) -> list[str] | None:
-    """The text of each token, by the model's own tokenizer file; None when it is not on this machine."""
+    r"""The text of each token, by the model's own tokenizer file, bytes that are no UTF-8 as ``\xab``; None when it is
+    not on this machine."""
+    from actcache.model.pieces import escaped, piece_of
+
     tokenizer = _tokenizer(model_name)
-    return None if tokenizer is None else [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+    return None if tokenizer is None else [escaped(piece_of(tokenizer, i)) for i in ids]
 
 
 @lru_cache(maxsize=4)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import click
 
-from actcache.distributed.rows import WHOLE_NUMBER, choose, field_of
+from actcache.distributed.rows import WHOLE_NUMBER, choose, field_of, json_of, prompt_in
 from actcache.errors import PromptError
 
 # What `UnifiedCache` takes: text, token ids, or chat messages.
@@ -31,6 +32,40 @@ class _Place(click.Path):
 label_column_option = click.option(
     "--label-column", metavar="NAME", help="Column or field of FILES that holds the label of each prompt."
 )
+
+
+metadata_columns_option = click.option(
+    "--metadata-column",
+    "metadata_columns",
+    multiple=True,
+    metavar="NAME",
+    help="Column or field of FILES that is stored or published beside each prompt; may be repeated.",
+)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Which columns or fields of a file hold what; `prompt` None for the usual one."""
+
+    prompt: str | None
+    label: str | None = None
+    metadata: tuple[str, ...] = ()
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Those beside the prompt's, each once."""
+        return tuple(dict.fromkeys([*([] if self.label is None else [self.label]), *self.metadata]))
+
+    @property
+    def named(self) -> list[tuple[str, str]]:
+        """What was named, with its option."""
+        given = [("--column", self.prompt), ("--label-column", self.label)]
+        given += [("--metadata-column", name) for name in self.metadata]
+        return [(option, name) for option, name in given if name is not None]
+
+
+Found = tuple[Prompt, dict[str, Any]]
+"""A prompt, and what its row has in the columns beside it."""
 
 
 def prompt_arguments(command: F) -> F:
@@ -62,36 +97,42 @@ def read_prompts(
     Text files hold a prompt a line (empty lines are skipped). A line of JSONL is a string, an object with the prompt
     in `column`, a list of token ids, or a list of chat messages. CSV has a header line.
     """
-    return read_labelled(files, texts, column=column, file_format=file_format)[0]
+    return read_described(files, texts, column=column, file_format=file_format)[0]
 
 
-def read_labelled(
+def read_described(
     files: Iterable[str],
     texts: Iterable[str],
     *,
     column: str | None = None,
     label_column: str | None = None,
+    metadata_columns: Sequence[str] = (),
     file_format: str | None = None,
-) -> tuple[list[Prompt], list[Any] | None]:
-    """As `read_prompts`, with the label of each prompt from `label_column` of its file; None without that.
+) -> tuple[list[Prompt], list[Any] | None, dict[str, list[Any]] | None]:
+    """As `read_prompts`, with the label of each prompt and what is in `metadata_columns`, by name; None where no column
+    is named.
 
-    Labels of JSONL are what they are there. CSV knows no types: a file's are integers where all of them are, else text,
-    and an empty field is none.
+    Values of JSONL and Parquet are what they are there. CSV knows no types: those of a column are integers where all of
+    a file are, else text, and an empty field is none.
     """
-    prompts: list[Prompt] = list(texts)
-    if prompts and label_column is not None:
-        raise click.UsageError("a prompt given as --prompt TEXT has no label: put it into a file.")
-    labels: list[Any] = [None] * len(prompts)
+    wanted = _Columns(column, label_column, tuple(dict.fromkeys(metadata_columns)))
+    found: list[Found] = [(text, dict.fromkeys(wanted.beside)) for text in texts]
+    if found and wanted.beside:
+        what = "label" if label_column is not None else "metadata"
+        raise click.UsageError(f"a prompt given as --prompt TEXT has no {what}: put it into a file.")
     files = list(files)
     for name in files:
-        for prompt, label in _read_file(name, column, label_column, file_format):
-            prompts.append(prompt)
-            labels.append(label)
-    if not prompts and not files:
+        found += _read_file(name, wanted, file_format)
+    if not found and not files:
         raise click.UsageError("no prompts: name a file, give --prompt TEXT, or - for standard input.")
-    if not prompts:
+    if not found:
         raise PromptError(f"no prompts in {', '.join(files)}: the file is empty.")
-    return prompts, None if label_column is None else labels
+    columns = {name: [values[name] for _, values in found] for name in wanted.beside}
+    return (
+        [prompt for prompt, _ in found],
+        None if label_column is None else columns[label_column],
+        {name: columns[name] for name in wanted.metadata} or None,
+    )
 
 
 def read_prompt(text: str) -> Prompt:
@@ -107,66 +148,76 @@ def read_prompt(text: str) -> Prompt:
     return text
 
 
-def _read_file(
-    name: str, column: str | None, label_column: str | None, file_format: str | None
-) -> list[tuple[Prompt, Any]]:
+def _read_file(name: str, wanted: _Columns, file_format: str | None) -> list[Found]:
     shown = "standard input" if name == "-" else name
     kind = file_format or _FORMATS.get(Path(name).suffix.lower(), "text")
     if name.startswith("hf://") or Path(name).is_dir() or (kind == "parquet" and name != "-"):
-        return list(_read_units(name, column, label_column, file_format))
+        return list(_read_units(name, wanted, file_format))
     try:
         if name == "-":
-            return _parse(sys.stdin, kind, column, label_column, shown)
+            return _parse(sys.stdin, kind, wanted, shown)
         # newline="" leaves line ends inside quoted CSV fields alone; utf-8-sig drops a byte order mark.
         with open(name, encoding="utf-8-sig", newline="" if kind in ("csv", "tsv") else None) as file:
-            return _parse(file, kind, column, label_column, shown)
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{shown} is not UTF-8 text (byte {error.start}): convert it first.") from error
+            return _parse(file, kind, wanted, shown)
+    except UnicodeDecodeError:
+        raise PromptError(f"{shown}{_line_that_is_none(name)} is not UTF-8 text: convert it first.") from None
 
 
-def _read_units(
-    name: str, column: str | None, label_column: str | None, file_format: str | None
-) -> Iterator[tuple[Prompt, Any]]:
+def _line_that_is_none(name: str) -> str:
+    """Which line of a file is no UTF-8, to stand behind its name; of standard input nobody knows any more."""
+    if name == "-":
+        return ""
+    with open(name, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f", line {number} (byte {error.start} of it)"
+    return ""
+
+
+def _read_units(name: str, wanted: _Columns, file_format: str | None) -> Iterator[Found]:
     """What is no single file of lines is read as a distributed run reads it."""
     from actcache.distributed.inputs import find_inputs
     from actcache.distributed.units import Reader, Units
 
     reader = Reader()
-    for unit in Units(find_inputs(name, column=column, kind=file_format, label=label_column)):
+    inputs = find_inputs(name, column=wanted.prompt, kind=file_format, label=wanted.label, metadata=wanted.metadata)
+    for unit in Units(inputs):
         for row in reader.rows(unit):
             if row.reason:
                 raise PromptError(f"{unit.input.path}, {row.at}: {row.reason.partition(': ')[2]}")
-            yield row.prompt, row.label
+            values = dict(row.metadata or {})
+            if wanted.label is not None:
+                values[wanted.label] = row.label
+            yield row.prompt, values
     reader.close()
 
 
-def _parse(
-    file: IO[str], kind: str, column: str | None, label_column: str | None, shown: str
-) -> list[tuple[Prompt, Any]]:
-    """The prompts of a file, each with its label: None without `label_column`."""
+def _parse(file: IO[str], kind: str, wanted: _Columns, shown: str) -> list[Found]:
+    """The prompts of a file, each with what stands beside it."""
     if kind == "jsonl":
-        return list(_parse_jsonl(file, column, label_column, shown))
+        return list(_parse_jsonl(file, wanted, shown))
     if kind == "json":
-        return list(_parse_json(file, column, label_column, shown))
+        return list(_parse_json(file, wanted, shown))
     if kind in ("csv", "tsv"):
-        return _typed(list(_parse_csv(file, column, label_column, shown, delimiter="\t" if kind == "tsv" else ",")))
-    for option, name in (("--column", column), ("--label-column", label_column)):
-        if name is not None:
-            raise click.UsageError(f"{option} {name}: {shown} is read as text, which has no columns (see --format).")
+        return _typed(list(_parse_csv(file, wanted, shown, delimiter="\t" if kind == "tsv" else ",")), wanted)
+    for option, name in wanted.named:
+        raise click.UsageError(f"{option} {name}: {shown} is read as text, which has no columns (see --format).")
     lines = (line.rstrip("\r\n") for line in file)
-    return [(text, None) for text in lines if text.strip()]
+    return [(text, {}) for text in lines if text.strip()]
 
 
-def _typed(found: list[tuple[Prompt, Any]]) -> list[tuple[Prompt, Any]]:
-    labels = [label or None for _, label in found]
-    if all(label is None or WHOLE_NUMBER.fullmatch(label) for label in labels):
-        labels = [None if label is None else int(label) for label in labels]
-    return [(prompt, label) for (prompt, _), label in zip(found, labels, strict=True)]
+def _typed(found: list[Found], wanted: _Columns) -> list[Found]:
+    for name in wanted.beside:
+        values = [beside[name] or None for _, beside in found]
+        whole = all(value is None or WHOLE_NUMBER.fullmatch(value) for value in values)
+        for (_, beside), value in zip(found, values, strict=True):
+            beside[name] = int(value) if whole and value is not None else value
+    return found
 
 
-def _parse_json(
-    file: IO[str], column: str | None, label_column: str | None, shown: str
-) -> Iterator[tuple[Prompt, Any]]:
+def _parse_json(file: IO[str], wanted: _Columns, shown: str) -> Iterator[Found]:
     """A file whose whole content is one list of prompts."""
     try:
         values = json.load(file)
@@ -177,61 +228,38 @@ def _parse_json(
     if not isinstance(values, list):
         raise PromptError(f"{shown}: a list of prompts is expected, not {json.dumps(values)[:40]}.")
     placed = [(value, f"{shown}, item {number}") for number, value in enumerate(values)]
-    yield from _of_values(placed, column, label_column, shown)
+    yield from _of_values(placed, wanted, shown)
 
 
-def _parse_jsonl(
-    file: IO[str], column: str | None, label_column: str | None, shown: str
-) -> Iterator[tuple[Prompt, Any]]:
+def _parse_jsonl(file: IO[str], wanted: _Columns, shown: str) -> Iterator[Found]:
     values = []
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
-        try:
-            values.append((json.loads(line), f"{shown}, line {number}"))
-        except ValueError as error:
-            raise PromptError(f"{shown}, line {number}: not JSON ({error}).") from error
-    yield from _of_values(values, column, label_column, shown)
+        where = f"{shown}, line {number}"
+        values.append((json_of(line, where), where))
+    yield from _of_values(values, wanted, shown)
 
 
-def _of_values(
-    values: list[tuple[Any, str]], column: str | None, label_column: str | None, shown: str
-) -> Iterator[tuple[Prompt, Any]]:
+def _of_values(values: list[tuple[Any, str]], wanted: _Columns, shown: str) -> Iterator[Found]:
+    column = wanted.prompt
     if column is None:
-        column = field_of((value for value, _ in values), () if label_column is None else (label_column,), shown)
+        column = field_of((value for value, _ in values), wanted.beside, shown)
     for value, where in values:
-        yield _of_json(value, column, label_column, where)
+        yield prompt_in(value, column, wanted.beside, where)
 
 
-def _of_json(value: Any, column: str | None, label_column: str | None, where: str) -> tuple[Prompt, Any]:
-    label = None
-    if label_column is not None:
-        if not isinstance(value, dict):
-            raise PromptError(f"{where}: no object, so that it has no {label_column!r}.")
-        label = value[choose(list(value), label_column, where)]
-    if isinstance(value, dict):
-        value = value[choose([n for n in value if n != label_column], column, where)]
-    if not isinstance(value, (str, list)):
-        raise PromptError(
-            f"{where}: a prompt is a string, a list of token ids or a list of messages, not {json.dumps(value)[:40]}."
-        )
-    return value, label
-
-
-def _parse_csv(
-    file: IO[str], column: str | None, label_column: str | None, shown: str, *, delimiter: str
-) -> Iterator[tuple[Prompt, Any]]:
+def _parse_csv(file: IO[str], wanted: _Columns, shown: str, *, delimiter: str) -> Iterator[Found]:
     csv.field_size_limit(2**31 - 1)
     rows = csv.DictReader(file, delimiter=delimiter)
     if rows.fieldnames is None:
         return
     names = list(rows.fieldnames)
-    wanted = [choose([n for n in names if n != label_column], column, shown)]
-    if label_column is not None:
-        wanted.append(choose([n for n in names if n != column], label_column, shown))
+    prompt = choose([name for name in names if name not in wanted.beside], wanted.prompt, shown)
+    beside = [choose([other for other in names if other != wanted.prompt], name, shown) for name in wanted.beside]
     for row in rows:
-        for name in wanted:
+        for name in (prompt, *beside):
             if row[name] is None:
                 raise PromptError(f"{shown}, line {rows.line_num}: the row is too short to have a {name!r}.")
-        if row[wanted[0]].strip():
-            yield row[wanted[0]], None if label_column is None else row[label_column]
+        if row[prompt].strip():
+            yield row[prompt], {name: row[name] for name in beside}

@@ -14,7 +14,7 @@ from actcache.cli.options import (
     store_option,
     tensors_option,
 )
-from actcache.cli.prompts import label_column_option, prompt_arguments, read_labelled
+from actcache.cli.prompts import label_column_option, metadata_columns_option, prompt_arguments, read_described
 
 _POSITIVE = click.IntRange(min=1)
 
@@ -24,6 +24,7 @@ _POSITIVE = click.IntRange(min=1)
 @click.argument("model")
 @prompt_arguments
 @label_column_option
+@metadata_columns_option
 @tensors_option("all that the prompts have in common")
 @click.option(
     "--pooling", metavar="NAME", help="Which stored form, `tokens` for full sequences. [default: most prompts']"
@@ -65,6 +66,7 @@ def command(
     texts: tuple[str, ...],
     column: str | None,
     label_column: str | None,
+    metadata_columns: tuple[str, ...],
     file_format: str | None,
     shard_max_bytes: int | None,
     space: str | None,
@@ -75,21 +77,25 @@ def command(
     """Publish what is stored for the prompts in FILES (default: for all) of MODEL as the dataset REPO.
 
     REPO is org/name on the Hugging Face Hub, where a token that may write is needed (`hf auth login`, or HF_TOKEN), or
-    a folder, written ./folder. Run again, a push that was stopped goes on where it was. Of FILES prompts and labels are
-    read; metadata columns are those stored with the prompts, or are given in Python: push_dataset(metadata=).
+    a folder, written ./folder. Run again, a push that was stopped goes on where it was. Labels and
+    other columns that are not named are those stored with the prompts.
     """
-    from actcache.cli.lookup import stored_name, variants_of
+    from actcache.cli.lookup import store_to_read, stored_name, variants_of
     from actcache.cli.output import print_json
     from actcache.errors import AmbiguousVariantError
     from actcache.share.push import DEFAULT_SHARD_BYTES, push_dataset
-    from actcache.store.default import store_at
 
-    prompts, labels = None, None
+    where = store_to_read(store)
+    prompts, labels, metadata = None, None, None
     if files or texts:
-        prompts, labels = read_labelled(files, texts, column=column, label_column=label_column, file_format=file_format)
+        prompts, labels, metadata = read_described(
+            files, texts, column=column, label_column=label_column, metadata_columns=metadata_columns,
+            file_format=file_format,
+        )  # fmt: skip
     elif label_column is not None:
         raise click.UsageError("--label-column needs FILES, in which the labels are.")
-    where = store_at(store)
+    elif metadata_columns:
+        raise click.UsageError("--metadata-column needs FILES, in which the columns are.")
     if space is not None:
         variants = variants_of(where, model, space)
         if len(variants) > 1:
@@ -100,6 +106,7 @@ def command(
         stored_name(where, model),
         prompts,
         labels=labels,
+        metadata=metadata,
         shard_max_bytes=shard_max_bytes or DEFAULT_SHARD_BYTES,
         space=space,
         store=where,

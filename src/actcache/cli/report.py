@@ -40,7 +40,7 @@ def command(
     nothing else: no network, no other file. REPO is org/name on the Hub, or a folder, written ./folder; a model that is
     stored under that name comes first.
     """
-    from actcache.cli.lookup import stored_name, variants_of
+    from actcache.cli.lookup import store_to_read, stored_name, variants_of
     from actcache.cli.output import console, print_json, size
     from actcache.cli.prompts import read_prompt
     from actcache.errors import DatasetAccessError, DatasetNotFoundError, NotCachedError, OptionError
@@ -48,10 +48,9 @@ def command(
     from actcache.report.of_store import store_contents
     from actcache.report.page import page, summary_of
     from actcache.share.location import local_folder
-    from actcache.store.default import store_at
 
     path = file_to_write("--out", out)
-    opened = store_at(store)
+    opened = store_to_read(store)
     prompts = [read_prompt(text) for text in texts]
     missing: NotCachedError | None = None
     if name is not None:

@@ -31,15 +31,14 @@ def command(model: str, prompt: str, space: str | None, store: str | None, as_js
     PROMPT is text, or JSON: a list of token ids, or of chat messages. Of several variants the model's own is shown;
     one that was computed with edits only when it is chosen with --space.
     """
-    from actcache.cli.lookup import readable, stored_name, token_pieces, variants_of
+    from actcache.cli.lookup import readable, store_to_read, stored_name, token_pieces, variants_of
     from actcache.cli.output import console, one_line, print_json, table
     from actcache.errors import AmbiguousVariantError, NotCachedError
-    from actcache.store.default import store_at
     from actcache.store.given import KINDS, read
     from actcache.store.site_names import site_order
     from actcache.store.variants import by_preference
 
-    opened = store_at(store)
+    opened = store_to_read(store)
     name = stored_name(opened, model)
     variants = {v.space: (v, said) for v, said in variants_of(opened, model, space)}
     in_order = [variants[v.space] for v in by_preference([v for v, _ in variants.values()])]
@@ -59,6 +58,7 @@ def command(model: str, prompt: str, space: str | None, store: str | None, as_js
     tokens = stored_prompt.tokens(0)
     known = as_given["num_tokens"] is not None
     pieces = token_pieces(name, tokens.tolist()) if known else None
+    elsewhere = _elsewhere(opened, variant, stored_prompt)
     if as_json:
         others = [
             {"space": v.space, "variant": said, "revision": v.revision, "dtype": v.dtype} for v, said, _ in holding
@@ -67,6 +67,7 @@ def command(model: str, prompt: str, space: str | None, store: str | None, as_js
             {
                 "model_name": name,
                 "variant": said,
+                "space": variant.space,
                 "prompt": as_given["prompt"],
                 "token_ids": tokens if known else None,
                 "tokens": pieces,
@@ -75,6 +76,7 @@ def command(model: str, prompt: str, space: str | None, store: str | None, as_js
                 "label": label,
                 "metadata": metadata,
                 "pulled": variant.pulled,
+                "not_here": elsewhere,
                 "variants": others,
             }
         )
@@ -90,7 +92,7 @@ def command(model: str, prompt: str, space: str | None, store: str | None, as_js
         numbers = str(entry["vectors"]), str(entry["width"]), f"{entry['norm']:.4g}"
         rows.add_row(entry["site"], layout, entry["dtype"], *numbers)
     out.print(rows)
-    if elsewhere := _elsewhere(opened, variant, stored_prompt):
+    if elsewhere:
         out.print(
             f"not here yet, and fetched from {variant.pulled} when it is read: {', '.join(elsewhere)}",
             markup=False,

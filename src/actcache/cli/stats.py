@@ -31,11 +31,10 @@ def command(model: str | None, space: str | None, store: str | None, as_json: bo
     With MODEL, of that model alone; each variant of a model (revision, dtype, edits, ...) has numbers of its own.
     Errors are those of the dtype in which vectors are stored, measured when they were written.
     """
-    from actcache.cli.lookup import variants_of
+    from actcache.cli.lookup import store_to_read, variants_of
     from actcache.cli.output import console, count, print_json, size
-    from actcache.store.default import store_at
 
-    opened = store_at(store)
+    opened = store_to_read(store)
     variants = variants_of(opened, model, space)
     if as_json:
         print_json(

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from actcache.cli.options import debug_option, json_option, model_options, unified_cache
-from actcache.cli.prompts import label_column_option, prompt_arguments, read_labelled
+from actcache.cli.prompts import label_column_option, metadata_columns_option, prompt_arguments, read_described
 from actcache.cli.workers import distributed, worker_options
 from actcache.errors import PartialWarmupError
 
@@ -17,6 +17,7 @@ from actcache.errors import PartialWarmupError
 @click.argument("model")
 @prompt_arguments
 @label_column_option
+@metadata_columns_option
 @click.option(
     "--max-retries",
     type=click.IntRange(min=0),
@@ -33,6 +34,7 @@ def command(
     texts: tuple[str, ...],
     column: str | None,
     label_column: str | None,
+    metadata_columns: tuple[str, ...],
     file_format: str | None,
     as_json: bool,
     max_retries: int | None,
@@ -54,17 +56,25 @@ def command(
                 f"--engine {engine} needs files, folders or hf://datasets/org/name, which workers read."
             )
         given = {
-            "engine": engine, "column": column, "label_column": label_column, "file_format": file_format,
-            "max_retries": max_retries, **workers,
+            "engine": engine, "column": column, "label_column": label_column,
+            "metadata_columns": list(metadata_columns), "file_format": file_format, "max_retries": max_retries,
+            **workers,
         }  # fmt: skip
-        _report(lambda: distributed(model, list(files), given, options), as_json)
+        _report(lambda: distributed(model, list(files), given, options), as_json, options["perplexity"])
         return
-    prompts, labels = read_labelled(files, texts, column=column, label_column=label_column, file_format=file_format)
+    prompts, labels, metadata = read_described(
+        files, texts, column=column, label_column=label_column, metadata_columns=metadata_columns,
+        file_format=file_format,
+    )  # fmt: skip
     cache = unified_cache(model, **options)
-    _report(lambda: cache.warmup(prompts, max_retries=max_retries, labels=labels), as_json)
+    _report(
+        lambda: cache.warmup(prompts, max_retries=max_retries, labels=labels, metadata=metadata),
+        as_json,
+        options["perplexity"],
+    )
 
 
-def _report(run: Callable[[], Any], as_json: bool) -> None:
+def _report(run: Callable[[], Any], as_json: bool, perplexity: bool) -> None:
     try:
         stats = run()
     except PartialWarmupError as error:
@@ -72,6 +82,9 @@ def _report(run: Callable[[], Any], as_json: bool) -> None:
         _print(error.stats, as_json, error.count, error.failed)
         raise
     _print(stats, as_json)
+    if not as_json and not perplexity and stats.activations_extracted:
+        # The same settings in Python would load the model again for it.
+        click.echo("perplexity is not stored (--perplexity); in Python compute_perplexity=False does without it.")
 
 
 def _print(stats: Any, as_json: bool, count_failed: int = 0, failed: Sequence[tuple[int, str]] = ()) -> None:

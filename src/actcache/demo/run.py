@@ -267,6 +267,7 @@ def _lens(out: Console, store: Store) -> list[float]:
     import torch
 
     from actcache.model.anatomy import describe
+    from actcache.model.pieces import escaped, piece_of
 
     anatomy = describe(cache.model)
     tokenizer = cache.tokenizer
@@ -278,7 +279,8 @@ def _lens(out: Console, store: Store) -> list[float]:
     _say(out, "   What the final norm and head make of each layer's stored vector:")
     rows = table("layer", f"chance of “{answer.strip()}”", "most likely", right=("layer",))
     for layer, chance in enumerate(chances):
-        best = ", ".join(f"{tokenizer.decode([int(i)]).strip()} {float(chance[i]):.0%}" for i in chance.topk(4).indices)
+        likely = ((escaped(piece_of(tokenizer, int(i))).strip(), float(chance[i])) for i in chance.topk(4).indices)
+        best = ", ".join(f"{piece} {share:.0%}" for piece, share in likely)
         rows.add_row(str(layer), f"{float(chance[wanted]):4.0%}  {_bar(float(chance[wanted]))}", best)
     out.print(rows)
     return [float(chance) for chance in chances[:, wanted]]

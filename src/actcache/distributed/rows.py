@@ -37,17 +37,32 @@ class Row:
 
 
 def choose(names: Sequence[str], column: str | None, where: str) -> str:
-    """Which of the columns `names` holds the prompt: `column`, else the usual one, else the only one."""
+    """Which of the columns `names` holds the prompt: `column`, else the usual one, else the only one.
+
+    Raises `PromptError` for none, and for one that there is twice: who reads on would take the first, or the last.
+    """
+    found = _chosen(names, column, where)
+    if names.count(found) > 1:
+        raise PromptError(f"{where}: {names.count(found)} columns are called {found!r}: rename all but one.")
+    return found
+
+
+def _chosen(names: Sequence[str], column: str | None, where: str) -> str:
     if column is not None:
         if column in names:
             return column
-        raise PromptError(f"{where}: no {column!r} among {', '.join(names)}.{did_you_mean(column, names)}")
+        raise PromptError(
+            f"{where}: {column!r} is expected, and there is {', '.join(names) or 'nothing'}."
+            f"{did_you_mean(column, names)}"
+        )
     for name in _USUAL_COLUMNS:
         if name in names:
             return name
     if len(names) == 1:
         return names[0]
-    raise PromptError(f"{where}: which of {', '.join(names)} is the prompt? Say so with --column (column=).")
+    if not names:
+        raise PromptError(f"{where}: nothing is there that could be a prompt.")
+    raise PromptError(f"{where}: which of {', '.join(names)} is the prompt? Say so with column=.")
 
 
 def field_of(values: Iterable[Any], beside: Sequence[str], where: str) -> str | None:
@@ -71,27 +86,40 @@ def field_of(values: Iterable[Any], beside: Sequence[str], where: str) -> str | 
     return choose(list(dict.fromkeys(name for names in held for name in names)), None, where)
 
 
-def row_of_json(text: str, one: Input, at: str) -> Row:
-    """The row of a line of JSONL: a string, an object with it in a field, a list of token ids or of messages.
-
-    Raises `PromptError` where there is none.
-    """
+def json_of(line: str, where: str) -> Any:
+    """What a line of JSONL says. Raises `PromptError`, as all below, which begins with `where` it is."""
+    line = line.strip()
     try:
-        value = json.loads(text)
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptError(f"{where}: not JSON: {error.msg} at column {error.colno} of {line!r:.60}.") from None
     except (ValueError, RecursionError) as error:
-        raise PromptError(f"the line: not JSON ({error}).") from None
-    beside: dict[str, Any] = {}
-    if one.beside:
+        raise PromptError(f"{where}: not JSON that can be read: {error}.") from None
+
+
+def prompt_in(value: Any, column: str | None, beside: Sequence[str], where: str) -> tuple[Any, dict[str, Any]]:
+    """The prompt of a line of JSONL (a string, a list of token ids or of messages, or an object with it in the field
+    `column`), and what stands there in the fields `beside`."""
+    said: dict[str, Any] = {}
+    if beside:
         if not isinstance(value, dict):
-            raise PromptError(f"the line: no object, so that it has no {one.beside[0]!r}.")
-        beside = {name: value[choose(list(value), name, "the line")] for name in one.beside}
+            raise PromptError(f"{where}: no object, so that it has no {beside[0]!r}.")
+        said = {name: value[choose(list(value), name, where)] for name in beside}
     if isinstance(value, dict):
-        value = value[choose([name for name in value if name not in beside], one.column, "the line")]
+        field = choose([name for name in value if name not in said], column, where)
+        value, where = value[field], f"{where}, field {field!r}"
     if not isinstance(value, str | list):
         raise PromptError(
-            f"the line: a prompt is a string, a list of token ids or a list of messages, not {json.dumps(value)[:40]}."
+            f"{where}: a prompt is a string, a list of token ids or a list of messages, not {json.dumps(value)[:40]}."
         )
-    return Row.of(one, at, value, beside)
+    if not value:
+        raise PromptError(f"{where}: the prompt is empty ({value!r}): it needs at least one character or token.")
+    return value, said
+
+
+def row_of_json(text: str, one: Input, at: str) -> Row:
+    """The row of a line of JSONL. Raises `PromptError` where it has no prompt."""
+    return Row.of(one, at, *prompt_in(json_of(text, "the line"), one.column, one.beside, "the line"))
 
 
 def row_of_line(line: bytes, at: str, one: Input) -> Row | None:

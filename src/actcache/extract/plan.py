@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from actcache.errors import DiskFullError
 from actcache.model.host_memo import host_memo
 from actcache.store.records import TOKENS
+from actcache.wording import size
 
 if TYPE_CHECKING:
     from actcache.extract.extractor import ActivationExtractor
@@ -58,8 +59,8 @@ class Plan:
         """Raise `DiskFullError` when `bytes_to_write` is more than is free."""
         if self.bytes_free is not None and self.bytes_to_write > self.bytes_free:
             raise DiskFullError(
-                f"the activations need {self.bytes_to_write / 2**30:.2f} GiB and {str(place)!r} has "
-                f"{self.bytes_free / 2**30:.2f} GiB free: make room, choose fewer layers or pooling, or another store."
+                f"the activations need {size(self.bytes_to_write)} and {str(place)!r} has "
+                f"{size(self.bytes_free)} free: make room, choose fewer layers or pooling, or another store."
             )
 
 

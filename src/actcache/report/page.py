@@ -14,7 +14,7 @@ from actcache.capture.lens_html import script, shortened, visible
 from actcache.report import charts
 from actcache.report.contents import Contents, Layered, ReadEntry, Variant
 from actcache.store.summaries import SiteSummary
-from actcache.wording import count, duration, size
+from actcache.wording import age, count, size
 
 _LONGEST = 200
 
@@ -120,7 +120,7 @@ def _reads(title: str, entries: Sequence[ReadEntry], now: float) -> str:
         [
             shortened(e.prompt, _LONGEST),
             "" if e.num_tokens is None else f"{e.num_tokens:,}",
-            f"{duration(max(0.0, now - e.at))} ago",
+            age(now - e.at),
         ]
         for e in entries
     ]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from actcache.errors import OptionError
+from actcache.share import blocks
 from actcache.share.format import FULL_SEQUENCE, HIDDEN, LOGITS, ROUTER, VERSION
 from actcache.store.spaces import SpaceInfo
 from actcache.store.variants import edit_text
@@ -68,7 +69,7 @@ def build(
         "## Load with pyarrow and safetensors",
         with_nothing_but(repo_id, described),
         "## Provenance",
-        _provenance(provenance),
+        _provenance(provenance, bool(described)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -176,7 +177,7 @@ def with_nothing_but(repo_id: str, described: Mapping[str, Any]) -> str:
     return fetch + _code("\n".join(lines))
 
 
-def _provenance(provenance: Mapping[str, Any]) -> str:
+def _provenance(provenance: Mapping[str, Any], has_files: bool) -> str:
     lines = [
         f"- written by actcache {provenance['written_with']['actcache']} at {provenance['created_at']}, in version "
         f"{VERSION} of the lmprobe format",
@@ -193,6 +194,8 @@ def _provenance(provenance: Mapping[str, Any]) -> str:
     lines.append(
         "- the identity of the model, SHA-256 of every file and token ids are in the metadata and columns of the index"
     )
+    if has_files:
+        lines.append(f"- actcache compares what it reads with the digests of blocks of 64 KiB in `{blocks.FILE}`")
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from actcache._version import __version__
 from actcache.errors import DatasetAccessError, DatasetFormatError, DatasetNotFoundError
-from actcache.share import ours, recard, reindex
+from actcache.share import blocks, ours, recard, reindex
 from actcache.share.folder import Folder
 from actcache.share.format import CARD, INDEX, INFO, PREFIX, TensorGroup, describe
 from actcache.share.index import Index
@@ -115,7 +115,14 @@ class Change:
         change = {"change": note, "with": __version__, "at": _now()}
         self._own["changes"] = [*(before if isinstance(before, list) else []), change]
         self._check_kept(new)
-        self._write_index({})
+        listed: Any = self._own.get("files")
+        gone = {*new, *self._old, *self.removed}
+        self._kept: dict[str, Any] = (
+            {p: one for p, one in listed.items() if p not in gone} if isinstance(listed, dict) else {}
+        )
+        self._plan_blocks()
+        # As long as it will be when the files are there.
+        self._write_index({file.path: [file.nbytes, "0" * 64] for file in self.files})
         self._check()
         card = read_text(self.source, CARD)
         if card is not None or not exists(self.source, CARD):
@@ -153,10 +160,17 @@ class Change:
             sum(sizes.values()),
         )
 
-    def finish(self, files: Mapping[str, Staged]) -> dict[str, Path]:
+    def finish(self, files: Mapping[str, Staged], staging: Staging) -> dict[str, Path]:
         """Index, card and what else is small: path in the dataset -> file; `files` are those that were made."""
-        if "files" in self._own:
-            self._write_index(files)
+        if files and blocks.FILE in self.small:
+            kept, known = self._kept, self._index.checksums
+            lists = (
+                staging.blocks(files[path]) if path in files else known.digests(path) or b""
+                for path in sorted({*kept, *files})
+            )
+            self._own["blocks"] = blocks.write(self.small[blocks.FILE], lists)
+        if files:
+            self._write_index({staged.path: [staged.size, staged.sha256] for staged in files.values()})
         return self.small
 
     def digest(self, used: Mapping[str, str]) -> str:
@@ -176,13 +190,29 @@ class Change:
                 if path in changed:
                     raise DatasetFormatError(f"{self.source.name}: {path} of {name} is also a file of hidden layers.")
 
-    def _write_index(self, files: Mapping[str, Staged]) -> None:
+    def _plan_blocks(self) -> None:
+        """Make room for the digests of blocks of the new files and of those that stay."""
+        if not self.files:
+            return
+        there = exists(self.source, blocks.FILE)
+        if self._kept and self._index.checksums.kind != "blocks":
+            # Those that stay are not read, and only some could be checked then.
+            self._own.pop("blocks", None)
+            self.removed += [blocks.FILE] if there else []
+            return
+        self._old |= {blocks.FILE} if there else set()
+        sizes = [file.nbytes for file in self.files] + [one[0] for one in self._kept.values()]
+        self.small[blocks.FILE] = self._folder / "blocks.xxh3"
+        with self.small[blocks.FILE].open("wb") as file:
+            file.truncate(blocks.size(sizes))
+        self._own["blocks"] = {"block": blocks.BLOCK, "digest": "0" * 32}
+
+    def _write_index(self, files: Mapping[str, Any]) -> None:
         own = dict(self._own)
         if files:
-            said = own["files"] if isinstance(own["files"], dict) else {}
-            said = {path: one for path, one in said.items() if path not in self._old and path not in self.removed}
-            own["files"] = said | {staged.path: [staged.size, staged.sha256] for staged in files.values()}
+            own["files"] = {**self._kept, **files}
         metadata = {f"{PREFIX}{key}": json.dumps(value).encode() for key, value in self._metadata.items()}
+        own[ours.SEALED] = True
         metadata |= {f"{ours.PREFIX}{key}": json.dumps(value).encode() for key, value in own.items()}
         reindex.rewrite(
             self._index,
@@ -259,7 +289,7 @@ def paths_of(group: TensorGroup) -> list[str]:
 
 def verify(index: Index, group: TensorGroup) -> ShardReader:
     """Look at the header of every file of some tensors; `DatasetFormatError` where one is not what is said of it."""
-    reader = ShardReader(index.source, group, checked=False)
+    reader = ShardReader(index.source, group, checked=False, checksums=index.checksums)
     filled = [number for number, shard in enumerate(group.shards) if shard.rows]
     layers: Sequence[int | None] = group.layers or (None,)
     if group.key_pattern is not None:

@@ -8,19 +8,20 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from actcache._version import __version__
-from actcache.share import card, ours
+from actcache.share import blocks, card, ours
 from actcache.share.columns import Column
 from actcache.share.format import CARD, INDEX
 from actcache.share.format import VERSION as FORMAT_VERSION
 from actcache.share.index_file import Index
 from actcache.share.selection import Selection
 from actcache.share.shard_files import Shards
-from actcache.share.staging import Staged, writing_to
+from actcache.share.staging import Staged, Staging, writing_to
 from actcache.share.target import Target
 
 _AT_ONCE = 10_000
@@ -64,8 +65,8 @@ class Contents:
                 digest.update(placement.fingerprint())
         return digest.hexdigest()
 
-    def write(self, folder: Path, files: Sequence[Staged]) -> dict[str, Path]:
-        """Index and card, in a folder; path in the dataset -> file."""
+    def write(self, staging: Staging, files: Sequence[Staged]) -> dict[str, Path]:
+        """What says of `files` what they are, in the folder of `staging`: path -> file, the index last."""
         space = self._found.space
         label = {**space.label, "model_name": self.model} if os.path.isabs(space.model_name) else dict(space.label)
         provenance = self._provenance()
@@ -93,11 +94,14 @@ class Contents:
             "files": {staged.path: [staged.size, staged.sha256] for staged in files},
             "provenance": provenance,
         }
-        index, readme = folder / "index.parquet", folder / CARD
-        with writing_to(folder):
-            self._index.write(index, described, own)
-            readme.write_text(self._card(provenance), encoding="utf-8")
-        return {CARD: readme, INDEX: index}
+        small = {CARD: staging.folder / CARD, INDEX: staging.folder / "index.parquet"}
+        with writing_to(staging.folder):
+            if files:
+                small = {blocks.FILE: staging.folder / "blocks.xxh3", **small}
+                own["blocks"] = staging.write_blocks(small[blocks.FILE], files)
+            self._index.write(small[INDEX], described, own)
+            small[CARD].write_text(self._card(provenance), encoding="utf-8")
+        return small
 
     def check(self) -> None:
         """Make the card and throw it away: nothing of it may fail when everything else has arrived."""
@@ -133,6 +137,7 @@ class Contents:
         )
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)

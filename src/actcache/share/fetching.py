@@ -18,7 +18,7 @@ from actcache.errors import (
     NotCachedError,
     ValueOverflowError,
 )
-from actcache.share.checksums import DamagedFileError
+from actcache.share.blocks import DamagedFileError
 from actcache.share.format import TensorGroup
 from actcache.share.index import Index
 from actcache.share.index_prompts import lengths_of, results_of
@@ -31,6 +31,7 @@ from actcache.share.unchanged import check_unchanged, files_of
 from actcache.store.dtypes import FLOATING, common_dtype
 from actcache.store.files import log
 from actcache.store.locks import exclusive
+from actcache.store.mapped import return_free_memory
 from actcache.store.prompts import IDS, PromptTable
 from actcache.store.pulled import PROMPT
 from actcache.store.records import PULLED, TOKENS, Records, is_result
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 SLICE_BYTES = 32 << 20
 """Bytes of rows that are read together, while as many are written."""
+_PER_PROMPT = 4 << 10
+"""Bytes that count for each prompt beside its rows: what is known of it while it is fetched is in memory as well."""
 _OPEN = 4
 _WAIT_S = 600.0
 _LINGER_S = 0.25
@@ -159,10 +162,10 @@ class Dataset:
 
 
 def _slices(runs: Runs, row_bytes: int, most: int) -> list[Ints]:
-    """Prompts in the order of their files, as many together as fit, at least one."""
+    """Prompts in the order of their files, as many together as fit with what is known of them, at least one."""
     first = runs.offset[:-1]
     order = np.lexsort((runs.start[first], runs.shard[first])) if len(runs) else np.zeros(0, np.int64)
-    ends = np.cumsum(np.diff(runs.row_offset)[order]) * max(1, row_bytes)
+    ends = np.cumsum(np.diff(runs.row_offset)[order] * row_bytes + _PER_PROMPT)
     return [part for part in np.split(order, np.flatnonzero(np.diff((ends - 1) // most)) + 1) if len(part)]
 
 
@@ -266,7 +269,7 @@ def fetch(
                 _fetch(store, info, dataset, table.select(members), absent, layout, told)
     except BaseException as error:
         _forget(info.space, dataset)
-        if isinstance(error, DamagedFileError):
+        if isinstance(error, DamagedFileError) and error.span is None:
             _drop(store, info, dataset.of_file(error.path))
         raise
     return lacking
@@ -356,6 +359,9 @@ def _fetch(
                 check_unchanged(info, dataset.index.source, dataset.offered)
                 writer.put(records)
                 told(len(members))
+                if 2 * records.nbytes > SLICE_BYTES:
+                    # What others have left free would be kept beside what is read next.
+                    return_free_memory()
     log.info("fetched %d prompts of %s", len(table), info.pulled)
 
 

@@ -51,7 +51,7 @@ def apply(change: Change, folder: Path, before: Snapshot, *, doing: str) -> str:
         if snapshot(real) != before:
             raise _changed(folder)
         _make(change, staging, doing, folder)
-        small = change.finish(staging.done)
+        small = change.finish(staging.done, staging)
         with writing_to(real):
             _add_small(real, staging.files, small)
             for path in staging.done:

@@ -37,7 +37,7 @@ def apply(change: Change, *, token: str | bool | None, private: bool | None, doi
         with Staging(staging_root(), target.url, change.digest(used)) as staging:
             _send(change, target, staging)
             files = {f.path: staging.sent.get(f.path) or staging.done[f.path] for f in change.files}
-            small = change.finish(files)
+            small = change.finish(files, staging)
             with target.hidden(bool(private)):
                 target.publish(list(files.values()), small, change.removed, message, staging)
             staging.remove()

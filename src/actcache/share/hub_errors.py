@@ -13,6 +13,10 @@ def check_token(token: Any, *, stored: bool = False) -> Any:
 
     Raises `OptionError`; `DatasetAccessError` for one that is `stored`, by `hf auth login` or as HF_TOKEN.
     """
+    if token is not None and not isinstance(token, (str, bool)):
+        raise OptionError(
+            f"token is a {type(token).__name__}: expected a token of the Hub as text, True, False or None."
+        )
     if isinstance(token, str) and not (token.isascii() and token.isprintable() and token and " " not in token):
         expected = "is no token of the Hub: expected one like hf_..., without spaces or line ends."
         if stored:

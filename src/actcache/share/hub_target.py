@@ -102,7 +102,7 @@ class HubTarget(Target):
                 "pass exist_ok=True to replace it, or choose another name."
             )
         if self._private and not info.private:
-            raise OptionError(
+            raise DatasetExistsError(
                 f"dataset {self.name!r} exists and is public, and private=True is asked for: make it private on the "
                 "Hub first, or choose another name."
             )

@@ -11,17 +11,22 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from actcache.errors import ActCacheError, DatasetFormatError, DatasetNotFoundError, MissingExtraError
+from actcache.share import seal
+from actcache.share.blocks import BLOCK, DamagedFileError
 from actcache.share.checksums import Checksums
 from actcache.share.format import INDEX, INFO, PREFIX, describe
 from actcache.share.ours import PREFIX as OURS
+from actcache.share.ours import SEALED
 from actcache.share.pages import read_pages
+from actcache.share.seal import BrokenSealError, Seal
 from actcache.share.source import Source
+from actcache.store.files import log
 from actcache.store.spill import Spill
 
 if TYPE_CHECKING:
@@ -40,6 +45,12 @@ _FEW_BYTES = 32
 """Bytes of a value that may recur, such as a short label, packed to next to nothing."""
 _SOME = 1 << 16
 _BATCH_NUMBERS = 1 << 20
+
+
+@lru_cache(maxsize=1024)
+def _tell_of_another_writer(name: str) -> None:
+    """Once a process, however often the index of the dataset `name` is read."""
+    log.warning("%s of %s was written anew since it was pushed, and has no digests of its own", INDEX, name)
 
 
 class Index:
@@ -80,7 +91,9 @@ class Index:
         if self.description.num_prompts != self.num_rows:
             raise self.wrong(f"num_prompts is {self.description.num_prompts:,}, and it has {self.num_rows:,} rows")
         self.ours = self._ours(schema.metadata or {})
-        self.checksums = Checksums(source.name, self.ours.get("files"))
+        if SEALED in self.ours and not self._bytes.sealed:
+            _tell_of_another_writer(source.name)
+        self.checksums = Checksums(source, self.ours.get("files"), self.ours.get("blocks"))
         self._types = {name: schema.field(name).type for name in self.columns}
 
     def read(self, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
@@ -130,7 +143,9 @@ class Index:
         length = int.from_bytes(end[:4], "little")
         if end[4:] != b"PAR1" or length > min(_MAX_FOOTER, size - 12):
             raise self.wrong(f"{size:,} bytes that are no Parquet file")
-        self._bytes.prefetch([(size - 8 - length, size)])
+        footer = size - 8 - length
+        self._bytes.prefetch([(max(0, footer - seal.TAIL), size)])
+        self._bytes.find_seal(footer)
 
     def _metadata(self, schema: dict[bytes, bytes]) -> Any:
         prefix = PREFIX.encode()
@@ -246,7 +261,8 @@ def _some(file: Any, names: list[str], group: int, rows: int) -> Iterator[pa.Rec
 
 
 class _Bytes(io.RawIOBase):
-    """A file of a source for a library that seeks: parts that were fetched, and others when they are read."""
+    """A file of a source for a library that seeks: parts that were fetched, and others when they are read. What it is
+    given is compared with the seal of the file, where that has one."""
 
     def __init__(self, source: Source, path: str, spill: Spill) -> None:
         super().__init__()
@@ -254,13 +270,14 @@ class _Bytes(io.RawIOBase):
         self._path = path
         self._spill = spill
         self._at = 0
+        self._seal: Seal | None = None
         with source.open(path, 0, _FIRST) as stream:
             self.size = stream.size
             first = spill.empty(min(_FIRST, self.size), np.uint8).data
             stream.readinto(first)
             self._parts = [(0, first)]
         if self.size > _FIRST:
-            self.prefetch([(max(_FIRST, self.size - _TAIL), self.size)])
+            self.prefetch([(max(_FIRST, (self.size - _TAIL) // BLOCK * BLOCK), self.size)])
 
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Fetch what is missing of `ranges`, together what is near together."""
@@ -268,6 +285,8 @@ class _Bytes(io.RawIOBase):
         for start, stop in sorted(ranges):
             if self._part(start, stop) is not None:
                 continue
+            if self._seal is not None:
+                start, stop = self._seal.around(start, stop)
             if wanted and start - wanted[-1][1] <= self._source.gap:
                 wanted[-1] = wanted[-1][0], max(stop, wanted[-1][1])
             else:
@@ -283,11 +302,35 @@ class _Bytes(io.RawIOBase):
         """`count` bytes at `start`, which must lie inside the file."""
         part = self._part(start, start + count)
         if part is None:
-            into = memoryview(bytearray(count))
-            self._fetch((start, start + count), into)
-            return into
+            first, stop = (start, start + count) if self._seal is None else self._seal.around(start, start + count)
+            part = first, memoryview(bytearray(stop - first))
+            self._fetch((first, stop), part[1])
         first, data = part
         return data[start - first : start - first + count]
+
+    @property
+    def sealed(self) -> bool:
+        """Whether what is read is checked."""
+        return self._seal is not None
+
+    def find_seal(self, footer: int) -> None:
+        """Look for the seal in front of the footer, which begins at this byte, and compare what is there already."""
+        try:
+            self._seal = seal.find(self.at, footer, self.size)
+        except BrokenSealError as error:
+            raise self._damaged(error) from None
+        for start, data in self._parts:
+            self._check(start, data)
+
+    def _check(self, start: int, data: memoryview) -> None:
+        try:
+            if self._seal is not None:
+                self._seal.check(data, start)
+        except BrokenSealError as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: BrokenSealError) -> DamagedFileError:
+        return DamagedFileError(self._path, f"{self._path} of {self._source.name} is damaged: {error}.", (0, self.size))
 
     def _part(self, start: int, stop: int) -> tuple[int, memoryview] | None:
         return next((part for part in self._parts if part[0] <= start and stop <= part[0] + len(part[1])), None)
@@ -295,6 +338,7 @@ class _Bytes(io.RawIOBase):
     def _fetch(self, place: tuple[int, int], into: memoryview) -> None:
         with self._source.open(self._path, *place) as stream:
             stream.readinto(into)
+        self._check(place[0], into)
 
     def read(self, size: int = -1) -> bytes:
         left = max(0, self.size - self._at)

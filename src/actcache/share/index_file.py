@@ -13,9 +13,10 @@ import numpy as np
 
 from actcache.derive.results import exponentials
 from actcache.errors import MissingExtraError, PromptError
-from actcache.share import ours
+from actcache.share import ours, seal
 from actcache.share.format import PREFIX
 from actcache.share.stored_rows import Rows
+from actcache.store.mapped import return_free_memory
 from actcache.store.prompts import IDS
 
 if TYPE_CHECKING:
@@ -107,11 +108,14 @@ class Index:
         import pyarrow.parquet as parquet
 
         metadata = {f"{PREFIX}{key}": json.dumps(value) for key, value in described.items()}
-        metadata |= {f"{ours.PREFIX}{key}": json.dumps(value) for key, value in own.items()}
+        metadata |= {f"{ours.PREFIX}{key}": json.dumps(value) for key, value in {**own, ours.SEALED: True}.items()}
         schema = self.schema().with_metadata(metadata)
         with parquet.ParquetWriter(path, schema, compression="snappy") as writer:
             for start, stop in pairwise(self._groups):
                 writer.write_table(pa.Table.from_batches([self._batch(schema, start, stop)]))
+                if stop < len(self._order):
+                    return_free_memory()
+        seal.put(path)
 
     @cached_property
     def _groups(self) -> list[int]:

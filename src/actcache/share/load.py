@@ -157,9 +157,10 @@ def _check_pooling(pooling: Any, group: TensorGroup, where: str) -> None:
             f"unknown pooling {pooling!r:.80}: expected one of {', '.join(map(repr, known))}, a function or None.{hint}"
         )
     if group.pooling is not None:
+        other = "to leave them all" if pooling is None else repr(pooling)
         raise OptionError(
-            f"{where} holds one vector for each prompt, pooled with {group.pooling!r}; {pooling!r} needs those of "
-            f"every token: pass pooling={group.pooling!r}."
+            f"{where} holds one vector for each prompt, pooled with {group.pooling!r}; {other} needs those of every "
+            f"token: choose {group.pooling!r}."
         )
 
 

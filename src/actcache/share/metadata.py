@@ -13,6 +13,7 @@ from actcache.share.index import Index
 from actcache.share.index_prompts import PERPLEXITIES
 from actcache.share.prompts import labels_of, prompts_of
 from actcache.share.source import open_source
+from actcache.share.unchanged import files_of
 from actcache.share.values import is_plain, values_of
 
 
@@ -33,6 +34,8 @@ class DatasetMetadata:
         provenance: what made the dataset, as it says itself.
         dataset: where it is; `commit`: the commit of the repository that was read, None for a folder.
         has_perplexity: whether its index has the perplexity of prompts.
+        checksums: what is compared with what is read: "blocks" of 64 KiB, "files" that are read whole, or "some" of the
+            files, of others nothing being known; None: nothing.
     """
 
     model_name: str | None
@@ -48,6 +51,7 @@ class DatasetMetadata:
     dataset: str = ""
     commit: str | None = None
     has_perplexity: bool = False
+    checksums: str | None = None
 
 
 def fetch_dataset_metadata(
@@ -83,4 +87,5 @@ def fetch_dataset_metadata(
         dataset=index.source.name,
         commit=index.source.commit,
         has_perplexity=set(PERPLEXITIES) <= set(index.columns),
+        checksums=index.checksums.kind_of(path for g in found.tensors.values() for _, _, path in files_of(g)),
     )

@@ -8,6 +8,8 @@ Each is JSON in the schema metadata of the index, beside the format's keys; read
 | ``actcache:space`` | ``space`` (its id), ``identity`` (what makes two activations the same), ``label`` |
 | ``actcache:text_context`` | of which tokenizer and options the token ids are, as a digest; null: of several |
 | ``actcache:files`` | path -> ``[bytes, SHA-256]`` of every file with tensors |
+| ``actcache:blocks`` | ``block`` (bytes) and ``digest``, see `actcache.share.blocks` |
+| ``actcache:sealed`` | true: the index has digests of its own bytes, see `actcache.share.seal` |
 | ``actcache:provenance`` | versions that extracted and that wrote, time, what was left out |
 
 A tensor's description has ``site`` (its name here) and ``stored_as`` (the dtypes it was stored in). Where not all
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 PREFIX = "actcache:"
 VERSION = "1"
+SEALED = "sealed"
 KIND = "prompt_kind"
 KINDS = ("ids", "text", "chat")
 """Names of the kinds of prompts, at the numbers a store has for them."""

@@ -140,6 +140,8 @@ def pull(
     lengths = _lengths(index, dataset)
     context = str(info.label["pulled"]["context"])
     taken = Taken(pieces(index, rows, lengths, context), index.spill)
+    # What reading the index took would be kept beside what storing takes.
+    return_free_memory()
     for column in columns:
         # What lies outside the shards is refused before anything is stored.
         if column.group is not None:
@@ -302,3 +304,4 @@ def _materialize(
             layout, sites = some[0].layout, [column.site for column in some]
             for members in dataset.in_order(rows, some, layout, _STEP_BYTES):
                 fetch(store, info, taken.select(members), sites, layout, told=bar.update)
+                return_free_memory()

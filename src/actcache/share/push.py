@@ -13,7 +13,7 @@ import numpy as np
 
 from actcache.errors import DatasetAccessError, OptionError, require_choice
 from actcache.progress import progress
-from actcache.share import card
+from actcache.share import blocks, card
 from actcache.share.columns import Absent, Column, label_column, metadata_columns
 from actcache.share.contents import Contents
 from actcache.share.hub_errors import check_token
@@ -112,7 +112,7 @@ def push_dataset(
         OptionError: an argument, a label or a column that cannot be; a text whose tensors are of different token ids.
         NotCachedError: nothing, or not all, is stored of the prompts.
         AmbiguousVariantError: the model is stored in several variants, and none is chosen; they are named.
-        DatasetExistsError: there is something already, without `exist_ok`.
+        DatasetExistsError: there is something already, without `exist_ok`; a public repository, with `private`.
         DatasetAccessError: the Hub cannot be reached, no token is known or it may not write, or somebody else changed
             the dataset meanwhile.
         DiskFullError: no room for the files on their way.
@@ -219,7 +219,10 @@ def _of_selected(
     else:
         rows = _stored(store, found, METADATA)
         names = sorted({name for row in rows if row for name in row})
-        columns = metadata_columns({name: [(row or {}).get(name) for row in rows] for name in names}, len(rows))
+        try:
+            columns = metadata_columns({name: [(row or {}).get(name) for row in rows] for name in names}, len(rows))
+        except OptionError as error:
+            raise OptionError(f"the metadata that is stored: {error} Or pass metadata= here.") from None
     said = [column for column in (label, *columns) if any(value is not None for value in column.values)]
     _refuse_contradictions(found, said)
     return label, columns
@@ -276,14 +279,14 @@ def _push(target: Target, staging: Staging, shards: Shards, contents: Contents, 
                 for _ in maker.made(left, making.update):
                     pass
         # From here on the other side changes.
-        target.begin([shard.path for shard in left])
+        target.begin([*(shard.path for shard in left), blocks.FILE])
         size = settings.stream_batch or settings.commit_batch or len(left) or 1
         for start in range(0, len(left), size):
             _send(target, maker, left[start : start + size], arrived, bar.update, keep=settings.stream_batch is None)
     maker.close()
     return_free_memory()
     files = [arrived[shard.path] for shard in shards.files]
-    small = contents.write(staging.folder, files)
+    small = contents.write(staging, files)
     target.finish(small, [staged.path for staged in files], staging)
     staging.remove()
     return target.url

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actcache.share import seal
 from actcache.share.index import Index
 from actcache.share.rows import Ints
 
@@ -83,6 +84,7 @@ def rewrite(
                 ]
                 writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
             start += count
+    seal.put(path)
 
 
 def _type(name: str) -> pa.DataType:

@@ -115,7 +115,8 @@ def select(
             f"({', '.join(finder.names())}); the first is {finder.lacking(missing[:1])}. {_remedy(chosen)}"
             + (", or leave them out with skip_missing=True." if found.any() else " first, or name other tensors.")
         )
-    if len(missing) and prompts is not None:
+    if len(missing):
+        finder.left_out.append(f"{len(missing)} of {len(given)} prompts, which lack some of it")
         shown = finder.lacking(missing[:_NAMED]) + (f"; and {more} more" if (more := len(missing) - _NAMED) > 0 else "")
         log.warning("%d of %d prompts are left out: they lack what is shared: %s", len(missing), len(given), shown)
     return finder.selection(spill.flatnonzero(found), spill)

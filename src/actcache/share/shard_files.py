@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from actcache.share import blocks
 from actcache.share.format import (
     FULL_SEQUENCE,
     HIDDEN,
@@ -76,13 +77,14 @@ class ShardFile:
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    def write(self, file: BinaryIO) -> str:
-        """Write the file, the same bytes each time, and return their SHA-256."""
-        digest = hashlib.sha256()
+    def write(self, file: BinaryIO) -> tuple[str, bytes]:
+        """Write the file, the same bytes each time; their SHA-256, and the digests of their blocks."""
+        digest, of_blocks = hashlib.sha256(), blocks.hasher()
         for data in self._bytes():
             digest.update(data)
+            of_blocks.update(memoryview(data))
             file.write(data)
-        return digest.hexdigest()
+        return digest.hexdigest(), blocks.as_bytes(of_blocks.finish())
 
     def _bytes(self) -> Iterator[Any]:
         yield self._header()

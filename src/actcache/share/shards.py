@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import DatasetFormatError, FormatError, ValueOverflowError
+from actcache.share.blocks import DamagedFileError
 from actcache.share.checksums import Checksums
 from actcache.share.format import TensorGroup
 from actcache.share.rows import Ints, Runs
@@ -88,7 +90,7 @@ class ShardReader:
         self.group = group
         self._checked = checked
         self._exact = exact
-        self._checksums = checksums or Checksums(source.name, {})
+        self._checksums = checksums or Checksums(source)
         self._notice = notice
         self._headers: dict[str, dict[str, container.Tensor]] = {}
 
@@ -154,22 +156,32 @@ class ShardReader:
         together = 1 if shard.file is None else max(1, len(group.layers))
         wanted = sum(len(w.rows) for w in job.wanted)
         size = together * shard.rows * (group.dim or 0) * 4
-        # What can be checked is read from its beginning to its end, however large it is.
+        # What can be checked only as a whole is read from its beginning to its end, however large it is.
         small = job.path not in self._headers and size <= _AT_ONCE
-        if not (small or self._checksums.knows(job.path)) or wanted < _NEARLY_ALL * together * shard.rows or not size:
+        if (
+            not (small or self._checksums.needs_all(job.path))
+            or wanted < _NEARLY_ALL * together * shard.rows
+            or not size
+        ):
             self._header(job.path)
             rest.append(job)
             return
-        with self._checksums.around(job.path, self.source.open(job.path)) as stream:
+        with self._checksums.open(job.path) as stream:
             header = self._parsed(job.path, stream)
-            places = [(self._placed(job.path, job.shard, w.key, header), w) for w in job.wanted]
-            at = min(place.start for place in header.values())
-            for place, w in sorted(places, key=lambda found: found[0].start):
-                at = self._scatter(stream, at, place, w)
-            if not self.source.stop.is_set():
-                if self._checksums.knows(job.path):
-                    _skip(stream, stream.size - at)
+            try:
+                places = [(self._placed(job.path, job.shard, w.key, header), w) for w in job.wanted]
+            except DatasetFormatError:
+                # A header that is damaged is that first.
                 self._checksums.finish(stream)
+                raise
+            at = min(place.start for place in header.values())
+            with self._named(job.path, header):
+                for place, w in sorted(places, key=lambda found: found[0].start):
+                    at = self._scatter(stream, at, place, w)
+                if not self.source.stop.is_set():
+                    if self._checksums.needs_all(job.path):
+                        _skip(stream, stream.size - at)
+                    self._checksums.finish(stream)
 
     def _parts(self, job: _Job) -> list[Callable[[], object]]:
         """Ranges of a file, each to be read by a request of its own."""
@@ -190,9 +202,22 @@ class ShardReader:
 
     def _range(self, place: Placed, wanted: Wanted) -> None:
         start, stop = (place.start + int(row) * place.row_bytes for row in (wanted.rows[0], wanted.rows[-1] + 1))
-        with self._checksums.around(place.path, self.source.open(place.path, start, stop), start) as stream:
+        header = self._header(place.path)
+        with self._named(place.path, header), self._checksums.open(place.path, start, stop) as stream:
             self._scatter(stream, start, place, wanted)
-            self._checksums.finish(stream)
+            if not self.source.stop.is_set():
+                self._checksums.finish(stream)
+
+    @contextmanager
+    def _named(self, path: str, header: Mapping[str, container.Tensor]) -> Iterator[None]:
+        """Of bytes of a file that turn out to be damaged inside the block say which rows they are."""
+        try:
+            yield
+        except DamagedFileError as error:
+            if error.path == path:
+                raise error.of(_rows_in(header, error.span)) from None
+            # The digests themselves.
+            raise
 
     def _scatter(self, stream: Stream, at: int, place: Placed, wanted: Wanted) -> int:
         """Read rows from a stream that stands at byte `at`; where it stands then."""
@@ -224,6 +249,8 @@ class ShardReader:
                 found = self._cast(piece if neighbours else piece[rows[begin:end] - first], into.dtype, place)
                 into[target] = found
             if self._checked and np.isnan(found.min()):
+                # Damaged bytes are that first, and whatever they look like then.
+                self._checksums.finish(stream)
                 bad = int(rows[begin + int(np.flatnonzero(np.isnan(found).any(1))[0])])
                 raise self._wrong(
                     place.path,
@@ -251,8 +278,9 @@ class ShardReader:
     def _header(self, path: str) -> dict[str, container.Tensor]:
         found = self._headers.get(path)
         if found is None:
-            with self._checksums.around(path, self.source.open(path, 0, _HEAD)) as stream:
+            with self._checksums.open(path, 0, _HEAD) as stream:
                 found = self._parsed(path, stream, _HEAD)
+                self._checksums.finish(stream)
             self._headers[path] = found
         return found
 
@@ -266,12 +294,14 @@ class ShardReader:
             if most is None or size <= most:
                 head = first + stream.read(size - 8)
             else:
-                with self.source.open(path, 8, size) as rest:
+                with self._checksums.open(path, 8, size) as rest:
                     head = first + rest.read(size - 8)
+                    self._checksums.finish(rest)
             return container.parse(head, stream.size)[1]
         except FormatError as error:
             if isinstance(error, DatasetFormatError):
                 raise
+            self._checksums.finish(stream)
             raise self._wrong(path, str(error)) from None
 
     def _placed(self, path: str, shard: int, key: str, header: dict[str, container.Tensor]) -> Placed:
@@ -292,6 +322,21 @@ class ShardReader:
 
     def _wrong(self, path: str, what: str) -> DatasetFormatError:
         return DatasetFormatError(f"{path} of {self.source.name}: {what}.")
+
+
+def _rows_in(header: Mapping[str, container.Tensor], span: tuple[int, int] | None) -> str:
+    """Which rows of which tensors some bytes of a file are."""
+    found: list[str] = []
+    if span is None:
+        return ""
+    for key, tensor in header.items():
+        if len(tensor.shape) != 2 or not tensor.nbytes:
+            continue
+        row_bytes = tensor.nbytes // tensor.shape[0]
+        first, last = (max(0, span[0] - tensor.start) // row_bytes, (span[1] - 1 - tensor.start) // row_bytes)
+        if first < tensor.shape[0] and last >= 0:
+            found.append(f"rows {first:,} to {min(last, tensor.shape[0] - 1):,} of {key}")
+    return ", ".join(found)
 
 
 def _skip(stream: Stream, count: int) -> None:

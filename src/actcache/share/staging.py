@@ -2,7 +2,8 @@
 
 A staging folder belongs to one target and one content: its name has a digest of both, so that what is made of other
 prompts, vectors, labels or settings is never taken for this. Files are listed when they are whole (`done`) and when
-they have arrived (`sent`); what is not listed is made or sent again.
+they have arrived (`sent`); what is not listed is made or sent again. So is what the digests of its blocks are not known
+of any more: they are kept beside the files, and longer than these.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from actcache.errors import ActCacheError, DatasetAccessError, DiskFullError
+from actcache.share import blocks
 from actcache.share.shard_files import ShardFile
 from actcache.store.files import DENIED, FULL, log
 
@@ -94,10 +98,11 @@ class Staging:
             self.files.mkdir(parents=True, exist_ok=True)
         before = list(self._read(self.folder / _SENT))
         self.sent_here = {(s.path, s.sha256) for s in before}
-        self.sent = {s.path: s for s in before}
+        self.sent = {s.path: s for s in before if self._blocks_of(s) is not None}
         for staged in self._read(self.folder / _DONE):
             file = self.files / staged.path
-            if file.is_file() and not file.is_symlink() and file.stat().st_size == staged.size:
+            is_whole = file.is_file() and not file.is_symlink() and file.stat().st_size == staged.size
+            if is_whole and self._blocks_of(staged) is not None:
                 self.done[staged.path] = Staged(staged.path, staged.size, staged.sha256, file)
         return self
 
@@ -152,9 +157,10 @@ class Staging:
         with self._written(shard.nbytes):
             file.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as out:
-                sha256 = shard.write(out)
+                sha256, digests = shard.write(out)
             os.replace(temporary, file)
-        staged = Staged(shard.path, shard.nbytes, sha256, file, fresh=True)
+            staged = Staged(shard.path, shard.nbytes, sha256, file, fresh=True)
+            self._keep_blocks(staged, digests)
         self.done[shard.path] = staged
         self._note(_DONE, staged)
         return staged
@@ -173,6 +179,17 @@ class Staging:
         """Remove a file that is needed no more."""
         (self.files / staged.path).unlink(missing_ok=True)
         self.done.pop(staged.path, None)
+
+    def blocks(self, staged: Staged) -> bytes:
+        """The digests of the blocks of a file that was made here, by this process or an earlier one."""
+        found = self._blocks_of(staged)
+        if found is None:
+            raise DatasetAccessError(f"files in {self.folder} change while they are used: what else writes there?")
+        return found
+
+    def write_blocks(self, path: Path, files: Iterable[Staged]) -> dict[str, Any]:
+        """Write the digests of all `files` into one; what the index says of it."""
+        return blocks.write(path, (self.blocks(staged) for staged in sorted(files, key=lambda s: s.path)))
 
     def check_room(self, needed: int) -> None:
         """`DiskFullError` unless there is room for so many more bytes."""
@@ -193,6 +210,25 @@ class Staging:
         for folder in self._root.glob(f"{self._mine}-*"):
             yield from self._read(folder / name)
             yield from self._read(folder / "before.jsonl")
+
+    def _keep_blocks(self, staged: Staged, digests: bytes) -> None:
+        path = self._blocks_path(staged)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.making")
+        temporary.write_bytes(digests + _seal(staged, digests))
+        os.replace(temporary, path)
+
+    def _blocks_of(self, staged: Staged) -> bytes | None:
+        """None where they are not there, or are not those of these bytes."""
+        try:
+            data = self._blocks_path(staged).read_bytes()
+        except OSError:
+            return None
+        digests = data[: 8 * blocks.count(staged.size)]
+        return digests if data == digests + _seal(staged, digests) else None
+
+    def _blocks_path(self, staged: Staged) -> Path:
+        return self.folder / "blocks" / f"{staged.path}.xxh3"
 
     def _written(self, needed: int) -> Any:
         return writing_to(self.folder, needed)
@@ -216,3 +252,8 @@ class Staging:
             with contextlib.suppress(ValueError, TypeError):
                 name, size, sha256 = json.loads(line)
                 yield Staged(str(name), int(size), str(sha256))
+
+
+def _seal(staged: Staged, digests: bytes) -> bytes:
+    """What shows that digests are whole, and of the bytes of `staged`."""
+    return xxhash.xxh3_128_digest(staged.sha256.encode() + digests)

@@ -165,7 +165,8 @@ def locate_sites(
 def _locate_sites(index: SpaceIndex, prompts: Sequence[Any], sites: Sequence[str], layout: str, check: bool) -> Located:
     index.refresh()
     if 0 < len(prompts) <= _AT_ONCE:
-        return _locate_some(index, prompts, sites, layout, check)
+        # A slice: prompts that lie in the store are read together much faster than one by one.
+        return _locate_some(index, prompts[:], sites, layout, check)
     count, spill = len(prompts), index.spill
     owner, local = spill.full(count, -1, np.int32), spill.zeros(count, np.int64)
     located = Located([], owner, local, spill.zeros((count, len(sites)), bool))

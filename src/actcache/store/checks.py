@@ -14,7 +14,7 @@ from actcache.store.container import Tensor
 from actcache.store.fetching import Fetcher, Wanted, fetch
 from actcache.store.lazy import lazy
 from actcache.store.mapped import MappedFile
-from actcache.store.receiving import Received, Targets
+from actcache.store.receiving import Received, Taker
 from actcache.store.records import BLOCK
 
 Ints = npt.NDArray[np.int64]
@@ -338,7 +338,7 @@ def fetch_together(wanted: Iterable[tuple[BlockChecks, Sequence[str], Ints, Ints
 
 def receive_together(
     wanted: Iterable[tuple[BlockChecks, Sequence[str], Ints, Ints]],
-    targets: Callable[[], Mapping[BlockChecks, Targets]] = dict,
+    targets: Callable[[], Mapping[BlockChecks, Taker]] = dict,
 ) -> dict[BlockChecks, Received]:
     """`fetch_together` for whoever reads these rows now: of some segments all of them, which may be in no file yet.
 
@@ -363,7 +363,7 @@ def receive_together(
 def _received(
     found: Sequence[tuple[BlockChecks, Wanted | None, bool]],
     absent: Sequence[Wanted],
-    targets: Callable[[], Mapping[BlockChecks, Targets]],
+    targets: Callable[[], Mapping[BlockChecks, Taker]],
 ) -> dict[BlockChecks, Received]:
     # Of each segment all that is wanted or nothing: some of it may be wanted apart from the rest.
     partly = {checks for checks, _, alone in found if not alone}

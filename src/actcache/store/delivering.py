@@ -11,9 +11,9 @@ import numpy.typing as npt
 from actcache.store.checks import BlockChecks
 from actcache.store.gather import Piece
 from actcache.store.keys import Ints
-from actcache.store.receiving import Targets
+from actcache.store.receiving import Taker, Targets
 
-Deliveries = Mapping[BlockChecks, Targets]
+Deliveries = Mapping[BlockChecks, Taker]
 
 
 def wanted_by(pieces: Sequence[Piece], names: Sequence[str]) -> Iterator[tuple[BlockChecks, list[str], Ints, Ints]]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import numpy.typing as npt
@@ -160,14 +163,19 @@ class Wanted:
         )  # fmt: skip
 
     def runs(self, most: int) -> Iterator[Wanted]:
-        """In parts that are one read each, of at most so many bytes, or one block."""
+        """In parts that are one read each, of at most so many bytes, or one block; neighbours in parts about equal."""
         mine = self.select(np.argsort(self.starts, kind="stable"))
+        apart = np.flatnonzero(mine.starts[1:] - mine.stops[:-1] > _GAP) + 1
         starts, stops = mine.starts.tolist(), mine.stops.tolist()
-        first = 0
-        for i in range(1, len(starts) + 1):
-            if i == len(starts) or starts[i] - stops[i - 1] > _GAP or stops[i] - starts[first] > most:
-                yield mine.select(slice(first, i))
-                first = i
+        block = max(1, int((self.stops - self.starts).max()))
+        for first, last in pairwise([0, *apart.tolist(), len(starts)]):
+            size = stops[last - 1] - starts[first]
+            even = -(-size // max(1, -(-size // most)))
+            longest = min(most, -(-even // block) * block)
+            for i in range(first + 1, last + 1):
+                if i == last or stops[i] - starts[first] > longest:
+                    yield mine.select(slice(first, i))
+                    first = i
 
 
 def fetch(wanted: Sequence[Wanted], *, keep: bool = True) -> None:
@@ -230,33 +238,73 @@ class _Fetch:
     def _all(self, runs: Sequence[Wanted], last: bool) -> list[Wanted]:
         """Read all `runs`; what of them was wrong."""
         if len(runs) < 2 or self._threads.number < 2 or is_ending():
-            return [wrong for run in runs if (wrong := self._one(run, last)) is not None]
+            found = [self._one(run, last) for run in runs]
+            return [wrong for wrong in found if wrong is not None]
         pool = self._threads.pool()
-        futures = [pool.submit(self._one, run, last) for run in runs]
+        arrived: SimpleQueue[tuple[Wanted, memoryview] | Wanted | BaseException | None] = SimpleQueue()
+        over = threading.Event()
+
+        def bring(run: Wanted) -> None:
+            # What goes into an answer is looked at by whoever waits for that, one after the other: threads that copied
+            # would take the interpreter from one another at each small piece.
+            try:
+                if over.is_set():
+                    arrived.put(None)
+                elif run.into is None:
+                    arrived.put(self._one(run, last))
+                else:
+                    data = self._come(run)
+                    arrived.put(None if data is None else (run, data))
+            except BaseException as error:
+                # Before this thread takes the next one, which might fail as long again.
+                over.set()
+                arrived.put(error)
+
+        jobs = [pool.submit(bring, run) for run in runs]
+        wrongs: list[Wanted] = []
+        failed: BaseException | None = None
+        left = len(jobs)
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
+            while left:
+                come = arrived.get()
+                left -= 1
+                if isinstance(come, tuple):
+                    come = self._looked_at(*come, last)
+                if isinstance(come, Wanted):
+                    wrongs.append(come)
+                elif come is not None and failed is None:
+                    failed = come
+                    # What has begun by now is waited for, and kept.
+                    left -= sum(job.cancel() for job in jobs)
         finally:
-            begun = [future for future in futures if not future.cancel()]
-            wait(begun)
-        return [wrong for future in begun if (wrong := future.result()) is not None]
+            wait([job for job in jobs if not job.cancel()])
+        if failed is not None:
+            raise failed
+        return wrongs
 
     def _one(self, run: Wanted, last: bool) -> Wanted | None:
+        """Read a run and keep what is right of it; what is wrong."""
+        data = self._come(run)
+        return None if data is None else self._looked_at(run, data, last)
+
+    def _come(self, run: Wanted) -> memoryview | None:
+        """The bytes of a run, or as many as there are; None where its object, or its mirror, is gone."""
         path = run.fetcher.path
         if path in self._gone or path in self._replaced:
             return None
         try:
-            return self._read(run, last)
+            if run.into is not None:
+                run.fetcher.check_place()
+            return run.fetcher.read(int(run.starts[0]), int(run.stops[-1]))
         except _Replaced:
             self._replaced[path] = None
         except FileNotFoundError:
             self._gone[path] = None
         return None
 
-    def _read(self, run: Wanted, last: bool) -> Wanted | None:
-        if run.into is not None:
-            run.fetcher.check_place()
+    def _looked_at(self, run: Wanted, data: memoryview, last: bool) -> Wanted | None:
+        """Keep what is right of `data`, the bytes of a run; what is wrong."""
         begin = int(run.starts[0])
-        data = run.fetcher.read(begin, int(run.stops[-1]))
         good = np.zeros(len(run.numbers), bool)
         for i, (start, stop, checksum) in enumerate(
             zip(run.starts.tolist(), run.stops.tolist(), run.checksums.tolist(), strict=True)
@@ -270,8 +318,12 @@ class _Fetch:
                     run.into.add(start, part)
                 self._behind.append(right)
             else:
-                if self._keep:
-                    right.write()
+                try:
+                    if self._keep:
+                        right.write()
+                except _Replaced:
+                    self._replaced[run.fetcher.path] = None
+                    return None
                 run.done(right.blocks.numbers, True)
         wrong = np.flatnonzero(~good)
         if not len(wrong):

@@ -299,9 +299,8 @@ class GrowingFile:
         path = self.path.with_suffix(".safetensors")
         try:
             with translated(self.path.parent, len(head) + len(region)):
-                # The rest of the room is a hole of zeros already, which nobody has to read.
-                used = max(placed[name].stop for name in index) - len(head)
-                write_all(self._fd, [head, region.data[:used]], 0)
+                # The rest of the room is a hole of zeros already.
+                write_all(self._fd, [head, region.data], 0)
                 os.fsync(self._fd)
                 os.rename(self.path, path)
         finally:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,12 @@ def start_writing(fd: int, start: int, size: int) -> None:
 
 
 def return_free_memory() -> None:
-    """Let the C library give back what large arrays have left free: it keeps up to 32 MB of each otherwise."""
+    """Let the C library give back what large arrays have left free: it keeps up to 32 MB of each otherwise. Likewise
+    pyarrow, where that is in use, which keeps as much as an index has ever needed."""
+    # Another thread may be about to import it.
+    pool = getattr(sys.modules.get("pyarrow"), "default_memory_pool", None)
+    if pool is not None:
+        pool().release_unused()
     trim = getattr(_libc, "malloc_trim", None)
     if trim is not None:
         trim(0)

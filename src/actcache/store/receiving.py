@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,13 @@ from actcache.errors import NotCachedError
 from actcache.store.container import Tensor
 from actcache.store.keys import Ints
 from actcache.store.statistics import as_float, is_float
+
+
+class Taker(Protocol):
+    """What takes bytes of an object to where they are wanted."""
+
+    def take(self, start: int, data: memoryview) -> None:
+        """Copy what is wanted of `data`, which begins at `start` of the object."""
 
 
 class Targets:
@@ -40,12 +47,53 @@ class Targets:
                 out[a - begin : b - begin] = some[a - start : b - start]
 
 
+class Rows:
+    """Rows ``starts[i]:stops[i]`` of a matrix, which are wanted as ``into[places[i]]``, an array ``[T, D]`` of its own.
+
+    Each is copied as soon as it has come.
+    """
+
+    def __init__(self, tensor: Tensor, starts: Ints, stops: Ints, places: Ints, into: list[npt.NDArray[Any]]) -> None:
+        order = np.argsort(starts, kind="stable")
+        self._tensor, self._into, self._starts = tensor, into, starts[order]
+        self._each = list(zip(self._starts.tolist(), stops[order].tolist(), places[order].tolist(), strict=True))
+        self._longest = int((stops - starts).max(initial=0))
+        self._begun: dict[int, npt.NDArray[np.uint8]] = {}
+        for place in places[starts == stops].tolist():
+            into[place] = np.empty((0, tensor.shape[1]), tensor.dtype)
+
+    def take(self, start: int, data: memoryview) -> None:
+        """Copy what is wanted of `data`, which begins at `start` of the object."""
+        tensor, into, dim = self._tensor, self._into, self._tensor.shape[1]
+        width = dim * tensor.dtype.itemsize
+        begin, end = max(start, tensor.start), min(start + len(data), tensor.stop)
+        some = np.frombuffer(data, np.uint8)[begin - start : end - start]
+        begin, end = begin - tensor.start, end - tensor.start
+        first, last = -(-begin // width), end // width
+        whole = some[first * width - begin : max(first, last) * width - begin].view(tensor.dtype).reshape(-1, dim)
+        low = np.searchsorted(self._starts, begin // width - self._longest, "right")
+        high = np.searchsorted(self._starts, -(-end // width), "left")
+        for row, behind, place in self._each[low:high]:
+            if row >= first and behind <= last:
+                into[place] = whole[row - first : behind - first].copy()
+            elif behind * width > begin:
+                a, b = max(row * width, begin), min(behind * width, end)
+                self._raw(place, behind - row)[a - row * width : b - row * width] = some[a - begin : b - begin]
+
+    def _raw(self, place: int, rows: int) -> npt.NDArray[np.uint8]:
+        """The bytes of rows that come in several parts."""
+        if place not in self._begun:
+            self._into[place] = made = np.empty((rows, self._tensor.shape[1]), self._tensor.dtype)
+            self._begun[place] = made.reshape(-1).view(np.uint8)
+        return self._begun[place]
+
+
 @dataclass
 class Received:
     """Bytes of one object that have come and are right: where each run of them begins, and the run. Threads fill it."""
 
     runs: list[tuple[int, memoryview]] = field(default_factory=list)
-    targets: Targets | None = None
+    targets: Taker | None = None
     """Where all of them are wanted as they are; then they are there, too, as soon as they have come."""
 
     @property

@@ -23,6 +23,7 @@ _BY_BITS: dict[str, tuple[str, np.dtype[Any]]] = {
     "float8_e5m2": ("uint8", np.dtype(ml_dtypes.float8_e5m2)),
 }
 """Dtypes of torch that numpy lacks: integers of their size, and what stands for them here."""
+_OF_BITS = {dtype: (name, bits) for name, (bits, dtype) in _BY_BITS.items()}
 
 
 def to_array(value: Any) -> npt.NDArray[Any]:
@@ -44,12 +45,15 @@ def to_tensor(array: npt.NDArray[Any]) -> torch.Tensor:
     """A writable tensor that shares memory with `array` where `array` is writable."""
     import torch
 
-    if not array.flags.writeable or not array.flags.c_contiguous:
+    flags = array.flags
+    if not flags.writeable or not flags.c_contiguous:
         array = np.array(array)
-    for name, (bits, kind) in _BY_BITS.items():
-        if array.dtype == kind:
-            return torch.from_numpy(array.view(bits)).view(getattr(torch, name))
-    return torch.from_numpy(array)
+    # For each of many prompts: one look, where to compare with each of them would take longer than all else.
+    by_bits = _OF_BITS.get(array.dtype)
+    if by_bits is None:
+        return torch.from_numpy(array)
+    name, bits = by_bits
+    return torch.from_numpy(array.view(bits)).view(getattr(torch, name))
 
 
 def prompt_table(prompts: Any, context: str, lengths: Sequence[int]) -> PromptTable:

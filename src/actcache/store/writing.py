@@ -28,6 +28,7 @@ from actcache.store.spaces import description_of
 from actcache.store.statistics import Moments, is_float
 
 _WRITE_BATCH = 4 << 20
+_ZEROS = memoryview(bytes(1 << 16))
 
 Measurements = Mapping[str, tuple[Moments | None, CastError]]
 """Of sites, by name: the moments of their rows, and what storing changed."""
@@ -44,25 +45,26 @@ class Column:
 
 
 class BlockHasher:
-    """xxh3-64 of each 128 KiB block of a stream of pieces."""
+    """xxh3-64 of each block of a stream of pieces; 128 KiB in a store."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: int = BLOCK) -> None:
         self.digests: list[int] = []
+        self._block = block
         self._open = xxhash.xxh3_64()
         self._filled = 0
 
     def update(self, data: memoryview) -> None:
         at = 0
         while at < len(data):
-            if not self._filled and len(data) - at >= BLOCK:
-                self.digests.append(xxhash.xxh3_64_intdigest(data[at : at + BLOCK]))
-                at += BLOCK
+            if not self._filled and len(data) - at >= self._block:
+                self.digests.append(xxhash.xxh3_64_intdigest(data[at : at + self._block]))
+                at += self._block
                 continue
-            part = data[at : at + BLOCK - self._filled]
+            part = data[at : at + self._block - self._filled]
             self._open.update(part)
             self._filled += len(part)
             at += len(part)
-            if self._filled == BLOCK:
+            if self._filled == self._block:
                 self._flush()
 
     def update_both(self, other: BlockHasher, data: memoryview) -> None:
@@ -72,7 +74,7 @@ class BlockHasher:
         if known is not None:
             whole = self.digests[known:]
             other.digests += whole
-            data = data[len(whole) * BLOCK :]
+            data = data[len(whole) * self._block :]
         other.update(data)
 
     def finish(self) -> list[int]:
@@ -215,16 +217,22 @@ def index_region(
     stop: int,
     empty: Callable[..., npt.NDArray[Any]] = np.empty,
 ) -> npt.NDArray[np.uint8]:
-    """The bytes of a file between its header and `stop`: the index tensors, their digests first."""
-    region = empty(stop - len(head), np.uint8)
+    """The bytes of a file behind its header: the index tensors, their digests first.
+
+    From their end on the file has zeros up to `stop`, which the digest is of, too.
+    """
+    region = empty(max(placed[name].stop for name in index) - len(head), np.uint8)
     end = 0
     for name, array in index.items():
         at = placed[name].start - len(head)
         region[end:at] = 0
         end = at + array.nbytes
         region[at:end] = np.frombuffer(flat_bytes(array), np.uint8)
-    region[end:] = 0
-    digests = xxhash.xxh3_64_intdigest(head), xxhash.xxh3_64_intdigest(region.data[16:])
+    digest = xxhash.xxh3_64(region.data[16:])
+    # Of the room that a file has grown in most may be empty, and need not be in memory for that.
+    for at in range(len(head) + len(region), stop, len(_ZEROS)):
+        digest.update(_ZEROS[: stop - at])
+    digests = xxhash.xxh3_64_intdigest(head), digest.intdigest()
     region[:16] = np.frombuffer(np.array(digests, "<u8").tobytes(), np.uint8)
     return region
 

@@ -71,8 +71,12 @@ class DatasetInfo(TypedDict):
         model_name, revision: the model that it says it was computed with; null where it does not say.
         format_version: of the dataset, such as "2.0".
         tensors: what its metadata says of each kind of tensors, by name; see the format of datasets.
+        perplexity: whether it has that of prompts.
         labels: all that occur, as text; null where it has none.
+        prompts_without_label: how many of a dataset with labels have none.
         columns: names of other columns.
+        checksums: what is checked when it is read: "blocks" (all of it), "files" (those read whole), "some" (of its
+            files); null: nothing.
         provenance: what made the dataset, as it says itself.
     """
 
@@ -84,8 +88,11 @@ class DatasetInfo(TypedDict):
     num_prompts: int
     available_layers: list[int]
     tensors: dict[str, dict[str, Any]]
+    perplexity: bool
     labels: list[str] | None
+    prompts_without_label: int
     columns: list[str]
+    checksums: str | None
     provenance: dict[str, Any]
 
 

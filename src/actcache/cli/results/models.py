@@ -113,7 +113,11 @@ class OverLimit(TypedDict):
 
 
 class LensToken(TypedDict):
-    """A token that a layer predicts."""
+    r"""A token that a layer predicts.
+
+    Attributes:
+        token: its text; a byte that is no UTF-8 by itself as ``\xab``.
+    """
 
     token_id: int
     token: str

@@ -42,6 +42,7 @@ RESULTS: dict[str, Any] = {
     "selftest": SelftestReport,
     "verify": Annotated[VerifyReport, store.VerifySums],
     "evict": EvictionReport,
+    "invalidate": store.Invalidated,
     "clear": store.Cleared,
     "config": store.ConfigResult,
     "version": models.Versions,

@@ -83,19 +83,22 @@ class ShowResult(TypedDict):
     """What is stored for a prompt.
 
     Attributes:
-        variant: of which variant this is, in words.
+        variant, space: of which variant this is, in words, and its id.
         prompt: as it was given: text, token ids, or messages.
         token_ids: null for a text that was stored without its tokens.
-        tokens: the text of each token; null where the model's tokenizer is not on this machine.
+        tokens: the text of each token, a byte that is no UTF-8 by itself as ``\\xab``; null where the model's tokenizer
+            is not on this machine.
         sites: one for each site and layout.
         perplexity: of all tokens, of the likeliest and of the least likely; null where it is not stored.
         label, metadata: what was said of the prompt; null for nothing.
         pulled: the dataset and commit that it was pulled from, or null.
+        not_here: sites that this dataset has of the prompt, and that are fetched when they are read.
         variants: all in which the prompt is stored, the one that is shown first.
     """
 
     model_name: str
     variant: str
+    space: str
     prompt: Prompt
     token_ids: list[int] | None
     tokens: list[str] | None
@@ -104,6 +107,7 @@ class ShowResult(TypedDict):
     label: Any
     metadata: Any
     pulled: str | None
+    not_here: list[str]
     variants: list[OtherVariant]
 
 
@@ -138,6 +142,18 @@ class VerifySums(TypedDict):
 
     repaired: int
     ok: bool
+
+
+class Invalidated(TypedDict):
+    """What was forgotten.
+
+    Attributes:
+        forgotten: prompts that were stored.
+        space: of which variant.
+    """
+
+    forgotten: int
+    space: str
 
 
 class Cleared(TypedDict):

@@ -1,6 +1,0 @@
-import pytest
-
-import actcache as ac
-import docs_bucket
-
-docs_bucket.serve()
