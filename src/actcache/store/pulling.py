@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,10 +28,10 @@ from actcache.store.files import (
     sync_folder,
     write_all,
 )
-from actcache.store.locks import is_ending
 from actcache.store.mapping import Segment
 from actcache.store.records import BLOCK, INDEX_TENSORS
 from actcache.store.spaces import ROOT
+from actcache.store.together import together
 
 if TYPE_CHECKING:
     from actcache.store.working_copy import WorkingCopy
@@ -210,24 +209,9 @@ class Pull:
 
     def _together(self, jobs: Sequence[Callable[[], object]]) -> list[object]:
         """What each of `jobs` gives, several at a time; None for what is gone."""
-        if len(jobs) < 2 or is_ending():
-            return [_or_none(job) for job in jobs]
-        done: list[object] = []
-        with ThreadPoolExecutor(min(len(jobs), max(1, int(self.copy.backend.concurrency)))) as pool:
-            futures = [pool.submit(_or_none, job) for job in jobs]
-            try:
-                done = [future.result() for future in futures]
-            except BaseException:
-                for future in futures:
-                    future.cancel()
-                pool.shutdown()
-                for future in futures:
-                    if not future.cancelled() and future.exception() is None:
-                        outcome = future.result()
-                        if isinstance(outcome, Unfinished):
-                            outcome.discard()
-                raise
-        return done
+        return together(
+            [partial(_or_none, job) for job in jobs], max(1, int(self.copy.backend.concurrency)), undo=_discard
+        )
 
     def _put_lately(self, space: _Space, name: str) -> bool:
         return mirror.put_lately(space.folder / name, _PUT_LATELY_S)
@@ -381,6 +365,11 @@ def _or_none(job: Callable[[], object]) -> object:
         return job()
     except FileNotFoundError:
         return None
+
+
+def _discard(outcome: object) -> None:
+    if isinstance(outcome, Unfinished):
+        outcome.discard()
 
 
 def _mirrors(folder: Path) -> Iterator[str]:

@@ -12,7 +12,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +33,12 @@ from actcache.store.files import (
     sync_folder,
 )
 from actcache.store.graves import Graves, dead
-from actcache.store.locks import claim, is_ending
+from actcache.store.locks import claim
 from actcache.store.mapping import Segment
 from actcache.store.mirror import Marks, Sidecar, has_hole, is_mirror, mark, read_sidecar, sidecar_of, write_sidecar
 from actcache.store.records import SegmentInfo
 from actcache.store.spaces import FILE, ROOT, recovered_space, write_space
+from actcache.store.together import together
 from actcache.store.tombs import is_member, write_tomb
 from actcache.store.vouched import Vouched
 
@@ -391,9 +392,5 @@ class Spool:
 
 
 def at_once(work: Callable[[Path], Any], paths: Sequence[Path], threads: int) -> list[Any]:
-    """What `work` gives for each of `paths`, several at a time; the first error when all have ended."""
-    if len(paths) < 2 or threads < 2 or is_ending():
-        return [work(path) for path in paths]
-    with ThreadPoolExecutor(min(threads, len(paths)), thread_name_prefix="actcache-upload") as pool:
-        jobs = [pool.submit(work, path) for path in paths]
-    return [job.result() for job in jobs]
+    """What `work` gives for each of `paths`, several at a time; the first error at the end."""
+    return together([partial(work, path) for path in paths], threads, ended_by=BackendError)
