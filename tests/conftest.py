@@ -17,6 +17,7 @@ import children
 from actcache import config
 from actcache.model import host_memo
 from actcache.store import default
+from actcache.store.store import Store
 from cli_helpers import Cli, command
 from servers import anywhere, bucket, moto, server, swift
 
@@ -134,3 +135,28 @@ def peers() -> Peers:
     if not python.exists():
         pytest.skip(f"no environment with other libraries at {python}: `make venv-peers` makes it")
     return Peers(python)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A store to share from (`share_helpers`), of the test."""
+    import share_helpers
+
+    return share_helpers.new_store(tmp_path)
+
+
+@pytest.fixture
+def space(store: Store) -> str:
+    """The space of a model in it."""
+    import share_helpers
+
+    return share_helpers.new_space(store)
+
+
+@pytest.fixture
+def pooled(store: Store, space: str) -> Store:
+    """The same store, with a vector at each site of each of `share_helpers.TEXTS`."""
+    import share_helpers
+
+    share_helpers.fill_pooled(store, space, share_helpers.N)
+    return store

@@ -12,6 +12,7 @@ import torch
 import xxhash
 from safetensors import safe_open
 
+import actcache as ac
 from actcache.store.prompts import PromptTable
 from actcache.store.records import DERIVED, Records
 from actcache.store.store import Store
@@ -21,10 +22,14 @@ LAYERS = ("resid_post.0", "resid_post.1")
 DIM = 8
 INDEX = "index/train-00000-of-00001.parquet"
 BLOCKS = "tensors/blocks.xxh3"
+N = range(20)
 
 
 def text(i: int) -> str:
     return f"prompt {i} " + "é" * (i % 5)
+
+
+TEXTS = [text(i) for i in N]
 
 
 def length(i: int) -> int:
@@ -138,3 +143,10 @@ def has_right_digests(found: Published) -> bool:
     digest = xxhash.xxh3_128(np.array(tail, "<u8").tobytes()).hexdigest()
     assert found.ours["blocks"] == {"block": 65536, "digest": digest}
     return True
+
+
+def push(store, folder, prompts=TEXTS, model=MODEL, **options):
+    """The dataset that is pushed into a folder, beside which nothing is left."""
+    assert ac.push_dataset(folder, model, prompts, store=store, **options) == str(folder)
+    assert not list(folder.parent.glob(".*pushing"))
+    return Published(folder)
