@@ -83,6 +83,20 @@ def check_pooled(
     return place.found
 
 
+def fresh(store: Store, folder: Path, name: str = "other host") -> Store:
+    """The same store, of which nothing is known yet."""
+    return Store(store.location, index_dir=folder / name)
+
+
+def flip(path: Path, at: int, bits: int = 1) -> None:
+    """Change those bits of the byte there; once more puts them back."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ bits]))
+
+
 class _Everything(set[Any]):
     def __contains__(self, _: object) -> bool:
         return True

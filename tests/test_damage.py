@@ -21,7 +21,7 @@ from actcache.store.damage import remnants
 from actcache.store.growing import GrowingFile
 from actcache.store.records import BLOCK, Records
 from actcache.store.store import Store
-from store_helpers import growing_writer, make_store, make_table, open_files, segment_files
+from store_helpers import flip, growing_writer, make_store, make_table, open_files, segment_files
 
 GB = 2**30
 WIDE = ["resid_post.0", "resid_post.1", "resid_post.2"]
@@ -38,20 +38,12 @@ def wide(numbers: Sequence[int], dim: int = DIM) -> Records:
     return Records.pooled(make_table(numbers), "last_token", data)
 
 
-def break_at(path: Path, at: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 0xFF]))
-
-
 def break_blocks(store: Store, info: segments.SegmentInfo, blocks: dict[str, Sequence[int]]) -> Path:
     path = store.root / info.space / f"{info.name}.safetensors"
     opened = segments.open(path)
     for site, numbers in blocks.items():
         for block in numbers:
-            break_at(path, opened.start_of(site) + block * BLOCK + 3)
+            flip(path, opened.start_of(site) + block * BLOCK + 3)
     return path
 
 
@@ -202,7 +194,7 @@ def test_prompts_are_counted_once_and_activations_by_site(tmp_path: Path) -> Non
 def test_of_a_file_that_cannot_be_read_what_is_known_of_it_counts(tmp_path: Path) -> None:
     store, space = make_store(tmp_path)
     info = store.append(space, wide(range(5), dim=8))
-    break_at(store.root / space / f"{info.name}.safetensors", 300)
+    flip(store.root / space / f"{info.name}.safetensors", 300)
     stranger = Store(store.location, index_dir=tmp_path / "stranger").verify()
     assert (stranger.lost, stranger.ok) == (0, False)
     assert stranger.damaged[0].reason.endswith("what it held is not known")
@@ -223,7 +215,7 @@ def test_a_file_whose_writer_is_gone_loses_only_what_is_damaged(
     file.poll()
     second = file.batches[1].matrix(WIDE[1])
     assert np.array_equal(second, wide(range(8, 16)).data[WIDE[1]])
-    break_at(path, file.batches[1].start_of(WIDE[1]) + 5)
+    flip(path, file.batches[1].start_of(WIDE[1]) + 5)
     report = Store(store.location, index_dir=tmp_path / "beside").verify()
     assert (report.lost, report.lost_sites) == (8, {WIDE[1]: 8})
     writer.finish(True)
@@ -345,7 +337,7 @@ def test_a_batch_of_a_file_that_grows_stays_readable_beside_its_damage(tmp_path:
     assert reader.contains(space, table, WIDE[0], pooling="last_token").all()
     file = OpenFile(path)
     file.poll()
-    break_at(path, file.batches[0].start_of(WIDE[2]) + 5)
+    flip(path, file.batches[0].start_of(WIDE[2]) + 5)
     assert (
         reader.locate(space, table=table, sites=WIDE, layout="last_token").found.tolist() == [False] * 8 + [True] * 16
     )
@@ -363,7 +355,7 @@ def test_only_the_damaged_site_is_computed_again(tmp_path: Path) -> None:
     expected, _ = cache.get_activations(prompts)
     (space,) = store.spaces()
     (path,) = segment_files(store, space.space)
-    break_at(path, segments.open(path).start_of("resid_post.3") + 9)
+    flip(path, segments.open(path).start_of("resid_post.3") + 9)
     fresh = Store(store.location, index_dir=tmp_path / "index 2")
     cache = ac.UnifiedCache(str(model_path()), [0, 3, 5], store=fresh, compute_perplexity=False)
     plan = cache.plan(prompts)
@@ -409,7 +401,7 @@ def test_nothing_that_can_be_read_is_lost_whatever_is_damaged_and_done(tmp_path:
         opened = segments.open(path)
         for _ in range(rng.integers(1, 4)):
             site = str(rng.choice(opened.info.sites))
-            break_at(path, opened.start_of(site) + int(rng.integers(opened.matrix(site).nbytes)))
+            flip(path, opened.start_of(site) + int(rng.integers(opened.matrix(site).nbytes)))
         before = readable(Store(store.location, index_dir=tmp_path / f"before {turn}"), space, numbers)
         # A process that knows of the damage, or comes across it as it reads, or only as it works.
         aware = Store(store.location, index_dir=tmp_path / "aware")

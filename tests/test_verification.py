@@ -21,17 +21,11 @@ from actcache.store import segment as segments
 from actcache.store.records import BLOCK, Records
 from actcache.store.store import Store
 from actcache.store.verification import Damage, VerifyReport, in_words
-from store_helpers import CONTEXT, SITES, check_pooled, every_token, make_store, make_table, pooled, segment_files
+from store_helpers import CONTEXT, SITES, check_pooled, every_token, flip, make_store, make_table, pooled, segment_files
 
 
 def reopened(tmp_path: Path, index: str = "index") -> Store:
     return Store(tmp_path / "store", index_dir=tmp_path / index)
-
-
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 0xFF
-    path.write_bytes(data)
 
 
 def segment_path(store: Store, info: segments.SegmentInfo) -> Path:
