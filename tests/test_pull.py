@@ -25,9 +25,9 @@ from actcache.share import fetching
 from actcache.store.given import read as read_given
 from actcache.store.records import PULLED, Records
 from actcache.testing.tiny import tiny_model, tiny_tokenizer
+from lmprobe_datasets import FIXTURES, WRITTEN, needs_fixtures, plain_read
 from made_datasets import INDEX, VERSIONS, make, pq
 from share_helpers import new_store
-from test_share_reading import FIXTURES, WRITTEN, _plain_read, needs_fixtures
 
 TEXTS = ["the cat sat", "a dog", "x", "rain fell over hills"]
 
@@ -95,7 +95,7 @@ def test_every_version(tmp_path, store, version, materialize, monkeypatch):
 @needs_fixtures
 @pytest.mark.parametrize("name", WRITTEN)
 def test_what_releases_of_lmprobe_wrote(store, name):
-    plain = _plain_read(FIXTURES / name)
+    plain = plain_read(FIXTURES / name)
     assert ac.pull_dataset(FIXTURES / name, store=store) == 12
     space = pulled(store)
     assert space.model_name == "fixtures/tiny-llama" and not fetched(store, space).get("tokens", ["token_nll"])[1:]
@@ -139,7 +139,7 @@ def test_datasets_of_lmprobe_answer_only_when_names_are_trusted(tmp_path, store,
     assert (plan.cached, plan.missing) == (12, 1)
     found = trusting.get_activations(prompts)[0].reshape(12, 4, 32)
     assert not trusting.model_loaded
-    plain = _plain_read(FIXTURES / name)
+    plain = plain_read(FIXTURES / name)
     assert np.array_equal(found.numpy(), np.stack([plain[prompt][-1] for prompt in prompts]))
     assert (
         ac.UnifiedCache(model, **options, edits=[ac.ablate("resid_post.0")], trust_names=True).plan(prompts).cached == 0

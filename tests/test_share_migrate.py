@@ -9,7 +9,6 @@ import shutil
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -23,10 +22,10 @@ from actcache.share.folder import Folder
 from actcache.share.index import Index as DatasetIndex
 from actcache.share.migrate import Migration
 from actcache.share.recard import updated
+from lmprobe_datasets import FIXTURES
 from made_datasets import FULL, INDEX, VERSIONS, make, pa, pq
 from share_helpers import BLOCKS, Published, has_right_digests
 
-FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "lmprobe"
 SMALL = 100
 UNSPLIT = tuple(version for version in FULL if "split" not in version)
 OLD = tuple(version for version in VERSIONS if version.startswith("1."))

@@ -13,6 +13,7 @@ import pytest
 import actcache as ac
 from actcache.testing.hub import LoopbackHub
 from hub_client import TOKEN, Client
+from lmprobe_datasets import FIXTURES
 from made_datasets import make
 from test_share_lmprobe import lmprobe
 
@@ -20,7 +21,6 @@ __all__ = ["lmprobe"]
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
-FIXTURES = HERE.parents[1] / "shared" / "fixtures" / "lmprobe"
 CHANGES = [
     *(("migrate_dataset", f"dataset_v{version}_fullseq") for version in ("1.0", "1.1", "1.2")),
     *(("upgrade_dataset_format", f"dataset_v{version}_fullseq") for version in ("1.0", "1.1", "1.2")),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from actcache.store.store import Store
 from actcache.testing.hub import Fault, LoopbackHub
 from hub_client import TOKEN, Client, ClientError
+from lmprobe_datasets import FIXTURES
 from share_helpers import (
     INDEX,
     MODEL,
@@ -26,7 +26,6 @@ from share_helpers import (
     text,
 )
 
-FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "lmprobe"
 N = range(20)
 TEXTS = [text(i) for i in N]
 READ_TOKEN = "hf_mayonlyread"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tracemalloc
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +16,6 @@ from safetensors import safe_open
 
 import actcache as ac
 from actcache.errors import (
-    DatasetFormatError,
     DatasetLayerError,
     DatasetNotFoundError,
     MissingExtraError,
@@ -31,7 +28,6 @@ from actcache.errors import (
 from actcache.share import shards
 from made_datasets import FULL, INDEX, VERSIONS, make, pa, pq
 
-FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "lmprobe"
 POOLINGS = ("last_token", "first_token", "mean", "max", "min")
 
 
@@ -60,19 +56,6 @@ def test_every_version_gives_back_what_was_put_in(tmp_path, version):
     stacked = ac.load_activations(str(made.folder), as_dict=False)
     assert stacked.shape == (11, 3, 6)
     assert np.array_equal(stacked, wanted)
-
-
-def test_an_index_in_several_row_groups(tmp_path):
-    """As those of many prompts are, with lists of texts among its columns."""
-    tags = [[f"tag {i % 3}"] * (i % 4) if i % 5 else None for i in range(11)]
-    made = make(tmp_path / "set", "2.0 split", labels=["a", "b", None] * 3 + ["a", "a"], extra={"tags": tags})
-    table = pq.read_table(made.folder / INDEX)
-    pq.write_table(table, made.folder / INDEX, row_group_size=2)
-    about = ac.fetch_dataset_metadata(made.folder)
-    assert about.metadata == {"tags": tags} and about.prompts == made.texts
-    assert about.labels == ["a", "b", None] * 3 + ["a", "a"]
-    found = ac.load_activations(made.folder, pooling="max", as_dict=False)
-    assert np.array_equal(found, np.stack(made.expected("max")))
 
 
 @pytest.mark.usefixtures("small_reads")
@@ -156,14 +139,21 @@ def test_poolings_of_other_names(tmp_path):
         ac.load_activations(made.folder)
 
 
+def make_many(folder, rows, columns):
+    """A dataset of one layer of many prompts, all in one shard."""
+    n = len(rows)
+    made = make(folder, n=2, layers=(0,), dim=2, k=0)
+    made.files = {"tensors/hidden_layer000_shard000.safetensors": {"hidden.layer_0": rows}}
+    made.hidden["shards"], made.metadata["num_prompts"] = [{"num_prompts": n}], n
+    made.columns = {**columns, "shard_index": np.zeros(n, np.int32), "row_offset": np.arange(n)}
+    made.write()
+    return made
+
+
 def test_an_index_that_packs_well_is_no_bomb(tmp_path):
     n = 200_000
-    made = make(tmp_path / "set", n=2, layers=(0,), dim=2, k=0)
-    made.files = {"tensors/hidden_layer000_shard000.safetensors": {"hidden.layer_0": np.ones((n, 2), np.float32)}}
-    made.hidden["shards"], made.metadata["num_prompts"] = [{"num_prompts": n}], n
-    made.columns = {"text": [str(i) for i in range(n)], "label": ["positive"] * n, "source": ["a"] * n}
-    made.columns |= {"shard_index": np.zeros(n, np.int32), "row_offset": np.arange(n)}
-    made.write()
+    columns = {"text": [str(i) for i in range(n)], "label": ["positive"] * n, "source": ["a"] * n}
+    made = make_many(tmp_path / "set", np.ones((n, 2), np.float32), columns)
     for options in ({}, {"compression": "zstd"}, {"compression": "zstd", "use_dictionary": False}):
         table = pq.read_table(made.folder / INDEX)
         pq.write_table(table, made.folder / INDEX, **options)
@@ -174,13 +164,9 @@ def test_an_index_that_packs_well_is_no_bomb(tmp_path):
 
 def test_few_prompts_of_many_take_little_memory(tmp_path):
     n = 30_000
-    made = make(tmp_path / "set", n=2, layers=(0,), dim=2, k=0)
     rows = np.arange(2.0 * n, dtype=np.float32).reshape(n, 2)
-    made.files = {"tensors/hidden_layer000_shard000.safetensors": {"hidden.layer_0": rows}}
-    made.hidden["shards"], made.metadata["num_prompts"] = [{"num_prompts": n}], n
-    made.columns = {"text": [f"{i} of very many" for i in range(n)], "label": [i % 3 for i in range(n)]}
-    made.columns |= {"shard_index": np.zeros(n, np.int32), "row_offset": np.arange(n)}
-    made.write()
+    columns = {"text": [f"{i} of very many" for i in range(n)], "label": [i % 3 for i in range(n)]}
+    made = make_many(tmp_path / "set", rows, columns)
     prompts = [made.columns["text"][i] for i in (n - 1, 5, 5)]
     ac.load_activations(made.folder, prompts=prompts)
     tracemalloc.start()
@@ -222,48 +208,6 @@ def test_layers_and_prompts_that_are_not_there_are_named(tmp_path):
 def test_one_prompt_may_be_given_as_it_is(tmp_path):
     made = make(tmp_path / "set")
     assert np.array_equal(ac.load_activations(made.folder, prompts=made.texts[4])[0], made.expected()[4][None, 0])
-
-
-@pytest.mark.parametrize(
-    ("labels", "wanted", "kind"),
-    [
-        ([1, 0] * 5 + [1], [1, 0] * 5 + [1], "i"),
-        (["a", "bc"] * 5 + ["a"], ["a", "bc"] * 5 + ["a"], "U"),
-        ([1, None] + [0] * 9, [1, None] + [0] * 9, "O"),
-        (["1", None] + ["x"] * 9, ["1", None] + ["x"] * 9, "O"),
-        (["a\0", "b"] * 5 + ["a"], ["a\0", "b"] * 5 + ["a"], "O"),
-        ([2**62, -1] * 5 + [0], [2**62, -1] * 5 + [0], "i"),
-        (pa.array([2**64 - 1, 1] * 5 + [0], pa.uint64()), [2**64 - 1, 1] * 5 + [0], "O"),
-        ([None] * 11, None, ""),
-        (None, None, ""),
-    ],
-)
-def test_labels_keep_their_types(tmp_path, labels, wanted, kind):
-    made = make(tmp_path / "set", labels=labels)
-    found, given = ac.load_activations(made.folder, return_labels=True)
-    assert len(found) == 3
-    if wanted is None:
-        assert given is None
-    else:
-        assert given.dtype.kind == kind and given.tolist() == wanted
-        assert [type(label) for label in given.tolist()] == [type(label) for label in wanted]
-        some = ac.load_activations(made.folder, prompts=[made.texts[10], made.texts[1]], return_labels=True)[1]
-        assert some is None or some.tolist() == [wanted[10], wanted[1]]
-
-
-def test_the_same_prompt_twice(tmp_path):
-    made = make(tmp_path / "set", labels=[0, 1] * 5 + [0])
-    made.columns["text"][3] = made.columns["text"][1]
-    made.write()
-    found, labels = ac.load_activations(made.folder, prompts=[made.texts[1]], return_labels=True)
-    assert labels.tolist() == [1] and np.array_equal(found[0][0], made.expected()[1][0]), "the first of both"
-    made.columns["text"][2] = made.columns["text"][1]
-    made.write()
-    assert ac.load_activations(made.folder)[0].shape == (11, 6)
-    for prompts in (None, [made.texts[1]]):
-        with pytest.raises(DatasetFormatError, match=r"two labels, 1 in row 1 and 0 in row 2"):
-            ac.load_activations(made.folder, prompts=prompts, return_labels=True)
-    assert ac.load_activations(made.folder, prompts=[made.texts[4]], return_labels=True)[1].tolist() == [0]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
@@ -348,76 +292,6 @@ def test_progress_is_shown_on_a_terminal_alone(tmp_path, monkeypatch, capsys):
     assert "/33" in capsys.readouterr().err, "rows of three layers"
 
 
-def test_router_logits_and_other_sites(tmp_path):
-    made = make(tmp_path / "set")
-    random = np.random.default_rng(3)
-    router = random.standard_normal((11, 4)).astype(np.float32)
-    other = random.standard_normal((11, 9)).astype(np.float32)
-    made.metadata["tensors"] |= {
-        "router_logits": {
-            "type": "router", "layers": [5], "num_experts": 4, "dtype": "float32", "pooling": "last_token",
-            "file_pattern": "tensors/router_logits_{shard:03d}.safetensors", "row_bytes": 16,
-            "shards": [
-                {"file": "tensors/router_logits_000.safetensors", "num_prompts": 8},
-                {"file": "tensors/router_logits_001.safetensors", "num_prompts": 3},
-            ],
-        },
-        "attn_out": {
-            "type": "hidden", "layers": [2], "dim": 9, "pooling": "last_token", "storage": "pooled",
-            "file_pattern": "tensors/attn_out_layer{layer:03d}_shard{shard:03d}.safetensors",
-            "key_pattern": "attn_out.layer_{layer}", "shards": [{"num_prompts": 11}],
-        },
-    }  # fmt: skip
-    made.files |= {
-        "tensors/router_logits_000.safetensors": {"router.layer_5": router[:8]},
-        "tensors/router_logits_001.safetensors": {"router.layer_5": router[8:]},
-        "tensors/attn_out_layer002_shard000.safetensors": {"attn_out.layer_2": other},
-    }
-    made.columns |= {"shard_index_attn_out": [0] * 11, "row_offset_attn_out": list(range(11))}
-    made.write()
-    tensors, _ = ac.load_activation_dataset(made.folder, tensors=["router_logits", "attn_out"])
-    assert np.array_equal(tensors["router.layer_5"].numpy(), router)
-    assert np.array_equal(tensors["attn_out.layer_2"].numpy(), other)
-    routed = ac.load_activations(made.folder, site="router_logits", prompts=[made.texts[9], made.texts[2]])
-    assert np.array_equal(routed[5], router[[9, 2]]), "in the order of the index, whatever its columns say of others"
-    found = ac.load_activations(made.folder, site="attn_out", prompts=[made.texts[9], made.texts[2]])
-    assert list(found) == [2] and np.array_equal(found[2], other[[9, 2]])
-
-
-def test_metadata_says_what_there_is(tmp_path):
-    extra = {
-        "rank": pa.array(range(11), pa.int32()),
-        "score": [0.25, None, *[1.0] * 9],
-        "flag": [True, False] * 5 + [None],
-        "tags": [["a"], []] * 5 + [None],
-        "perplexity_mean": [1.0] * 11,
-    }
-    made = make(tmp_path / "set", "2.0 split", labels=["x", None] + ["y"] * 9, extra=extra)
-    made.metadata["provenance"] = {"lmprobe_version": "0.10.3"}
-    made.write()
-    found = ac.fetch_dataset_metadata(made.folder)
-    assert (found.model_name, found.revision, found.format_version) == ("org/model", None, "2.0")
-    assert found.available_layers == [0, 2, 5] and found.num_prompts == 11
-    assert found.prompts == made.texts and found.labels == made.columns["label"]
-    assert found.tensor_descriptors == made.metadata["tensors"]
-    assert list(found.metadata) == ["rank", "score", "flag", "tags"]
-    assert found.metadata["score"] == extra["score"] and type(found.metadata["score"][2]) is float
-    assert found.metadata["flag"] == extra["flag"] and found.metadata["tags"] == extra["tags"]
-    assert found.metadata["rank"] == list(range(11))
-    assert found.provenance == {"lmprobe_version": "0.10.3"}
-    assert (found.dataset, found.commit) == (str(made.folder), None)
-    assert "prompt 3" not in repr(found)
-
-
-def test_metadata_of_an_older_version_comes_from_its_json(tmp_path):
-    made = make(tmp_path / "set", "1.1 full")
-    found = ac.fetch_dataset_metadata(made.folder)
-    assert (found.format_version, found.num_prompts, found.labels) == ("1.1", 11, None)
-    for file in (made.folder / "tensors").iterdir():
-        file.unlink()
-    assert ac.fetch_dataset_metadata(made.folder) == found, "no tensor is looked at"
-
-
 def test_a_snapshot_of_the_hub_client_is_a_folder(tmp_path):
     """There files are links to blobs beside the snapshot; any other link is refused (see test_share_hostile)."""
     made = make(tmp_path / "set", "2.0 split")
@@ -445,84 +319,3 @@ def test_importing_the_functions_imports_no_pyarrow():
     code = "import actcache as ac, sys; ac.load_activations; ac.fetch_dataset_metadata; print('pyarrow' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"
-
-
-# Datasets that eight releases of lmprobe have written.
-
-needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="the datasets of lmprobe's releases are not here")
-WRITTEN = sorted(path.name for path in FIXTURES.glob("dataset_*"))
-
-
-def _plain_read(folder: Path) -> dict[str, np.ndarray]:
-    """Each prompt's rows ``[T, L, D]`` by the published recipe, a prompt and a layer at a time."""
-    table = pq.read_table(folder / INDEX)
-    said = {k.decode(): json.loads(v) for k, v in (table.schema.metadata or {}).items() if k.startswith(b"lmprobe:")}
-    info = json.loads((folder / "lmprobe_info.json").read_text()) if not said else {}
-    hidden = said["lmprobe:tensors"]["hidden_layers"] if said else info["tensors"]["hidden_layers"]
-    found = {}
-    for row in table.to_pylist():
-        if row.get("token_shard_ids") is not None:
-            places = list(zip(row["token_shard_ids"], row["token_shard_offsets"], strict=True))
-        elif hidden["storage"] == "pooled":
-            places = [(row["shard_index"], row["row_offset"])]
-        else:
-            start = row["token_offset"]
-            if info["format_version"] == "1.2":
-                start -= sum(shard["num_tokens"] for shard in hidden["shards"][: row["shard_index"]])
-            places = [(row["shard_index"], start + t) for t in range(row["num_tokens"])]
-        rows = []
-        for shard, at in places:
-            layers = []
-            for layer in hidden["layers"]:
-                name = hidden["shards"][shard].get(
-                    "file", f"tensors/hidden_layer{layer:03d}_shard{shard:03d}.safetensors"
-                )
-                with safe_open(folder / name, "np") as file:
-                    layers.append(file.get_slice(f"hidden.layer_{layer}")[at])
-            rows.append(layers)
-        found[row["text"]] = np.array(rows)
-    return found
-
-
-@needs_fixtures
-@pytest.mark.parametrize("name", WRITTEN)
-def test_what_releases_of_lmprobe_wrote(name):
-    given = json.loads((FIXTURES / "prompts.json").read_text())
-    expected = np.load(FIXTURES / "expected.npz")
-    prompts, folder = given["prompts"], FIXTURES / name
-    plain = _plain_read(folder)
-    found, labels = ac.load_activations(folder, prompts=prompts, as_dict=False, return_labels=True)
-    assert labels.tolist() == given["labels"]
-    assert np.array_equal(found, np.stack([plain[prompt][-1] for prompt in prompts]))
-    # They computed these prompts in other batches than those of expected.npz, which moves the last bits.
-    assert np.allclose(found, expected["pooled_last_token"], rtol=2e-6, atol=2e-8)
-    metadata = ac.fetch_dataset_metadata(folder)
-    assert metadata.prompts == list(plain) and metadata.num_prompts == 12
-    assert np.array_equal(ac.load_activations(folder, as_dict=False), np.stack([rows[-1] for rows in plain.values()]))
-    for i, prompt in enumerate(metadata.prompts):
-        assert metadata.metadata["score"][i] == given["metadata"][prompts.index(prompt)]["score"]
-    if "fullseq" in name:
-        whole = ac.load_activations(folder, prompts=prompts, pooling=None, as_dict=False)
-        for i, rows in enumerate(whole):
-            assert np.array_equal(rows, plain[prompts[i]])
-            assert np.allclose(rows.swapaxes(0, 1), expected[f"hidden_{i}"], rtol=2e-6, atol=2e-8)
-        for pooling in ("mean", "first_token"):
-            pooled = ac.load_activations(folder, prompts=prompts, pooling=pooling, as_dict=False)
-            assert np.allclose(pooled, expected[f"pooled_{pooling}"], rtol=1e-5, atol=5e-8), pooling
-    else:
-        with pytest.raises(OptionError, match="pooled with 'last_token'"):
-            ac.load_activations(folder, pooling="mean")
-
-
-@needs_fixtures
-@pytest.mark.parametrize("name", WRITTEN)
-def test_logits_and_perplexity_of_releases_of_lmprobe(name):
-    prompts = json.loads((FIXTURES / "prompts.json").read_text())["prompts"]
-    expected = np.load(FIXTURES / "expected.npz")
-    tensors, info = ac.load_activation_dataset(FIXTURES / name)
-    order = [prompts.index(prompt) for prompt in ac.fetch_dataset_metadata(FIXTURES / name).prompts]
-    assert np.array_equal(tensors["logits_topk.indices"].numpy(), expected["topk_indices"][order])
-    assert np.allclose(tensors["logits_topk.values"].numpy(), expected["topk_values"][order], rtol=2e-6, atol=1e-7)
-    assert ("perplexity" in tensors) == (info["format_version"] in ("1.2", "2.0"))
-    if "perplexity" in tensors:
-        assert np.allclose(tensors["perplexity"].numpy(), expected["perplexity"][order], rtol=2e-6)
