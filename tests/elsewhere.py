@@ -12,6 +12,7 @@ from typing import Any
 from actcache.errors import BackendError
 from actcache.store.backend import CacheBackend, LocalBackend, ObjectInfo
 from actcache.store.store import Store
+from store_helpers import check_pooled
 
 IDENTITY = {"weights": "abc"}, {"model_name": "org/model", "revision": "r1", "dtype": "float32"}
 
@@ -113,3 +114,21 @@ def machine(backend: CacheBackend, folder: Path, **options: Any) -> tuple[Store,
 def objects(backend: CacheBackend, suffix: str = ".safetensors") -> list[str]:
     """The names of the objects that end so."""
     return sorted(info.name for info in backend.list() if info.name.endswith(suffix))
+
+
+def two(backend: CacheBackend, folder: Path) -> tuple[Store, Store, str]:
+    """Two machines that share a store, which keep what is theirs in folders of `folder`; and its space."""
+    (one, space), (other, _) = machine(backend, folder / "a"), machine(backend, folder / "b")
+    return one, other, space
+
+
+def found(store: Store, space: str, numbers: Any) -> list[bool]:
+    """Which prompts a machine finds when it has looked; their values are compared."""
+    store.refresh()
+    answer: list[bool] = check_pooled(store, space, numbers).tolist()
+    return answer
+
+
+def names(backend: Wrapped) -> set[str]:
+    """Of all objects."""
+    return {info.name for info in backend.inner.list()}

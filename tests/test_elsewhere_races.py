@@ -14,7 +14,7 @@ from actcache.store import eviction, spool, trimming, working_copy
 from actcache.store.asking import locate_here
 from actcache.store.backend import MemoryBackend
 from actcache.store.store import Store
-from elsewhere import Watched, machine, objects
+from elsewhere import Watched, found, machine, objects
 from store_helpers import SITES, check_pooled, growing_writer, make_store, make_table, pooled
 
 
@@ -31,12 +31,6 @@ def once(method: str, suffix: str, work: Callable[[], object]) -> Callable[[str,
             left.pop()()
 
     return called
-
-
-def found(store: Store, space: str, numbers: Any) -> list[bool]:
-    store.refresh()
-    answer: list[bool] = check_pooled(store, space, numbers).tolist()
-    return answer
 
 
 def stored(store: Store, space: str, *batches: list[int]) -> None:
