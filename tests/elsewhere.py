@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from actcache.errors import BackendError
 from actcache.store.backend import CacheBackend, LocalBackend, ObjectInfo
+from actcache.store.records import Records
 from actcache.store.store import Store
-from store_helpers import check_pooled
+from store_helpers import check_pooled, make_table
 
 IDENTITY = {"weights": "abc"}, {"model_name": "org/model", "revision": "r1", "dtype": "float32"}
 
@@ -132,3 +136,26 @@ def found(store: Store, space: str, numbers: Any) -> list[bool]:
 def names(backend: Wrapped) -> set[str]:
     """Of all objects."""
     return {info.name for info in backend.inner.list()}
+
+
+def soon(true: Callable[[], Any], seconds: float = 20.0) -> bool:
+    """Whether it becomes so before that time is over."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if true():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def seen(backend: Any, folder: Path, numbers: Any) -> list[bool]:
+    """Which prompts a machine finds that has never been there before."""
+    store, space = machine(backend, folder)
+    found: list[bool] = check_pooled(store, space, numbers).tolist()
+    return found
+
+
+def large(numbers: range, sites: int = 4, dim: int = 256) -> Records:
+    """Pooled rows that say of which prompt and site they are."""
+    data = {f"resid_post.{k}": np.stack([np.full(dim, 100 * i + k, np.float32) for i in numbers]) for k in range(sites)}
+    return Records.pooled(make_table(numbers), "last_token", data)

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from actcache.errors import BackendError
-from actcache.store import merging, spool, uploading
+from actcache.store import merging, uploading
 from actcache.store.backend import MemoryBackend
-from actcache.store.records import BLOCK, Records
+from actcache.store.records import Records
 from actcache.store.store import Store
-from elsewhere import Folder, Watched, failing, machine, objects
-from store_helpers import check_pooled, growing_writer, in_child, make_table, pooled, segment_files, wait_for
+from elsewhere import Folder, Watched, large, machine, objects, seen, soon
+from store_helpers import check_pooled, growing_writer, in_child, make_table, pooled, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -29,22 +25,6 @@ def _nothing_is_left_to_the_end() -> Iterator[None]:
     """Threads of stores that are broken on purpose end with the test."""
     yield
     uploading._at_work.clear()
-
-
-def soon(true: Callable[[], Any], seconds: float = 20.0) -> bool:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if true():
-            return True
-        time.sleep(0.01)
-    return False
-
-
-def seen(backend: Any, folder: Path, numbers: Any) -> list[bool]:
-    """Which prompts a machine finds that has never been there before."""
-    store, space = machine(backend, folder)
-    found: list[bool] = check_pooled(store, space, numbers).tolist()
-    return found
 
 
 def test_what_is_written_waits_for_more_and_goes_as_one_object(tmp_path: Path) -> None:
@@ -131,122 +111,6 @@ def test_the_end_of_the_process_uploads(tmp_path: Path, more: list[str]) -> None
     assert len(objects(backend)) == 2
 
 
-def test_an_error_of_an_upload_is_told_and_loses_nothing(tmp_path: Path) -> None:
-    backend = Watched(MemoryBackend())
-    store, space = machine(backend, tmp_path / "a")
-    store.append(space, pooled([1]))
-    backend.before = failing("put", ".safetensors")
-    with pytest.raises(BackendError, match="cut off"):
-        store.flush()
-    assert check_pooled(store, space, [1]).all()
-    with pytest.raises(BackendError):
-        store.close()
-    backend.before = lambda *_: None
-    assert objects(backend) == []
-    again, _ = machine(backend, tmp_path / "a")
-    assert check_pooled(again, space, [1]).all()
-    again.flush()
-    assert seen(backend, tmp_path / "b", [1]) == [True]
-
-
-def test_an_error_of_the_thread_is_raised_by_the_next_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(uploading, "LINGER_S", 0.01)
-    backend = Watched(MemoryBackend())
-    store, space = machine(backend, tmp_path / "a")
-    backend.before = failing("put", ".safetensors")
-    with caplog.at_level(logging.WARNING, "actcache.store"):
-        store.append(space, pooled([1]))
-        assert soon(lambda: "cut off" in caplog.text)
-
-    def raised() -> bool:
-        try:
-            store.append(space, pooled([2]))
-        except BackendError:
-            return True
-        return False
-
-    assert soon(raised)
-    # Reading goes on.
-    assert check_pooled(store, space, [1]).all()
-    backend.before = lambda *_: None
-    store.flush()
-    assert seen(backend, tmp_path / "b", [1]) == [True]
-
-
-def test_the_thread_tries_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploading, "LINGER_S", 0.01)
-    monkeypatch.setattr(uploading, "_AGAIN_S", 0.05)
-    backend = Watched(MemoryBackend())
-    store, space = machine(backend, tmp_path / "a")
-    backend.before = failing("put", ".safetensors")
-    store.append(space, pooled([1]))
-    assert soon(lambda: backend.count("put", ".safetensors") > 1)
-    backend.before = lambda *_: None
-    assert soon(lambda: objects(backend))
-    assert soon(lambda: not store._uploader._errors)  # type: ignore[union-attr]
-    # It is there after all.
-    store.append(space, pooled([2]))
-
-
-def test_an_error_that_comes_when_all_is_done_is_none(tmp_path: Path) -> None:
-    backend = Watched(MemoryBackend())
-    store, space = machine(backend, tmp_path / "a")
-    store.append(space, pooled([1]))
-    backend.after = failing("put", ".safetensors")
-    store.flush()
-    assert backend.count("put", ".safetensors") == 1
-    store.close()
-    assert seen(backend, tmp_path / "b", [1]) == [True]
-
-
-def test_an_upload_of_unknown_outcome_is_looked_for_before_it_is_done_again(tmp_path: Path) -> None:
-    """The object is there, but nobody could be told."""
-    backend = Watched(MemoryBackend())
-    store, space = machine(backend, tmp_path / "a")
-    store.append(space, pooled([1]))
-
-    def gone(method: str, name: str) -> None:
-        failing("put", ".safetensors")(method, name)
-        if backend.count("put", ".safetensors"):
-            failing("read")(method, name)
-
-    backend.after = gone
-    with pytest.raises(BackendError):
-        store.flush()
-    backend.after = lambda *_: None
-    store.flush()
-    assert backend.count("put", ".safetensors") == 1
-    assert len(objects(backend)) == 1
-    assert seen(backend, tmp_path / "b", [1]) == [True]
-
-
-def test_an_upload_of_unknown_outcome_does_not_bring_back_what_others_have_dropped(tmp_path: Path) -> None:
-    """It had been there; somebody else invalidated a prompt of it, and has made another segment of what is left."""
-    backend = Watched(MemoryBackend())
-    store, space = machine(backend, tmp_path / "a")
-    other, _ = machine(backend, tmp_path / "b")
-    store.append(space, pooled([1, 2]))
-
-    def gone(method: str, name: str) -> None:
-        failing("put", ".safetensors")(method, name)
-        if backend.count("put", ".safetensors"):
-            failing("read")(method, name)
-
-    backend.after = gone
-    with pytest.raises(BackendError):
-        store.flush()
-    backend.after = lambda *_: None
-    assert other.invalidate(space, make_table([1])) == 1
-    assert other.compact() == 1
-    for tomb in objects(backend, ".tomb"):
-        backend.delete(tomb)
-    store.refresh()
-    store.flush()
-    assert seen(backend, tmp_path / "c", [1, 2]) == [False, True]
-
-
 def test_a_writer_uploads_at_its_end(tmp_path: Path) -> None:
     backend = Watched(MemoryBackend())
     store, space = machine(backend, tmp_path / "a")
@@ -273,25 +137,6 @@ def test_flushing_takes_what_a_writer_has_stored_so_far(tmp_path: Path) -> None:
     assert seen(backend, tmp_path / "c", range(7)) == [True] * 7
 
 
-def test_an_error_surfaces_where_the_writer_closes(tmp_path: Path) -> None:
-    backend = Watched(MemoryBackend())
-    store, space = machine(backend, tmp_path / "a")
-    writer = store.writer(space)
-    writer.put(pooled([1]))
-    backend.before = failing("put")
-    with pytest.raises(BackendError):
-        writer.close()
-    backend.before = lambda *_: None
-    assert check_pooled(store, space, [1]).all()
-    store.close()
-    assert seen(backend, tmp_path / "b", [1]) == [True]
-
-
-def large(numbers: range, sites: int = 4, dim: int = 256) -> Records:
-    data = {f"resid_post.{k}": np.stack([np.full(dim, 100 * i + k, np.float32) for i in numbers]) for k in range(sites)}
-    return Records.pooled(make_table(numbers), "last_token", data)
-
-
 def test_much_is_uploaded_behind_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that grow are as large as one upload; when enough of them are finished they go."""
     monkeypatch.setattr(merging, "GATHERED", 1 << 20)
@@ -311,26 +156,6 @@ def test_much_is_uploaded_behind_the_run(tmp_path: Path, monkeypatch: pytest.Mon
     place = reader.locate(space, table=make_table(range(960)), sites=["resid_post.3"], layout="last_token")
     assert place.found.all()
     assert (place.take()[:, 0, 0] == 100 * np.arange(960) + 3).all()
-
-
-def test_what_cannot_be_uploaded_does_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploading, "_MOST_SPOOLED", 1 << 20)
-    monkeypatch.setattr(uploading, "_LEAST", 1 << 10)
-    monkeypatch.setattr("actcache.store.appending._SIZES", (1 << 18, 1 << 19))
-    backend = Watched(MemoryBackend())
-    store, space = machine(backend, tmp_path / "a")
-    backend.before = failing("put", ".safetensors")
-    writer = store.writer(space, linger=0)
-
-    def run() -> None:
-        for i in range(1000):
-            writer.put(large(range(16 * i, 16 * i + 16)))
-            writer.flush()
-
-    with pytest.raises(BackendError):
-        run()
-    writer.close(merge=False)
-    assert 1 << 20 < sum(f.stat().st_size for f in segment_files(store, space)) < 3 << 20
 
 
 def test_ten_thousand_prompts_take_few_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,142 +194,6 @@ def test_a_forked_child_leaves_what_waits_to_its_parent(tmp_path: Path) -> None:
     assert wait_for(in_child(child)) == 0
     store.flush()
     assert seen(backend, tmp_path / "b", [1, 2]) == [True, True]
-
-
-def without_sidecar(backend: Any, folder: Path, read: range) -> tuple[Store, str, Path]:
-    """A machine that has read these prompts of the one object, and has lost the sidecar of its mirror."""
-    store, space = machine(backend, folder)
-    place = store.locate(space, table=make_table(read), sites=["resid_post.3"], layout="last_token")
-    assert place.found.all()
-    (path,) = segment_files(store, space)
-    path.with_suffix(".have").unlink()
-    return store, space, path
-
-
-def check_large(backend: Any, folder: Path, numbers: range) -> Store:
-    """A machine that has never been there before finds all these prompts, and every value is right."""
-    store, space = machine(backend, folder)
-    for k in range(4):
-        place = store.locate(space, table=make_table(numbers), sites=[f"resid_post.{k}"], layout="last_token")
-        assert place.found.all()
-        assert (place.take()[:, 0] == (100 * np.array(numbers) + k)[:, None]).all()
-    return store
-
-
-@pytest.mark.parametrize("found", ["when the store is opened", "when it would be uploaded"])
-def test_a_mirror_that_lost_its_sidecar_is_one_again(tmp_path: Path, found: str) -> None:
-    """It is full of holes: under its name lies the object that they are holes of."""
-    backend = Watched(MemoryBackend())
-    store, space = machine(backend, tmp_path / "a")
-    store.append(space, large(range(2000)))
-    store.flush()
-    reader, _, path = without_sidecar(backend, tmp_path / "b", range(2000))
-    if found == "when the store is opened":
-        reader, _ = machine(backend, tmp_path / "b")
-    backend.calls.clear()
-    reader.flush()
-    assert path.with_suffix(".have").exists()
-    assert backend.count("put") == 0
-    # What is there is not read again, and what is not comes from the object.
-    backend.calls.clear()
-    check_large(backend, tmp_path / "b", range(2000))
-    assert len(objects(backend)) == 1
-    assert check_large(backend, tmp_path / "c", range(2000)).verify().damaged == []
-
-
-@pytest.mark.parametrize("left", [0, 1000, 10**6])
-def test_a_mirror_without_a_sidecar_that_cannot_be_read_does_not_hide_its_object(tmp_path: Path, left: int) -> None:
-    """Whoever copied it was interrupted."""
-    backend = Watched(MemoryBackend())
-    store, space = machine(backend, tmp_path / "a")
-    store.append(space, large(range(2000)))
-    store.flush()
-    _, _, path = without_sidecar(backend, tmp_path / "b", range(2000))
-    os.truncate(path, left)
-    backend.calls.clear()
-    check_large(backend, tmp_path / "b", range(2000)).flush()
-    assert backend.count("put") == 0
-    assert path.with_suffix(".have").exists()
-    assert check_large(backend, tmp_path / "c", range(2000)).verify().damaged == []
-
-
-def test_a_mirror_whose_holes_were_filled_by_a_copy_is_not_uploaded_either(tmp_path: Path) -> None:
-    """As a backup does that knows no sparse files: zeros take the place of holes."""
-    backend = Watched(MemoryBackend())
-    store, space = machine(backend, tmp_path / "a")
-    store.append(space, large(range(2000)))
-    store.flush()
-    reader, _, path = without_sidecar(backend, tmp_path / "b", range(2000))
-    content = path.read_bytes()
-    path.unlink()
-    path.write_bytes(content)
-    assert 512 * path.stat().st_blocks >= len(content)
-    backend.calls.clear()
-    reader.flush()
-    assert backend.count("put") == 0
-    assert check_large(backend, tmp_path / "c", range(2000)).verify().damaged == []
-
-
-def test_a_mirror_without_a_sidecar_whose_object_was_removed_does_not_come_back(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    backend = MemoryBackend()
-    store, space = machine(backend, tmp_path / "a")
-    store.append(space, large(range(2000)))
-    store.flush()
-    reader, _, path = without_sidecar(backend, tmp_path / "b", range(2000))
-    store.clear()
-    with caplog.at_level(logging.WARNING, "actcache.store"):
-        reader.flush()
-    assert "gone" in caplog.text
-    assert not path.exists()
-    assert objects(backend) == []
-
-
-def test_what_is_intact_of_a_segment_that_rots_before_its_upload_is_uploaded(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    backend = Watched(MemoryBackend())
-    store, space = machine(backend, tmp_path / "a")
-    store.append(space, large(range(2000)))
-    place = store.locate(space, table=make_table(range(2000)), sites=["resid_post.3"], layout="last_token")
-    assert place.found.all(), "it was looked at, and was right"
-    (path,) = segment_files(store, space)
-    with path.open("r+b") as file:
-        file.seek(-1, 2)
-        last = file.read(1)[0]
-        file.seek(-1, 2)
-        file.write(bytes([last ^ 1]))
-    with caplog.at_level(logging.WARNING, "actcache.store"):
-        store.flush()
-    assert "damaged" in caplog.text
-    assert not path.exists()
-    assert path.name not in "".join(objects(backend))
-    fresh, _ = machine(backend, tmp_path / "b")
-    assert fresh.verify().damaged == []
-    for k in range(4):
-        place = fresh.locate(space, table=make_table(range(2000)), sites=[f"resid_post.{k}"], layout="last_token")
-        lost = np.flatnonzero(~place.found)
-        # The last block of one site, of rows of 1 KB.
-        assert len(lost) == (2000 * 1024 % BLOCK // 1024 if k == 3 else 0)
-        assert (place.take(index=np.flatnonzero(place.found))[:, 0, 0] % 100 == k).all()
-    backend.calls.clear()
-    store.flush()
-    assert backend.calls == [], "nothing waits any more"
-
-
-def test_that_an_upload_has_begun_is_durable_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else nobody would know after a loss of power that there may be an object, which others may have removed."""
-    synced: list[set[str]] = []
-    monkeypatch.setattr(spool, "sync_folder", lambda folder: synced.append({f.suffix for f in folder.iterdir()}))
-    backend = Watched(MemoryBackend())
-    store, space = machine(backend, tmp_path / "a")
-    store.append(space, pooled([1]))
-    seen: list[bool] = []
-    backend.before = lambda method, name: seen.append(any(".sent" in names for names in synced))
-    store.flush()
-    assert seen
-    assert all(seen)
 
 
 def test_a_process_that_only_reads_uploads_what_another_has_left(tmp_path: Path) -> None:
