@@ -47,10 +47,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ]
     if of_families:
         # It takes transformers with it, which nothing may import before the variables above are set.
-        import zoo
+        import zoo_families
 
         for item, family in of_families:
-            if family in zoo.FAMILIES and family not in zoo.COMMON:
+            if family in zoo_families.FAMILIES and family not in zoo_families.COMMON:
                 item.add_marker(pytest.mark.rare)
 
 

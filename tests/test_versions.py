@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import actcache as ac
 import versions_numbers as numbers
 import zoo
+import zoo_families
 
 HERE = Path(__file__).parent
 OTHER = Path(os.environ.get("ACTCACHE_TF4_PYTHON") or HERE.parent / ".venv-tf4" / "bin" / "python")
@@ -26,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(
         not OTHER.exists(), reason=f"no environment with transformers 4.57 at {OTHER}: `make venv-tf4` makes it"
     ),
-    pytest.mark.skipif(zoo.GENERATION < 5, reason="this is the older generation itself"),
+    pytest.mark.skipif(zoo_families.GENERATION < 5, reason="this is the older generation itself"),
 ]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import zoo
+import zoo_families
 from actcache.testing.tiny import FAMILIES as MADE
 
 # A sum of three numbers, rounded once per addition: each is off by half a unit of the largest number involved.
@@ -126,7 +127,7 @@ def test_blocks_chain_and_branches_add_up(family: str, seed: int) -> None:
         blocks = model.get_submodule(stack.blocks)
         assert torch.equal(at[f"{dot}embed"], at[f"{dot}resid_pre.0"])
         for i, block in enumerate(blocks):
-            here = {name: at.get(f"{dot}{name}.{i}") for name in zoo.BLOCK_SITES}
+            here = {name: at.get(f"{dot}{name}.{i}") for name in zoo_families.BLOCK_SITES}
             pre, attn, cross, mid, mlp, post = (
                 here[n] for n in ("resid_pre", "attn_out", "cross_attn_out", "resid_mid", "mlp_out", "resid_post")
             )
