@@ -18,6 +18,7 @@ from actcache.share.index import Index
 from actcache.share.source import open_source
 from actcache.store.records import PULLED
 from made_datasets import INDEX, make, pq
+from pull_helpers import pulled
 from share_helpers import LAYERS, fill_tokens, new_space, new_store
 
 
@@ -26,11 +27,6 @@ def store(tmp_path):
     yield (made := ac.Store(tmp_path / "there", index_dir=tmp_path / "there-index"))
     made.close()
     fetching._open.clear()
-
-
-def pulled(store):
-    (space,) = [space for space in store.spaces() if space.pulled]
-    return space
 
 
 def rewrite(made):
