@@ -57,6 +57,14 @@ class Made:
             save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, self.folder / name)
         return self
 
+    def put(self, column: str, row: int, value: Any) -> Made:
+        """Another value in one row of a column of the index."""
+        values = self.columns[column]
+        values = values.to_pylist() if isinstance(values, pa.Array) else list(values)
+        values[row] = value
+        self.columns[column] = values
+        return self.write()
+
     def expected(self, pooling: str | None = "last_token") -> list[np.ndarray]:
         """What each prompt has: ``[L, D]``, or ``[T, L, D]`` without pooling. Computed in float64."""
         reduce = {

@@ -55,11 +55,7 @@ def refused(made, match, *, read=load_all):
 )
 def test_places_outside_the_shards(tmp_path, version, column, row, value, named):
     made = make(tmp_path / "set", version)
-    values = made.columns[column]
-    values = values.to_pylist() if isinstance(values, pa.Array) else list(values)
-    values[row] = value
-    made.columns[column] = values
-    made.write()
+    made.put(column, row, value)
     pooling = "mean" if "split" in version and "token" in column else "last_token"
     refused(made, named, read=lambda folder: ac.load_activations(folder, pooling=pooling))
 
