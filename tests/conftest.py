@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,12 @@ from typing import ClassVar
 import pytest
 
 import children
+import hub_client
 from actcache import config
 from actcache.model import host_memo
 from actcache.store import default
 from actcache.store.store import Store
+from actcache.testing.hub import LoopbackHub
 from cli_helpers import Cli, command
 from servers import anywhere, bucket, moto, server, swift
 
@@ -32,6 +36,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell's background jobs ignore it, and so would the commands that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+_SEEDS = itertools.count(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,6 +64,29 @@ class NoParams:
     """A test without parameters."""
 
     params: ClassVar[dict[str, object]] = {}
+
+
+@pytest.fixture(scope="module")
+def module_hub() -> Iterator[LoopbackHub]:
+    """One Hub for the tests of a module, which each see it as `hub`."""
+    with LoopbackHub() as hub:
+        hub.tokens.add(hub_client.TOKEN)
+        hub.read_tokens.add(hub_client.READ_TOKEN)
+        yield hub
+
+
+@pytest.fixture
+def hub(module_hub: LoopbackHub) -> Iterator[LoopbackHub]:
+    """A Hub that fails as the test tells it, and not in the next one."""
+    yield module_hub
+    module_hub.faults.clear()
+
+
+@pytest.fixture(scope="module")
+def client(module_hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[hub_client.Client]:
+    """A process with the real client of the Hub, for the tests of a module."""
+    with hub_client.Client(module_hub, tmp_path_factory.mktemp("client")) as client:
+        yield client
 
 
 @pytest.fixture
@@ -160,3 +189,15 @@ def pooled(store: Store, space: str) -> Store:
 
     share_helpers.fill_pooled(store, space, share_helpers.N)
     return store
+
+
+@pytest.fixture
+def repo(hub: LoopbackHub) -> str:
+    """A name that no dataset of the Hub has."""
+    return f"user/set{len(hub.repositories)}-{time.monotonic_ns()}"
+
+
+@pytest.fixture
+def seed() -> int:
+    """Of vectors that no other test of the file has: a Hub keeps what it has once, whoever sent it."""
+    return next(_SEEDS)

@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 
 TOKEN = "hf_averysecrettoken"
+READ_TOKEN = "hf_mayonlyread"
 
 
 class ClientError(Exception):
