@@ -13,7 +13,7 @@ import actcache
 PACKAGE = Path(actcache.__file__).parent
 # From the ground up; rooms of one floor do not import each other, except where ALLOWED says so.
 FLOORS = (
-    ("errors", "config", "progress", "wording", "written", "_version"),
+    ("errors", "config", "progress", "wording", "written", "_version", "_callable_room"),
     ("model",),
     ("store", "capture"),
     ("derive",),

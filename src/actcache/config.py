@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,20 @@ class Setting:
 
     value: Any
     source: str
+
+
+def _from_variable(variable: str, read: Callable[[str, str], Any], otherwise: Any) -> Setting:
+    """What the environment says, as ``read(value, variable)`` gives it; `otherwise` where it says nothing."""
+    value = os.environ.get(variable)
+    return Setting(read(value, variable), variable) if value else Setting(otherwise, "default")
+
+
+def _number(value: Any) -> float:
+    """`value` as a number; not a number where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def user_cache() -> Path:
@@ -98,10 +113,7 @@ def limit_bytes(gb: Any, source: str) -> int | None:
     """A limit in GB (2**30 bytes) as bytes; None and infinity mean no limit. `source` is named when it is wrong."""
     if gb is None:
         return None
-    try:
-        number = float(gb)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = _number(gb)
     if isinstance(gb, bool) or not number >= 0:
         raise OptionError(
             f"{source} is {gb!r}: expected a number of GB that is not negative (0: keep nothing), such as 50 or 0.5."
@@ -114,10 +126,7 @@ def object_deadline_s() -> float:
     value = os.environ.get("ACTCACHE_DEADLINE_S")
     if not value:
         return DEADLINE_S
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = math.nan
+    seconds = _number(value)
     if not 0 < seconds < math.inf:
         raise OptionError(f"ACTCACHE_DEADLINE_S is {value!r}: expected a number of seconds above 0, such as 120.")
     return seconds
@@ -127,46 +136,33 @@ def local_limit(gb: float | None = None) -> Setting:
     """How many bytes of what lies elsewhere this host keeps when it was read (None: no limit): `gb`, where given."""
     if gb is not None:
         return Setting(limit_bytes(gb, "local_gb"), "Store()")
-    value = os.environ.get("ACTCACHE_LOCAL_GB")
-    if value:
-        return Setting(limit_bytes(value, "ACTCACHE_LOCAL_GB"), "ACTCACHE_LOCAL_GB")
-    return Setting(limit_bytes(_LOCAL_GB, "default"), "default")
+    return _from_variable("ACTCACHE_LOCAL_GB", limit_bytes, limit_bytes(_LOCAL_GB, "default"))
 
 
 def sweep_bytes() -> Setting:
     """How many bytes the batches may take that run together through a model with offloaded weights: their hidden states
     on the device, and the rows that are kept of them."""
-    value = os.environ.get("ACTCACHE_SWEEP_GB")
-    if value:
-        limit = limit_bytes(value, "ACTCACHE_SWEEP_GB")
-        return Setting(math.inf if limit is None else limit, "ACTCACHE_SWEEP_GB")
-    return Setting(_SWEEP_GB * GB, "default")
+    setting = _from_variable("ACTCACHE_SWEEP_GB", limit_bytes, _SWEEP_GB * GB)
+    return Setting(math.inf, setting.source) if setting.value is None else setting
 
 
 def remote_patience() -> Setting:
     """For how many seconds a server may say nothing of a job that it has accepted."""
-    value = os.environ.get("ACTCACHE_REMOTE_TIMEOUT")
-    if not value:
-        return Setting(_REMOTE_TIMEOUT_S, "default")
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = math.nan
+    return _from_variable("ACTCACHE_REMOTE_TIMEOUT", _patience, _REMOTE_TIMEOUT_S)
+
+
+def _patience(value: str, source: str) -> float:
+    seconds = _number(value)
     if not seconds > 0:
-        raise OptionError(
-            f"ACTCACHE_REMOTE_TIMEOUT is {value!r}: expected seconds, more than 0, such as 600; inf waits without end."
-        )
-    return Setting(seconds, "ACTCACHE_REMOTE_TIMEOUT")
+        raise OptionError(f"{source} is {value!r}: expected seconds, more than 0, such as 600; inf waits without end.")
+    return seconds
 
 
 def cache_limit() -> Setting:
     """The size limit of the default store where it has none of its own, in bytes; None where there is none."""
     if "limit" in _chosen:
         return Setting(_chosen["limit"], "set_cache_limit()")
-    value = os.environ.get("ACTCACHE_MAX_GB")
-    if value:
-        return Setting(limit_bytes(value, "ACTCACHE_MAX_GB"), "ACTCACHE_MAX_GB")
-    return Setting(None, "default")
+    return _from_variable("ACTCACHE_MAX_GB", limit_bytes, None)
 
 
 def set_cache_limit(gb: float | None = None) -> None:
@@ -185,10 +181,9 @@ def cache_dtype() -> Setting:
     """The dtype in which the default store keeps new vectors, where it has none of its own; None: as computed."""
     if "dtype" in _chosen:
         return Setting(_chosen["dtype"], "set_cache_dtype()")
-    value = os.environ.get("ACTCACHE_DTYPE")
-    if value:
-        return Setting(require_choice(value, STORAGE_DTYPES, "dtype in ACTCACHE_DTYPE"), "ACTCACHE_DTYPE")
-    return Setting(None, "default")
+    return _from_variable(
+        "ACTCACHE_DTYPE", lambda value, source: require_choice(value, STORAGE_DTYPES, f"dtype in {source}"), None
+    )
 
 
 def set_cache_dtype(dtype: str | None = None) -> None:
@@ -204,10 +199,7 @@ def log_level() -> Setting:
     """The level at which the package's log is shown; None where nothing but warnings is, in Python's own way."""
     if "log" in _chosen:
         return Setting(_chosen["log"], "enable_cache_logging()")
-    value = os.environ.get("ACTCACHE_LOG")
-    if value:
-        return Setting(_level(value, "ACTCACHE_LOG"), "ACTCACHE_LOG")
-    return Setting(None, "default")
+    return _from_variable("ACTCACHE_LOG", _level, None)
 
 
 def _level(level: Any, source: str) -> int:

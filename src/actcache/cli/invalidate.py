@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from actcache.cli.options import debug_option, json_option, space_option, store_option
-from actcache.cli.prompts import prompt_arguments, read_prompts
+from actcache.cli.prompts import Given, prompt_arguments
 
 
 @click.command("invalidate")
@@ -20,10 +20,7 @@ from actcache.cli.prompts import prompt_arguments, read_prompts
 @debug_option
 def command(
     model: str,
-    files: tuple[str, ...],
-    texts: tuple[str, ...],
-    column: str | None,
-    file_format: str | None,
+    given: Given,
     all_prompts: bool,
     space: str | None,
     revision: str | None,
@@ -37,25 +34,21 @@ def command(
     edits, ...), --space, --revision or --dtype chooses one. The room on the disk is free when segments are merged;
     `clear` deletes whole variants, and frees it at once.
     """
-    from actcache.cli.lookup import store_to_read, stored_name, variants_of
+    from actcache.cli.lookup import one_space, store_to_read, stored_name
     from actcache.cli.output import count, print_json
-    from actcache.errors import AmbiguousVariantError
     from actcache.store.default import one_variant
 
     # As an unset variable of the shell is given, which would choose whatever there is.
     if space == "":
         raise click.UsageError("--space is empty: give the beginning of a space id (see `actcache info`).")
-    if all_prompts and (files or texts):
+    if all_prompts and given:
         raise click.UsageError("--all-prompts goes without FILES and --prompt.")
-    if not all_prompts and not (files or texts):
+    if not all_prompts and not given:
         raise click.UsageError("no prompts: name a file, give --prompt TEXT, or say --all-prompts.")
     opened = store_to_read(store)
-    prompts = None if all_prompts else read_prompts(files, texts, column=column, file_format=file_format)
+    prompts = None if all_prompts else given.read()
     if space is not None:
-        chosen = variants_of(opened, model, space)
-        if len(chosen) > 1:
-            raise AmbiguousVariantError(f"--space {space}: {len(chosen)} variants of {model!r} begin so. Write more.")
-        space = chosen[0][0].space
+        space = one_space(opened, model, space)
     variant = one_variant(opened, stored_name(opened, model), revision=revision, dtype=dtype, space=space)
     forgotten = opened.invalidate(variant.space, prompts)
     if as_json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from actcache.errors import NotCachedError, did_you_mean
+from actcache.errors import AmbiguousVariantError, NotCachedError, did_you_mean
 
 if TYPE_CHECKING:
     from actcache.store.prompts import PromptTable
@@ -65,6 +65,14 @@ def variants_of(store: Store, model: str | None, space: str | None) -> list[tupl
         hint = did_you_mean(space, [s.space[: len(space)] for s in spaces])
         raise NotCachedError(f"no variant has a space that begins with {space!r}.{hint} Stored: {listed or 'nothing'}.")
     return [(s, names[s.space]) for s in sorted(chosen, key=lambda s: s.model_name)]
+
+
+def one_space(store: Store, model: str, space: str) -> str:
+    """The space of the one variant of `model` whose id begins so; `AmbiguousVariantError` where several do."""
+    variants = variants_of(store, model, space)
+    if len(variants) > 1:
+        raise AmbiguousVariantError(f"--space {space}: {len(variants)} variants of {model!r} begin so. Write more.")
+    return variants[0][0].space
 
 
 def readable(table: PromptTable) -> list[dict[str, Any]]:

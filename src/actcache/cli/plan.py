@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from actcache.cli.options import debug_option, json_option, model_options, unified_cache
-from actcache.cli.prompts import prompt_arguments, read_prompts
+from actcache.cli.prompts import Given, prompt_arguments
 
 
 @click.command("plan")
@@ -18,15 +18,12 @@ from actcache.cli.prompts import prompt_arguments, read_prompts
 @debug_option
 def command(
     model: str,
-    files: tuple[str, ...],
-    texts: tuple[str, ...],
-    column: str | None,
-    file_format: str | None,
+    given: Given,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Say what `actcache warmup` with the same arguments would compute and write; nothing is computed."""
-    prompts = read_prompts(files, texts, column=column, file_format=file_format)
+    prompts = given.read()
     plan = unified_cache(model, **options).plan(prompts)
 
     from actcache.cli.output import count, duration, plain, print_json, size

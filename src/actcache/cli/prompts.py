@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 import click
 
@@ -29,17 +30,32 @@ class _Place(click.Path):
         return value if str(value).startswith("hf://") else super().convert(value, param, ctx)
 
 
-label_column_option = click.option(
-    "--label-column", metavar="NAME", help="Column or field of FILES that holds the label of each prompt."
+_PROMPTS = (
+    click.argument("files", nargs=-1, type=_Place(allow_dash=True, exists=True)),
+    click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="A prompt; may be repeated."),
+    click.option(
+        "--column",
+        metavar="NAME",
+        help="Column or field that holds the prompt. [default: prompt, text, messages, input_ids, or the only one]",
+    ),
+    click.option(
+        "--format",
+        "file_format",
+        type=click.Choice(["text", "jsonl", "csv", "tsv", "parquet"]),
+        help="Format of FILES. [default: by suffix; text for others and for standard input]",
+    ),
 )
-
-
-metadata_columns_option = click.option(
-    "--metadata-column",
-    "metadata_columns",
-    multiple=True,
-    metavar="NAME",
-    help="Column or field of FILES that is stored or published beside each prompt; may be repeated.",
+_BESIDE = (
+    click.option(
+        "--label-column", metavar="NAME", help="Column or field of FILES that holds the label of each prompt."
+    ),
+    click.option(
+        "--metadata-column",
+        "metadata_columns",
+        multiple=True,
+        metavar="NAME",
+        help="Column or field of FILES that is stored or published beside each prompt; may be repeated.",
+    ),
 )
 
 
@@ -68,25 +84,51 @@ Found = tuple[Prompt, dict[str, Any]]
 """A prompt, and what its row has in the columns beside it."""
 
 
-def prompt_arguments(command: F) -> F:
-    """Add FILES, --prompt, --column and --format to a verb."""
-    for decorate in (
-        click.option(
-            "--format",
-            "file_format",
-            type=click.Choice(["text", "jsonl", "csv", "tsv", "parquet"]),
-            help="Format of FILES. [default: by suffix; text for others and for standard input]",
-        ),
-        click.option(
-            "--column",
-            metavar="NAME",
-            help="Column or field that holds the prompt. [default: prompt, text, messages, input_ids, or the only one]",
-        ),
-        click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="A prompt; may be repeated."),
-        click.argument("files", nargs=-1, type=_Place(allow_dash=True, exists=True)),
-    ):
-        command = decorate(command)
-    return command
+Described = tuple[list[Prompt], list[Any] | None, dict[str, list[Any]] | None]
+"""Prompts, with the label of each, and what is in other columns, by name; None where no column is named."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What FILES and the options beside it were given."""
+
+    files: tuple[str, ...]
+    texts: tuple[str, ...]
+    column: str | None
+    file_format: str | None
+    label_column: str | None = None
+    metadata_columns: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether any prompts were named."""
+        return bool(self.files or self.texts)
+
+    def described(self) -> Described:
+        """The prompts, and what stands beside each: see `read_described`."""
+        return read_described(**vars(self))
+
+    def read(self) -> list[Prompt]:
+        """The prompts alone."""
+        return self.described()[0]
+
+
+def prompt_arguments(command: F, *beside: Callable[[Any], Any]) -> F:
+    """Add FILES, --prompt, --column and --format to a verb, which gets all of it as `given`, a `Given`."""
+
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        given = Given(**{field.name: options.pop(field.name) for field in fields(Given) if field.name in options})
+        return command(*arguments, given=given, **options)
+
+    made: Any = wrapped
+    for option in reversed((*_PROMPTS, *beside)):
+        made = option(made)
+    return cast(F, made)
+
+
+def described_prompt_arguments(command: F) -> F:
+    """As `prompt_arguments`, with --label-column and --metadata-column."""
+    return prompt_arguments(command, *_BESIDE)
 
 
 def read_prompts(
@@ -108,7 +150,7 @@ def read_described(
     label_column: str | None = None,
     metadata_columns: Sequence[str] = (),
     file_format: str | None = None,
-) -> tuple[list[Prompt], list[Any] | None, dict[str, list[Any]] | None]:
+) -> Described:
     """As `read_prompts`, with the label of each prompt and what is in `metadata_columns`, by name; None where no column
     is named.
 

@@ -14,7 +14,7 @@ from actcache.cli.options import (
     store_option,
     tensors_option,
 )
-from actcache.cli.prompts import label_column_option, metadata_columns_option, prompt_arguments, read_described
+from actcache.cli.prompts import Given, described_prompt_arguments
 
 _POSITIVE = click.IntRange(min=1)
 
@@ -22,9 +22,7 @@ _POSITIVE = click.IntRange(min=1)
 @click.command("push")
 @click.argument("repo")
 @click.argument("model")
-@prompt_arguments
-@label_column_option
-@metadata_columns_option
+@described_prompt_arguments
 @tensors_option("all that the prompts have in common")
 @click.option(
     "--pooling", metavar="NAME", help="Which stored form, `tokens` for full sequences. [default: most prompts']"
@@ -62,12 +60,7 @@ _POSITIVE = click.IntRange(min=1)
 def command(
     repo: str,
     model: str,
-    files: tuple[str, ...],
-    texts: tuple[str, ...],
-    column: str | None,
-    label_column: str | None,
-    metadata_columns: tuple[str, ...],
-    file_format: str | None,
+    given: Given,
     shard_max_bytes: int | None,
     space: str | None,
     store: str | None,
@@ -80,27 +73,20 @@ def command(
     a folder, written ./folder. Run again, a push that was stopped goes on where it was. Labels and
     other columns that are not named are those stored with the prompts.
     """
-    from actcache.cli.lookup import store_to_read, stored_name, variants_of
+    from actcache.cli.lookup import one_space, store_to_read, stored_name
     from actcache.cli.output import print_json
-    from actcache.errors import AmbiguousVariantError
     from actcache.share.push import DEFAULT_SHARD_BYTES, push_dataset
 
     where = store_to_read(store)
     prompts, labels, metadata = None, None, None
-    if files or texts:
-        prompts, labels, metadata = read_described(
-            files, texts, column=column, label_column=label_column, metadata_columns=metadata_columns,
-            file_format=file_format,
-        )  # fmt: skip
-    elif label_column is not None:
+    if given:
+        prompts, labels, metadata = given.described()
+    elif given.label_column is not None:
         raise click.UsageError("--label-column needs FILES, in which the labels are.")
-    elif metadata_columns:
+    elif given.metadata_columns:
         raise click.UsageError("--metadata-column needs FILES, in which the columns are.")
     if space is not None:
-        variants = variants_of(where, model, space)
-        if len(variants) > 1:
-            raise AmbiguousVariantError(f"--space {space}: {len(variants)} variants of {model!r} begin so. Write more.")
-        space = variants[0][0].space
+        space = one_space(where, model, space)
     url = push_dataset(
         repo,
         stored_name(where, model),

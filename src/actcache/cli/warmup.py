@@ -8,16 +8,14 @@ from typing import Any
 import click
 
 from actcache.cli.options import debug_option, json_option, model_options, unified_cache
-from actcache.cli.prompts import label_column_option, metadata_columns_option, prompt_arguments, read_described
+from actcache.cli.prompts import Given, described_prompt_arguments
 from actcache.cli.workers import distributed, worker_options
 from actcache.errors import PartialWarmupError
 
 
 @click.command("warmup")
 @click.argument("model")
-@prompt_arguments
-@label_column_option
-@metadata_columns_option
+@described_prompt_arguments
 @click.option(
     "--max-retries",
     type=click.IntRange(min=0),
@@ -30,12 +28,7 @@ from actcache.errors import PartialWarmupError
 @debug_option
 def command(
     model: str,
-    files: tuple[str, ...],
-    texts: tuple[str, ...],
-    column: str | None,
-    label_column: str | None,
-    metadata_columns: tuple[str, ...],
-    file_format: str | None,
+    given: Given,
     as_json: bool,
     max_retries: int | None,
     engine: str | None,
@@ -49,23 +42,20 @@ def command(
     --engine many processes or machines share the work, and the input is never in memory.
     """
     if engine is not None:
-        if texts:
+        if given.texts:
             raise click.UsageError(f"--prompt is not for --engine {engine}, whose workers read files of prompts.")
-        if not files or "-" in files:
+        if not given.files or "-" in given.files:
             raise click.UsageError(
                 f"--engine {engine} needs files, folders or hf://datasets/org/name, which workers read."
             )
-        given = {
-            "engine": engine, "column": column, "label_column": label_column,
-            "metadata_columns": list(metadata_columns), "file_format": file_format, "max_retries": max_retries,
-            **workers,
+        work = {
+            "engine": engine, "column": given.column, "label_column": given.label_column,
+            "metadata_columns": list(given.metadata_columns), "file_format": given.file_format,
+            "max_retries": max_retries, **workers,
         }  # fmt: skip
-        _report(lambda: distributed(model, list(files), given, options), as_json, options["perplexity"])
+        _report(lambda: distributed(model, list(given.files), work, options), as_json, options["perplexity"])
         return
-    prompts, labels, metadata = read_described(
-        files, texts, column=column, label_column=label_column, metadata_columns=metadata_columns,
-        file_format=file_format,
-    )  # fmt: skip
+    prompts, labels, metadata = given.described()
     cache = unified_cache(model, **options)
     _report(
         lambda: cache.warmup(prompts, max_retries=max_retries, labels=labels, metadata=metadata),

@@ -16,7 +16,7 @@ change nothing, since what that one returns is replaced too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from actcache.model.attention_sites import Attention
 from actcache.model.columns import Columns
 from actcache.model.forms import first_input
 from actcache.model.offload import is_dispatched
-from actcache.model.probabilities import Probabilities
+from actcache.model.probabilities import Probabilities, Telling
 from actcache.model.probe import of_this_thread, probe_inputs
 from actcache.model.structure import descend
 
@@ -131,7 +131,7 @@ def _look(anatomy: Anatomy, subjects: Sequence[Subject], size: float) -> list[Ro
         with ExitStack() as hooks:
             for trial in trials:
                 trial.listen(hooks, ends=trial is last)
-            hooks.enter_context(Probabilities(_Told(trials)))
+            hooks.enter_context(Probabilities(Telling(trial.softmax for trial in trials)))
             with suppress(_Seen):
                 anatomy.backbone(**probe_inputs(anatomy, repeated=(1 + rows, tokens)))
         for trial in trials:
@@ -141,22 +141,6 @@ def _look(anatomy: Anatomy, subjects: Sequence[Subject], size: float) -> list[Ro
 
 class _Seen(Exception):
     """Ends the pass: what is to be looked at has run."""
-
-
-class _Told:
-    def __init__(self, trials: Iterable[_Trial]) -> None:
-        self._trials = list(trials)
-
-    def changing(self) -> bool:
-        return False
-
-    def scores(self, scores: Tensor) -> Tensor:
-        return scores
-
-    def probabilities(self, probabilities: Tensor) -> Tensor:
-        for trial in self._trials:
-            trial.softmax(probabilities)
-        return probabilities
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -41,7 +43,7 @@ def carried_logits(anatomy: Anatomy, name: str) -> set[Key]:
     return {move.at for move in moves if move.carried}
 
 
-def _run(anatomy: Anatomy, moves: list[Any]) -> None:
+def _run(anatomy: Anatomy, moves: Sequence[_Move]) -> None:
     if moves:
         with undisturbed(anatomy.model), torch.no_grad(), ExitStack() as hooks:
             for move in moves:
@@ -49,57 +51,72 @@ def _run(anatomy: Anatomy, moves: list[Any]) -> None:
             anatomy.backbone(**probe_inputs(anatomy))
 
 
-class _MovedInput:
-    """Moves what attention or the MLP of one block is given away from what it was, and notes what comes of it."""
+class _Move(ABC):
+    """Writes at one place of one block, and notes whether the block goes on with it."""
 
     def __init__(self, anatomy: Anatomy, at: Key, reading: Reading) -> None:
-        assert isinstance(reading, Given)
         self.at = at
         self.carried = False
         self._block = anatomy.blocks_of(at[0])[at[1]]
         self._reading = reading
         form = anatomy.findings.forms[at]
         assert form is not None
-        self._form = _without_middle(form)
-        self._new: Tensor | None = None
+        self._form = form
 
     def listen(self, hooks: ExitStack) -> None:
         # In front of the watch, which is to see what was written.
-        module = descend(self._block, self._reading.place.path.split("."))
-        hooks.callback(module.register_forward_pre_hook(of_this_thread(self._move), with_kwargs=True).remove)
+        self._write(descend(self._block, self._reading.place.path.split(".")), hooks)
         BlockWatch(self._block, self._ended).listen(hooks)
+
+    @abstractmethod
+    def _write(self, module: nn.Module, hooks: ExitStack) -> None:
+        """Hook what is written into `module`, where it is to be written in this pass."""
+
+    @abstractmethod
+    def _ended(self, run: InsideRun) -> None:
+        """Told what ran in the block."""
+
+
+class _MovedInput(_Move):
+    """Moves what attention or the MLP of one block is given away from what it was, and notes what comes of it."""
+
+    def __init__(self, anatomy: Anatomy, at: Key, reading: Reading) -> None:
+        super().__init__(anatomy, at, reading)
+        assert isinstance(reading, Given)
+        self._beside = reading.beside
+        self._form = _without_middle(self._form)
+        self._new: Tensor | None = None
+
+    def _write(self, module: nn.Module, hooks: ExitStack) -> None:
+        hooks.callback(module.register_forward_pre_hook(of_this_thread(self._move), with_kwargs=True).remove)
 
     def _move(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self._new = _moved(first_input((args, kwargs)))
         return with_first_input((args, kwargs), self._new)
 
     def _ended(self, run: InsideRun) -> None:
-        others = [run.at(path) for path in self._reading.beside]
+        others = [run.at(path) for path in self._beside]
         new = None if self._new is None else self._new.cpu()
         reached = new is not None and all(one is not None and one.given(new) for one in others)
         self.carried = reached and check_form(self._form, _as_calls(run))[1] is None
 
 
-class _MovedLogits:
+class _MovedLogits(_Move):
     """Runs one block as it is, then with other logits of its router, on the same input."""
 
     def __init__(self, anatomy: Anatomy, at: Key, reading: Reading) -> None:
-        self.at = at
-        self.carried = False
-        self._block = anatomy.blocks_of(at[0])[at[1]]
-        self._reading = reading
-        form = anatomy.findings.forms[at]
-        assert form is not None
-        self._branch = form.places()["mlp_out"].path
+        super().__init__(anatomy, at, reading)
+        self._branch = self._form.places()["mlp_out"].path
         self._before: InsideRun | None = None
         self._output: Any = None
 
     def listen(self, hooks: ExitStack) -> None:
-        if self._before is not None:
-            module = descend(self._block, self._reading.place.path.split("."))
-            hooks.callback(module.register_forward_hook(of_this_thread(self._move)).remove)
-        BlockWatch(self._block, self._ended).listen(hooks)
+        super().listen(hooks)
         hooks.callback(self._block.register_forward_hook(of_this_thread(self._same_for_the_next)).remove)
+
+    def _write(self, module: nn.Module, hooks: ExitStack) -> None:
+        if self._before is not None:
+            hooks.callback(module.register_forward_hook(of_this_thread(self._move)).remove)
 
     def _move(self, module: nn.Module, args: Any, output: Any) -> Any:
         item = self._reading.item

@@ -6,13 +6,13 @@ is found by its values, as the branches of the residual stream are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from actcache.errors import LayerRangeError
 from actcache.model.attention_probe import Roles, Subject, find_roles
@@ -22,7 +22,7 @@ from actcache.model.attention_sites import Seen, find_attention
 from actcache.model.forms import BlockForm
 from actcache.model.implementation import holding_probabilities
 from actcache.model.mlp_sites import expert_counts, find_mlp_sites
-from actcache.model.probabilities import Probabilities
+from actcache.model.probabilities import Probabilities, Telling
 from actcache.model.probe import probe_inputs, undisturbed
 from actcache.model.read_points import ReadPoint
 from actcache.model.readings import Found
@@ -94,7 +94,7 @@ def find_inner(anatomy: Anatomy) -> Inner:
             with ExitStack() as hooks:
                 for survey in surveys:
                     survey.watch.listen(hooks)
-                hooks.enter_context(Probabilities(_All(surveys)))
+                hooks.enter_context(Probabilities(Telling(survey.watch.softmax for survey in surveys)))
                 anatomy.backbone(**probe_inputs(anatomy))
         except torch.OutOfMemoryError:
             raise
@@ -178,24 +178,6 @@ class _Survey:
             self.mlp = find_mlp_sites(run, self._form, self._experts)
         if failed:
             self.mlp = Found({}, dict.fromkeys(MLP, failed[0]))
-
-
-class _All:
-    """Hands the probabilities of a pass to the watches of the blocks."""
-
-    def __init__(self, surveys: Iterable[_Survey]) -> None:
-        self._surveys = list(surveys)
-
-    def changing(self) -> bool:
-        return False
-
-    def scores(self, scores: Tensor) -> Tensor:
-        return scores
-
-    def probabilities(self, probabilities: Tensor) -> Tensor:
-        for survey in self._surveys:
-            survey.watch.softmax(probabilities)
-        return probabilities
 
 
 def _nothing(why: str) -> Found:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -44,6 +44,24 @@ class Attending(Protocol):
 
     def probabilities(self, probabilities: Tensor) -> Tensor:
         """Told the probabilities; returns them or what takes their place, in their shape and dtype."""
+
+
+class Telling:
+    """Hands the probabilities to each of `listeners`, and changes nothing."""
+
+    def __init__(self, listeners: Iterable[Callable[[Tensor], object]]) -> None:
+        self._listeners = list(listeners)
+
+    def changing(self) -> bool:
+        return False
+
+    def scores(self, scores: Tensor) -> Tensor:
+        return scores
+
+    def probabilities(self, probabilities: Tensor) -> Tensor:
+        for listen in self._listeners:
+            listen(probabilities)
+        return probabilities
 
 
 class Probabilities(TorchFunctionMode):

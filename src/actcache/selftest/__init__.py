@@ -5,30 +5,6 @@ This room shares its name with its main function, and stands for it: ``ac.selfte
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-from typing import Any
+from actcache._callable_room import stand_for
 
-
-class _CallableRoom(ModuleType):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from actcache.selftest.run import selftest
-
-        return selftest(*args, **kwargs)
-
-    @property
-    def __doc__(self) -> str | None:  # type: ignore[override]
-        from actcache.selftest.run import selftest
-
-        return selftest.__doc__
-
-    @property
-    def __signature__(self) -> Any:
-        from inspect import signature
-
-        from actcache.selftest.run import selftest
-
-        return signature(selftest)
-
-
-sys.modules[__name__].__class__ = _CallableRoom
+stand_for(__name__, "run")

@@ -8,12 +8,11 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from actcache._version import __version__
+from actcache.model.source import package_version
 from actcache.share import blocks, card, ours
 from actcache.share.columns import Column
 from actcache.share.format import CARD, INDEX
@@ -109,7 +108,7 @@ class Contents:
 
     def _provenance(self) -> dict[str, Any]:
         written = {"actcache": __version__, "python": platform.python_version()}
-        written |= {name: found for name in ("torch", "transformers") if (found := _version(name))}
+        written |= {name: found for name in ("torch", "transformers") if (found := package_version(name))}
         return {
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "written_with": written,
@@ -135,11 +134,3 @@ class Contents:
             license=self._license,
             description=self._description,
         )
-
-
-@cache
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

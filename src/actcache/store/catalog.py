@@ -11,6 +11,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,7 @@ _SCHEMA = (
     PRIMARY KEY (space, name))""",
     f"PRAGMA user_version={_SCHEMA_VERSION}",
 )
+_TABLES = ("segment", "last_read")
 _COLUMNS = "name, space, layout, columns, prompts, rows, size, created_ns, text_context, replaces, prompt_key, text_key"
 
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
@@ -38,6 +40,7 @@ _PASSING = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, 
 
 Keys = npt.NDArray[np.uint8]
 Times = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 _inherited: list[sqlite3.Connection] = []
 
@@ -53,107 +56,77 @@ class Catalog:
 
     def load(self, space: str, keep: Callable[[Keys], Keys] = np.asarray) -> list[SegmentInfo]:
         """What is remembered of `space`, the keys as `keep` gives them; whoever asks checks it against the folder."""
-        with self._lock:
-            db = self._connect()
-            if db is None:
-                return []
-            try:
-                rows = db.execute(f"SELECT {_COLUMNS} FROM segment WHERE space = ?", (space,))
-                return [_info(row, keep) for row in rows]
-            except (sqlite3.Error, ValueError, TypeError, KeyError) as error:
-                self._failed(error)
-                return []
+
+        def read(db: sqlite3.Connection) -> list[SegmentInfo]:
+            rows = db.execute(f"SELECT {_COLUMNS} FROM segment WHERE space = ?", (space,))
+            return [_info(row, keep) for row in rows]
+
+        return self._ask(read, [], ValueError, TypeError, KeyError)
 
     def record(self, space: str, new: Sequence[SegmentInfo], gone: Iterable[str]) -> None:
         """Remember `new` segments of `space` and forget those that are `gone`."""
         gone = list(gone)
         if not new and not gone:
             return
-        with self._lock:
-            db = self._connect()
-            if db is None:
-                return
+
+        def write(db: sqlite3.Connection) -> None:
             try:
                 with db:
-                    for table in ("segment", "last_read"):
-                        db.executemany(
-                            f"DELETE FROM {table} WHERE space = ? AND name = ?", [(space, name) for name in gone]
-                        )
+                    for table in _TABLES:
+                        _forget(db, table, space, gone)
                     db.executemany(
                         f"INSERT OR REPLACE INTO segment ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
                         (_row(space, info) for info in new),
                     )
             except (UnicodeError, OverflowError) as error:
                 log.debug("not remembered in the index at %s: %s", self.path, error)
-            except sqlite3.Error as error:
-                self._failed(error)
+
+        self._ask(write, None)
 
     def keep_only(self, space: str, names: set[str]) -> None:
         """Forget what is remembered of other segments of `space` than these, which others have removed."""
-        with self._lock:
-            db = self._connect()
-            if db is None:
-                return
-            try:
-                with db:
-                    for table in ("segment", "last_read"):
-                        known = db.execute(f"SELECT name FROM {table} WHERE space = ?", (space,)).fetchall()
-                        db.executemany(
-                            f"DELETE FROM {table} WHERE space = ? AND name = ?",
-                            [(space, name) for (name,) in known if name not in names],
-                        )
-            except sqlite3.Error as error:
-                self._failed(error)
+
+        def write(db: sqlite3.Connection) -> None:
+            with db:
+                for table in _TABLES:
+                    known = db.execute(f"SELECT name FROM {table} WHERE space = ?", (space,)).fetchall()
+                    _forget(db, table, space, [name for (name,) in known if name not in names])
+
+        self._ask(write, None)
 
     def note_reads(self, space: str, read: Mapping[SegmentInfo, Times]) -> bool:
         """Remember when each prompt of the segments `read` was last read (nanoseconds, 0: unknown).
 
         Of what other processes have noted the later time stays. False when nothing can be remembered.
         """
-        with self._lock:
-            db = self._connect()
-            if db is None:
-                return False
-            try:
-                with db:
-                    db.execute("BEGIN IMMEDIATE")
-                    for info, times in read.items():
-                        known = _times(db, space, info.name, len(times))
-                        latest = times if known is None else np.maximum(times, known)
-                        middle = median(np.where(latest > 0, latest, info.created_ns))
-                        db.execute(
-                            "INSERT OR REPLACE INTO last_read VALUES (?,?,?,?)",
-                            (space, info.name, middle, latest.astype("<i8").tobytes()),
-                        )
-                return True
-            except sqlite3.Error as error:
-                self._failed(error)
-                return False
+
+        def write(db: sqlite3.Connection) -> bool:
+            with db:
+                db.execute("BEGIN IMMEDIATE")
+                for info, times in read.items():
+                    known = _times(db, space, info.name, len(times))
+                    latest = times if known is None else np.maximum(times, known)
+                    middle = median(np.where(latest > 0, latest, info.created_ns))
+                    db.execute(
+                        "INSERT OR REPLACE INTO last_read VALUES (?,?,?,?)",
+                        (space, info.name, middle, latest.astype("<i8").tobytes()),
+                    )
+            return True
+
+        return self._ask(write, False)
 
     def read_times(self, space: str, name: str, prompts: int) -> Times | None:
         """When each prompt of a segment was last read, 0 where that was not noted; None when nothing was."""
-        with self._lock:
-            db = self._connect()
-            if db is None:
-                return None
-            try:
-                return _times(db, space, name, prompts)
-            except sqlite3.Error as error:
-                self._failed(error)
-                return None
+        return self._ask(lambda db: _times(db, space, name, prompts), None)
 
     def read_medians(self, space: str) -> dict[str, int]:
         """The median of what `read_times` gives, for every segment of which anything was noted."""
-        with self._lock:
-            db = self._connect()
-            if db is None:
-                return {}
-            try:
-                found = db.execute("SELECT name, middle FROM last_read WHERE space = ?", (space,)).fetchall()
-                return {str(name): int(middle) for name, middle in found}
-            except (sqlite3.Error, ValueError, TypeError) as error:
-                self._failed(error)
-                return {}
+
+        def read(db: sqlite3.Connection) -> dict[str, int]:
+            found = db.execute("SELECT name, middle FROM last_read WHERE space = ?", (space,)).fetchall()
+            return {str(name): int(middle) for name, middle in found}
+
+        return self._ask(read, {}, ValueError, TypeError)
 
     def close(self) -> None:
         with self._lock:
@@ -172,6 +145,19 @@ class Catalog:
     def __del__(self) -> None:
         if self._db is not None:
             self._db.close()
+
+    def _ask(self, work: Callable[[sqlite3.Connection], T], otherwise: T, *errors: type[Exception]) -> T:
+        """What `work` makes of the catalog; `otherwise` where there is none, or `errors` say it is damaged."""
+        damaged: tuple[type[Exception], ...] = (sqlite3.Error, *errors)
+        with self._lock:
+            db = self._connect()
+            if db is None:
+                return otherwise
+            try:
+                return work(db)
+            except damaged as error:
+                self._failed(error)
+                return otherwise
 
     def _connect(self) -> sqlite3.Connection | None:
         if self._db is None and not self._tried:
@@ -228,6 +214,10 @@ class Catalog:
             with contextlib.suppress(OSError):
                 self.path.with_name(self.path.name + suffix).unlink()
         self._tried = False
+
+
+def _forget(db: sqlite3.Connection, table: str, space: str, names: Iterable[str]) -> None:
+    db.executemany(f"DELETE FROM {table} WHERE space = ? AND name = ?", [(space, name) for name in names])
 
 
 def _version(db: sqlite3.Connection) -> int:

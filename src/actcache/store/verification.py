@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -40,6 +42,8 @@ from actcache.store.spaces import FILE, SpaceInfo, holds_segments, read_space, r
 from actcache.store.tombs import read_tomb
 from actcache.store.working_copy import WorkingCopy
 from actcache.wording import count
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -157,20 +161,34 @@ class _Space:
             return {path.name for path in self.folder.iterdir()}
         return set()
 
-    def _segment(self, path: Path) -> None:
+    def _read(self, path: Path, opened: Callable[[], T], named: re.Pattern[str]) -> T | None:
+        """What `opened` makes of `path`, counted; None where it cannot be read, which is noted."""
         try:
-            if self.index.copy is not None:
-                self.index.copy.check_head(path)
-            segment = Segment(path, self.index.copy)
+            file = opened()
         except NewerFormatError:
             self.report.newer.append(self._named(path))
-            return
+            return None
         except (FormatError, OSError) as error:
-            self._refused(path, error, is_ours(path, SEGMENT_NAME))
-            return
+            self._refused(path, error, is_ours(path, named))
+            return None
         self.report.segments += 1
-        if segment.info.space != self.folder.name:
-            self.left[path] = f"it belongs to space {segment.info.space}: move it there, or delete it"
+        return file
+
+    def _belongs_here(self, path: Path, space: str | None) -> bool:
+        """Whether a file of `space` is in its folder; noted where it is not."""
+        if space == self.folder.name:
+            return True
+        self.left[path] = f"it belongs to space {space}: move it there, or delete it"
+        return False
+
+    def _segment(self, path: Path) -> None:
+        def opened() -> Segment:
+            if self.index.copy is not None:
+                self.index.copy.check_head(path)
+            return Segment(path, self.index.copy)
+
+        segment = self._read(path, opened, SEGMENT_NAME)
+        if segment is None or not self._belongs_here(path, segment.info.space):
             return
         self.report.blocks += blocks_of(segment)
         wrong = list(problems_of_keys(segment))
@@ -197,18 +215,8 @@ class _Space:
         self.held.append((segment.info, {site: good for site, good in sites if not good.all()}))
 
     def _open(self, path: Path) -> None:
-        try:
-            file = OpenFile(path)
-        except NewerFormatError:
-            self.report.newer.append(self._named(path))
-            return
-        except (FormatError, OSError) as error:
-            self._refused(path, error, is_ours(path, OPEN_NAME))
-            return
-        self.report.segments += 1
-        space = file.metadata.get("space")
-        if space != self.folder.name:
-            self.left[path] = f"it belongs to space {space}: move it there, or delete it"
+        file = self._read(path, lambda: OpenFile(path), OPEN_NAME)
+        if file is None or not self._belongs_here(path, file.metadata.get("space")):
             return
         file.poll()
         self.batches += [(path, None, [], reason) for reason in file.damage.values()]
