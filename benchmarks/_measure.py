@@ -196,6 +196,38 @@ class Report:
             self.record.append({"title": title, "rows": [row.as_dict() for row in rows]})
 
 
+def in_rounds(description: str | None, rounds: int = 31) -> argparse.ArgumentParser:
+    """The options of a benchmark that prints one thing, measured so many times."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def run_parts(
+    description: str | None,
+    names: Sequence[str],
+    parts: Callable[[argparse.Namespace], Mapping[str, Callable[[], bool]]],
+) -> int:
+    """Read the command line of a benchmark that extracts, and run the parts that it names, all where it names none.
+
+    `parts` makes of the options what runs for each of `names`, and whether its bounds held. Returns the exit status.
+    """
+    import torch
+
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*names, []], default=[])
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    runs = parts(options)
+    torch.set_num_threads(options.threads)
+    print(json.dumps({"torch": torch.__version__, "threads": options.threads, "rounds": options.rounds}))
+    held = [runs[name]() for name in names if name in (options.parts or names)]
+    return 0 if all(held) else 1
+
+
 def arguments(
     description: str | None, quick: str = "fewer rounds: a look, not a measurement"
 ) -> argparse.ArgumentParser:

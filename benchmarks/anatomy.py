@@ -8,7 +8,6 @@ difference is taken within a round.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from _measure import Ratio
+from _measure import Ratio, in_rounds
 from actcache.model.anatomy import Anatomy
 from actcache.model.probe import probe_inputs
 from actcache.model.structure import find_structure
@@ -62,10 +61,7 @@ def measure(model: nn.Module, rounds: int) -> tuple[list[float], list[float]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = in_rounds(__doc__).parse_args()
     torch.set_num_threads(1)
 
     missed, rows = False, []

@@ -11,7 +11,6 @@ prompts, against hooks by hand that take it and copy that.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -23,7 +22,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import actcache as ac
-from _measure import Row, compare, print_table
+from _measure import Row, compare, in_rounds, print_table
 
 BOUNDS = {
     "4 x 64": {"every block": 1.05, "every block, sites": 1.05, "every module": 1.45, "after 200 captures": 1.03},
@@ -198,10 +197,8 @@ def last_positions(rounds: int) -> list[Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=61)
+    parser = in_rounds(__doc__, 61)
     parser.add_argument("--small-only", action="store_true")
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
 

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import actcache as ac
-from _measure import Ratio, compare, print_table
+from _measure import Ratio, compare, print_table, run_parts
 from actcache.demo import model_path
 
 LAYERS, WIDTH, VOCABULARY = 12, 768, 50_257
@@ -222,23 +223,17 @@ def lmprobe(prompts: int, rounds: int, threads: int) -> bool:
     return held
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
-    parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(json.dumps({"torch": torch.__version__, "threads": arguments.threads, "rounds": arguments.rounds}))
-    runs = {
-        "extraction": lambda: extraction(arguments.prompts, arguments.rounds),
-        "storage": lambda: storage(arguments.prompts, arguments.rounds),
-        "dtypes": lambda: dtypes(min(64, arguments.prompts)),
-        "lmprobe": lambda: lmprobe(arguments.prompts, arguments.rounds, arguments.threads),
+def parts(options: argparse.Namespace) -> dict[str, Callable[[], bool]]:
+    return {
+        "extraction": lambda: extraction(options.prompts, options.rounds),
+        "storage": lambda: storage(options.prompts, options.rounds),
+        "dtypes": lambda: dtypes(min(64, options.prompts)),
+        "lmprobe": lambda: lmprobe(options.prompts, options.rounds, options.threads),
     }
-    held = [run() for name, run in runs.items() if name in (arguments.parts or PARTS)]
-    return 0 if all(held) else 1
+
+
+def main() -> int:
+    return run_parts(__doc__, PARTS, parts)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ them and storing the result in a fresh store.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import actcache as ac
-from _measure import Ratio, compare, print_table
+from _measure import Ratio, compare, print_table, run_parts
 from actcache.extract.extractor import ActivationExtractor
 from actcache.store.prompts import PromptTable
 from actcache.store.records import Records
@@ -185,22 +184,17 @@ torch.set_num_threads(1)
 import actcache as ac
 from transformers import GPT2Config, GPT2LMHeadModel
 import numpy as np
+from actcache.testing.memory import anonymous, growth
 n, folder = int(sys.argv[1]), sys.argv[2]
 torch.manual_seed(0)
 model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=128, n_head=4, vocab_size=1000, n_positions=256)).eval()
 rng = np.random.default_rng(0)
 lengths = np.clip(rng.lognormal(np.log(30), 0.7, n), 4, 200).astype(int)
 prompts = [rng.integers(0, 1000, k).astype(np.int32) for k in lengths]
-peak, running = 0, True
-def watch():
-    global peak
-    while running:
-        with open("/proc/self/status") as f:
-            peak = max(peak, next(int(l.split()[1]) for l in f if l.startswith("RssAnon")))
-        time.sleep(0.01)
-thread = threading.Thread(target=watch); thread.start()
-ac.UnifiedCache(model, compute_perplexity=False, store=folder, batch_size=None, cache_pooled=False).warmup(prompts)
-running = False; thread.join(); print(peak)
+before = anonymous()
+with growth(0.01) as found:
+    ac.UnifiedCache(model, compute_perplexity=False, store=folder, batch_size=None, cache_pooled=False).warmup(prompts)
+print((before + found.most) // 1024)
 """
 
 
@@ -284,25 +278,18 @@ def _fill(cache: ac.UnifiedCache, texts: list[str]) -> None:
     cache.store.append(space, Records(table, extractor.layout, np.arange(len(texts) + 1, dtype=np.int64), data))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
-    parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    parts = arguments.parts or PARTS
-    print(json.dumps({"torch": torch.__version__, "threads": arguments.threads, "rounds": arguments.rounds}))
-    runs = {
-        "warm": lambda: warm(arguments.rounds),
-        "overhead": lambda: overhead(min(64, arguments.prompts), arguments.rounds),
-        "memory": lambda: memory(min(3, arguments.rounds)),
-        "speed": lambda: speed(arguments.prompts, arguments.rounds),
-        "bfloat16": lambda: bfloat16(min(64, arguments.prompts), arguments.rounds),
+def parts(options: argparse.Namespace) -> dict[str, Callable[[], bool]]:
+    return {
+        "warm": lambda: warm(options.rounds),
+        "overhead": lambda: overhead(min(64, options.prompts), options.rounds),
+        "memory": lambda: memory(min(3, options.rounds)),
+        "speed": lambda: speed(options.prompts, options.rounds),
+        "bfloat16": lambda: bfloat16(min(64, options.prompts), options.rounds),
     }
-    held = [run() for name, run in runs.items() if name in parts]
-    return 0 if all(held) else 1
+
+
+def main() -> int:
+    return run_parts(__doc__, PARTS, parts)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Every round starts each command once, in turn; the difference is taken within a 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -16,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from _measure import Ratio
+from _measure import Ratio, in_rounds
 
 BASE = "python -c pass"
 COMMANDS = {
@@ -52,10 +51,7 @@ def measure(rounds: int) -> dict[str, list[float]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = in_rounds(__doc__).parse_args()
 
     taken = measure(options.rounds)
     results = []

@@ -12,7 +12,6 @@ meets: of eight runs of one candidate in a row, some were given no page and some
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import os
@@ -24,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 import actcache as ac
-from _measure import Row, compare, print_table
+from _measure import Row, compare, in_rounds, print_table
 
 LAYERS = 12
 BATCHES = 500
@@ -129,10 +128,7 @@ def twice_as_many(rounds: int, before: Callable[[str], object] | None) -> list[R
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = in_rounds(__doc__).parse_args()
     torch.set_num_threads(1)
 
     measured = {

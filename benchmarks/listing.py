@@ -39,6 +39,7 @@ from actcache.store.prompts import PromptTable
 from actcache.store.records import Records
 from actcache.store.segment import validate, write
 from actcache.store.store import Store
+from actcache.testing.memory import anonymous
 
 PAGE, AT_ONCE = 1_000, 1_000
 LAYOUT, SITE, CONTEXT = "last_token", "resid_post.0", "benchmark"
@@ -136,15 +137,6 @@ def timed(run: Callable[[], object]) -> Took:
     took = Took(time.perf_counter() - start)
     took.cpu = time.process_time() - cpu
     return took
-
-
-def anonymous() -> int:
-    """Bytes of anonymous memory of this process; 0 where the system does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
 def measure(open_store: Callable[[], Store], space: str, segments: int, prompts: int) -> dict[str, float]:

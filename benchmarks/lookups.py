@@ -25,6 +25,7 @@ from _measure import Tables, arguments, compare, reporting
 from actcache.store.prompts import PromptTable, text_keys
 from actcache.store.records import Records
 from actcache.store.store import Store
+from actcache.testing.memory import anonymous
 
 FEW, MANY, ASKED = 10_000, 1_000_000, 100_000
 CONTEXT, SITE, LAYOUT = "benchmark", "embed", "last_token"
@@ -125,11 +126,6 @@ def membership(folder: Path, space: str, n: int, asked: int, rounds: int) -> Tab
     return [(f"membership of {asked:,} texts in {n:,}", rows, {"show": "speed", "bounds": {name: 1.0}})]
 
 
-def anonymous_bytes() -> int:
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
-
-
 def in_process(folder: Path, space: str, n: int) -> dict[str, float]:
     """Opening, reporting and memory, in this process, which has opened no store yet."""
     text = texts_of(1)
@@ -138,7 +134,7 @@ def in_process(folder: Path, space: str, n: int) -> dict[str, float]:
     warm.locate(space, texts=text, text_context=CONTEXT, sites=[SITE], layout=LAYOUT)
     warm.info()
     gc.collect()
-    before = anonymous_bytes()
+    before = anonymous()
     start = time.perf_counter()
     store = opened(folder)
     found = store.locate(space, texts=text, text_context=CONTEXT, sites=[SITE], layout=LAYOUT).found
@@ -149,7 +145,7 @@ def in_process(folder: Path, space: str, n: int) -> dict[str, float]:
     store.contains(space, [[1, 2, 3]], SITE, pooling=LAYOUT)
     gc.collect()
     assert found.all() and info.models[0].num_prompts == n
-    return {"opening": opening, "cache_info": reporting, "bytes_per_entry": (anonymous_bytes() - before) / n}
+    return {"opening": opening, "cache_info": reporting, "bytes_per_entry": (anonymous() - before) / n}
 
 
 def absolute(folder: Path, space: str, n: int, rounds: int) -> tuple[bool, dict[str, float]]:

@@ -21,7 +21,6 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +34,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import actcache as ac
 from _measure import arguments, compare, reporting
+from actcache.testing.memory import growth
 
 LAYERS, WIDTH, VOCABULARY = 12, 768, 8_192
 BATCH = 8
@@ -124,35 +124,14 @@ def ours(model: Any, prompts: list[list[int]], **options: Any) -> None:
         shutil.rmtree(folder)
 
 
-def anonymous() -> int:
-    """Bytes of anonymous memory of this process; 0 where the system does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
-
-
 def most_memory(run: Callable[[], object]) -> int:
     """By how much anonymous memory grew at most while `run` ran."""
     gc.collect()
     # What earlier runs have freed goes back to the system, or it would serve again unseen.
     ctypes.CDLL(None).malloc_trim(0)
-    before, most, over = anonymous(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not over.wait(0.005):
-            most = max(most, anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with growth(0.005) as found:
         run()
-    finally:
-        over.set()
-        watcher.join()
-    return max(0, most - before)
+    return found.most
 
 
 def main() -> int:

@@ -14,7 +14,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -161,12 +160,6 @@ def peak_of(what: str, given: str, folder: Path, **options: Any) -> dict[str, in
     return found
 
 
-def anonymous() -> int:
-    """Of this process, now."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
-
-
 def pull(name: str, folder: Path, **options: Any) -> None:
     import actcache as ac
 
@@ -183,6 +176,7 @@ def load(name: str, folder: Path, **options: Any) -> None:
 def measure_peak(what: str, given: str, folder: Path, options: dict[str, Any]) -> None:
     """What `peak_of` runs: once with little, which warms up what is loaded once, and once looked at."""
     import actcache as ac
+    from actcache.testing.memory import growth
 
     small = make_store(folder / "warm", 10)
     work: Any = {"pull": pull, "load": load}.get(what)
@@ -192,22 +186,12 @@ def measure_peak(what: str, given: str, folder: Path, options: dict[str, Any]) -
         name = next(_names)
         ac.push_dataset(name, "benchmark", None, store=small)
         work(name, folder / "warmed", **options)
-    before, most, done = anonymous(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.wait(0.002):
-            most = max(most, anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    if work is None:
-        push(Path(given), **options)
-    else:
-        work(given, folder, **options)
-    done.set()
-    watcher.join()
-    print(json.dumps({"peak": most - before}))
+    with growth() as found:
+        if work is None:
+            push(Path(given), **options)
+        else:
+            work(given, folder, **options)
+    print(json.dumps({"peak": found.most}))
 
 
 def memory(folder: Path, running: Hub, sizes: tuple[int, int]) -> bool:

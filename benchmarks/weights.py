@@ -10,7 +10,6 @@ shares the same sums among two threads: where it is no faster, the memory is the
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -20,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from _measure import compare, print_table
+from _measure import compare, in_rounds, print_table
 from actcache.model.in_memory import live_weights_digest
 
 # Of the pass over the memory: the digest is to be bound by it.
@@ -28,10 +27,7 @@ BOUND = 1.6
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = in_rounds(__doc__).parse_args()
     torch.set_num_threads(1)
     from transformers import GPT2Config, GPT2LMHeadModel
 

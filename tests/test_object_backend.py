@@ -22,6 +22,7 @@ import pytest
 import actcache as ac
 from actcache.errors import BackendError, MissingExtraError, OptionError, StoreAccessError
 from actcache.store import object_backend, object_clients
+from actcache.testing.memory import growth
 from bucket_helpers import Pauses
 from fault_proxy import Fault, FaultProxy
 from scripted_server import Answer, Asked, ScriptedServer, ranged, refusal
@@ -311,22 +312,9 @@ def test_an_upload_of_a_file_takes_no_memory(bucket: str, tmp_path: Path) -> Non
     source.write_bytes(bytes(size))
     backend = ac.ObjectBackend(bucket)
     backend.put("warm", b"0")
-    most, over = [0], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.001):
-            most[0] = max(most[0], resident())
-
-    def resident() -> int:
-        return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
-
-    before = resident()
-    thread = threading.Thread(target=watch)
-    thread.start()
-    backend.put("large", source)
-    over.set()
-    thread.join()
-    assert most[0] - before < size / 3
+    with growth(0.001) as found:
+        backend.put("large", source)
+    assert found.most < size / 3
     assert [o.size for o in backend.list() if o.name == "large"] == [size]
 
 

@@ -217,13 +217,10 @@ def test_prompts_with_little_each_are_fetched_some_at_a_time(tmp_path, monkeypat
 
 
 _PULL = """
-import sys, threading
+import sys
 from pathlib import Path
 import actcache as ac
-
-def anonymous():
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+from actcache.testing.memory import growth
 
 def pull(data, target):
     with ac.Store(target / "store", index_dir=target / "index") as store:
@@ -231,21 +228,9 @@ def pull(data, target):
 
 warm, data, target = map(Path, sys.argv[1:])
 pull(warm, target / "warm")
-before, most, done = anonymous(), 0.0, threading.Event()
-
-def watch():
-    global most
-    while not done.wait(0.001):
-        most = max(most, anonymous())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-try:
+with growth(0.001) as found:
     pull(data, target / "whole")
-finally:
-    done.set()
-    watcher.join()
-print(most - before)
+print(found.most / 2**20)
 """
 
 

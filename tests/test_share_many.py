@@ -144,30 +144,15 @@ def test_two_values_for_one_prompt_are_found_far_apart(tmp_path):
 
 
 _PUSH = """
-import sys, threading
+import sys
 import actcache as ac
-
-def anonymous():
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+from actcache.testing.memory import growth
 
 warm, store, target, model = sys.argv[1:]
 ac.push_dataset(f"{target}/warm", model, None, store=warm)
-before, most, done = anonymous(), 0.0, threading.Event()
-
-def watch():
-    global most
-    while not done.wait(0.001):
-        most = max(most, anonymous())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-try:
+with growth(0.001) as found:
     ac.push_dataset(f"{target}/set", model, None, store=store, stream=True)
-finally:
-    done.set()
-    watcher.join()
-print(most - before)
+print(found.most / 2**20)
 """
 
 
