@@ -20,6 +20,12 @@ from actcache.testing.tiny import tiny_model
 LAYERS = 2
 PROMPTS = [[1 + (7 * i + k * k) % 50 for k in range(1 + i % 13)] + [3 + i // 50, 3 + i % 50] for i in range(160)]
 OPTIONS: dict[str, Any] = {"compute_perplexity": False}
+WHOLE_RUNS = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray.*"),
+    pytest.mark.usefixtures("one_ray_at_a_time"),
+]
+"""Marks of tests that start workers of every kind."""
 
 
 def arguments(engine: str, **more: Any) -> dict[str, Any]:
@@ -33,6 +39,18 @@ def make_model(folder: Path) -> Path:
     """A tiny GPT-2 without a tokenizer: 259 tokens, 64 positions."""
     tiny_model("gpt2", seed=1, n_layer=LAYERS).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the model that most of these tests run."""
+    return make_model(tmp_path_factory.mktemp("models") / "gpt2")
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> Any:
+    """What `PROMPTS` give there."""
+    return bare_forwards(folder, PROMPTS)
 
 
 def bare_forwards(folder: Path, prompts: Sequence[Sequence[int]]) -> Any:

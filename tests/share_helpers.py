@@ -71,6 +71,16 @@ def fill_tokens(store, space, numbers, sites=LAYERS, *, dim=DIM, dtype="float32"
     store.append(space, Records.tokens(table(numbers), data))
 
 
+def fill_two_spaces(folder: Path) -> None:
+    """Make a store of three segments in two spaces in `folder`."""
+    store = new_store(folder)
+    first, second = new_space(store), new_space(store, weights="def", name="org/other")
+    fill_tokens(store, first, range(20))
+    fill_tokens(store, first, range(20, 40))
+    fill_tokens(store, second, range(5))
+    store.close()
+
+
 def fill_logits(store, space, numbers, k=3):
     values = np.stack([np.sort(rows(i, "logits", dim=k)[-1])[::-1] for i in numbers])
     indices = np.stack([np.arange(k) + i for i in numbers]).astype(np.int32)

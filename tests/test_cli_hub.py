@@ -12,12 +12,11 @@ import time
 import numpy as np
 import pytest
 
-from actcache.testing.hub import Fault, LoopbackHub
-from hub_client import TOKEN, Client
+from actcache.testing.hub import Fault
+from hub_client import READ_TOKEN, TOKEN, Client
 from made_datasets import make
 from share_helpers import INDEX, MODEL, fill_tokens, new_space, new_store, rows
 
-READ_TOKEN = "hf_mayonlyread"
 N = range(20)
 CALL = """
 import contextlib, io, os
@@ -58,25 +57,16 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def module_hub(home):
-    with LoopbackHub() as hub:
-        hub.tokens.add(TOKEN)
-        hub.read_tokens.add(READ_TOKEN)
-        publish(hub, "user/full", home / "full")
-        publish(hub, "user/pooled", home / "pooled")
-        publish(hub, "user/private", home / "full", private=True)
-        hub.create("user/gated", kind="dataset", gated=True)
-        blank = hub.create("user/blank", kind="dataset")
-        blank.commits.clear()
-        blank.refs.clear()
-        hub.create("user/other", kind="dataset").commit({"a.txt": b"1"})
-        yield hub
-
-
-@pytest.fixture
-def hub(module_hub):
-    yield module_hub
-    module_hub.faults.clear()
+def module_hub(module_hub, home):
+    publish(module_hub, "user/full", home / "full")
+    publish(module_hub, "user/pooled", home / "pooled")
+    publish(module_hub, "user/private", home / "full", private=True)
+    module_hub.create("user/gated", kind="dataset", gated=True)
+    blank = module_hub.create("user/blank", kind="dataset")
+    blank.commits.clear()
+    blank.refs.clear()
+    module_hub.create("user/other", kind="dataset").commit({"a.txt": b"1"})
+    return module_hub
 
 
 def publish(hub, name, folder, **options):

@@ -17,22 +17,16 @@ from pathlib import Path
 import pytest
 
 from actcache.demo import model_path
-from actcache.store.store import Store
 from cli_helpers import actcache, variables
-from share_helpers import fill_tokens, new_space
+from share_helpers import fill_tokens, fill_two_spaces, new_space, new_store
 
 MODEL = str(model_path())
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A folder with a store of three segments in two spaces."""
-    store = Store(tmp_path / "store", index_dir=tmp_path / "index")
-    first, second = new_space(store), new_space(store, weights="def", name="org/other")
-    fill_tokens(store, first, range(20))
-    fill_tokens(store, first, range(20, 40))
-    fill_tokens(store, second, range(5))
-    store.close()
+    """A folder with a store."""
+    fill_two_spaces(tmp_path)
     return tmp_path
 
 
@@ -47,7 +41,7 @@ def shell(home: Path, command: str) -> tuple[int, str, str]:
 
 def test_a_reader_that_goes_away_and_outputs_that_are_closed(home: Path) -> None:
     # More than a pipe holds.
-    store = Store(home / "store", index_dir=home / "index")
+    store = new_store(home)
     fill_tokens(store, new_space(store), range(100, 6000))
     store.close()
     _, out, err = shell(home, "actcache list org/model | head -n 1")

@@ -15,11 +15,10 @@ import pytest
 import actcache as ac
 from actcache.cli.app import VERBS
 from actcache.demo import model_path
-from actcache.store.store import Store
 from cli_helpers import Cli, actcache, stopped
 from cli_scenario import damage
 from made_datasets import make
-from share_helpers import LAYERS, fill_tokens, new_space, rows, table
+from share_helpers import LAYERS, fill_two_spaces, new_store, rows, table
 
 MODEL = str(model_path())
 MANY = 4097
@@ -55,23 +54,14 @@ def test_every_verb_says_how_to_go_on(verb: str, cli: Cli, monkeypatch: pytest.M
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A folder with a store of three segments in two spaces."""
-    store = opened(tmp_path)
-    first, second = new_space(store), new_space(store, weights="def", name="org/other")
-    fill_tokens(store, first, range(20))
-    fill_tokens(store, first, range(20, 40))
-    fill_tokens(store, second, range(5))
-    store.close()
+    """A folder with a store."""
+    fill_two_spaces(tmp_path)
     return tmp_path
-
-
-def opened(home: Path) -> Store:
-    return Store(home / "store", index_dir=home / "index")
 
 
 def held(home: Path) -> dict[str, int]:
     """How many prompts the store has of each model, after all their values were found to be what was written."""
-    store, found = opened(home), {}
+    store, found = new_store(home), {}
     for space in store.spaces():
         place = store.locate(space.space, table=table(range(40)), sites=list(LAYERS), layout="tokens")
         numbers = np.flatnonzero(place.found).tolist()
@@ -109,7 +99,7 @@ def imports(home: Path) -> None:
 
 def imported(number: int) -> Callable[[Path], None]:
     def check(home: Path) -> None:
-        store = opened(home)
+        store = new_store(home)
         (space,) = (s for s in store.spaces() if s.model_name == "org/new")
         assert space.num_prompts == number
         asked = [f"prompt {i}" for i in range(number)]
@@ -137,11 +127,11 @@ def breaks(home: Path) -> None:
 
 
 def still_broken(home: Path) -> None:
-    assert not opened(home).verify().ok
+    assert not new_store(home).verify().ok
 
 
 def put_right(home: Path) -> None:
-    assert opened(home).verify().ok and 20 < sum(held(home).values()) < 45
+    assert new_store(home).verify().ok and 20 < sum(held(home).values()) < 45
 
 
 def page_before(home: Path) -> None:
@@ -224,11 +214,11 @@ def test_what_is_stopped_is_clean_and_can_go_on(home: Path, name: str) -> None:
     if verb not in ("migrate", "upgrade"):
         assert files(home).keys() == before.keys(), "nothing is left behind"
     case.between(home)
-    assert opened(home).verify().ok or name == "repair"
+    assert new_store(home).verify().ok or name == "repair"
     status, _, err = actcache(home, *case.arguments.split())
     assert (status, err) == (0, "") or (status == 0 and name == "repair"), err
     case.after(home)
-    assert opened(home).verify().ok
+    assert new_store(home).verify().ok
 
 
 @pytest.mark.slow
@@ -238,7 +228,7 @@ def test_a_warmup_that_is_stopped_goes_on(home: Path) -> None:
     place = "actcache.extract.backends.local:LocalSession.run"
     status, out, err = stopped(home, place, 6, signal.SIGINT, *arguments)
     assert (status, out, err) == (1, "", f"actcache: stopped. {SAID['warmup']}\n")
-    store = opened(home)
+    store = new_store(home)
     assert store.verify().ok
     done = sum(s.num_prompts for s in store.spaces() if s.model_name == MODEL)
     assert done == 20, "five batches of four"

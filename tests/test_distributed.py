@@ -29,20 +29,12 @@ from actcache.errors import (
 )
 from actcache.extract.backends.local import LocalSession
 from actcache.testing.tiny import tiny_model
-from distributed_helpers import OPTIONS, PROMPTS, bare_forwards, check_stored, make_model, stored, write
+from distributed_helpers import OPTIONS, PROMPTS, check_stored, expected, folder, make_model, stored, write
+
+__all__ = ["expected", "folder"]
 
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
 RANKS = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "JOB_COMPLETION_INDEX", "JOB_COMPLETIONS")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "gpt2")
-
-
-@pytest.fixture(scope="module")
-def expected(folder: Path) -> Any:
-    return bare_forwards(folder, PROMPTS)
 
 
 @pytest.fixture(autouse=True)

@@ -20,30 +20,19 @@ from children import children, end_all_but
 from distributed_helpers import (
     OPTIONS,
     PROMPTS,
+    WHOLE_RUNS,
     arguments,
-    bare_forwards,
     check_stored,
-    make_model,
+    expected,
+    folder,
     set_fault,
     stored,
     write,
 )
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray.*"),
-    pytest.mark.usefixtures("one_ray_at_a_time"),
-]
+__all__ = ["expected", "folder"]
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "gpt2")
-
-
-@pytest.fixture(scope="module")
-def expected(folder: Path) -> Any:
-    return bare_forwards(folder, PROMPTS)
+pytestmark = WHOLE_RUNS
 
 
 @pytest.fixture(params=["folder", "bucket"])

@@ -22,30 +22,20 @@ from children import children
 from distributed_helpers import (
     OPTIONS,
     PROMPTS,
+    WHOLE_RUNS,
     arguments,
-    bare_forwards,
     check_stored,
+    expected,
+    folder,
     make_model,
     set_fault,
     stored,
     write,
 )
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray.*"),
-    pytest.mark.usefixtures("one_ray_at_a_time"),
-]
+__all__ = ["expected", "folder"]
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "gpt2")
-
-
-@pytest.fixture(scope="module")
-def expected(folder: Path) -> Any:
-    return bare_forwards(folder, PROMPTS)
+pytestmark = WHOLE_RUNS
 
 
 def command(folder: Path, source: Path, store: Path, engine: str) -> list[str]:

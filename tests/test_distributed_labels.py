@@ -17,15 +17,12 @@ from actcache.errors import OptionError, PartialWarmupError, PromptError
 from actcache.extract import attempts
 from actcache.extract.backends.local import LocalSession
 from actcache.testing.hub import LoopbackHub
-from distributed_helpers import OPTIONS, PROMPTS, make_model, set_fault, stored, write
+from distributed_helpers import OPTIONS, PROMPTS, folder, set_fault, stored, write
 from hub_client import TOKEN, Client
 
+__all__ = ["folder"]
+
 SOME = PROMPTS[:24]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "gpt2")
 
 
 def alone(source: Path, folder: Path, store: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:

@@ -11,9 +11,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from actcache.testing.hub import Fault, LoopbackHub
-from hub_client import TOKEN, Client, ClientError
+from hub_client import READ_TOKEN, TOKEN, ClientError
 
-READ_TOKEN = "hf_mayonlyread"
 SETUP = """
 import hashlib, io, os
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
@@ -25,26 +24,16 @@ def commit(repo, files, **more):
 
 
 @pytest.fixture(scope="module")
-def module_hub():
-    with LoopbackHub() as hub:
-        hub.tokens.add(TOKEN)
-        hub.read_tokens.add(READ_TOKEN)
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def client(module_hub, tmp_path_factory):
-    with Client(module_hub, tmp_path_factory.mktemp("client")) as client:
-        client.run(SETUP)
-        yield client
+def client(client):
+    client.run(SETUP)
+    return client
 
 
 @pytest.fixture
-def hub(module_hub):
-    yield module_hub
-    module_hub.faults.clear()
-    module_hub.multipart_bytes = None
-    module_hub.page = 1000
+def hub(hub):
+    yield hub
+    hub.multipart_bytes = None
+    hub.page = 1000
 
 
 @pytest.fixture

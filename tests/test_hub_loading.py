@@ -13,11 +13,11 @@ import torch
 
 from actcache.testing.hub import LoopbackHub
 from actcache.testing.tiny import tiny_model, tiny_tokenizer
+from hub_client import TOKEN
 from reference import alone, relative_error
 
 IDS = [5, 6, 7, 8]
 FLOAT32 = 5e-6
-TOKEN = "hf_averysecrettoken"
 
 
 class Worker:
@@ -58,20 +58,13 @@ class Worker:
 
 
 @pytest.fixture(scope="module")
-def hub():
-    with LoopbackHub() as hub:
-        hub.tokens.add(TOKEN)
-        yield hub
-
-
-@pytest.fixture(scope="module")
 def home(tmp_path_factory):
     return tmp_path_factory.mktemp("worker")
 
 
 @pytest.fixture(scope="module")
-def worker(hub, home):
-    worker = Worker(hub, home)
+def worker(module_hub, home):
+    worker = Worker(module_hub, home)
     yield worker
     worker.close()
 
@@ -122,8 +115,8 @@ def weights_asked_for(hub, since):
 
 
 @pytest.fixture(scope="module")
-def repository(hub, folders):
-    repository = hub.create("org/tiny")
+def repository(module_hub, folders):
+    repository = module_hub.create("org/tiny")
     repository.tag("v1", repository.commit(folders[0]))
     repository.commit(folders[1])
     repository.commit(folders[2], branch="try")

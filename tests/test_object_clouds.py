@@ -112,28 +112,24 @@ def azure(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
         yield cloud
 
 
-class TestGoogle(CacheBackendTests):
+class OfClouds(CacheBackendTests):
     big = 3 << 20
     many = 30
 
+    def second(self, backend: ac.CacheBackend) -> ac.CacheBackend:
+        return ac.ObjectBackend(backend.url)
+
+
+class TestGoogle(OfClouds):
     @pytest.fixture
     def backend(self, google: Cloud) -> ac.CacheBackend:
         return ac.ObjectBackend("gs://bucket/x", deadline_s=10)
 
-    def second(self, backend: ac.CacheBackend) -> ac.CacheBackend:
-        return ac.ObjectBackend(backend.url)
 
-
-class TestAzure(CacheBackendTests):
-    big = 3 << 20
-    many = 30
-
+class TestAzure(OfClouds):
     @pytest.fixture
     def backend(self, azure: Cloud) -> ac.CacheBackend:
         return ac.ObjectBackend("az://bucket/x", deadline_s=10)
-
-    def second(self, backend: ac.CacheBackend) -> ac.CacheBackend:
-        return ac.ObjectBackend(backend.url)
 
 
 @pytest.mark.parametrize("scheme", ["gs", "az"])

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from actcache.testing.hub import Fault, LoopbackHub
+from actcache.testing.hub import Fault
 from hub_client import TOKEN, Client, ClientError
 from made_datasets import INDEX, make
 
@@ -24,22 +24,9 @@ READ = "read(repo, texts, layer)"
 
 
 @pytest.fixture(scope="module")
-def hub():
-    with LoopbackHub() as hub:
-        hub.tokens.add(TOKEN)
-        yield hub
-
-
-@pytest.fixture(autouse=True)
-def _no_faults(hub):
-    yield
-    hub.faults.clear()
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    with started(hub, tmp_path_factory.mktemp("client")) as client:
-        yield client
+def client(client):
+    client.run(BEGIN)
+    return client
 
 
 def started(hub, home, **environment):

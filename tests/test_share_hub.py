@@ -9,31 +9,12 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from actcache.testing.hub import Fault, LoopbackHub
+from actcache.testing.hub import Fault
 from hub_client import TOKEN, Client, ClientError
 from made_datasets import INDEX, VERSIONS, make
 
 LOAD = "import actcache as ac; ac.load_activations(repo, as_dict=False, show_progress=False, **options).tolist()"
 METADATA = "import actcache as ac; m = ac.fetch_dataset_metadata(repo, **options); [m.prompts, m.commit, m.num_prompts]"
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with LoopbackHub() as hub:
-        hub.tokens.add(TOKEN)
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    with Client(hub, tmp_path_factory.mktemp("client")) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def _no_faults(hub):
-    yield
-    hub.faults.clear()
 
 
 def publish(hub, made, name, **options):

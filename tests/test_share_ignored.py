@@ -6,28 +6,14 @@ import time
 
 import pytest
 
-from actcache.testing.hub import LoopbackHub
 from actcache.testing.hub.repositories import is_ignored
-from hub_client import TOKEN, Client, ClientError
+from hub_client import ClientError
 from made_datasets import make
 from share_helpers import INDEX, MODEL, fill_pooled, new_space, new_store, text
 
 PUSH = "import actcache as ac\nac.push_dataset(repo, model, prompts, store=store, exist_ok=True, **options)"
 CHANGE = "import actcache as ac\ngetattr(ac, f)(repo)"
 N = range(4)
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with LoopbackHub() as hub:
-        hub.tokens.add(TOKEN)
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    with Client(hub, tmp_path_factory.mktemp("client")) as client:
-        yield client
 
 
 @pytest.fixture

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actcache.testing.hub import LoopbackHub
-from hub_client import TOKEN, Client
 from share_helpers import (
     MODEL,
     fill_logits,
@@ -40,19 +38,6 @@ def lmprobe():
     if not python.exists():
         pytest.skip(f"no environment with lmprobe at {python}: `make venv-lmprobe` makes it")
     return python
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with LoopbackHub() as hub:
-        hub.tokens.add(TOKEN)
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    with Client(hub, tmp_path_factory.mktemp("client")) as client:
-        yield client
 
 
 def read(python, hub, folder, repo):

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 
 import actcache as ac
-from actcache.testing.hub import LoopbackHub
-from hub_client import TOKEN, Client
 from lmprobe_datasets import FIXTURES
 from made_datasets import make
 from test_share_lmprobe import lmprobe
@@ -26,19 +24,6 @@ CHANGES = [
     *(("upgrade_dataset_format", f"dataset_v{version}_fullseq") for version in ("1.0", "1.1", "1.2")),
     *(("upgrade_dataset_format", f"dataset_v{name}") for name in ("1.0_pooled", "1.1_pooled", "1.2_fullseq_split")),
 ]
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with LoopbackHub() as hub:
-        hub.tokens.add(TOKEN)
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    with Client(hub, tmp_path_factory.mktemp("client")) as client:
-        yield client
 
 
 def run(python, hub, folder, repo):
