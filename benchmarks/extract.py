@@ -179,7 +179,7 @@ def overhead(prompts: int, rounds: int) -> bool:
 
 
 _MEMORY = """
-import sys, threading, time, tempfile, torch
+import sys, torch
 torch.set_num_threads(1)
 import actcache as ac
 from transformers import GPT2Config, GPT2LMHeadModel

@@ -12,8 +12,10 @@ import pytest
 
 import actcache as ac
 from actcache.errors import ActCacheError, BackendError, StoreAccessError
+from actcache.store.nearby import stores_among
 from actcache.store.store import Store
 from bucket_helpers import Pauses, opened
+from cli_helpers import Cli
 from fault_proxy import Fault, FaultProxy
 from servers import S3Server, only_aws
 from store_helpers import check_pooled, pooled, vector
@@ -193,3 +195,26 @@ def test_somebody_who_never_answers(moto: S3Server, tmp_path: Path, monkeypatch:
         with pytest.raises(BackendError, match="no answer in time"):
             Store(backend, index_dir=tmp_path / "index").spaces()
         assert clock.paused - start < 2
+
+
+def test_where_no_store_is_people_are_told_where_there_are_some(filled: str, cli: Cli) -> None:
+    typo = filled.replace("shared", "shraed")
+    said = f"nothing is stored at {typo}; in that bucket there is something at {filled}."
+    for verb in ("info", "stats", "verify"):
+        status, out, err = cli(verb, "--store", typo)
+        assert (status, err) == (0, "") and said in out
+    assert cli("clear", "--yes", "--store", typo) == (0, f"{said}\n", "")
+    status, _, err = cli("list", "org/model", "--store", typo)
+    assert status == 1 and "nothing is stored for 'org/model' at " in err and filled in err
+
+
+def test_where_a_bucket_has_no_store_its_url_is_named(moto: S3Server, filled: str, cli: Cli) -> None:
+    other = f"s3://{moto.make_bucket()}/shared"
+    assert f"nothing is stored at {other}.\n" in cli("info", "--store", other)[1]
+
+
+def test_what_of_a_bucket_are_stores() -> None:
+    space = "0123456789abcdef" * 2
+    stores = [f"a/b/v1/{space}/space.json", f"v1/{space}/{space}.safetensors", f"a/b/v1/{space}/{space}.tomb"]
+    others = ["a/b/v1", f"c/v2/{space}/space.json", "d/v1/notes/space.json", f"e/v1/{space}/x/y", f"{space}/space.json"]
+    assert stores_among([*others, *stores]) == ["a/b", ""]

@@ -107,7 +107,22 @@ def test_names_that_fit_nothing_are_said_once(place, store, caplog):
         (said,) = [record.getMessage() for record in caplog.records]
         assert path in said and f"trust_names={CLAIMED!r}" in said
         cached(path, store, "org/bsae")
-        assert len(caplog.records) == 2 and "'org/bsae'" in caplog.records[1].getMessage()
+        assert len(caplog.records) == 2
+        said = caplog.records[1].getMessage()
+        assert "under the name 'org/bsae'" in said and f"Did you mean {CLAIMED!r}?" in said
+
+
+def test_a_name_that_is_given_where_nothing_was_brought_in(place, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(questions, "_said", set())
+    path = str(place / CLAIMED)
+    with ac.Store(tmp_path / "store") as store, caplog.at_level(logging.WARNING, "actcache"):
+        # The model's own name is trusted where there is something: nobody said that there is.
+        assert cached(path, store, True) == 0
+        assert not caplog.records
+        assert cached(path, store, "org/bsae") == 0
+        cached(path, store, "org/bsae")
+        (said,) = [record.getMessage() for record in caplog.records]
+        assert "under the name 'org/bsae'" in said and str(tmp_path / "store") in said
 
 
 def test_nothing_is_said_where_the_very_model_answers(place, store, caplog):

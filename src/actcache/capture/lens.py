@@ -159,8 +159,7 @@ class LogitLens:
         Raises `LayerRangeError` for a prompt or position that there is not."""
         prompt = require_prompt(prompt, len(self.mask))
         real = self.mask[prompt].nonzero()[:, 0]
-        if not -len(real) <= position < len(real):
-            raise LayerRangeError(f"position {position} is out of range: prompt {prompt} has {len(real)} here")
+        require_position(position, prompt, len(real))
         at = int(real[position])
         if not self.layers:
             return ""
@@ -306,6 +305,12 @@ def check_top_k(top_k: Any, vocab_size: int) -> None:
     """Raise `OptionError` for what is not a number of tokens."""
     if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= vocab_size:
         raise OptionError(f"top_k is {top_k!r}: expected 1 to {vocab_size}, the size of the vocabulary")
+
+
+def require_position(position: int, prompt: int, tokens: int) -> None:
+    """Raise `LayerRangeError` where a prompt of so many tokens has no such position."""
+    if not -tokens <= position < tokens:
+        raise LayerRangeError(f"position {position} is out of range: prompt {prompt} has {tokens} here")
 
 
 def _shown(piece: str) -> str:

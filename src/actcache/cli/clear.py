@@ -37,6 +37,7 @@ def command(
     from actcache.cli.lookup import store_to_read, variants_of
     from actcache.cli.output import count, print_json
     from actcache.errors import NotCachedError
+    from actcache.store.nearby import where_nothing_is
 
     # As an unset variable of the shell is given, which would choose whatever there is.
     if space == "":
@@ -68,7 +69,9 @@ def command(
     if as_json:
         print_json({"deleted": deleted})
     else:
-        click.echo(f"{count(deleted, 'prompt')} deleted." if deleted else "nothing is stored.")
+        click.echo(
+            f"{count(deleted, 'prompt')} deleted." if deleted else f"nothing is stored{where_nothing_is(opened)}."
+        )
 
 
 def _show(location: str, variants: Sequence[tuple[SpaceInfo, str]]) -> None:

@@ -19,6 +19,7 @@ def command(model: str | None, store: str | None, as_json: bool) -> None:
     from actcache.cli.lookup import store_to_read, stored_name
     from actcache.cli.output import console, print_json, size, table
     from actcache.store.default import only_model
+    from actcache.store.nearby import where_nothing_is
 
     opened = store_to_read(store)
     info = opened.info() if model is None else only_model(opened.info(), stored_name(opened, model))
@@ -28,7 +29,7 @@ def command(model: str | None, store: str | None, as_json: bool) -> None:
     out = console()
     out.print(f"{info.cache_dir}  {size(info.total_size_bytes)}", soft_wrap=True, markup=False)
     if not info.models:
-        out.print("nothing is stored.")
+        out.print(f"nothing is stored{where_nothing_is(opened)}.", soft_wrap=True, markup=False)
         return
     numbers = ("prompts", "layers", "size")
     rows = table("model", "revision", "variant", "space", *numbers, "stored as", right=numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,6 +22,8 @@ from actcache.cli.options import (
 
 if TYPE_CHECKING:
     from actcache.capture.lens import LogitLens
+    from actcache.cli.prompts import Prompt
+    from actcache.unified import UnifiedCache
 
 
 @click.command("lens")
@@ -95,6 +98,9 @@ def command(
     cache = UnifiedCache(
         model, sites=sites, cache_pooled=False, compute_perplexity=False, store=store, batch_size=None, **options
     )
+    # Every prompt has these.
+    if position not in (0, -1):
+        _require_position(cache, given, position)
     lens = cache.logit_lens(
         given,
         top_k,
@@ -115,6 +121,17 @@ def command(
     console().print(shown, markup=False, soft_wrap=True)
     if page is not None:
         console().print(f"wrote {page}", markup=False, soft_wrap=True)
+
+
+def _require_position(cache: UnifiedCache, prompts: Sequence[Prompt], position: int) -> None:
+    """Refuse a position that a prompt does not have before anything is computed: its tokens tell."""
+    from actcache.capture.lens import require_position
+    from actcache.extract.prompts import ids_of, read_prompts, tokenize
+
+    read, extractor = read_prompts(prompts), cache.extractor
+    tokenize(read, range(len(read)), extractor.source, add_special_tokens=extractor.add_special_tokens)
+    for i in range(len(read)):
+        require_position(position, i, len(ids_of(read, i)))
 
 
 def _plain(lens: LogitLens, prompt: int) -> list[dict[str, Any]]:

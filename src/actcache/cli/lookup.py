@@ -43,7 +43,7 @@ def stored_name(store: Store, model: str) -> str:
     for name in (model_label(model), model):
         if name in names:
             return name
-    raise none_of_that_name(model, spaces)
+    raise none_of_that_name(model, spaces, store)
 
 
 def variants_of(store: Store, model: str | None, space: str | None) -> list[tuple[SpaceInfo, str]]:

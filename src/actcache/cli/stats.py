@@ -33,6 +33,7 @@ def command(model: str | None, space: str | None, store: str | None, as_json: bo
     """
     from actcache.cli.lookup import store_to_read, variants_of
     from actcache.cli.output import console, count, print_json, size
+    from actcache.store.nearby import where_nothing_is
 
     opened = store_to_read(store)
     variants = variants_of(opened, model, space)
@@ -53,7 +54,7 @@ def command(model: str | None, space: str | None, store: str | None, as_json: bo
         return
     out = console()
     if not variants:
-        out.print("nothing is stored.")
+        out.print(f"nothing is stored{where_nothing_is(opened)}.", soft_wrap=True, markup=False)
     for variant, name in variants:
         held = f"{count(variant.num_prompts, 'prompt')}, {size(variant.size_bytes)}"
         out.print(f"{variant.model_name} ({name}): {held}", markup=False, soft_wrap=True)

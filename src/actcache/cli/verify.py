@@ -20,11 +20,16 @@ def command(repair: bool, store: str | None, as_json: bool) -> int:
     """
     from actcache.cli.lookup import store_to_read
     from actcache.cli.output import plain, print_json
+    from actcache.store.nearby import where_nothing_is
     from actcache.store.verification import in_words
 
-    report = store_to_read(store).verify(repair)
+    opened = store_to_read(store)
+    report = opened.verify(repair)
     if as_json:
         print_json({**plain(report), "repaired": report.repaired, "ok": report.ok})
+    elif opened.is_elsewhere and report.ok and not report.segments:
+        # A misspelled URL must not be told to be intact.
+        click.echo(f"nothing is stored{where_nothing_is(opened)}.")
     else:
         for line in in_words(report):
             click.echo(line)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from actcache.errors import OptionError
+from actcache.errors import OptionError, did_you_mean
 from actcache.extract.answer import Question
 from actcache.store.spaces import SpaceInfo, list_spaces
 from actcache.wording import count
@@ -80,23 +80,34 @@ def with_imports(question: Question, extractor: ActivationExtractor) -> Question
 
 
 def _say_other_names(question: Question, extractor: ActivationExtractor) -> None:
-    """Warn, once, where nothing is stored under any of the names that are trusted, but under others."""
+    """Warn, once, where nothing is stored under any of the names that are trusted: of the model's own only where there
+    is something under others, of one that was given in any case."""
     told = str(question.store.location), extractor.source.name, tuple(question.trusts)
     if told in _said:
         return
     known = [space for space in list_spaces(question.store.root) if space.imported or space.pulled]
-    if not known or any(_counts(space, question) for space in known):
+    if any(_counts(space, question) for space in known):
+        return
+    source, names = extractor.source, sorted({space.model_name for space in known})
+    if not names and set(question.trusts) <= {source.name, source.given}:
         return
     _said.add(told)
-    names = sorted({space.model_name for space in known})
+    if not names:
+        log.warning(
+            "nothing was imported or pulled under the name %s, which is trusted, nor under any other, in %s.",
+            " or ".join(map(repr, question.trusts)),
+            question.store.location,
+        )
+        return
     more = f" and {count(len(names) - _MOST_NAMES, 'other')}" if len(names) > _MOST_NAMES else ""
     log.warning(
-        "nothing was imported or pulled under the name %s, which is trusted; there is %s%s. If one of them is the "
+        "nothing was imported or pulled under the name %s, which is trusted; there is %s%s.%s If one of them is the "
         "model %r, name it: trust_names=%r (--known-as NAME).",
         " or ".join(map(repr, question.trusts)),
         ", ".join(map(repr, names[:_MOST_NAMES])),
         more,
-        extractor.source.name,
+        did_you_mean(question.trusts[0], names),
+        source.name,
         names[0] if len(names) == 1 else "name",
     )
 

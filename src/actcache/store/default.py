@@ -202,7 +202,7 @@ def one_variant(
     spaces = store.spaces()
     named = [s for s in spaces if s.model_name == name]
     if not named:
-        raise none_of_that_name(name, spaces)
+        raise none_of_that_name(name, spaces, store)
     agree = agreeing(named, name, revision=revision, dtype=dtype, space=space)
     if len(agree) == 1:
         return agree[0]

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from actcache.errors import NotCachedError, did_you_mean, nearest
+from actcache.store.nearby import where_nothing_is
 from actcache.store.records import DERIVED, TOKENS
 from actcache.store.site_names import Sites, in_order, layers_of, logits_of
 from actcache.store.spaces import SpaceInfo
 from actcache.store.variants import edit_text, variant_names
+
+if TYPE_CHECKING:
+    from actcache.store.inspection import Inspection
 
 
 @dataclass(frozen=True)
@@ -136,10 +141,12 @@ def agreeing(
     raise NotCachedError(f"no variant of {name!r} has {_said(given)}.{hint} Stored: {listed(named)}.")
 
 
-def none_of_that_name(name: str, spaces: Sequence[SpaceInfo]) -> NotCachedError:
-    """What to raise where a store, which holds `spaces`, has nothing of a model of that name."""
+def none_of_that_name(name: str, spaces: Sequence[SpaceInfo], store: Inspection) -> NotCachedError:
+    """What to raise where `store`, which holds `spaces`, has nothing of a model of that name."""
+    if not spaces:
+        return NotCachedError(f"nothing is stored for {name!r}{where_nothing_is(store)}. The store is empty.")
     names = sorted({s.model_name for s in spaces})
-    known = f" Stored: {', '.join(names)}." if names else " The store is empty."
+    known = f" Stored: {', '.join(names)}."
     brought = sorted({s.model_name for s in spaces if s.pulled or s.imported})
     if brought:
         known += (

@@ -59,7 +59,7 @@ class Maintenance(Inspection):
         spaces = self.spaces()
         chosen = [space for space in spaces if model in (None, space.model_name, space.space)]
         if model is not None and not chosen:
-            raise none_of_that_name(model, spaces)
+            raise none_of_that_name(model, spaces, self)
         deleted = 0
         for space in chosen:
             deleted += space.num_prompts
