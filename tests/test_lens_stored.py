@@ -18,10 +18,7 @@ PROMPTS = ["one two", "b", "Some longer text."]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("model")
-    zoo.model_of("gemma2").save_pretrained(place)
-    tiny_tokenizer().save_pretrained(place)
-    return place
+    return zoo.saved("gemma2", tmp_path_factory.mktemp("model"))
 
 
 def cache_of(folder: Path, store: Path, **options: Any) -> ac.UnifiedCache:

@@ -12,13 +12,14 @@ import functools
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import zoo_inside
-from actcache.testing.tiny import BOS, EOS, PAD, ROPE_THRESHOLD, VOCABULARY, WINDOW, tiny_model
+from actcache.testing.tiny import BOS, EOS, PAD, ROPE_THRESHOLD, VOCABULARY, WINDOW, tiny_model, tiny_tokenizer
 from zoo_families import BLOCK_SITES, FAMILIES
 from zoo_inside import SITES as INNER_SITES
 from zoo_inside import Hook, into, out
@@ -28,6 +29,13 @@ from zoo_inside import Hook, into, out
 def model_of(family: str, seed: int = 0) -> Any:
     """The tiny model of a family, made once per test session: nothing may change it."""
     return tiny_model(family, seed=seed)
+
+
+def saved(family: str, folder: Path) -> Path:
+    """The tiny model of a family and its tokenizer in `folder`, as save_pretrained leaves them."""
+    model_of(family).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def prompts_of(seed: int = 0, lengths: Sequence[int] | None = None) -> list[list[int]]:
