@@ -11,7 +11,7 @@ import actcache as ac
 from actcache.cli.prompts import read_prompt
 from actcache.demo import model_path
 from cli_helpers import Cli
-from test_lens_translators import save
+from lens_helpers import maps, save
 
 PROMPT = "The Eiffel Tower is in the city of"
 MODEL = str(model_path())
@@ -148,8 +148,6 @@ def test_mistakes(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_a_tuned_lens(cli: Cli, tmp_path: Path) -> None:
-    from test_lens_translators import maps
-
     folder = save(tmp_path / "lens", maps())
     status, _, err = cli("lens", MODEL, PROMPT, "--store", str(tmp_path / "store"), "--translators", str(folder))
     assert status == 2

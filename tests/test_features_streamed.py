@@ -16,8 +16,8 @@ from actcache.store.backend import MemoryBackend
 from actcache.store.sparse import SparseSite
 from actcache.store.store import Store
 from elsewhere import machine
+from sparse_helpers import SIZE, dense, same, sparse
 from store_helpers import make_table
-from test_sparse import SIZE, dense, same, sparse
 
 NUMBERS = range(60)
 
