@@ -64,7 +64,7 @@ def test_a_warmup_computes_once_and_then_finds(cli: Cli) -> None:
 
 
 def test_perplexity_is_computed_when_it_is_asked_for(cli: Cli) -> None:
-    for option, computed in ((), 0), (("--perplexity",), 1), (("--perplexity",), 0):
+    for option, computed in ((), 0), (("--perplexity",), 1), (("--compute-perplexity",), 0):
         stats = the_json(cli("warmup", MODEL, "--prompt", PROMPT, *option, "--json"))
         assert isinstance(stats, dict)
         assert stats["perplexity_extracted"] == computed

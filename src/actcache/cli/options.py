@@ -166,7 +166,13 @@ _MODEL_OPTIONS = (
     ),
     click.option("--remote", is_flag=True, help="Run it at the backend's service: of nnsight, NDIF (NDIF_API_KEY)."),
     attn_implementation_option,
-    click.option("--perplexity", is_flag=True, help="Perplexity too: the whole model runs."),
+    click.option(
+        "--compute-perplexity",
+        "--perplexity",
+        "perplexity",
+        is_flag=True,
+        help="Perplexity too: the whole model runs.",
+    ),
     click.option("--allow-inf", is_flag=True, help="Store values that become inf in the store's dtype."),
     click.option("--trust-names", is_flag=True, help="Use what was imported or pulled under the model's name."),
     click.option(

@@ -74,7 +74,9 @@ def _report(run: Callable[[], Any], as_json: bool, perplexity: bool) -> None:
     _print(stats, as_json)
     if not as_json and not perplexity and stats.activations_extracted:
         # The same settings in Python would load the model again for it.
-        click.echo("perplexity is not stored (--perplexity); in Python compute_perplexity=False does without it.")
+        click.echo(
+            "perplexity is not stored (--compute-perplexity); in Python compute_perplexity=False does without it."
+        )
 
 
 def _print(stats: Any, as_json: bool, count_failed: int = 0, failed: Sequence[tuple[int, str]] = ()) -> None:
