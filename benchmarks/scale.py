@@ -199,19 +199,15 @@ def scaling(report: Report, kind: str, rounds: int) -> None:
 
 _DRIVER = """
 import sys
-from pathlib import Path
 import test_distributed_dispatch as scripted
 from actcache.distributed.dispatch import dispatch
 from actcache.distributed.inputs import find_inputs
 from actcache.distributed.ledger import Ledger
 from actcache.distributed.units import Units
 from actcache.distributed.worker import Lost
+from actcache.testing.memory import anonymous
 
-def anonymous():
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
-    return int(line.split()[1]) / 1024
-
-units, most = Units(find_inputs(sys.argv[1]), prompts=64), 0.0
+units, most = Units(find_inputs(sys.argv[1]), prompts=64), 0
 
 def behave(task):
     global most
@@ -222,7 +218,7 @@ def behave(task):
 start = anonymous()
 with Ledger(max_failed=1) as ledger:
     assert dispatch(units, scripted.Scripted(4, behave), ledger, lambda n: None)
-print(ledger.stats.total_prompts, start, max(most, anonymous()))
+print(ledger.stats.total_prompts, start / 2**20, max(most, anonymous()) / 2**20)
 """
 
 

@@ -18,7 +18,7 @@ from actcache.extract import attempts
 from actcache.extract.backends.local import LocalSession
 from actcache.testing.hub import LoopbackHub
 from distributed_helpers import OPTIONS, PROMPTS, folder, set_fault, stored, write
-from hub_client import TOKEN, Client
+from hub_client import Client
 
 __all__ = ["folder"]
 
@@ -225,16 +225,14 @@ rows = [(row.prompt, row.label, row.metadata) for unit in found for row in reade
 """
 
 
-def test_labels_of_datasets_of_the_hub(tmp_path: Path) -> None:
+def test_labels_of_datasets_of_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     table = pa.table({"n": range(20), "text": [f"prompt {i}" for i in range(20)], "y": [i % 2 for i in range(20)]})
     pq.write_table(table, tmp_path / "set" / "p.parquet")
-    with LoopbackHub() as hub:
-        hub.tokens.add(TOKEN)
-        hub.create("org/prompts", kind="dataset").commit(tmp_path / "set")
-        with Client(hub, tmp_path / "client") as client:
-            client.run(HUB)
-            assert client.run("rows") == [[f"prompt {i}", i % 2, {"n": i}] for i in range(20)]
+    hub.create("org/prompts", kind="dataset").commit(tmp_path / "set")
+    with Client(hub, tmp_path / "client") as client:
+        client.run(HUB)
+        assert client.run("rows") == [[f"prompt {i}", i % 2, {"n": i}] for i in range(20)]
 
 
 def test_the_command_line_takes_labels_of_any_file(tmp_path: Path) -> None:

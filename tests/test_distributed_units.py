@@ -23,7 +23,7 @@ from actcache.distributed.rows import Row
 from actcache.distributed.units import LEAST, WANTED, Reader, Units
 from actcache.errors import MissingFileError, OptionError, PromptError
 from actcache.testing.hub import LoopbackHub
-from hub_client import TOKEN, Client
+from hub_client import Client
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
 
@@ -289,7 +289,7 @@ rows = [row.prompt for unit in units for row in reader.rows(unit)]
 """
 
 
-def test_datasets_of_the_hub_are_read_by_ranges_at_one_commit(tmp_path: Path) -> None:
+def test_datasets_of_the_hub_are_read_by_ranges_at_one_commit(hub: LoopbackHub, tmp_path: Path) -> None:
     texts = [f"prompt {i}" for i in range(900)]
     folder = tmp_path / "set"
     (folder / "data").mkdir(parents=True)
@@ -297,26 +297,24 @@ def test_datasets_of_the_hub_are_read_by_ranges_at_one_commit(tmp_path: Path) ->
     pq.write_table(table, folder / "data/a.parquet", compression="none", row_group_size=300, use_dictionary=False)
     (folder / "more.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts[:50]))
     (folder / "README.md").write_text("a card")
-    with LoopbackHub() as hub:
-        hub.tokens.add(TOKEN)
-        hub.create("org/prompts", kind="dataset").commit(folder)
-        with Client(hub, tmp_path / "client") as client:
-            before = len(hub.requests)
-            client.run(HUB, place="hf://datasets/org/prompts", size=100)
-            assert client.run("rows") == texts + texts[:50]
-            # The other column, 4.5 MB, is not what is fetched.
-            assert hub.sent(before) < 4_000_000 + 2 * (folder / "more.jsonl").stat().st_size
-            ids = client.run("[unit.id for unit in units]")
-            assert client.run("found[0].path").split("@")[1].count("/") == 2
-            client.run(HUB, place="hf://datasets/org/prompts@main/data/*.parquet", size=100)
-            assert client.run("rows") == texts
-            assert client.run("[unit.id for unit in units]") == ids[:9]
-            # Another commit that leaves the file alone leaves its units alone.
-            (folder / "README.md").write_text("another card")
-            hub.dataset("org/prompts").commit(folder)
-            client.run(HUB, place="hf://datasets/org/prompts/data/a.parquet", size=100)
-            assert client.run("[unit.id for unit in units]") == ids[:9]
-            for place, error in (("hf://datasets/org/nothing", "DatasetNotFoundError"),
-                                 ("hf://datasets/org/prompts/none", "DatasetNotFoundError")):  # fmt: skip
-                with pytest.raises(Exception, match=error):
-                    client.run(HUB, place=place, size=100)
+    hub.create("org/prompts", kind="dataset").commit(folder)
+    with Client(hub, tmp_path / "client") as client:
+        before = len(hub.requests)
+        client.run(HUB, place="hf://datasets/org/prompts", size=100)
+        assert client.run("rows") == texts + texts[:50]
+        # The other column, 4.5 MB, is not what is fetched.
+        assert hub.sent(before) < 4_000_000 + 2 * (folder / "more.jsonl").stat().st_size
+        ids = client.run("[unit.id for unit in units]")
+        assert client.run("found[0].path").split("@")[1].count("/") == 2
+        client.run(HUB, place="hf://datasets/org/prompts@main/data/*.parquet", size=100)
+        assert client.run("rows") == texts
+        assert client.run("[unit.id for unit in units]") == ids[:9]
+        # Another commit that leaves the file alone leaves its units alone.
+        (folder / "README.md").write_text("another card")
+        hub.dataset("org/prompts").commit(folder)
+        client.run(HUB, place="hf://datasets/org/prompts/data/a.parquet", size=100)
+        assert client.run("[unit.id for unit in units]") == ids[:9]
+        for place, error in (("hf://datasets/org/nothing", "DatasetNotFoundError"),
+                             ("hf://datasets/org/prompts/none", "DatasetNotFoundError")):  # fmt: skip
+            with pytest.raises(Exception, match=error):
+                client.run(HUB, place=place, size=100)

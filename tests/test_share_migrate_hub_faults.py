@@ -158,26 +158,13 @@ def test_the_token_is_nowhere(hub, made, repo, tmp_path):
 
 
 _MEASURE = """
-import threading
 import actcache as ac
-
-def anonymous():
-    status = open("/proc/self/status").read()
-    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+from actcache.testing.memory import growth
 
 def measured(repo, **options):
-    before, most, done = anonymous(), [0.0], threading.Event()
-    def look():
-        while not done.wait(0.002):
-            most[0] = max(most[0], anonymous())
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
+    with growth() as found:
         ac.migrate_dataset(repo, **options)
-    finally:
-        done.set()
-        watcher.join()
-    return most[0] - before
+    return found.most / 2**20
 """
 
 

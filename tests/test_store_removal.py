@@ -17,6 +17,7 @@ from actcache.store.index import SpaceIndex
 from actcache.store.prompts import PromptTable
 from actcache.store.records import Records
 from actcache.store.store import Store
+from actcache.testing.memory import anonymous
 from store_helpers import (
     CONTEXT,
     SITES,
@@ -318,12 +319,12 @@ def test_merging_needs_memory_for_the_prompts_only(tmp_path: Path) -> None:
     for i in range(8):
         table = PromptTable.build([[i, k] for k in range(16)])
         store.append(space, Records.pooled(table, "mean", {"x": np.full((16, 128 << 10), i, np.float32)}))
-    before = anonymous_mb()
+    before = anonymous()
     peak = [before]
     original = os.pwritev
 
     def watching(*args: Any) -> int:
-        peak[0] = max(peak[0], anonymous_mb())
+        peak[0] = max(peak[0], anonymous())
         return original(*args)
 
     os.pwritev = watching
@@ -331,12 +332,7 @@ def test_merging_needs_memory_for_the_prompts_only(tmp_path: Path) -> None:
         assert store.merge(space) == 8
     finally:
         os.pwritev = original
-    assert peak[0] - before < 16
-
-
-def anonymous_mb() -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+    assert peak[0] - before < 16 << 20
 
 
 def test_segments_of_all_sizes_are_merged_by_class(tmp_path: Path) -> None:
