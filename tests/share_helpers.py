@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (numpy then knows bfloat16 by its name)
@@ -160,3 +161,12 @@ def push(store, folder, prompts=TEXTS, model=MODEL, **options):
     assert ac.push_dataset(folder, model, prompts, store=store, **options) == str(folder)
     assert not list(folder.parent.glob(".*pushing"))
     return Published(folder)
+
+
+def flipped(path, at, bit=0):
+    """Change one bit of a file, whose time stays."""
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
