@@ -1,15 +1,9 @@
-"""`ac.stream_activations` out of a store on disk: every token once, with its own values, in an order of each epoch."""
+"""`ac.stream_activations` out of a store on disk: every token once, with its own values; what is refused."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
-import pickle
-import subprocess
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,150 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 import actcache as ac
 from actcache.store.records import Records
-from actcache.stream.mixture import Mixture
-from actcache.stream.permutation import Permutation
 from store_helpers import SITES, every_token, make_store, make_table, pooled, segment_files, vector
-
-SITE = SITES[0]
-Token = tuple[int, int]
-
-
-@pytest.fixture(autouse=True)
-def _forks() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # From Python 3.12 a fork beside idle threads of a numerical library warns.
-        warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork.*")
-        yield
+from stream_helpers import ALL, SITE, stream_of, streamed, taken, values_of
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ac.Store, str]:
-    """Prompts 0 to 59, a few of them twice, in three segments."""
-    store, space = make_store(tmp_path_factory.mktemp("store"))
-    store.append(space, every_token(range(20)))
-    store.append(space, every_token(range(15, 45)))
-    store.append(space, every_token(range(45, 60)))
-    return store, space
-
-
-ALL = [(i, position) for i in range(60) for position in range(1 + i % 7)]
-
-
-def expected(token: Token, site: str = SITE) -> npt.NDArray[np.float32]:
-    return vector(token[0], site) + np.float32(token[1])
-
-
-def tokens_of(stream: ac.ActivationStream, tokens: ac.TokenBatch) -> list[Token]:
-    """The first id of each of these prompts, which is its number, and the positions."""
-    first = [int(stream.prompts.tokens(i)[0]) for i in range(len(stream.prompts))]
-    return [(first[p], q) for p, q in zip(tokens.prompt.tolist(), tokens.position.tolist(), strict=True)]
-
-
-def taken(stream: ac.ActivationStream, batches: Any = None) -> list[Token]:
-    """The tokens of an epoch in their order; each must have its own values."""
-    found: list[Token] = []
-    for batch, tokens in stream if batches is None else batches:
-        names = tokens_of(stream, tokens)
-        of_site = batch if isinstance(batch, dict) else {SITE: batch}
-        for site, vectors in of_site.items():
-            np.testing.assert_array_equal(vectors.numpy(), np.stack([expected(name, site) for name in names]))
-        ids = [([i, *range(i % 7)])[q] for i, q in names]
-        assert tokens.token_id.tolist() == ids
-        found += names
-    return found
-
-
-def stream_of(made: tuple[ac.Store, str], sites: str | Sequence[str] = SITE, **options: Any) -> ac.ActivationStream:
-    given = {"batch_size": 16, "with_tokens": True, **options}
-    return ac.stream_activations(made[0], sites, space=made[1], **given)
-
-
-# -- the order ---------------------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 300) | st.integers(16380, 16390) | st.integers(1 << 16, 1 << 18), st.integers(0, 1 << 70))
-@settings(max_examples=40, deadline=None)
-def test_a_permutation_has_every_index_once(size: int, seed: int) -> None:
-    found = Permutation(size, [seed])(np.arange(size))
-    assert np.array_equal(np.sort(found), np.arange(size))
-
-
-def test_a_permutation_is_the_same_everywhere() -> None:
-    """What a resumed run of another version depends on."""
-    assert Permutation(10, [1, 2])(np.arange(10)).tolist() == [8, 5, 3, 2, 6, 1, 4, 9, 7, 0]
-    assert Permutation(10**12, [1, 2])(np.arange(5) * 10**11).tolist() == [
-        394055683613,
-        393362331159,
-        526781296679,
-        237045980961,
-        182929986594,
-    ]
-
-
-@pytest.mark.parametrize("size", [40_000, 1 << 17])
-def test_a_permutation_mixes(size: int) -> None:
-    """Where an index goes says nothing of where its neighbours go: pairs fill a grid as evenly as chance does."""
-    found = Permutation(size, [7])(np.arange(size))
-    for apart in (1, 2, 255, 256, 1024):
-        grid = np.histogram2d(found[:-apart], found[apart:], bins=20, range=[[0, size]] * 2)[0]
-        even = (size - apart) / 400
-        # 399 degrees of freedom: five standard deviations on either side.
-        assert 399 - 5 * 28.3 < ((grid - even) ** 2 / even).sum() < 399 + 5 * 28.3
-    other = Permutation(size, [8])(np.arange(size))
-    assert (found == other).sum() < 12
-
-
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(1, 50), st.data())
-@settings(max_examples=60, deadline=None)
-def test_a_mixture_takes_every_token_once_and_keeps_the_shares(
-    sizes: list[int], step: int, data: st.DataObject
-) -> None:
-    weights = data.draw(st.none() | st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
-    try:
-        mixture = Mixture(sizes, weights)
-    except ac.errors.OptionError:
-        assert weights is not None
-        return
-    at = [0] * len(sizes)
-    for start in range(0, mixture.total, step):
-        stop = min(mixture.total, start + step)
-        parts = mixture.between(start, stop)
-        assert sum(b - a for a, b in parts) == stop - start
-        for i, (begin, end) in enumerate(parts):
-            assert begin == at[i] <= end
-            at[i] = end
-            assert abs(end - stop * mixture.counts[i] / mixture.total) <= len(sizes)
-    assert at == mixture.counts
-    assert all(count <= size for count, size in zip(mixture.counts, sizes, strict=True))
-    if weights is None:
-        assert mixture.counts == sizes
-
-
-# -- the tokens --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prefetch", [0, 3])
-def test_every_epoch_has_every_token_once_in_another_order(made: tuple[ac.Store, str], prefetch: int) -> None:
-    stream = stream_of(made, prefetch=prefetch)
-    epochs = [taken(stream) for _ in range(3)]
-    assert [sorted(epoch) for epoch in epochs] == [ALL] * 3
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    again, other = stream_of(made), stream_of(made, seed=1)
-    assert [taken(again), taken(again)] == epochs[:2]
-    assert taken(other) not in epochs
-    assert len(stream) == -(-len(ALL) // 16)
-    assert stream.num_tokens == len(ALL)
-
-
-def test_unshuffled_it_is_as_stored(made: tuple[ac.Store, str]) -> None:
-    stream = stream_of(made, shuffle=False)
-    assert taken(stream) == taken(stream) == ALL
+    return streamed(tmp_path_factory.mktemp("store"))
 
 
 def test_batches_have_their_size(made: tuple[ac.Store, str]) -> None:
@@ -262,13 +122,6 @@ def test_what_a_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
         list(stream_of((store, space), dtype="float16"))
 
 
-# -- statistics --------------------------------------------------------------------------------------------
-
-
-def values_of(tokens: Sequence[Token], site: str = SITE) -> npt.NDArray[np.float64]:
-    return np.stack([expected(token, site) for token in tokens]).astype(np.float64)
-
-
 @pytest.mark.parametrize("exclude", [None, "first", [2, 5]])
 def test_statistics_are_those_of_the_tokens_that_come(made: tuple[ac.Store, str], exclude: Any) -> None:
     stream = stream_of(made, SITES, exclude=exclude)
@@ -302,48 +155,6 @@ def test_what_does_not_vary_becomes_zero(tmp_path: Path) -> None:
     store.append(space, Records.tokens(make_table([2]), {SITE: np.array([[3, 1], [3, 2], [3, 3]], np.float32)}))
     ((batch, _),) = stream_of((store, space), normalize="mean_std", shuffle=False)
     np.testing.assert_allclose(batch, [[0, -1.2247449], [0, 0], [0, 1.2247449]], atol=1e-6)
-
-
-# -- several sources ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[ac.Store]:
-    """Stores of prompts 0 to 29 and of prompts 30 to 59."""
-    stores = []
-    for numbers in (range(30), range(30, 60)):
-        store, space = make_store(tmp_path_factory.mktemp("one"))
-        store.append(space, every_token(numbers))
-        stores.append(store)
-    return stores
-
-
-def test_several_sources_give_all_their_tokens(two: list[ac.Store]) -> None:
-    stream = ac.stream_activations(two, SITE, batch_size=16, with_tokens=True)
-    epochs = [taken(stream), taken(stream)]
-    assert [sorted(epoch) for epoch in epochs] == [ALL, ALL]
-    assert epochs[0] != epochs[1]
-    # Every batch has of both.
-    assert all({i < 30 for i, _ in epochs[0][at : at + 16]} == {True, False} for at in range(0, 224, 16))
-
-
-def test_weights_are_the_shares(two: list[ac.Store]) -> None:
-    stream = ac.stream_activations({two[0]: 3, two[1]: 1}, SITE, batch_size=20, with_tokens=True)
-    tokens = taken(stream)
-    first = sum(1 for i, _ in ALL if i < 30)
-    assert len(set(tokens)) == len(tokens) == stream.num_tokens == first + first // 3
-    for at in range(0, len(tokens) - 20, 20):
-        assert 14 <= sum(i < 30 for i, _ in tokens[at : at + 20]) <= 16
-    # Of the second other tokens come in other epochs.
-    assert {t for t in tokens if t[0] >= 30} != {t for t in taken(stream) if t[0] >= 30}
-    part = values_of([t for t in ALL if t[0] < 30]), values_of([t for t in ALL if t[0] >= 30])
-    mean = (part[0].mean(0) * first + part[1].mean(0) * (first // 3)) / (first + first // 3)
-    np.testing.assert_allclose(stream.statistics[SITE].mean, mean, rtol=1e-12)
-    with pytest.raises(ac.errors.OptionError, match="weight"):
-        ac.stream_activations({two[0]: 0, two[1]: 1}, SITE)
-
-
-# -- what changes meanwhile --------------------------------------------------------------------------------
 
 
 def test_what_is_stored_meanwhile_comes_in_another_stream(tmp_path: Path) -> None:
@@ -393,209 +204,6 @@ def test_batches_are_the_callers(made: tuple[ac.Store, str]) -> None:
     assert sorted(taken(stream_of(made))) == ALL
 
 
-# -- resuming ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prefetch", [0, 2])
-@pytest.mark.parametrize("place", [0, 1, 7, 23, 24, 30])
-def test_a_state_goes_on_at_the_exact_batch(made: tuple[ac.Store, str], place: int, prefetch: int) -> None:
-    stream = stream_of(made, batch_size=10, prefetch=prefetch)
-    assert len(stream) == 24
-    through = stream_of(made, batch_size=10)
-    everything = [batch for _ in range(3) for batch, _ in through]
-
-    def endless() -> Iterator[Any]:
-        while True:
-            yield from stream
-
-    first = list(itertools.islice(endless(), place))
-    state = pickle.loads(pickle.dumps(stream.state_dict()))
-    other = stream_of(made, batch_size=10)
-    other.load_state_dict(state)
-    rest = [batch for batch, _ in other] + [batch for batch, _ in other]
-    assert len(first) + len(rest) in (2 * 24, 3 * 24)
-    for got, wanted in zip([*(batch for batch, _ in first), *rest], everything, strict=False):
-        assert torch.equal(got, wanted)
-
-
-def test_a_state_of_another_stream_is_refused(made: tuple[ac.Store, str], tmp_path: Path) -> None:
-    state = stream_of(made).state_dict()
-    for name, value in {"seed": 3, "batch_size": 8, "shuffle": False, "drop_last": True}.items():
-        with pytest.raises(ac.errors.OptionError, match=f"{name}="):
-            stream_of(made, **{name: value}).load_state_dict(state)
-    with pytest.raises(ac.errors.OptionError, match="world_size=1"):
-        stream_of(made, rank=0, world_size=2).load_state_dict(state)
-    with pytest.raises(ac.errors.OptionError, match="prompts"):
-        stream_of(made, exclude="first").load_state_dict(state)
-    store, space = make_store(tmp_path)
-    store.append(space, every_token(range(59)))
-    with pytest.raises(ac.errors.OptionError, match="60 prompts"):
-        stream_of((store, space)).load_state_dict(state)
-
-
-def test_what_is_no_state_is_refused(made: tuple[ac.Store, str]) -> None:
-    state = stream_of(made).state_dict()
-    (source,) = state["sources"]
-    for wrong in (
-        None, {}, [state], {**state, "batches": -3}, {**state, "batches": "4"}, {**state, "epoch": -1},
-        {**state, "epoch": 1.5}, {**state, "sources": 5}, {**state, "sources": [{}]},
-        {**state, "sources": [{**source, "prompts": 10**6, "pieces": [[1, "zz", "00"]]}]},
-        {**state, "sources": [{**source, "digest": "00" * 16, "pieces": [[1, "00", "00"]]}]},
-        {**state, "sources": [{**source, "prompts": True}]},
-    ):  # fmt: skip
-        stream = stream_of(made)
-        with pytest.raises(ac.errors.OptionError):
-            stream.load_state_dict(wrong)  # type: ignore[arg-type]
-        assert sorted(taken(stream)) == ALL
-    # Pieces that lie nowhere, or of which one has another content.
-    for pieces in ([[1, "00" * 8, "00" * 8]], [[59, source["pieces"][0][1], "00" * 8]], []):
-        with pytest.raises(ac.errors.OptionError, match="not all among"):
-            stream_of(made).load_state_dict({**state, "sources": [{**source, "digest": "00" * 16, "pieces": pieces}]})
-
-
-def test_a_state_goes_on_where_more_has_been_stored_since(tmp_path: Path) -> None:
-    store, space = make_store(tmp_path)
-    store.append(space, every_token(range(30)))
-    stream = stream_of((store, space))
-    batches = iter(stream)
-    first, state, rest = next(batches), stream.state_dict(), list(batches)
-    store.append(space, every_token(range(30, 60)))
-    other = stream_of((store, space))
-    other.load_state_dict(state)
-    got = list(other)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(got, rest, strict=True))
-    assert sorted(taken(other, [first, *got])) == [token for token in ALL if token[0] < 30]
-
-
-def test_a_state_goes_on_after_a_merge(tmp_path: Path) -> None:
-    """Segments of one signature are merged past another, so that prompts come in another order than before."""
-    store, space = make_store(tmp_path)
-    store.append(space, every_token(range(20), SITES[:1]))
-    store.append(space, every_token(range(20, 40)))
-    store.append(space, every_token([*range(40, 60), 3], SITES[:1]))
-    stream, other = stream_of((store, space)), stream_of((store, space), shuffle=False, exclude="first")
-    wanted, plain = taken(stream), taken(other)
-    stream = stream_of((store, space))
-    first = list(itertools.islice(stream, 4))
-    state, of_other = json.loads(json.dumps(stream.state_dict())), other.state_dict(batches=2)
-    assert len(json.dumps(state)) < 1000
-    before = store.common_prompts(space, [SITE]).token_key.tobytes()
-    store.compact()
-    assert len(segment_files(store, space)) == 2
-    assert store.common_prompts(space, [SITE]).token_key.tobytes() != before
-    store.append(space, every_token([1000]))
-    again = stream_of((store, space))
-    again.load_state_dict(state)
-    assert again.num_tokens == len(ALL)
-    assert taken(stream, first) + taken(again) == wanted
-    assert sorted(taken(again)) == ALL
-    # What was gone on with can be gone on with again.
-    third = stream_of((store, space))
-    third.load_state_dict({**again.state_dict(), "epoch": 0, "batches": 4})
-    assert taken(third) == wanted[4 * 16 :]
-    again = stream_of((store, space), shuffle=False, exclude="first")
-    again.load_state_dict(of_other)
-    assert taken(again) == plain[2 * 16 :]
-    # One of the prompts is no longer there, though as many are.
-    store.invalidate(space, [make_table([7]).text_of(0)])
-    with pytest.raises(ac.errors.OptionError, match="removed or stored anew"):
-        stream_of((store, space)).load_state_dict(state)
-
-
-# -- workers and ranks -------------------------------------------------------------------------------------
-
-
-def loader(stream: ac.ActivationStream, workers: int, **options: Any) -> DataLoader[Any]:
-    return DataLoader(stream, batch_size=None, num_workers=workers, **options)
-
-
-@pytest.mark.parametrize("persistent", [False, True])
-def test_workers_give_what_one_process_gives(made: tuple[ac.Store, str], persistent: bool) -> None:
-    alone = stream_of(made)
-    wanted = [taken(alone) for _ in range(3)]
-    stream = stream_of(made)
-    batches = loader(stream, 2, persistent_workers=persistent)
-    assert len(batches) == len(stream)
-    assert [taken(stream, batches) for _ in range(3)] == wanted
-
-
-def test_workers_go_on_where_another_number_of_them_stood(made: tuple[ac.Store, str]) -> None:
-    alone = stream_of(made)
-    wanted = taken(alone) + taken(alone)
-    stream = stream_of(made)
-    first = list(itertools.islice(loader(stream, 2), 5))
-    with pytest.raises(ac.errors.OptionError, match="batches="):
-        stream.state_dict()
-    state = stream.state_dict(batches=5)
-    for workers in (0, 1):
-        other = stream_of(made)
-        other.load_state_dict(copy.deepcopy(state))
-        rest = taken(other, loader(other, workers)) + taken(other, loader(other, 2))
-        assert taken(stream, first) + rest == wanted
-
-
-def _asked(_: int) -> None:
-    torch.utils.data.get_worker_info().dataset.state_dict(batches=1)
-
-
-def test_workers_say_nothing_of_where_it_stands(made: tuple[ac.Store, str]) -> None:
-    """Each knows of its own batches alone, so that what goes by its state would give some twice."""
-    stream = stream_of(made)
-    batches = iter(loader(stream, 2, worker_init_fn=_asked))
-    with pytest.raises(ac.errors.OptionError, match="in the process that made the loader"):
-        list(batches)
-    # The error holds the loader and its other worker for a while.
-    batches._shutdown_workers()
-    assert stream.state_dict()["batches"] == 0
-
-
-def test_workers_that_persist_do_not_go_on_elsewhere(made: tuple[ac.Store, str]) -> None:
-    """They have the stream as it was when they began."""
-    stream = stream_of(made)
-    batches = loader(stream, 1, persistent_workers=True)
-    first = taken(stream, batches)
-    state = stream.state_dict(batches=2)
-    stream.load_state_dict(state)
-    with pytest.raises(ac.errors.OptionError, match="make a new DataLoader"):
-        list(batches)
-    rest = taken(stream, loader(stream, 1))
-    assert rest == first[32:]
-
-
-def test_ranks_share_an_epoch(made: tuple[ac.Store, str]) -> None:
-    for world in (2, 3):
-        parts = [taken(s) for s in (stream_of(made, rank=r, world_size=world) for r in range(world))]
-        assert sorted(token for part in parts for token in part) == ALL
-        lengths = [len(stream_of(made, rank=r, world_size=world)) for r in range(world)]
-        assert sum(lengths) == len(stream_of(made))
-        even = [len(list(stream_of(made, rank=r, world_size=world, drop_last=True))) for r in range(world)]
-        assert set(even) == {len(ALL) // 16 // world}
-    with pytest.raises(ac.errors.OptionError, match="world_size"):
-        stream_of(made, rank=2, world_size=2)
-
-
-def test_ranks_come_from_the_environment(made: tuple[ac.Store, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-    for rank in (0, 1):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        stream = stream_of(made)
-        found += taken(stream, loader(stream, 2))
-    assert sorted(found) == ALL
-
-
-def test_a_stream_is_pickled_by_its_place(made: tuple[ac.Store, str]) -> None:
-    stream = stream_of(made, exclude=[0])
-    data = pickle.dumps(stream)
-    other = pickle.loads(data)
-    assert taken(other) == taken(stream)
-    big = len(pickle.dumps(stream_of(made)._parts[0]))
-    assert big < 60 * 16 + 1000
-
-
-# -- options -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "option", [{"batch_size": 0}, {"batch_size": True}, {"seed": -1}, {"prefetch": -1}, {"dtype": "int32"}]
 )
@@ -642,47 +250,9 @@ def test_devices_that_are_not_there(made: tuple[ac.Store, str], device: Any) -> 
     assert next(iter(stream_of(made, device="auto")))[0].device.type in ("cpu", "cuda", "mps")
 
 
-def test_spaces_are_named(two: list[ac.Store], tmp_path: Path) -> None:
-    assert ac.stream_activations(two[0], SITE).num_tokens == sum(1 for i, _ in ALL if i < 30)
-    store, space = make_store(tmp_path)
-    store.append(space, every_token([1]))
-    other = store.open_space({"weights": "other"}, {"model_name": "other/model"})
-    store.append(other, every_token([2]))
-    with pytest.raises(ac.errors.OptionError, match=f"space=.*{space}.*other/model"):
-        ac.stream_activations(store, SITE)
-    with pytest.raises(ac.errors.OptionError, match="source is a int"):
-        ac.stream_activations(5, SITE)
-
-
 @pytest.mark.parametrize("wrong", [-1, len(ALL), 1 << 40])
 def test_rows_that_there_are_not_are_never_read(made: tuple[ac.Store, str], wrong: int) -> None:
     rows = made[0].numbered(made[1], made[0].common_prompts(made[1], SITES), SITES)
     with pytest.raises(ac.errors.NotCachedError, match=str(wrong)):
         rows.take(np.array([3, wrong]), SITE)
     assert rows.take(np.array([], np.int64), SITE).shape == (0, 8)
-
-
-@pytest.mark.slow
-def test_two_processes_share_an_epoch(made: tuple[ac.Store, str], tmp_path: Path) -> None:
-    """Ranks of a process group, each with a worker that is started anew."""
-    store, space = made
-    script = Path(__file__).with_name("stream_rank.py")
-    outs = [tmp_path / f"{rank}.json" for rank in (0, 1)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "meeting"), str(store.location),
-             str(store.index_dir), space, SITE, str(out)]
-        )
-        for rank, out in enumerate(outs)
-    ]  # fmt: skip
-    try:
-        assert [process.wait(timeout=180) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    parts = [json.loads(out.read_text()) for out in outs]
-    whole = stream_of(made)
-    prompts = [int(whole.prompts.tokens(i)[0]) for i in range(len(whole.prompts))]
-    assert sorted((prompts[p], q) for found, _ in parts for p, q in found) == ALL
-    assert sum(length for _, length in parts) == len(whole)

@@ -19,7 +19,7 @@ from actcache.stream import elsewhere
 from elsewhere import IDENTITY, Folder, machine
 from servers import only_aws
 from store_helpers import SITES, every_token, make_store, make_table, pooled
-from test_streams import ALL, SITE, taken, values_of
+from stream_helpers import ALL, SITE, taken, values_of
 
 
 @pytest.fixture
