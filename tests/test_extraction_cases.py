@@ -21,7 +21,7 @@
 | features of a vector, sorted; the wrong place or width refused; put back at one position | test_encode.py |
 | predictions of each layer, the first that has a token | `test_a_lens...`, here; test_analysis_lens.py |
 | characters of a text and their tokens | test_text_positions.py; of a chat test_tokens_of.py |
-| positions of images and of text in a prompt, sites of models that read images | test_media.py |
+| positions of images and of text, sites of models that read images | test_media_positions.py; test_media.py |
 """
 
 from __future__ import annotations

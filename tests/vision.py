@@ -12,6 +12,8 @@ import torch
 import transformers
 from torch import Tensor
 
+import actcache as ac
+
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
 IMAGE, VIDEO, BEGIN, END, PAD = 100, 101, 102, 103, 0
 LAYERS = 3
@@ -312,3 +314,16 @@ def git() -> Any:
     text = {name: value for name, value in TEXT.items() if name != "num_key_value_heads"}
     torch.manual_seed(0)
     return transformers.GitForCausalLM(transformers.GitConfig(vision_config=dict(_TOWER), **text)).eval()
+
+
+# Pairs (images, words) of each prompt.
+MIXED = [(2, 3), (1, 6), (1, 2)]
+BOTH = {"image": ac.tokens_of("image"), "text": ac.tokens_of("text")}
+
+
+def image_places(prompt: list[int]) -> list[int]:
+    return [at for at, token in enumerate(prompt) if token == IMAGE]
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
