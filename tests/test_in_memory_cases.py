@@ -6,9 +6,10 @@
 | names of sites: read, printed, counted once, refused before the pass | here; test_sites.py |
 | a mapping: copies, pickles, equality by content, nearest names | here; test_cache.py |
 | moving to devices and dtypes, notes and metadata on the way | test_notes.py |
-| batches joined: strategies, deferred mode, lengths in any order, labels | here; test_aggregation.py |
+| batches joined: lengths in any order, labels | here; test_aggregation.py |
+| batches joined: strategies, deferred mode | here; test_aggregation_strategies.py |
 | what cannot be joined, and that nothing changed by it | test_aggregation.py |
-| positions of every batch, finished caches and their metadata | here; test_aggregation.py |
+| positions of every batch, finished caches and their metadata | here; test_aggregation_strategies.py |
 | bytes written by joins, the bytes of views and shared memory | here; test_memory.py; times in benchmarks/joining.py |
 | sizes in words, trees, groups of layers and heads | here; test_memory.py |
 | files, found by what is said of them | here; test_saving.py |
