@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,83 +12,13 @@ import transformers
 from torch import Tensor
 
 import actcache as ac
-import edit_helpers
-from actcache.testing.tiny import FAMILIES, PAD, WINDOW, tiny_model
+from actcache.testing.tiny import FAMILIES, WINDOW, tiny_model
 from edit_helpers import state
+from knockout_helpers import IDS, attention_of, by_hand, cut_of, masked_by_hand, run
 
-IDS = torch.tensor([[5, 9, 100, 7, 60, 41], [8, 3, 4, 50, 11, 90]])
-LEFT = torch.tensor([[PAD, PAD, 9, 100, 7, 41], [8, 3, 4, 50, 6, 90]])
-RIGHT = torch.tensor([[9, 100, 7, 41, PAD, PAD], [8, 3, 4, 50, 6, 90]])
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 NO_ATTENTION = ("mamba", "mamba2")
 ATTENTIVE = [family for family in FAMILIES if family not in NO_ATTENTION]
-
-
-def attention_of(model: Any, family: str, layer: int, stack: str | None) -> Any:
-    """The module that is called with the mask of self-attention."""
-    if family.startswith("t5"):
-        return getattr(model, str(stack)).block[layer].layer[0].SelfAttention
-    if family == "bart":
-        return getattr(model.model, str(stack)).layers[layer].self_attn
-    if family in ("bert", "roberta"):
-        return getattr(model, family).encoder.layer[layer].attention.self
-    if family == "distilbert":
-        return model.distilbert.transformer.layer[layer].attention
-    if family == "mpt":
-        return model.transformer.blocks[layer].attn
-    if family.startswith("gpt_neox"):
-        return model.gpt_neox.layers[layer].attention
-    if family.startswith("opt"):
-        return model.model.decoder.layers[layer].self_attn
-    block = (model.transformer.h if hasattr(model, "transformer") else model.model.layers)[layer]
-    return next(
-        getattr(block, name) for name in ("attn", "self_attn", "self_attention", "attention") if hasattr(block, name)
-    )
-
-
-@contextmanager
-def masked_by_hand(attention: Any, cut: Tensor) -> Iterator[None]:
-    """`cut` (bool ``[B, H, S, S]``) at -inf in the mask that one attention module of an eager model is given."""
-
-    def pre(module: Any, args: Any, kwargs: Any) -> Any:
-        def changed(mask: Tensor) -> Tensor:
-            # Some masks are wider than there are keys.
-            here = torch.nn.functional.pad(cut, (0, max(0, mask.shape[-1] - cut.shape[-1])))
-            if mask.dtype == torch.bool:
-                # MPT hides what is true.
-                return mask | here
-            return mask + torch.zeros(here.shape, dtype=mask.dtype).masked_fill(here, -torch.inf)
-
-        # The first block of T5 puts the mask into the bias, which all others hand on.
-        names = ["position_bias"] if type(module).__name__ == "T5Attention" else []
-        names = names or [
-            n for n in ("attention_mask", "mask", "sliding_window_mask") if isinstance(kwargs.get(n), Tensor)
-        ]
-        if not names and any(is_mask := [isinstance(a, Tensor) and a.ndim == 4 for a in args]):
-            return tuple(changed(a) if yes else a for a, yes in zip(args, is_mask, strict=True)), kwargs
-        # Where every token sees every other one, there may be no mask.
-        masks = {name: kwargs[name] for name in names} or {
-            "mask" if "mask" in kwargs else "attention_mask": torch.zeros(1, 1, 1, 1)
-        }
-        return args, {**kwargs, **{name: changed(mask) for name, mask in masks.items()}}
-
-    handle = attention.register_forward_pre_hook(pre, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def run(model: Any, edits: Any = None, sites: Any = None, ids: Tensor = IDS, **kwargs: Any) -> Any:
-    return edit_helpers.run(model, edits, sites or ["logits"], ids, **kwargs)
-
-
-def cut_of(heads: list[int], queries: list[int], keys: list[int], length: int = 6, n_heads: int = 4) -> Tensor:
-    cut = torch.zeros(2, n_heads, length, length, dtype=torch.bool)
-    for head in heads:
-        for query in queries:
-            cut[:, head, query, keys] = True
-    return cut
 
 
 @pytest.mark.parametrize("family", ATTENTIVE)
@@ -120,11 +48,6 @@ def test_it_is_a_mask_written_by_hand(family: str) -> None:
         assert bool((pattern[:, [1, 2], 2:5, :2] > 0).any())
         if family != "gpt_oss":
             torch.testing.assert_close(pattern.sum(-1), torch.ones(2, 4, 6))
-
-
-def by_hand(model: Any, layer: int, cut: Tensor, sites: Any = None, ids: Tensor = IDS, **kwargs: Any) -> Any:
-    with masked_by_hand(attention_of(model, "llama", layer, None), cut):
-        return run(model, sites=sites, ids=ids, **kwargs)
 
 
 @pytest.fixture
@@ -225,87 +148,6 @@ def test_one_identity_for_all_ways_of_writing_the_same() -> None:
     assert told(3, 0, [2, 0]) == told(3, 0, (0, 2, 0)) != told(3, 0, [1, 2])
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "bert"])
-@pytest.mark.parametrize("from_positions", ["last", [1, -2], (1, 3), "all", [[2], ["last", 1]]])
-def test_positions_count_real_tokens_whatever_the_padding_side(family: str, from_positions: Any) -> None:
-    model = tiny_model(family)
-    to_positions = [2] if from_positions == "all" else 0
-    for ids in (LEFT, RIGHT):
-        mask = (ids != PAD).long()
-        places = (mask.cumsum(1) - 1).clamp_min(0)
-        options = {"attention_mask": mask} | ({} if family == "bloom" else {"position_ids": places})
-        edit = ac.knockout([1, 2], [0, 2], from_positions=from_positions, to_positions=to_positions)
-        cache = run(model, edit, ids=ids, sites=["logits", "pattern"], **options)
-        for row, real in enumerate(mask.bool()):
-            alone = (
-                from_positions[row] if isinstance(from_positions, list) and from_positions[0] == [2] else from_positions
-            )
-            edit = ac.knockout([1, 2], [0, 2], from_positions=alone, to_positions=to_positions)
-            one = run(model, edit, ids=ids[row][real][None], sites=["logits", "pattern"])
-            torch.testing.assert_close(cache["logits"][row][real], one["logits"][0], rtol=1e-4, atol=1e-4)
-            pattern = cache["pattern.1"][row][:, real][:, :, real]
-            torch.testing.assert_close(pattern, one["pattern.1"][0], rtol=1e-4, atol=1e-5)
-            assert bool((one["pattern.1"][0, [0, 2]] == 0).tril().any())
-        assert not any(bool(value.isnan().any()) for value in cache.values())
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gpt_oss", "t5", "gemma3"])
-@pytest.mark.parametrize("from_positions", ["last", "all", [1, "last"]])
-def test_generation_is_the_same_with_and_without_a_kv_cache(family: str, from_positions: Any) -> None:
-    """Positions of the prompt keep their meaning in every step; with "all" new tokens are cut off too. Prompts grow
-    past the sliding windows."""
-    model = tiny_model(family)
-    if family == "t5":
-        if from_positions != "all":
-            pytest.skip("the decoder's own prompt is one token")
-        edit = ac.knockout("all", [0, 1], from_positions="all", to_positions=[1, 2], stack="encoder")
-    else:
-        edit = ac.knockout(
-            "all", [0, 1, 3], from_positions=from_positions, to_positions=[0] if from_positions != "all" else 1
-        )
-    edit_helpers.hold_generation(model, edit, 2 * WINDOW, input_ids=LEFT, attention_mask=(LEFT != PAD).long())
-
-
-def test_generation_is_a_mask_in_every_step(model: Any) -> None:
-    """New tokens cut off from two tokens of the prompt: each step's logits by hand, the whole sequence at once."""
-    options: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    edit = ac.knockout(1, [0, 2], from_positions="all", to_positions=[1, 3])
-    with ac.edit(model, edit):
-        out = model.generate(IDS, **options, output_logits=True, return_dict_in_generate=True)
-    ids = out.sequences[:, :-1]
-    cut = cut_of([0, 2], list(range(10)), [1, 3], length=10)
-    expected = by_hand(model, 1, cut, ids=ids)["logits"][:, 5:]
-    torch.testing.assert_close(torch.stack(out.logits, 1), expected, rtol=1e-4, atol=1e-4)
-    # Of beams, each prompt's rows are cut alike.
-    with ac.edit(model, edit):
-        beams = [model.generate(IDS, **options, num_beams=3, use_cache=cached) for cached in (True, False)]
-    assert torch.equal(*beams)
-
-
-def test_a_query_that_would_see_nothing_is_named(model: Any) -> None:
-    before = run(model)["logits"]
-    for edit, message in [
-        (ac.knockout(1, 2, from_positions=0, to_positions=0), "layer 1 leaves token 0 of prompt 0 nothing.*in head 2"),
-        (ac.knockout(1, from_positions="last", to_positions="all"), "token 5 of prompt 0"),
-        (
-            ac.knockout([2], from_positions=[[3], [1]], to_positions=[[0], [0, 1]]),
-            r"layer 2 leaves token 1 of prompt 1",
-        ),
-        (
-            ac.knockout(1, from_positions="all", to_positions=0),
-            r"token 0 of prompt 0.*ac\.ablate\('z\.1', heads=0, pos",
-        ),
-    ]:
-        with pytest.raises(ac.errors.EditError, match=message):
-            run(model, edit)
-    mask = (LEFT != PAD).long()
-    with pytest.raises(ac.errors.EditError, match="token 0 of prompt 0"):
-        run(model, ac.knockout(1, from_positions="first", to_positions="first"), ids=LEFT, attention_mask=mask)
-    # Padding attends to what nobody sees; that is no reason to refuse.
-    run(model, ac.knockout(1, from_positions=(1, 4), to_positions=0), ids=LEFT, attention_mask=mask)
-    assert torch.equal(run(model)["logits"], before)
-
-
 def test_what_is_wrong(model: Any) -> None:
     errors = ac.errors
     good: dict[str, Any] = {"from_positions": "last", "to_positions": 0}
@@ -388,27 +230,6 @@ def test_gradients_flow(model: Any) -> None:
         model(IDS).logits[:, -1].square().mean().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(given[name], parameter.grad, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])
-def test_patterns_of_generation(family: str) -> None:
-    """With and without a KV cache, and where queries that share keys are put together for a single new token."""
-    model = tiny_model(family)
-    left = {"input_ids": LEFT, "attention_mask": (LEFT != PAD).long()}
-    options: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
-    edit = ac.knockout(1, [1, 2], from_positions="all", to_positions=[1, 2])
-    with ac.edit(model, edit), ac.capture(model, sites="pattern.1") as cache:
-        ids = model.generate(**left, **options)
-    mask = torch.cat([left["attention_mask"], torch.ones(2, 2, dtype=torch.long)], 1)
-    places = (mask.cumsum(1) - 1).clamp_min(0)
-    whole = run(model, edit, ids=ids[:, :-1], sites="pattern.1", attention_mask=mask, position_ids=places)["pattern.1"]
-    real = mask.bool()
-    for row in range(2):
-        torch.testing.assert_close(
-            cache["pattern.1"][row][:, real[row]], whole[row][:, real[row]], rtol=1e-4, atol=1e-5
-        )
-    # A query of a sliding window sees other keys: those that are cut are cut for every query.
-    assert not bool(cache["pattern.1"][1, [1, 2]][:, :, [1, 2]].any())
 
 
 def test_two_threads_cut_and_edit_apart(model: Any) -> None:
