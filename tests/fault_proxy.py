@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler
 from types import TracebackType
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from local_server import LocalServer
+
 READS = ("list", "head", "range", "whole")
 WRITES = ("put", "delete")
 
@@ -76,7 +78,7 @@ class Request:
     status: int = 0
 
 
-class FaultProxy:
+class FaultProxy(LocalServer):
     """A proxy before the server at `upstream` (``http://host:port``); with `public` its buckets are such that everybody
     may read, and nobody has credentials for: whoever signs is refused, and whoever would write."""
 
@@ -89,20 +91,13 @@ class FaultProxy:
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._faults: list[list[object]] = []
-        self._server = _Server(("127.0.0.1", 0), _Handler)
-        self._server.proxy = self
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-
-    def __enter__(self) -> FaultProxy:
-        self._thread.start()
-        return self
+        server = _Server(("127.0.0.1", 0), _Handler)
+        server.proxy = self
+        super().__init__(server)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.over.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().__exit__(kind, error, at)
 
     def fail(self, *faults: Fault) -> None:
         """From now on these faults and no others; counting begins anew."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+
+from local_server import LocalServer
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Answer:
     length: int | None = None
 
 
-class ScriptedServer:
+class ScriptedServer(LocalServer):
     """`asked`: the requests so far. `answer` may be replaced at any time."""
 
     def __init__(self, answer: Callable[[Asked], Answer]) -> None:
@@ -72,18 +72,7 @@ class ScriptedServer:
             def handle_error(self, request: object, client_address: object) -> None:
                 """A client that gave up is part of the tests."""
 
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-
-    def __enter__(self) -> ScriptedServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().__init__(Server(("127.0.0.1", 0), Handler))
 
 
 def refusal(status: int, code: str, message: str = "", **headers: str) -> Answer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -11,6 +10,7 @@ import pytest
 
 from actcache.testing.hub import Fault
 from hub_client import TOKEN, Client, ClientError
+from local_server import LocalServer
 from made_datasets import INDEX, VERSIONS, make
 
 LOAD = "import actcache as ac; ac.load_activations(repo, as_dict=False, show_progress=False, **options).tolist()"
@@ -264,16 +264,10 @@ class _WithoutRanges(SimpleHTTPRequestHandler):
 def test_a_mirror_without_ranges(hub, tmp_path):
     made = make(tmp_path / "set", n=40, dim=50)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_WithoutRanges, directory=str(made.folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-        with Client(hub, tmp_path / "client", HF_ENDPOINT=endpoint) as client:
-            assert same(client.run(LOAD, repo="org/set", options={}), made.expected())
-            with pytest.raises(ClientError, match=r"DatasetAccessError: .*other bytes than were asked for"):
-                client.run(LOAD, repo="org/set", options={"prompts": made.texts[3]})
-    finally:
-        server.shutdown()
-        server.server_close()
+    with LocalServer(server) as mirror, Client(hub, tmp_path / "client", HF_ENDPOINT=mirror.url) as client:
+        assert same(client.run(LOAD, repo="org/set", options={}), made.expected())
+        with pytest.raises(ClientError, match=r"DatasetAccessError: .*other bytes than were asked for"):
+            client.run(LOAD, repo="org/set", options={"prompts": made.texts[3]})
 
 
 def test_nothing_is_left_on_disk(hub, tmp_path):

@@ -50,7 +50,6 @@ _Found = TypeVar("_Found")
 class Inspection(ABC):
     """The part of `Store` that describes; nothing here changes anything."""
 
-    backend: CacheBackend
     location: str | Path
     folder: Path
     root: Path

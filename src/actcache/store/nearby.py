@@ -20,19 +20,19 @@ _MOST = 5
 def where_nothing_is(store: Inspection) -> str:
     """What stands behind "nothing is stored" of an empty store: its URL, and of other places in that bucket some that
     have one, as far as one request tells them. Empty for a folder, of which everybody sees what it holds."""
-    if not isinstance(store.location, str):
+    if store._copy is None:
         return ""
     from actcache.store.object_backend import ObjectBackend
 
-    backend = store.backend
-    found = stores_among(backend.first_keys()) if isinstance(backend, ObjectBackend) else []
+    backend, location = store._copy.backend, str(store.location)
+    found = stores_among(backend._first_keys()) if isinstance(backend, ObjectBackend) else []
     if not found:
-        return f" at {store.location}"
-    bucket = "/".join(store.location.split("/")[:3])
+        return f" at {location}"
+    bucket = "/".join(location.split("/")[:3])
     # What is spelled nearly so comes first.
     urls = [f"{bucket}/{prefix}" if prefix else bucket for prefix in found]
-    urls = list(dict.fromkeys([*nearest(store.location, urls), *urls]))[:_MOST]
-    return f" at {store.location}; in that bucket there is something at {', '.join(urls)}"
+    urls = list(dict.fromkeys([*nearest(location, urls), *urls]))[:_MOST]
+    return f" at {location}; in that bucket there is something at {', '.join(urls)}"
 
 
 def stores_among(keys: Iterable[str]) -> list[str]:

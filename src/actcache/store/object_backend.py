@@ -150,7 +150,7 @@ class ObjectBackend(CacheBackend):
         self._persist("list", prefix or "objects", go_on)
         return iter(seen.values())
 
-    def first_keys(self) -> Sequence[str]:
+    def _first_keys(self) -> Sequence[str]:
         """Objects of the whole bucket, whatever the prefix, as one request tells them: a thousand at most, and none
         where it is refused or fails."""
         try:
