@@ -5,9 +5,6 @@ Reference: every returned sequence without its last token, run alone on the bare
 
 from __future__ import annotations
 
-import copy
-import pickle
-import threading
 import warnings
 from typing import Any
 
@@ -16,52 +13,14 @@ import torch
 from torch import Tensor
 
 import actcache as ac
-from actcache.errors import SiteUnavailableError
 from actcache.testing.tiny import PAD, tiny_model
+from beam_helpers import ENDS, PROMPTS, SITES, blocks, hold, left_padded
 from reference import alone, relative_error
-
-# Ends are made likely: with 259 tokens at random, a row would hardly ever meet its end by itself.
-ENDS = [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30]
-PROMPTS = [[5, 9, 100], [8, 8, 4, 200, 31], [7], [90, 91, 92, 93, 94, 95]]
-SITES = ["attn_out.2", "resid_post.3", "logits"]
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def model(request: pytest.FixtureRequest) -> Any:
     return tiny_model(request.param)
-
-
-def left_padded(prompts: list[list[int]]) -> dict[str, Tensor]:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def hold(cache: Any, model: Any, sequences: Tensor, prompts: list[list[int]], ends: list[int]) -> list[int]:
-    """Every row of every site against its sequence run alone; returns the number of rows of each sequence."""
-    width, per_prompt = max(map(len, prompts)), len(sequences) // len(prompts)
-    assert torch.equal(cache.input_ids[cache.attention_mask], sequences[:, :-1][cache.attention_mask])
-    lengths = []
-    for row, sequence in enumerate(sequences.tolist()):
-        prompt = prompts[row // per_prompt]
-        made = sequence[width:]
-        n_made = next((i + 1 for i, token in enumerate(made) if token in ends), len(made))
-        ids = [*prompt, *made[:n_made]][:-1]
-        mask = cache.attention_mask[row].tolist()
-        assert mask[:width] == [False] * (width - len(prompt)) + [True] * len(prompt)
-        for site in SITES:
-            got, reference = cache.rows(site)[row], alone(model, ids, site)
-            if site == "logits":
-                # generate asks for the logits of the last position only.
-                got, reference = got[: len(reference) - len(prompt) + 1], reference[len(prompt) - 1 :]
-            elif len(got) > len(reference):
-                # A sampled row's own end was fed once more before its padding: a row beyond the reference.
-                assert len(got) == len(reference) + 1
-                got = got[: len(reference)]
-            assert relative_error(got, reference) < 1e-5, (row, site)
-        lengths.append(len(ids))
-    return lengths
 
 
 @pytest.mark.parametrize(
@@ -109,10 +68,6 @@ def test_rows_as_they_come_would_be_wrong(model: Any) -> None:
     hold_rows = [alone(model, s[s != PAD][:-1].tolist(), "resid_post.3") for s in sequences]
     for row, reference in enumerate(hold_rows):
         assert relative_error(cache.rows("resid_post.3")[row], reference) < 1e-5
-
-
-def blocks(model: Any) -> str:
-    return "transformer.h" if hasattr(model, "transformer") else "model.layers"
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -252,137 +207,6 @@ def test_drafts_that_were_rejected_leave_no_rows(model: Any) -> None:
     assert torch.equal(cache.input_ids, made[:, :-1])
     (rows,) = cache.rows("resid_post.3")
     assert relative_error(rows, alone(model, made[0, :-1].tolist(), "resid_post.3")) < 1e-5
-
-
-def reordering_loop(model: Any, input_ids: Tensor, **_: Any) -> Tensor:
-    """A decoding loop of somebody's own that exchanges rows."""
-    out = model(input_ids, use_cache=True)
-    for _step in range(3):
-        out.past_key_values.reorder_cache(torch.arange(input_ids.shape[0]).flip(0))
-        token = out.logits[:, -1].argmax(-1).flip(0)
-        input_ids = torch.cat([input_ids.flip(0), token[:, None]], 1)
-        out = model(token[:, None], past_key_values=out.past_key_values, use_cache=True)
-    return torch.cat([input_ids, out.logits[:, -1].argmax(-1)[:, None]], 1)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("how", ["by hand", "custom_generate"])
-def test_rows_exchanged_by_somebody_else_are_refused(model: Any, how: str) -> None:
-    ids = torch.tensor([[5, 9, 100], [8, 8, 4]])
-    path = f"{blocks(model)}.3"
-    with ac.capture(model, path, sites="resid_post") as cache:
-        if how == "by hand":
-            reordering_loop(model, ids)
-        else:
-            model.generate(ids, custom_generate=reordering_loop, max_new_tokens=4, pad_token_id=PAD)
-        with pytest.raises(SiteUnavailableError, match="reordered"):
-            cache["resid_post.3"]
-    for read in (lambda: cache["resid_post.-1"], lambda: cache.get_layer(3), lambda: cache.stack(), lambda: cache.rows("resid_post.3")):  # fmt: skip  # noqa: E501
-        with pytest.raises(SiteUnavailableError, match=r"site 'resid_post\.\d' cannot be joined.*by module path"):
-            read()
-    assert len(cache[path]) == 4
-    assert cache.input_ids is None
-    assert "Refused" in repr(cache)
-
-
-@torch.no_grad()
-def test_a_decoding_loop_that_keeps_its_rows_is_joined(model: Any) -> None:
-    def loop(model: Any, input_ids: Tensor, **_: Any) -> Tensor:
-        cache = None
-        given = input_ids
-        for _step in range(3):
-            out = model(given, past_key_values=cache, use_cache=True)
-            given, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-            input_ids = torch.cat([input_ids, given], 1)
-        return input_ids
-
-    with ac.capture(model, sites="resid_post.3") as cache:
-        made = model.generate(
-            torch.tensor([[5, 9, 100], [8, 8, 4]]), custom_generate=loop, max_new_tokens=3, pad_token_id=PAD
-        )
-    for row, ids in enumerate(made[:, :-1].tolist()):
-        assert relative_error(cache.rows("resid_post.3")[row], alone(model, ids, "resid_post.3")) < 1e-5
-
-
-@torch.no_grad()
-def test_what_generate_returns_must_be_what_it_ran(model: Any) -> None:
-    def liar(model: Any, input_ids: Tensor, **_: Any) -> Tensor:
-        out = model(input_ids, use_cache=True)
-        model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values)
-        return torch.cat([input_ids, torch.full((len(input_ids), 2), 250)], 1)
-
-    with ac.capture(model, sites="resid_post.3") as cache:
-        model.generate(torch.tensor([[5, 9, 100]]), custom_generate=liar, max_new_tokens=2, pad_token_id=PAD)
-    with pytest.raises(SiteUnavailableError, match="cannot be matched to what generate"):
-        cache["resid_post.3"]
-
-
-@torch.no_grad()
-def test_generating_with_a_model_of_which_a_part_is_captured(model: Any) -> None:
-    """The part does not know what the whole returns: greedy steps join, searched ones are refused."""
-    part = model.base_model
-    with ac.capture(part, sites="resid_post.3") as cache:
-        made = model.generate(torch.tensor([[5, 9, 100]]), max_new_tokens=4, min_new_tokens=4, pad_token_id=PAD)
-    assert relative_error(cache.rows("resid_post.3")[0], alone(model, made[0, :-1].tolist(), "resid_post.3")) < 1e-5
-    with ac.capture(part, sites="resid_post.3") as cache:
-        model.generate(torch.tensor([[5, 9, 100]]), num_beams=3, max_new_tokens=4, pad_token_id=PAD)
-    with pytest.raises(SiteUnavailableError, match="capture the model that generates"):
-        cache["resid_post.3"]
-
-
-def test_nested_blocks_threads_and_errors_leave_the_model_as_it_was(model: Any) -> None:
-    before = dict(model.__dict__)
-    inputs = left_padded([[5, 9], [8, 8]])
-    options = {"num_beams": 2, "max_new_tokens": 3, "pad_token_id": PAD}
-    one, two = ac.capture(model, sites="resid_post.1"), ac.capture(model, sites="resid_post.3")
-    first = one.__enter__()
-    second = two.__enter__()
-    made = model.generate(**inputs, **options)
-    one.__exit__(None, None, None)
-    model.generate(**inputs, **options)
-    two.__exit__(None, None, None)
-    assert model.__dict__ == before
-    assert first["resid_post.1"].shape[0] == 2
-    assert second["resid_post.3"].shape[0] == 4
-    for row, sequence in enumerate(made.tolist()):
-        reference = alone(model, sequence[:-1], "resid_post.3")
-        assert relative_error(second.rows("resid_post.3")[row], reference) < 1e-5
-        assert relative_error(second.rows("resid_post.3")[row + 2], reference) < 1e-5
-
-    with pytest.raises(ValueError, match="greater than 0"), ac.capture(model, sites="resid_post.1") as failed:  # noqa: PT012
-        model(inputs["input_ids"])
-        model.generate(**inputs, max_new_tokens=0, pad_token_id=PAD)
-    assert model.__dict__ == before
-    assert failed["resid_post.1"].shape[0] == 2
-
-    results: dict[int, Any] = {}
-    # Not in the threads: they would draw from one generator, and a model of chance may end a sequence at once.
-    models = [tiny_model("gpt2", seed=number) for number in range(3)]
-
-    def work(number: int) -> None:
-        own = models[number]
-        with ac.capture(own, sites="resid_post.3") as cache:
-            made = own.generate(**inputs, **options)
-        results[number] = own, made, cache
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for own, made, cache in results.values():
-        for row, sequence in enumerate(made.tolist()):
-            assert relative_error(cache.rows("resid_post.3")[row], alone(own, sequence[:-1], "resid_post.3")) < 1e-5
-
-
-def test_a_copy_made_inside_a_block_generates_on_its_own(model: Any) -> None:
-    with ac.capture(model, sites="resid_post.1") as cache:
-        twin = copy.deepcopy(model)
-        again = pickle.loads(pickle.dumps(model))
-        for own in (twin, again):
-            own.generate(torch.tensor([[5, 9]]), num_beams=2, max_new_tokens=2, pad_token_id=PAD)
-        model.generate(torch.tensor([[5, 9]]), num_beams=2, max_new_tokens=3, min_new_tokens=3, pad_token_id=PAD)
-    assert cache["resid_post.1"].shape == (1, 4, 32)
 
 
 def test_one_step_and_one_beam(model: Any) -> None:
