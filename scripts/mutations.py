@@ -250,7 +250,7 @@ KEYS = (
         "extract/prompts.py",
         '"add_special_tokens": add_special_tokens}',
         '"add_special_tokens": True}',
-        ("tests/test_unified.py::TestMisses::test_special_tokens",),
+        ("tests/test_unified_found.py::TestMisses::test_special_tokens",),
     ),
     Mutation(
         "tokenizers are one tokenizer",

@@ -12,6 +12,7 @@ import actcache as ac
 from actcache import errors
 from actcache.testing.tiny import tiny_model, tiny_tokenizer
 from reference import alone, relative_error
+from unified_helpers import saved_gpt2
 
 FLOAT32 = 5e-6
 TEXT = "ab"
@@ -19,10 +20,7 @@ TEXT = "ab"
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "gpt2"
-    tiny_model("gpt2", seed=1, n_layer=2).save_pretrained(folder)
-    tiny_tokenizer(bos=False).save_pretrained(folder)
-    return folder
+    return saved_gpt2(tmp_path_factory.mktemp("models") / "gpt2", layers=2)
 
 
 @pytest.fixture
