@@ -22,7 +22,8 @@ from pathlib import Path
 
 import pytest
 
-from mutations import MUTATIONS, Mutation
+from mutation import Mutation
+from mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSED, FAILED = 0, 1

@@ -12,8 +12,8 @@ import pytest
 from actcache.store.files import SIGNATURE
 from actcache.store.records import Records
 from actcache.store.store import Store
+from segment_helpers import HOSTILE, hostile
 from store_helpers import check_pooled, make_store, make_table, pooled, segment_files
-from test_segment import HOSTILE, hostile
 
 GB = 2**30
 
