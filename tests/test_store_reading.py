@@ -14,10 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from actcache.errors import NotCachedError, OptionError
+from actcache.errors import NotCachedError
 from actcache.store.prompts import PromptTable
 from actcache.store.records import Records
-from actcache.store.spaces import new_space
 from actcache.store.store import Store
 from store_helpers import (
     CONTEXT,
@@ -307,85 +306,6 @@ def test_the_same_prompt_as_ids_and_as_text_is_one_entry(tmp_path: Path) -> None
     assert store.prompts(space).text_of(0) == text(1)
 
 
-# -- tensors in and out --------------------------------------------------------------------------------
-
-
-def test_reading_everything_of_a_site_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    store, space = make_store(tmp_path)
-    store.append(space, pooled([1]))
-    assert store.read(space, None, SITES[0], pooling="last_token").shape == (1, 8)
-    for site, pooling in (("resid_posst.0", "last_token"), (SITES[0], None)):
-        with pytest.raises(NotCachedError, match=site):
-            store.read(space, None, site, pooling=pooling)
-
-
-def test_sites_of_different_lengths_are_not_stretched(tmp_path: Path) -> None:
-    """Texts stored without a tokenizer may have been cut differently; one row must not pass for three."""
-    store, space = make_store(tmp_path)
-    store.write(space, ["a"], {"x": [np.ones((3, 2), np.float32)]})
-    store.write(space, ["a"], {"y": [np.ones((1, 2), np.float32)]})
-    place = store.locate(space, texts=["a"], text_context="external", sites=["x", "y"], layout="tokens")
-    with pytest.raises(ValueError, match="'y' has 1 rows and 'x' has 3"):
-        place.take_padded()
-
-
-def test_write_and_read_tensors(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    store, _ = make_store(tmp_path)
-    space = new_space("gpt2", note="mine")
-    prompts = ["a b c", [1, 2], [{"role": "user", "content": "hi"}]]
-    values = [torch.randn(3, 4), torch.randn(2, 4), torch.randn(5, 4)]
-    assert store.write(space, prompts, {"resid_post.3": values}) == 3
-    assert new_space("gpt2", note="mine").space == space.space
-    assert new_space("gpt2", note="other").space != space.space
-    for found, right in zip(store.read(space, prompts[::-1], "resid_post.3"), values[::-1], strict=True):
-        assert torch.equal(found, right)
-    assert all(map(torch.equal, store.read(space, None, "resid_post.3"), values))
-    assert store.contains(space, [*prompts, "no"], "resid_post.3").tolist() == [True, True, True, False]
-    last = store.read(space, prompts, "resid_post.3", positions=-1, dtype="float64")
-    assert torch.equal(last[2], values[2][-1:].double())
-    several = store.read(space, [prompts[0]], "resid_post.3", positions=["first", (1, 3), -1])
-    assert torch.equal(several[0], values[0][[0, 1, 2, 2]])
-    with pytest.raises(ValueError, match="positions"):
-        store.read(space, prompts, "resid_post.3", positions="middle")
-    with pytest.raises(NotCachedError, match="1 of 2"):
-        store.read(space, ["a b c", "no"], "resid_post.3")
-    with pytest.raises(IndexError):
-        store.read(space, prompts, "resid_post.3", positions=2)
-
-
-def test_write_and_read_pooled_bfloat16(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    store, _ = make_store(tmp_path)
-    space = new_space("gpt2")
-    values = torch.randn(3, 4).to(torch.bfloat16)
-    store.write(space, ["a", "b", [7]], {"embed": list(values)}, pooling="mean")
-    found = store.read(space, [[7], "b", "a"], "embed", pooling="mean")
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, values.flip(0))
-    found[:] = 0
-    out = torch.empty(1, 4)
-    assert store.read(space, "b", "embed", pooling="mean", out=out) is out
-    assert torch.equal(out[0], values[1].float())
-
-
-def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    store, _ = make_store(tmp_path)
-    space = new_space("gpt2")
-    with pytest.raises(ValueError, match="2 values for 1 prompts"):
-        store.write(space, ["a"], {"embed": [np.ones((1, 2))] * 2})
-    with pytest.raises(ValueError, match=r"shape \[3, 2\], expected \[2, D\]"):
-        store.write(space, [[1, 2]], {"embed": [np.ones((3, 2))]})
-    with pytest.raises(ValueError, match=r"expected \[D\]"):
-        store.write(space, ["a"], {"embed": [np.ones((1, 2))]}, pooling="mean")
-    with pytest.raises(TypeError):
-        store.write(space, [3.5], {"embed": [np.ones((1, 2))]})
-    with pytest.raises(ValueError, match="empty"):
-        store.read(space, [], "embed")
-    assert not store.root.exists()
-
-
 def test_thousands_of_segments_need_no_file_descriptors(tmp_path: Path) -> None:
     import resource
 
@@ -418,93 +338,3 @@ def test_maps_are_given_back(tmp_path: Path) -> None:
     del view
     gc.collect()
     assert f"{tmp_path}" not in Path("/proc/self/maps").read_text()
-
-
-def test_a_space_that_is_not_there_is_refused_whatever_is_done_with_it(tmp_path: Path) -> None:
-    store, space = make_store(tmp_path)
-    store.append(space, pooled(range(3)))
-    fresh = Store(store.location, index_dir=tmp_path / "other")
-    wrong = space[:-2] + "zz"
-    for do in (
-        lambda s: fresh.read(s, None, SITES[0], pooling="last_token"),
-        lambda s: fresh.contains(s, ["a"]),
-        lambda s: fresh.write(s, ["a"], {"x": [np.ones(3)]}, pooling="mean"),
-        lambda s: fresh.writer(s),
-        lambda s: fresh.prompts(s),
-        lambda s: fresh.statistics(s, SITES[0]),
-        lambda s: fresh.summaries(s),
-        lambda s: fresh.invalidate(s),
-        lambda s: fresh.invalidate(s, ["a"]),
-        lambda s: fresh.compact(s),
-        lambda s: fresh.merge(s),
-    ):
-        with pytest.raises(NotCachedError, match=f"has no space '{wrong}'. Did you mean '{space}'"):
-            do(wrong)
-        with pytest.raises(NotCachedError, match=f"That is a model, stored as space='{space}'"):
-            do("org/model")
-        with pytest.raises(NotCachedError, match=rf"has no space '\.\./v1'\. Stored: {space} \(org/model\)"):
-            do("../v1")
-    assert fresh.read(space, None, SITES[0], pooling="last_token").shape == (3, 8)
-    assert sorted(path.name for path in store.root.iterdir()) == [space]
-    # One that is described, and to which nothing was written yet, is none of these.
-    assert not fresh.contains(new_space("another"), ["a"]).any()
-    made = fresh.open_space({"weights": "new"}, {"model_name": "new"})
-    assert not fresh.contains(made, ["a"]).any()
-
-
-def test_a_site_or_pooling_that_is_not_there_is_named_with_the_nearest(tmp_path: Path) -> None:
-    store, space = make_store(tmp_path)
-    with pytest.raises(NotCachedError, match=r"there is no 'resid_post.0', since nothing is stored"):
-        store.read(space, None, "resid_post.0")
-    store.append(space, pooled(range(3), sites=["resid_post.1", "resid_post.10"]))
-    store.append(space, every_token(range(3), sites=["mlp_out.0"]))
-    for ask in (
-        lambda site, pooling: store.read(space, None, site, pooling=pooling),
-        lambda site, pooling: store.read(space, [text(0)], site, pooling=pooling),
-        lambda site, pooling: store.statistics(space, site, pooling=pooling),
-    ):
-        with pytest.raises(NotCachedError, match=r"no 'resid_pst\.1' is stored with .* Did you mean 'resid_post\.1'"):
-            ask("resid_pst.1", "last_token")
-        with pytest.raises(NotCachedError, match=r"with pooling='las_token' .* Did you mean with pooling='last_token'"):
-            ask("attn_out.1", "las_token")
-        with pytest.raises(NotCachedError, match=r"is stored .* with pooling='last_token', not for every token"):
-            ask("resid_post.1", None)
-        with pytest.raises(NotCachedError, match=r"every token \(pooling=None\), not with pooling='mean'"):
-            ask("mlp_out.0", "mean")
-    with pytest.raises(NotCachedError, match=r"1 of 2 prompts have no 'resid_post.1'"):
-        store.read(space, [text(0), text(7)], "resid_post.1", pooling="last_token")
-
-
-def test_who_asks_for_a_name_that_nothing_has_is_told(tmp_path: Path) -> None:
-    store, space = make_store(tmp_path)
-    asked = [text(0), text(7)]
-    # Any name may be meant where nothing is stored yet.
-    assert not store.contains(space, asked, "resid_pst.1", pooling="las_token").any()
-    store.append(space, pooled(range(3), sites=["resid_post.1", "probe_3"]))
-    assert store.contains(space, asked, "resid_post.1", pooling="last_token").tolist() == [True, False]
-    for site, pooling in (
-        ("resid_post.2", "last_token"), ("resid_post.1", None), ("resid_post.1", "mean"), ("probe_4", "last_token"),
-        ("perplexity", "derived"), ("logits.top5.values", "last_token"), ("decoder.mlp_out.1", None),
-    ):  # fmt: skip
-        assert not store.contains(space, asked, site, pooling=pooling).any(), (site, pooling)
-    for site, near in (
-        ("resid_pst.1", "resid_post.1"), ("blocks.1.hook_resid_post", "resid_post.1"), ("resid_post", "resid_post.1"),
-        ("resid_post.-1", "resid_post.1"), ("prob", "probe_3"), ("embd", "embed"),
-    ):  # fmt: skip
-        with pytest.raises(OptionError, match=rf"{site!r} is not how .* Did you mean '{near}'"):
-            store.contains(space, asked, site, pooling="last_token")
-    with pytest.raises(OptionError, match=r"Stored: probe_3, resid_post.1"):
-        store.contains(space, asked, "my vectors")
-    for site in ("resid_post.1", None):
-        with pytest.raises(OptionError, match=r"'las_token', which is none.* Did you mean 'last_token'"):
-            store.contains(space, asked, site, pooling="las_token")
-    assert store.contains(space, asked, pooling="last_token").tolist() == [True, False]
-    assert not store.contains(space, asked, pooling="mean").any()
-
-
-def test_where_all_prompts_are_gone_nothing_is_read(tmp_path: Path) -> None:
-    store, space = make_store(tmp_path)
-    store.append(space, pooled(range(3)))
-    store.invalidate(space)
-    with pytest.raises(NotCachedError, match="are gone"):
-        store.read(space, None, SITES[0], pooling="last_token")
