@@ -20,6 +20,13 @@ SEGMENTS = (
         _SEGMENT,
     ),
     Mutation(
+        "rows count as checked when one of them was",
+        "store/block_groups.py",
+        "(before[low] == before[high]).all()",
+        "(before[low] == before[high]).any()",
+        ("tests/test_block_groups.py",),
+    ),
+    Mutation(
         "a row's last block is not checked",
         "store/checks.py",
         "high = np.maximum(-(-(rows[1] * width) // BLOCK), low)",

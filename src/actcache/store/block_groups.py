@@ -17,26 +17,29 @@ Ranges = list[tuple[Ints, Ints]]
 class BlockGroup:
     """Sites of one shape; `first`: the number of each one's first block.
 
-    `known` bool ``[blocks + 1]``: which blocks are known to be good at all of them. Behind the last one nothing can be
-    wrong, and rows of no bytes may begin there.
+    `known` bool ``[blocks]``: which blocks are known to be good at all of them.
     """
 
     def __init__(self, shape: Shape, sites: Sequence[str], first: Sequence[int]) -> None:
         self.shape, self.sites, self.first = shape, list(sites), np.array(first, np.int64)
-        self.known = np.zeros(sum(count for _, count in shape) + 1, bool)
-        self.known[-1] = True
+        self.known = np.zeros(sum(count for _, count in shape), bool)
+        self._unknown_before = np.arange(len(self.known) + 1)
 
     def knows(self, ranges: Ranges) -> bool:
-        """Whether all blocks in `ranges` are known to be good, as a glance tells; False: look closer."""
-        for low, high in ranges:
-            last = np.maximum(high - 1, low)
-            if (last - low > 1).any() or not (self.known[low].all() and self.known[last].all()):
-                return False
-        return True
+        """Whether all blocks in `ranges` are known to be good."""
+        before = self._unknown_before
+        return all(bool((before[low] == before[high]).all()) for low, high in ranges)
+
+    def learn(self, blocks: Ints) -> None:
+        """These are good at all of the sites."""
+        self.known[blocks] = True
+        before = np.zeros(len(self.known) + 1, np.int64)
+        np.cumsum(~self.known, out=before[1:])
+        self._unknown_before = before
 
     def marked(self, ranges: Ranges) -> Ints:
         """The blocks that lie in any of `ranges`."""
-        return marked(ranges, len(self.known) - 1)
+        return marked(ranges, len(self.known))
 
 
 def marked(ranges: Ranges, count: int) -> Ints:

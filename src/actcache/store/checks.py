@@ -78,7 +78,7 @@ class BlockChecks:
             blocks = group.marked(ranges)
             if (self._state[group.first[:, None] + blocks] != _GOOD).any():
                 return False
-            group.known[blocks] = True
+            group.learn(blocks)
             if group.known.all():
                 self._clean.update(group.sites)
         return True

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from actcache.errors import NotCachedError
 from actcache.store import quantize
 from actcache.store.mapping import Segment
+from actcache.store.moving import move
 from actcache.store.receiving import Received
 from actcache.store.statistics import as_float, is_float
 
@@ -110,7 +111,7 @@ def _prepared(piece: Piece, sites: Sequence[str], out: npt.NDArray[Any]) -> Call
     region, first = grid
     if piece.straight and len(sites) == 1:
         start, place = int(first[0]) + low, int(at[0])
-        return partial(np.copyto, out[place : place + len(at), piece.columns[0]], region[start : start + len(at)])
+        return partial(move, out[place : place + len(at), piece.columns[0]], region[start : start + len(at)])
     size = len(sites) * out.shape[2] * out.itemsize
     scattered = 2 * (int(at[-1]) - int(at[0])) >= 3 * len(at)
     if scattered and size >= _LONG_BYTES and _fills_rows(piece.columns, out):
@@ -197,7 +198,7 @@ def _by_runs(matrix: npt.NDArray[Any], rows: Ints, out: npt.NDArray[Any], at: In
         return False
     for a, b in pairwise([0, *breaks.tolist(), len(rows)]):
         row, place = int(rows[a]), int(at[a])
-        out[place : place + b - a] = matrix[row : row + b - a]
+        move(out[place : place + b - a], matrix[row : row + b - a])
     return True
 
 

@@ -18,6 +18,7 @@ from actcache.store.dtypes import common_dtype, name_of
 from actcache.store.gather import Piece, gather_pieces
 from actcache.store.lazy import lazy
 from actcache.store.mapping import Reader, Segment
+from actcache.store.moving import move
 from actcache.store.prompts import PromptTable
 from actcache.store.receiving import Received
 from actcache.store.records import SPARSE, TOKENS
@@ -322,7 +323,7 @@ class Placement:
         readers = self._readers(part, segment, starts, stops, received)
         for at, start, stop in zip(members.tolist(), starts.tolist(), stops.tolist(), strict=True):
             for j, read in zip(part.sites, readers, strict=True):
-                out[at, : stop - start, j] = read(start, stop)
+                move(out[at, : stop - start, j], read(start, stop))
 
     def row_counts(self) -> Ints:
         """How many rows each prompt has at the first site, int64 ``[n]``; 0 where it was not found."""
