@@ -1,6 +1,6 @@
 """The store against the physical limits of the same run: writing, reading warm and cold (finding: `lookups.py`).
 
-    python benchmarks/store.py [--quick] [--prompts N] [--part NAME] [--json FILE] [--folder DIR]
+    python benchmarks/store.py [--quick] [--rounds N] [--prompts N] [--part NAME] [--json FILE] [--folder DIR]
 
 Every row is a ratio against its reference, interleaved on one thread; GB/s are of the caller's bytes.
 """
@@ -88,12 +88,14 @@ def writing(folder: Path, rounds: int) -> Tables:
     return found
 
 
-def committing(folder: Path, rounds: int, n: int) -> Tables:
-    """A long run: `n` prompts, batch by batch, each durable before the next; merging included."""
+def committing(folder: Path, rounds: int, n: int, *, by_files: bool = False) -> Tables:
+    """A long run: `n` prompts, batch by batch, each durable before the next; merging included.
+
+    Against raw writes, or `by_files` against a file for each prompt.
+    """
     sites = [f"resid_post.{layer}" for layer in range(MANY_LAYERS)]
     per_prompt = MANY_LAYERS * MANY_WIDTH * 2
     large = -(-(64 << 20) // per_prompt)
-    few = min(n, 4096)
 
     def batches(count: int, size: int) -> list[Records]:
         """Prompts of their own for each batch; the vectors are those of a few batches, too many for the caches."""
@@ -109,7 +111,7 @@ def committing(folder: Path, rounds: int, n: int) -> Tables:
             made.append(Records.pooled(part, "last_token", rows))
         return made
 
-    small_batches, large_batches = batches(n, 64), batches(n, large)
+    small_batches, large_batches = batches(n, 64), [] if by_files else batches(n, large)
 
     def raw(parts: Sequence[Records], *, each: bool) -> None:
         fd, at = os.open(folder / "raw", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 0
@@ -186,45 +188,45 @@ def committing(folder: Path, rounds: int, n: int) -> Tables:
         candidates: dict[str, Callable[[], object]],
         floors: Sequence[float],
     ) -> tuple[list[Row], dict[str, float]]:
-        rows = compare(reference[1], candidates, rounds, reference_name=reference[0], warmup=1, before=tidy)
+        # A file for each of 20,000 prompts takes a minute or more.
+        warmup = 0 if by_files else 1
+        rows = compare(reference[1], candidates, rounds, reference_name=reference[0], warmup=warmup, before=tidy)
         return rows, dict(zip(candidates, floors, strict=False))
 
-    what = f"{MANY_LAYERS} x {MANY_WIDTH} float16, durable and merged"
-    found = []
-    by_64 = "commits of 64 prompts"
-    for count, (rows, bounds) in (
-        (n, against(
-            ("raw write, one fsync", lambda: raw(small_batches, each=False)),
-            {by_64: lambda: stored(small_batches), "commits of 64 MB": lambda: stored(large_batches)}, (0.2, 0.4),
-        )),
-        (n, against(
-            ("raw write, fsync per 64", lambda: raw(small_batches, each=True)),
-            {by_64: lambda: stored(small_batches), LEAST: lambda: least(small_batches)}, (0.7,),
-        )),
-        (few, against(
-            ("a file per prompt", lambda: files(small_batches[: few // 64])),
-            {by_64: lambda: stored(small_batches[: few // 64]), LEAST: lambda: least(small_batches[: few // 64])},
-            (12,),
-        )),
-    ):  # fmt: skip
-        found.append((f"writing {count:,} prompts x {what}", rows, {"nbytes": count * per_prompt, "bounds": bounds}))
+    by_64, by_size = "commits of 64 prompts", "commits of 64 MB"
+    small: dict[str, Callable[[], object]] = {by_64: lambda: stored(small_batches)}
+    large_too = {**small, by_size: lambda: stored(large_batches)}
+    limited = {**small, LEAST: lambda: least(small_batches)}
+    if by_files:
+        tables = [against(("a file per prompt", lambda: files(small_batches)), limited, (12,))]
+    else:
+        tables = [
+            against(("raw write, one fsync", lambda: raw(small_batches, each=False)), large_too, (0.2, 0.4)),
+            against(("raw write, fsync per 64", lambda: raw(small_batches, each=True)), limited, (0.7,)),
+        ]
     tidy("")
-    return found
+    title = f"writing {n:,} prompts x {MANY_LAYERS} x {MANY_WIDTH} float16, durable and merged"
+    return [(title, rows, {"nbytes": n * per_prompt, "bounds": bounds}) for rows, bounds in tables]
 
 
 def main() -> int:
     parser = arguments(__doc__)
-    parser.add_argument("--prompts", type=int, default=0, help="how many the long run writes (20,000; quick: 2,560)")
+    parser.add_argument(
+        "--prompts", type=int, default=0, help="how many the long run writes (20,000, by files 4,096; quick: 2,560)"
+    )
+    parser.add_argument("--rounds", type=int, default=0, help="of each table (31, the long run 5; quick: 7 and 5)")
     parser.add_argument("--part", action="append", help="only this part: writing, committing, ... (may be repeated)")
     options = parser.parse_args()
-    rounds = 7 if options.quick else 31
+    rounds = options.rounds or (7 if options.quick else 31)
+    few = options.rounds or 5
     n = 4_000 if options.quick else 20_000
-    long = options.prompts or (2560 if options.quick else 20_000)
+    long, by_files = (options.prompts or (2560 if options.quick else size) for size in (20_000, 4096))
     # The references copy on one thread.
     gather._MAX_THREADS = 1
     parts: dict[str, Callable[[Path], Tables]] = {
         "writing": lambda folder: writing(folder, rounds),
-        "committing": lambda folder: committing(folder, min(rounds, 5), long),
+        "committing": lambda folder: committing(folder, few, long),
+        "files": lambda folder: committing(folder, few, by_files, by_files=True),
         "pooled": lambda folder: pooled(folder / "pooled", n, rounds),
         "sequences": lambda folder: sequences(folder / "sequences", n // 20, rounds),
         "cold": lambda folder: cold(folder / "pooled", n, rounds),
