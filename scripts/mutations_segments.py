@@ -43,8 +43,8 @@ SEGMENTS = (
     Mutation(
         "blocks are a piece longer than they should be",
         "store/writing.py",
-        "part = data[at : at + BLOCK - self._filled]",
-        "part = data[at : at + BLOCK]",
+        "part = data[at : at + self._block - self._filled]",
+        "part = data[at : at + self._block]",
         _SEGMENT,
     ),
     Mutation(
