@@ -169,6 +169,28 @@ def test_what_ends_the_block_waits_and_says_more() -> None:
     disk.stop()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_in_a_forked_child_a_background_is_another_thread() -> None:
+    disk, done = Background("test"), list[int]()
+    disk.do(partial(done.append, 1))
+    disk.wait()
+    child = os.fork()
+    if not child:
+        try:
+            signal.alarm(10)
+            disk.wait()
+            disk.do(partial(done.append, 2))
+            disk.wait()
+            os._exit(0 if done == [1, 2] else 2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    disk.do(partial(done.append, 3))
+    disk.wait()
+    disk.stop()
+    assert done == [1, 3]
+
+
 def test_a_background_without_a_thread_does_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(_: object) -> None:
         raise RuntimeError("can't start new thread")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,75 @@ def test_put_blocks_while_too_much_waits(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(put) == 12
     assert max(held) <= 3 * size + 10
     assert check_pooled(store, space, range(12)).all()
+
+
+def test_what_is_durable_is_not_held_until_more_comes(tmp_path: Path) -> None:
+    """Records may be large, and what comes next is made in the room of those before them."""
+    store, space = make_store(tmp_path)
+    with store.writer(space, linger=0) as writer:
+        for i in range(3):
+            given = pooled([i])
+            held = [weakref.ref(rows) for rows in given.data.values()]
+            writer.put(given)
+            del given
+            writer.flush()
+            deadline = time.monotonic() + 20
+            while any(one() is not None for one in held):
+                assert time.monotonic() < deadline, "records that are stored are still in memory"
+                time.sleep(0.01)
+    assert check_pooled(store, space, range(3)).all()
+
+
+def test_all_files_that_grow_wait_for_the_disk_in_one_thread(tmp_path: Path) -> None:
+    store, space = make_store(tmp_path)
+    before = set(threading.enumerate())
+    with store.writer(space, linger=0) as writer:
+        for i in range(4):
+            writer.put(pooled([i]))
+            writer.flush()
+            writer.put(every_token([i]))
+            writer.flush()
+        begun = [thread.name for thread in set(threading.enumerate()) - before]
+        assert sorted(begun) == ["actcache-disk", "actcache-writer"]
+    deadline = time.monotonic() + 20
+    while set(threading.enumerate()) - before:
+        assert time.monotonic() < deadline, "a thread outlives its writer"
+        time.sleep(0.01)
+    assert check_pooled(store, space, range(4)).all()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_behind_a_flushed_block_everything_is_durable(tmp_path: Path, fails: bool) -> None:
+    store, space = make_store(tmp_path)
+    with store.writer(space, linger=60) as writer:
+        with contextlib.suppress(KeyError), writer.flushed() as same:
+            same.put(pooled([1]))
+            if fails:
+                raise KeyError("the caller's own trouble")
+        assert check_pooled(store, space, [1]).all()
+        writer.put(pooled([2]))
+    assert check_pooled(store, space, [1, 2]).all()
+
+
+def test_of_two_errors_of_a_flushed_block_the_first_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, space = make_store(tmp_path)
+
+    def failing(self: Store, space: str, records: list[Records]) -> object:
+        raise RuntimeError("trouble")
+
+    monkeypatch.setattr(Store, "append", failing)
+
+    def work(writer: SegmentWriter, *, fails: bool) -> None:
+        with writer.flushed():
+            writer.put(pooled([1]) if fails else every_token([1]))
+            if fails:
+                raise KeyError("the caller's own trouble")
+
+    with store.writer(space, linger=60) as writer:
+        with pytest.raises(KeyError, match="own"):
+            work(writer, fails=True)
+        with pytest.raises(RuntimeError, match="trouble"):
+            work(writer, fails=False)
 
 
 def test_one_batch_larger_than_the_queue_passes(tmp_path: Path) -> None:

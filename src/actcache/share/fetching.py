@@ -40,6 +40,7 @@ from actcache.store.spill import Spill
 if TYPE_CHECKING:
     from actcache.store.spaces import SpaceInfo
     from actcache.store.store import Store
+    from actcache.store.writer import SegmentWriter
 
 SLICE_BYTES = 32 << 20
 """Bytes of rows that are read together, while as many are written."""
@@ -47,7 +48,6 @@ _PER_PROMPT = 4 << 10
 """Bytes that count for each prompt beside its rows: what is known of it while it is fetched is in memory as well."""
 _OPEN = 4
 _WAIT_S = 600.0
-_LINGER_S = 0.25
 
 Array = npt.NDArray[Any]
 Told = Callable[[int], object]
@@ -239,12 +239,19 @@ def _what(info: SpaceInfo) -> str:
 
 
 def fetch(
-    store: Store, info: SpaceInfo, table: PromptTable, sites: Sequence[str], layout: str, *, told: Told = int
+    store: Store,
+    info: SpaceInfo,
+    table: PromptTable,
+    sites: Sequence[str],
+    layout: str,
+    *,
+    told: Told = int,
+    writer: SegmentWriter | None = None,
 ) -> int:
     """See to it that registered prompts (`table`, as they are registered) have `sites` in `layout` in the store.
 
     Of what other threads and processes of this host fetch at the same time nothing is fetched twice. `told` how many
-    rows of the index are there. Returns how many prompts lacked something.
+    rows of the index are there. `writer`: of who fetches in many steps. Returns how many prompts lacked something.
 
     Raises:
         DatasetNotFoundError, DatasetAccessError: it is gone, private by now, or cannot be reached.
@@ -265,8 +272,9 @@ def fetch(
             missing = _missing(store, info, table, sites, layout)
             told(lacking - _count(missing))
             check_unchanged(info, dataset.index.source, dataset.offered)
-            for members, absent in missing:
-                _fetch(store, info, dataset, table.select(members), absent, layout, told)
+            with store.writer(info.space, max_bytes=SLICE_BYTES) if writer is None else writer.flushed() as out:
+                for members, absent in missing:
+                    _fetch(store, info, dataset, table.select(members), absent, layout, told, out)
     except BaseException as error:
         _forget(info.space, dataset)
         if isinstance(error, DamagedFileError) and error.span is None:
@@ -327,7 +335,14 @@ def _count(missing: Sequence[tuple[Ints, Sequence[str]]]) -> int:
 
 
 def _fetch(
-    store: Store, info: SpaceInfo, dataset: Dataset, table: PromptTable, sites: Sequence[str], layout: str, told: Told
+    store: Store,
+    info: SpaceInfo,
+    dataset: Dataset,
+    table: PromptTable,
+    sites: Sequence[str],
+    layout: str,
+    told: Told,
+    writer: SegmentWriter,
 ) -> None:
     placement = store.locate(info.space, table=table, sites=[PROMPT], layout=PULLED)
     if not placement.found.all():
@@ -341,27 +356,26 @@ def _fetch(
         if column is None:
             raise DatasetFormatError(f"{_what(info)} has no {site!r} any more: it was changed.")
         groups.setdefault(column.group.name if column.group is not None else None, []).append(column)
-    with store.writer(info.space, max_bytes=SLICE_BYTES, linger=_LINGER_S) as writer:
-        for name, columns in groups.items():
-            if name is None:
-                order = np.argsort(rows, kind="stable")
-                for records in results_of(dataset.index, rows[order], table.select(order)):
-                    if set(records.data) & {column.site for column in columns}:
-                        check_unchanged(info, dataset.index.source, dataset.offered)
-                        writer.put(records)
-                continue
-            _check_lengths(info, dataset, columns, rows, table, layout)
-            for members, data in dataset.read(rows, columns, layout):
-                prompts = table.select(members)
-                records = Records.tokens(prompts, data) if layout == TOKENS else Records.pooled(prompts, layout, data)
-                records = _screened(store, info, records)
-                # What was read after somebody had begun to change the files is not what was pulled.
-                check_unchanged(info, dataset.index.source, dataset.offered)
-                writer.put(records)
-                told(len(members))
-                if 2 * records.nbytes > SLICE_BYTES:
-                    # What others have left free would be kept beside what is read next.
-                    return_free_memory()
+    for name, columns in groups.items():
+        if name is None:
+            order = np.argsort(rows, kind="stable")
+            for records in results_of(dataset.index, rows[order], table.select(order)):
+                if set(records.data) & {column.site for column in columns}:
+                    check_unchanged(info, dataset.index.source, dataset.offered)
+                    writer.put(records)
+            continue
+        _check_lengths(info, dataset, columns, rows, table, layout)
+        for members, data in dataset.read(rows, columns, layout):
+            prompts = table.select(members)
+            records = Records.tokens(prompts, data) if layout == TOKENS else Records.pooled(prompts, layout, data)
+            records = _screened(store, info, records)
+            # What was read after somebody had begun to change the files is not what was pulled.
+            check_unchanged(info, dataset.index.source, dataset.offered)
+            writer.put(records)
+            told(len(members))
+            if 2 * records.nbytes > SLICE_BYTES:
+                # What others have left free would be kept beside what is read next.
+                return_free_memory()
     log.info("fetched %d prompts of %s", len(table), info.pulled)
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from actcache.errors import DatasetAccessError, DatasetFormatError, OptionError
 from actcache.progress import progress
 from actcache.share.different import Different
-from actcache.share.fetching import Dataset, fetch, found_as_given, remember
+from actcache.share.fetching import SLICE_BYTES, Dataset, fetch, found_as_given, remember
 from actcache.share.folder import Folder
 from actcache.share.index import Index
 from actcache.share.index_prompts import lengths_of, pieces
@@ -299,9 +299,14 @@ def _materialize(
     for column in columns:
         if column.group is not None:
             groups.setdefault(column.group.name, []).append(column)
-    with progress(len(groups) * len(taken), "pull", unit="row", show=show) as bar:
+    total = len(groups) * len(taken)
+    with (
+        # One for all of it: what the C library has given to the threads of one stays taken when they end.
+        store.writer(info.space, max_bytes=SLICE_BYTES) as writer,
+        progress(total, "pull", unit="row", show=show) as bar,
+    ):
         for some in groups.values():
             layout, sites = some[0].layout, [column.site for column in some]
             for members in dataset.in_order(rows, some, layout, _STEP_BYTES):
-                fetch(store, info, taken.select(members), sites, layout, told=bar.update)
+                fetch(store, info, taken.select(members), sites, layout, told=bar.update, writer=writer)
                 return_free_memory()

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from actcache.errors import DiskFullError, StoreAccessError
 from actcache.store import adoption, duplicates, merging
+from actcache.store.beside import Background
 from actcache.store.files import log
-from actcache.store.growing import GrowingFile
+from actcache.store.growing import DISK, GrowingFile
 from actcache.store.index import SpaceIndex
 from actcache.store.records import SPARSE, Records
 
@@ -51,6 +52,9 @@ class Appender:
         self._files: dict[tuple[Any, ...], GrowingFile] = {}
         self._made: dict[tuple[Any, ...], int] = {}
         self._can_lock = True
+        # One for all files: what the C library has given to a thread stays with its like when it ends, so that with new
+        # ones a long run would take more and more memory.
+        self._disk = Background(DISK)
 
     def append(self, given: Sequence[Records]) -> None:
         """Store `given`, of one signature, all or nothing."""
@@ -118,7 +122,7 @@ class Appender:
             sizes = _SIZES if self._uploader is None else [s for s in _SIZES if s <= merging.GATHERED]
             large = next((s for s in sizes[made:-1] if s >= _LEAST_BATCHES * size), sizes[-1])
             try:
-                file = GrowingFile(index.folder, index.folder.name, group, large)
+                file = GrowingFile(index.folder, index.folder.name, group, large, self._disk)
             except (DiskFullError, StoreAccessError):
                 raise
             except OSError as error:
@@ -149,6 +153,7 @@ class Appender:
         with self._lock:
             while self._files:
                 self._finish(self._files.popitem()[1])
+            self._disk.stop()
 
     def _finish(self, file: GrowingFile) -> None:
         try:

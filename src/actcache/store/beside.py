@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -55,10 +56,17 @@ class Beside:
 
 
 class Background:
-    """A thread that does one thing after another as its owner tells it, who computes meanwhile. Not thread-safe."""
+    """A thread that does one thing after another as its owner tells it, who computes meanwhile. Not thread-safe.
+
+    In a child process it is another one.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._pid = os.getpid()
         self._asked: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -66,6 +74,8 @@ class Background:
 
     def do(self, work: Callable[[], object]) -> None:
         """Have `work` done when all that was told before is; not at all, where something of that has failed."""
+        if self._pid != os.getpid():
+            self._begin_anew()
         if self._error is not None:
             return
         if self._thread is None:
@@ -81,6 +91,8 @@ class Background:
 
     def wait(self) -> None:
         """Return when all is done, and raise what the first to fail has raised."""
+        if self._pid != os.getpid():
+            self._begin_anew()
         error, self._error = self._error, None
         if self._thread is not None:
             self._asked.put(_answer)

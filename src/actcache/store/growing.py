@@ -41,7 +41,8 @@ from actcache.store.writing import (
 )
 
 _PAGE = 4096
-_DISK = "actcache-disk"
+DISK = "actcache-disk"
+"""What threads that wait for the disk are called."""
 _SENT_BYTES = 1 << 20
 _STUB = b'{"__metadata__":{"format":"actcache-open"}}'
 # Prompts to come may have more text and come in smaller batches: holes cost nothing.
@@ -96,8 +97,12 @@ class GrowingFile:
     and whoever merges next makes a segment of it.
     """
 
-    def __init__(self, folder: Path, space: str, group: Sequence[Records], size: int) -> None:
+    def __init__(
+        self, folder: Path, space: str, group: Sequence[Records], size: int, disk: Background | None = None
+    ) -> None:
         """A file of about `size` bytes for batches like `group`, which must fit; nothing is in it yet.
+
+        `disk`: the thread that waits for the disk, where its owner has one for several files.
 
         Raises DiskFullError or StoreAccessError, naming the folder; OSError where files cannot be locked.
         """
@@ -126,7 +131,8 @@ class GrowingFile:
         self.created_ns = 0
         self._used = 0
         self._measured = Measured([(c.site, c.code, c.dim) for c in self._columns])
-        self._disk = Background(_DISK)
+        self._disk = disk or Background(DISK)
+        self._own_disk = disk is None
         with translated(folder):
             temporary, self._fd = open_locked(folder, ".tmp", locks_needed=True)
             _owned.add(self)
@@ -318,7 +324,8 @@ class GrowingFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            self._disk.stop()
+            if self._own_disk:
+                self._disk.stop()
 
 
 def _rows(group: Sequence[Records]) -> int:
@@ -369,8 +376,6 @@ def _after_fork() -> None:
         if file._fd >= 0:
             os.close(file._fd)
             file._fd = -1
-        # Its thread is the parent's.
-        file._disk = Background(_DISK)
 
 
 if hasattr(os, "register_at_fork"):

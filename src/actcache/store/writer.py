@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -135,6 +136,20 @@ class SegmentWriter:
                 self._changed.wait()
             self._raise()
 
+    @contextmanager
+    def flushed(self) -> Iterator[SegmentWriter]:
+        """A block behind which everything is durable that was put, also where the block itself failed."""
+        try:
+            yield self
+        except BaseException:
+            try:
+                self.flush()
+            except Exception as second:
+                # The caller's own error says more; what was not written shows as missing.
+                log.warning("and the last batches could not be stored: %s", second)
+            raise
+        self.flush()
+
     def close(self, *, merge: bool = True) -> None:
         """Flush, end the thread, and merge the small segments that have piled up."""
         with self._changed:
@@ -166,36 +181,42 @@ class SegmentWriter:
                     self._changed.wait(remaining)
                 group = self._next_group()
                 self._writing = True
-            try:
-                # Outside the lock: what is waited for is another writer's, which nobody here holds up.
-                stored = [w for w in group if w.after is None or w.after.wait()]
-                if stored:
-                    self._append([w.records for w in stored])
-            except BaseException as error:
-                with self._changed:
-                    # Later batches would fail for the same reason; the caller decides.
-                    self._error = error
-                    for lost in (*group, *self._queue):
-                        lost.ticket.settle(False)
-                    self._queue.clear()
-                    self._queued = 0
-                    self._writing = False
-                    self._thread = None
-                    self._changed.notify_all()
+            if not self._written(group):
                 return
-            if len(stored) < len(group):
-                log.info(
-                    "%d batches are left out: what they were computed from was not stored", len(group) - len(stored)
-                )
-            for each in group:
-                each.ticket.settle(each in stored)
+            # Whoever waits for the next records does not hold these.
+            del group
+
+    def _written(self, group: list[_Waiting]) -> bool:
+        """Store what was taken from the queue; False where that failed, and nothing more is stored."""
+        try:
+            # Outside the lock: what is waited for is another writer's, which nobody here holds up.
+            stored = [w for w in group if w.after is None or w.after.wait()]
+            if stored:
+                self._append([w.records for w in stored])
+        except BaseException as error:
             with self._changed:
-                self.bytes_written += sum(w.records.nbytes for w in stored)
-                self._queued -= sum(w.records.nbytes for w in group)
+                # Later batches would fail for the same reason; the caller decides.
+                self._error = error
+                for lost in (*group, *self._queue):
+                    lost.ticket.settle(False)
+                self._queue.clear()
+                self._queued = 0
                 self._writing = False
-                self._first = time.monotonic()
-                self._hurry = self._hurry and bool(self._queue)
+                self._thread = None
                 self._changed.notify_all()
+            return False
+        if len(stored) < len(group):
+            log.info("%d batches are left out: what they were computed from was not stored", len(group) - len(stored))
+        for each in group:
+            each.ticket.settle(each in stored)
+        with self._changed:
+            self.bytes_written += sum(w.records.nbytes for w in stored)
+            self._queued -= sum(w.records.nbytes for w in group)
+            self._writing = False
+            self._first = time.monotonic()
+            self._hurry = self._hurry and bool(self._queue)
+            self._changed.notify_all()
+        return True
 
     def _due(self) -> bool:
         if not self._queue:
