@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 
 import actcache as ac
 from actcache.errors import ActCacheError, DatasetFormatError
@@ -158,6 +159,34 @@ class TestIndex:
         assert read_all(tmp_path / "set") and not caplog.records
         pq.write_table(table.append_column("more", [[1] * len(N)]), tmp_path / "set" / INDEX)
         assert read_all(tmp_path / "set") and "was written anew" in caplog.text
+
+    def test_a_damaged_mark_is_no_other_writer(self, small, tmp_path, caplog):
+        shutil.copytree(small, tmp_path / "set")
+        path = tmp_path / "set" / INDEX
+        data = path.read_bytes()
+        footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+        mark = footer - seal.TAIL
+        assert data[mark : mark + 5] == b"ACIDX"
+        for byte in range(8):
+            for bit in (1, 128):
+                changed = bytearray(data)
+                changed[mark + byte] ^= bit
+                path.write_bytes(changed)
+                with pytest.raises(DamagedFileError, match="its own checksums are damaged"):
+                    Index(Folder(tmp_path / "set"))
+        assert not caplog.records
+
+    def test_a_whole_seal_of_another_kind_is_passed_by(self, small, tmp_path, caplog):
+        shutil.copytree(small, tmp_path / "set")
+        path = tmp_path / "set" / INDEX
+        data = bytearray(path.read_bytes())
+        footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+        mark = footer - seal.TAIL
+        body = int.from_bytes(data[mark + 8 : mark + 16], "little")
+        data[mark : mark + 8] = b"ACIDX999"
+        data[footer - 16 : footer] = xxhash.xxh3_128_digest(bytes(data[body : footer - 16]))
+        path.write_bytes(data)
+        assert read_all(tmp_path / "set")
 
     def test_of_a_large_one_only_what_is_read_is_checked(self, tmp_path):
         made = make(tmp_path / "set", n=40, k=0)

@@ -137,6 +137,15 @@ def test_what_is_not_there_is_named(hub, client, tmp_path):
         client.run(LOAD, repo="org/gated", options={})
 
 
+@pytest.mark.parametrize("status", [403, 404])
+def test_bytes_that_the_hub_lacks_are_no_missing_repository(hub, client, tmp_path, status):
+    publish(hub, make(tmp_path / "set"), "org/hollow")
+    hub.inject(Fault(path="/blobs/", status=status, times=None))
+    with pytest.raises(ClientError, match=rf"\S+ of org/hollow is in the repository, .* status {status}") as caught:
+        client.run(LOAD, repo="org/hollow", options={})
+    assert caught.value.name == "DatasetAccessError" and "no such dataset" not in str(caught.value)
+
+
 def test_one_commit_is_read_whatever_is_pushed_meanwhile(hub, client, tmp_path):
     old, new = make(tmp_path / "old", seed=1), make(tmp_path / "new", seed=2)
     repository = publish(hub, old, "org/moving")

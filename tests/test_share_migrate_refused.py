@@ -22,6 +22,17 @@ class TestNothingToDo:
         assert "nothing changes" in ac.migrate_dataset(made.folder, dry_run=True)
         assert contents(made.folder) == before
 
+    @pytest.mark.parametrize("dry_run", [False, True])
+    def test_of_one_that_lacks_the_digests_it_speaks_of(self, tmp_path, dry_run):
+        made = make(tmp_path / "set", "1.2 full")
+        ac.migrate_dataset(made.folder)
+        (made.folder / "tensors/blocks.xxh3").unlink()
+        before = contents(made.folder)
+        for change in (ac.migrate_dataset, ac.upgrade_dataset_format):
+            with pytest.raises(DatasetFormatError, match=r"has no tensors/blocks\.xxh3.*not all there"):
+                change(made.folder, dry_run=dry_run)
+        assert contents(made.folder) == before
+
     @pytest.mark.parametrize("version", [v for v in VERSIONS if v.startswith("2")])
     def test_of_2_0_already(self, tmp_path, version, caplog):
         made = make(tmp_path / "set", version)

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from actcache.errors import DatasetFormatError, DatasetNotFoundError
-from actcache.share.source import Source
+from actcache.errors import DatasetFormatError
+from actcache.share.source import NoFileError, Source
 from actcache.store.writing import BlockHasher
 
 FILE = "tensors/blocks.xxh3"
@@ -125,6 +125,10 @@ class Blocks:
         self._pages: OrderedDict[int, Digests] = OrderedDict()
         self._tail: Digests | None = None
 
+    def require(self) -> None:
+        """Raise what reading any file of the dataset would, where there are no digests, or others."""
+        self._own()
+
     def of(self, path: str, first: int, many: int) -> list[int]:
         """The digests of some blocks of a file."""
         at = self._first[path] + first
@@ -193,9 +197,7 @@ class Blocks:
                 into = bytearray(stop - start)
                 stream.readinto(memoryview(into))
                 return memoryview(into)
-        except DatasetNotFoundError as error:
-            if "no file" not in str(error):
-                raise
+        except NoFileError:
             raise DatasetFormatError(
                 f"{self._source.name} has no {FILE}, by which its other files are checked: it is not all there. "
                 "Download that file, too; where the dataset itself lacks it, whoever pushed it can push it again."

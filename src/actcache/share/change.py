@@ -22,7 +22,7 @@ from actcache.share.format import CARD, INDEX, INFO, PREFIX, TensorGroup, descri
 from actcache.share.index import Index
 from actcache.share.rows import Ints, every_row
 from actcache.share.shards import ShardReader
-from actcache.share.source import Source
+from actcache.share.source import NoFileError, Source
 from actcache.share.split import SplitLayer
 from actcache.share.staging import Staged, Staging
 
@@ -307,9 +307,7 @@ def exists(source: Source, path: str) -> bool:
     try:
         with source.open(path, 0, 1):
             return True
-    except DatasetNotFoundError as error:
-        if "no file" not in str(error):
-            raise
+    except NoFileError:
         return False
     except DatasetFormatError:
         # It is empty, or no ordinary file.

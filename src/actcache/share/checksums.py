@@ -58,6 +58,11 @@ class Checksums:
         known = all(path in self._files for path in islice(paths, _MOST_NAMED))
         return self.kind if known else self.kind and "some"
 
+    def require(self) -> None:
+        """Raise `DatasetFormatError` where the digests that the dataset speaks of are not there, or are damaged."""
+        if self._blocks is not None:
+            self._blocks.require()
+
     def needs_all(self, path: str) -> bool:
         """Whether a file can be checked, and only as a whole."""
         return path in self._files and self._blocks is None and _SHA256.fullmatch(self._files[path][1]) is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from actcache.errors import DatasetAccessError, DatasetFormatError, DatasetNotFoundError
 from actcache.share.location import folder_exists
-from actcache.share.source import Source, Stream
+from actcache.share.source import NoFileError, Source, Stream
 
 # The Hub client keeps each file once, under its digest, and links to it from the folder of a commit.
 _BLOB_LINK = re.compile(r"(?:\.\./){2,20}blobs/([0-9a-f]{40,64})")
@@ -65,7 +65,7 @@ class Folder(Source):
         try:
             return FileStream(self._descriptor(path), f"{path} of {self.name}", start, stop)
         except FileNotFoundError:
-            raise DatasetNotFoundError(f"{self.name} has no file {path}.") from None
+            raise NoFileError(f"{self.name} has no file {path}.") from None
         except OSError as error:
             raise DatasetAccessError(
                 f"{path} of {self.name} cannot be read: {os.strerror(error.errno or 0)}."

@@ -25,7 +25,7 @@ from actcache.share.ours import PREFIX as OURS
 from actcache.share.ours import SEALED
 from actcache.share.pages import read_pages
 from actcache.share.seal import BrokenSealError, Seal
-from actcache.share.source import Source
+from actcache.share.source import NoFileError, Source
 from actcache.store.files import log
 from actcache.store.spill import Spill
 
@@ -75,9 +75,7 @@ class Index:
         self.spill = Spill(None) if spill is None else spill
         try:
             self._bytes = _Bytes(source, INDEX, self.spill)
-        except DatasetNotFoundError as error:
-            if "no file" not in str(error):
-                raise
+        except NoFileError:
             raise DatasetNotFoundError(f"{source.name} has no {INDEX}: it is no dataset of activations.") from None
         self._check_footer()
         self._parquet = self._decoded(lambda: pq.ParquetFile(self._bytes, pre_buffer=False))

@@ -74,6 +74,8 @@ class Job:
         nothing = self._nothing(index)
         seen = {None: "", True: ", in a private repository", False: ", in a public repository"}[self.private]
         if nothing is not None:
+            # What cannot be read is not as it should be, whatever its form.
+            index.checksums.require()
             nothing += ", nor who may see it" if self.private is not None else ""
             yield Plan(Report(name, url, index.source.commit, nothing, False), self, None)
             return

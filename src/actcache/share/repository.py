@@ -14,7 +14,7 @@ from actcache.errors import DatasetAccessError, DatasetFormatError, DatasetNotFo
 from actcache.share.folder import FileStream
 from actcache.share.hub_errors import check_token, endpoint
 from actcache.share.location import check_repo_id
-from actcache.share.source import Source, Stream
+from actcache.share.source import NoFileError, Source, Stream
 
 log = logging.getLogger("actcache.share")
 
@@ -194,7 +194,7 @@ class _Download(Stream):
         if response.status_code == 416:
             return DatasetFormatError(f"{self._path} of {name} ends before byte {self._at:,}.")
         if code == "EntryNotFound":
-            return DatasetNotFoundError(f"{name} has no file {self._path}.")
+            return NoFileError(f"{name} has no file {self._path}.")
         if code == "RevisionNotFound":
             wanted = self._repository.revision
             if wanted is None:
@@ -205,6 +205,12 @@ class _Download(Stream):
         if code == "GatedRepo":
             return DatasetNotFoundError(
                 f"dataset {name!r} is gated on the Hub: accept its conditions there, and pass token= of that account."
+            )
+        if any("X-Repo-Commit" in answer.headers for answer in response.history):
+            # The Hub has said which commit it is, and sent on to where it keeps the bytes.
+            return DatasetAccessError(
+                f"{self._path} of {name} is in the repository, and where the Hub keeps its bytes the answer was status "
+                f"{response.status_code}: ask again later; where they are lost, whoever pushed it can push it again."
             )
         if response.status_code in (401, 403, 404):
             return DatasetNotFoundError(

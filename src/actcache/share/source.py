@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from actcache.errors import OptionError
+from actcache.errors import DatasetNotFoundError, OptionError
 from actcache.share.exchange import recover
 from actcache.share.location import local_folder
 
@@ -45,6 +45,10 @@ class Stream(ABC):
         self.close()
 
 
+class NoFileError(DatasetNotFoundError):
+    """A dataset that is there and has no file of the name that was looked for."""
+
+
 class Source(ABC):
     """A folder or a repository; its files are named by paths inside it, with "/" between the parts.
 
@@ -69,7 +73,8 @@ class Source(ABC):
         """Bytes `start` to `stop` of a file (None: to its end; less where it ends before).
 
         Raises:
-            DatasetNotFoundError: there is no such file, or no such dataset.
+            NoFileError: there is no such file.
+            DatasetNotFoundError: there is no such dataset.
             DatasetFormatError: what has that name is no ordinary file of the dataset.
             DatasetAccessError: the place cannot be reached, or goes on failing.
         """
