@@ -201,3 +201,14 @@ def repo(hub: LoopbackHub) -> str:
 def seed() -> int:
     """Of vectors that no other test of the file has: a Hub keeps what it has once, whoever sent it."""
     return next(_SEEDS)
+
+
+@pytest.fixture(scope="session")
+def lmprobe() -> Path:
+    """The interpreter of what `make venv-lmprobe` makes, or the one that ACTCACHE_LMPROBE_PYTHON names. Tests that use
+    it are slow ones."""
+    named = os.environ.get("ACTCACHE_LMPROBE_PYTHON")
+    python = Path(named) if named else Path(__file__).parents[1] / ".venv-lmprobe" / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"no environment with lmprobe at {python}: `make venv-lmprobe` makes it")
+    return python

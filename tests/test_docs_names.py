@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Peers
-from documents import DOCS, ROOT, prose
+from documents import DOCS, prose
 
 EASYROUTINE = re.findall(
     r"\w+",
@@ -74,13 +73,9 @@ def test_every_public_name_is_there(page: str, package: str, peers: Peers) -> No
 
 
 @pytest.mark.slow
-def test_every_public_name_of_lmprobe_is_there() -> None:
-    named = os.environ.get("ACTCACHE_LMPROBE_PYTHON")
-    python = Path(named) if named else ROOT / ".venv-lmprobe" / "bin" / "python"
-    if not python.exists():
-        pytest.skip(f"no environment with lmprobe at {python}: `make venv-lmprobe` makes it")
+def test_every_public_name_of_lmprobe_is_there(lmprobe: Path) -> None:
     script = Path(__file__).parent / "peers" / "public_names.py"
-    done = subprocess.run([python, script, "lmprobe"], capture_output=True, text=True, check=True)
+    done = subprocess.run([lmprobe, script, "lmprobe"], capture_output=True, text=True, check=True)
     names = json.loads(done.stdout.splitlines()[-1])
     assert len(names) > 50
     assert not missing("lmprobe.md", names)

@@ -23,7 +23,7 @@ from actcache.store.records import DERIVED, LABEL, METADATA, TOKENS, Records
 from actcache.store.store import Store
 from made_datasets import make
 from share_helpers import INDEX, MODEL, fill_pooled, new_space, new_store, rows, text
-from test_share_many import CHATS, IDS, N, filled
+from share_many_helpers import CHATS, IDS, N, filled
 
 _CONSTANTS = {
     "actcache.share.different.AT_ONCE": 3, "actcache.share.index_prompts.AT_ONCE": 3,

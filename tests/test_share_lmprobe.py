@@ -30,16 +30,6 @@ TEXTS = [text(i) for i in N]
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def lmprobe():
-    """The environment that `make venv-lmprobe` makes, or the interpreter that ACTCACHE_LMPROBE_PYTHON names."""
-    named = os.environ.get("ACTCACHE_LMPROBE_PYTHON")
-    python = Path(named) if named else HERE.parent / ".venv-lmprobe" / "bin" / "python"
-    if not python.exists():
-        pytest.skip(f"no environment with lmprobe at {python}: `make venv-lmprobe` makes it")
-    return python
-
-
 def read(python, hub, folder, repo):
     """What lmprobe says of a dataset, and the arrays it reads."""
     (folder / "prompts.json").write_text(json.dumps(TEXTS), "utf-8")

@@ -8,22 +8,17 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 import actcache as ac
 from actcache.errors import NotCachedError, OptionError
 from actcache.share.stored_prompts import StoredPrompts
-from actcache.store import given as said
 from actcache.store.placement import Placement
 from actcache.store.prompts import PromptTable
-from actcache.store.records import LABEL, METADATA, Records
+from actcache.store.records import Records
 from actcache.store.spill import Spill
 from actcache.store.store import Store
-from share_helpers import MODEL, Published, fill_perplexity, fill_pooled, fill_tokens, new_space, new_store, table, text
-
-N = range(23)
-CHATS = [[{"role": "user", "content": f"hé {i}"}] for i in range(5)]
-IDS = [[100 + i, 5, 6] for i in range(6)]
+from share_helpers import MODEL, Published, fill_pooled, new_space, new_store, text
+from share_many_helpers import CHATS, IDS, N, filled
 
 
 @pytest.fixture
@@ -41,29 +36,6 @@ def few_at_once(monkeypatch):
     monkeypatch.setattr("actcache.store.saved_keys.AT_ONCE", 4)
     for name in ("_SMALL", "_FEW_BYTES", "_AT_ONCE"):
         monkeypatch.setattr(f"actcache.store.spill.{name}", int(name == "_AT_ONCE") * 5)
-
-
-def filled(tmp_path, whole):
-    """Texts under two tokenizers, in several segments, one of them twice; chats; token ids; labels and metadata."""
-    store = new_store(tmp_path)
-    space = new_space(store)
-    fill = fill_tokens if whole else fill_pooled
-    for numbers in (N[:9], N[9:10], N[10:]):
-        fill(store, space, numbers)
-    fill(store, space, N[4:7])
-    fill_perplexity(store, space, N[:12])
-    layout = {} if whole else {"pooling": "last_token"}
-    for prompts in (CHATS, IDS):
-        values = [torch.full((3, 8) if whole else (8,), float(i) + len(prompts)) for i in range(len(prompts))]
-        store.write(space, prompts, {"resid_post.0": values, "resid_post.1": values}, **layout)
-    other = PromptTable.build([[200 + i] for i in range(4)], [text(i) for i in range(3)] + ["other"], text_context="b")
-    rows = np.ones((4, 8), np.float32)
-    data = {"resid_post.0": rows, "resid_post.1": rows}
-    store.append(space, Records.tokens(other, data) if whole else Records.pooled(other, "last_token", data))
-    for kind, values in ((LABEL, list(N)), (METADATA, [{"half": i / 2} for i in N])):
-        for records in said.records(kind, table(N), [said.encoded(v) for v in values]):
-            store.append(space, records)
-    return store, space
 
 
 def published(store, folder, prompts, **options):

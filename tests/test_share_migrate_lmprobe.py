@@ -13,9 +13,6 @@ import pytest
 import actcache as ac
 from lmprobe_datasets import FIXTURES
 from made_datasets import make
-from test_share_lmprobe import lmprobe
-
-__all__ = ["lmprobe"]
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
