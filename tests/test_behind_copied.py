@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from actcache.errors import BackendError, NotCachedError
-from actcache.store import behind, fetching, gather, placement
+from actcache.store import behind, fetching, gather, placement, receiving
 from actcache.store.container import Tensor
 from actcache.store.prompts import PromptTable
 from actcache.store.receiving import Received, Rows
@@ -248,9 +248,13 @@ def test_rows_out_of_runs_of_any_length(seed: int) -> None:
             np.testing.assert_array_equal(out[places], matrix[wanted])
 
 
+@pytest.mark.parametrize("together", [1, 50, 1 << 20])
 @pytest.mark.parametrize("seed", range(10))
-def test_rows_are_copied_whatever_the_pieces_that_come(seed: int) -> None:
+def test_rows_are_copied_whatever_the_pieces_that_come(
+    seed: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prompts of any length, none among them, some twice and some not, out of pieces that are cut anywhere."""
+    monkeypatch.setattr(receiving, "_TOGETHER", together)
     rng = np.random.default_rng(seed)
     counts = rng.integers(0, 6, 40)
     ends = np.cumsum(counts)
@@ -269,3 +273,9 @@ def test_rows_are_copied_whatever_the_pieces_that_come(seed: int) -> None:
     for place, i in zip(places.tolist(), chosen.tolist(), strict=True):
         np.testing.assert_array_equal(into[place], matrix[ends[i] - counts[i] : ends[i]])
         assert into[place].flags.writeable and into[place].flags.aligned
+    for place, array in enumerate(into):
+        # Not more than one prompt beyond what may lie together is kept with any of them.
+        assert (array if array.base is None else array.base).nbytes < together + 6 * 12
+        array[:] = place
+    for place, array in enumerate(into):
+        assert (array == place).all(), "none shares its numbers with another"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from actcache.errors import BackendError
+from actcache.store import copied
 from actcache.store.backend import Bytes, MemoryBackend
 from actcache.store.records import Records
 from bucket_helpers import opened
@@ -85,3 +88,42 @@ def test_a_connection_that_has_failed_begins_no_other_range(tmp_path: Path) -> N
         with pytest.raises(BackendError, match="cannot be read"):
             place.take()
     assert 1 <= len(backend.lengths) <= Refusing.concurrency
+
+
+class Telling(Counting):
+    """Tells when rows have come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.come = threading.Event()
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
+        data = super().read(name, start, stop)
+        if self.lengths:
+            self.come.set()
+        return data
+
+
+def test_where_no_room_can_be_made_for_an_answer_nobody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is made room for while its bytes come, which then have nowhere to go."""
+    backend = Telling()
+    table = make_table(range(700))
+    values = np.random.default_rng(0).standard_normal((int(table.token_offset[-1]), WIDTH), np.float32)
+    store, space = opened(backend, tmp_path / "writer")
+    with store:
+        store.append(space, Records.tokens(table, {"a": values}))
+    other, _ = opened(backend, tmp_path / "reader")
+
+    def no_room(*_: object) -> None:
+        assert backend.come.wait(60), "bytes come meanwhile"
+        raise MemoryError("no room")
+
+    with other, ThreadPoolExecutor(1) as pool:
+        with monkeypatch.context() as patched:
+            patched.setattr(copied, "Rows", no_room)
+            with pytest.raises(MemoryError, match="no room"):
+                pool.submit(other.read, space, None, "a").result(timeout=60)
+        found = pool.submit(other.read, space, None, "a").result(timeout=60)
+        np.testing.assert_array_equal(np.concatenate(found), values)

@@ -371,13 +371,18 @@ def _received(
     received: dict[BlockChecks, Received] = {}
     size = sum(one.nbytes for one in absent)
     if whole and size >= _LEAST_BEHIND and behind.has_room(size):
-        wanted = targets()
-        received = {checks: Received(targets=wanted.get(checks)) for checks in whole}
+        received = {checks: Received() for checks in whole}
     expected = dict.fromkeys(received, 0)
     for checks, one, _ in found:
         if one is not None and checks in received:
             one.into = received[checks]
             expected[checks] += one.nbytes
-    fetch(absent)
+
+    def meanwhile() -> None:
+        wanted = targets() if received else {}
+        for checks, mine in received.items():
+            mine.targets = wanted.get(checks)
+
+    fetch(absent, meanwhile=meanwhile)
     # What is wrong in the object is not there: whoever asks the file for it is told so.
     return {checks: mine for checks, mine in received.items() if mine.nbytes == expected[checks]}

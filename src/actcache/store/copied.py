@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +14,14 @@ from actcache.store.keys import Ints
 from actcache.store.placement import Placement
 from actcache.store.receiving import Rows, Taker
 
+T = TypeVar("T")
 
-def copied_rows(placement: Placement, index: Ints) -> list[npt.NDArray[Any]]:
-    """`Placement.all_rows` of the prompts `index` at its only site, as arrays ``[T, D]`` that belong to the caller.
 
-    Raises as that does.
+def copied_rows(placement: Placement, index: Ints, made: Callable[[list[npt.NDArray[Any]]], list[T]]) -> list[T]:
+    """`Placement.all_rows` of the prompts `index` at its only site: what is `made` of arrays ``[T, D]``.
+
+    These belong to the caller. `made` gives for each of its arrays what shares the memory, in which the numbers may be
+    still to come. Raises as `all_rows` does.
     """
     (site,) = placement.sites
     chosen = placement._require(index)
@@ -26,6 +30,7 @@ def copied_rows(placement: Placement, index: Ints) -> list[npt.NDArray[Any]]:
         prompts = part.prompt[chosen[members]]
         held.append((part, segment, members, segment.row_offset[prompts], segment.row_offset[prompts + 1]))
     rows: list[npt.NDArray[Any]] = [np.empty(0)] * len(chosen)
+    answer: list[Any] = [None] * len(chosen)
 
     def deliveries() -> Deliveries:
         found: dict[BlockChecks, Taker] = {}
@@ -34,6 +39,7 @@ def copied_rows(placement: Placement, index: Ints) -> list[npt.NDArray[Any]]:
             # Rows with scales are put together of both; where there are too few, whoever reads them says so.
             if len(tensors) == 1 and starts.min() >= 0 and stops.max() <= segment.info.rows:
                 found[segment.checks] = Rows(tensors[0], starts, stops, members, rows)
+        answer[:] = made(rows)
         return found
 
     received = placement._bring(placement._wanted(chosen), deliveries)
@@ -42,6 +48,7 @@ def copied_rows(placement: Placement, index: Ints) -> list[npt.NDArray[Any]]:
         if here is not None and here.targets is not None:
             continue
         (read,) = placement._readers(part, segment, starts, stops, received)
-        for at, start, stop in zip(members.tolist(), starts.tolist(), stops.tolist(), strict=True):
-            rows[at] = np.array(read(start, stop))
-    return rows
+        own = made([np.array(read(start, stop)) for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)])
+        for at, one in zip(members.tolist(), own, strict=True):
+            answer[at] = one
+    return answer

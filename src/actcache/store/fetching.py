@@ -178,10 +178,11 @@ class Wanted:
                     first = i
 
 
-def fetch(wanted: Sequence[Wanted], *, keep: bool = True) -> None:
+def fetch(wanted: Sequence[Wanted], *, keep: bool = True, meanwhile: Callable[[], object] = lambda: None) -> None:
     """Read what is `wanted`, several reads at a time, and write what is right to the mirrors; without `keep` nowhere.
 
-    What is wrong is read once more before it is said to be so.
+    What is wrong is read once more before it is said to be so. `meanwhile` is done once, when the first reads are on
+    their way and before anything of them goes into an answer.
 
     Raises:
         Vanished: objects are gone, or their mirrors; all else has been read.
@@ -192,7 +193,7 @@ def fetch(wanted: Sequence[Wanted], *, keep: bool = True) -> None:
     if not wanted:
         return
     with translated_local(wanted[0].fetcher.path.parent, wanted[0].fetcher.backend):
-        _Fetch(wanted[0].fetcher.threads, keep).run(wanted)
+        _Fetch(wanted[0].fetcher.threads, keep, meanwhile).run(wanted)
 
 
 @contextlib.contextmanager
@@ -215,8 +216,9 @@ def translated_local(folder: Path, backend: CacheBackend) -> Iterator[None]:
 class _Fetch:
     """One `fetch`."""
 
-    def __init__(self, threads: Threads, keep: bool) -> None:
+    def __init__(self, threads: Threads, keep: bool, meanwhile: Callable[[], object]) -> None:
         self._threads, self._keep = threads, keep
+        self._meanwhile: Callable[[], object] | None = meanwhile
         self._gone: dict[Path, None] = {}
         self._replaced: dict[Path, None] = {}
         self._behind: list[_Right] = []
@@ -238,6 +240,7 @@ class _Fetch:
     def _all(self, runs: Sequence[Wanted], last: bool) -> list[Wanted]:
         """Read all `runs`; what of them was wrong."""
         if len(runs) < 2 or self._threads.number < 2 or is_ending():
+            self._prepare()
             found = [self._one(run, last) for run in runs]
             return [wrong for wrong in found if wrong is not None]
         pool = self._threads.pool()
@@ -245,8 +248,8 @@ class _Fetch:
         over = threading.Event()
 
         def bring(run: Wanted) -> None:
-            # What goes into an answer is looked at by whoever waits for that, one after the other: threads that copied
-            # would take the interpreter from one another at each small piece.
+            # What goes into an answer is looked at by whoever waits for that, one after the other: threads that did
+            # would take the interpreter from one another at each block.
             try:
                 if over.is_set():
                     arrived.put(None)
@@ -265,6 +268,7 @@ class _Fetch:
         failed: BaseException | None = None
         left = len(jobs)
         try:
+            self._prepare()
             while left:
                 come = arrived.get()
                 left -= 1
@@ -281,6 +285,11 @@ class _Fetch:
         if failed is not None:
             raise failed
         return wrongs
+
+    def _prepare(self) -> None:
+        meanwhile, self._meanwhile = self._meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
 
     def _one(self, run: Wanted, last: bool) -> Wanted | None:
         """Read a run and keep what is right of it; what is wrong."""

@@ -140,7 +140,8 @@ def read(
     for placement, members in located:
         local = np.flatnonzero(placement.found)
         for i, (values,) in zip(members[local].tolist(), placement.all_rows(local), strict=True):
-            rows[i] = _of_one(tensors.cut(values, positions), i, site, wanted, allow_inf)
+            tensor = tensors.to_tensor(tensors.cut(values, positions))
+            rows[i] = _as_asked(tensor, i, site, wanted, allow_inf)
     return rows
 
 
@@ -161,8 +162,9 @@ def _as_it_comes(
             answer = [None] * n
             for placement, members in located:
                 local = np.flatnonzero(placement.found)
-                for i, values in zip(members[local].tolist(), copied_rows(placement, local), strict=True):
-                    answer[i] = _of_one(values, i, site, dtype, allow_inf)
+                copied = copied_rows(placement, local, tensors.own_tensors)
+                for i, tensor in zip(members[local].tolist(), copied, strict=True):
+                    answer[i] = _as_asked(tensor, i, site, dtype, allow_inf)
     except NotCachedError:
         return None
     with index.lock:
@@ -172,8 +174,7 @@ def _as_it_comes(
     return answer
 
 
-def _of_one(rows: npt.NDArray[Any], prompt: int, site: str, dtype: torch.dtype | None, allow_inf: bool) -> torch.Tensor:
-    tensor = tensors.to_tensor(rows)
+def _as_asked(tensor: torch.Tensor, prompt: int, site: str, dtype: torch.dtype | None, allow_inf: bool) -> torch.Tensor:
     if dtype is None:
         return tensor
     return converted(tensor, dtype, allow_inf=allow_inf, name=lambda _: f"prompt {prompt}, {site}")

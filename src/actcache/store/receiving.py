@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
@@ -15,6 +15,9 @@ from actcache.errors import NotCachedError
 from actcache.store.container import Tensor
 from actcache.store.keys import Ints
 from actcache.store.statistics import as_float, is_float
+
+# Arrays of so many bytes lie together in memory: one by one they take more than twice as long to fill.
+_TOGETHER = 1 << 20
 
 
 class Taker(Protocol):
@@ -48,44 +51,46 @@ class Targets:
 
 
 class Rows:
-    """Rows ``starts[i]:stops[i]`` of a matrix, which are wanted as ``into[places[i]]``, an array ``[T, D]`` of its own.
+    """Rows ``starts[i]:stops[i]`` of a matrix, wanted as ``into[places[i]]``, arrays ``[T, D]`` that may be written to.
 
-    Each is copied as soon as it has come.
+    They are there from the beginning, and filled as something comes. Neighbours lie together in memory, about a MB of
+    them: they are copied together, and whoever keeps one array keeps little else.
     """
 
     def __init__(self, tensor: Tensor, starts: Ints, stops: Ints, places: Ints, into: list[npt.NDArray[Any]]) -> None:
+        dim = tensor.shape[1]
+        width = dim * tensor.dtype.itemsize
         order = np.argsort(starts, kind="stable")
-        self._tensor, self._into, self._starts = tensor, into, starts[order]
-        self._each = list(zip(self._starts.tolist(), stops[order].tolist(), places[order].tolist(), strict=True))
-        self._longest = int((stops - starts).max(initial=0))
-        self._begun: dict[int, npt.NDArray[np.uint8]] = {}
-        for place in places[starts == stops].tolist():
-            into[place] = np.empty((0, tensor.shape[1]), tensor.dtype)
+        starts, stops, places = starts[order], stops[order], places[order]
+        ends = np.cumsum(stops - starts)
+        begins = ends - (stops - starts)
+        sources: list[int] = []
+        outs: list[npt.NDArray[np.uint8]] = []
+        for some in _runs(begins // max(1, _TOGETHER // max(1, width)), 0):
+            first = int(begins[some.start])
+            made = np.empty((int(ends[some.stop - 1]) - first, dim), tensor.dtype)
+            flat = made.reshape(-1).view(np.uint8)
+            each = zip(
+                (begins[some] - first).tolist(), (ends[some] - first).tolist(), places[some].tolist(), strict=True
+            )
+            for a, b, place in each:
+                into[place] = made[a:b]
+            # Where each row begins beside where it goes: neighbours there that are neighbours here.
+            for run in _runs(starts[some] - begins[some], some.start):
+                a, b = (int(begins[run.start]) - first) * width, (int(ends[run.stop - 1]) - first) * width
+                sources.append(tensor.start + int(starts[run.start]) * width)
+                outs.append(flat[a:b])
+        self._targets = Targets(sources, outs)
 
     def take(self, start: int, data: memoryview) -> None:
         """Copy what is wanted of `data`, which begins at `start` of the object."""
-        tensor, into, dim = self._tensor, self._into, self._tensor.shape[1]
-        width = dim * tensor.dtype.itemsize
-        begin, end = max(start, tensor.start), min(start + len(data), tensor.stop)
-        some = np.frombuffer(data, np.uint8)[begin - start : end - start]
-        begin, end = begin - tensor.start, end - tensor.start
-        first, last = -(-begin // width), end // width
-        whole = some[first * width - begin : max(first, last) * width - begin].view(tensor.dtype).reshape(-1, dim)
-        low = np.searchsorted(self._starts, begin // width - self._longest, "right")
-        high = np.searchsorted(self._starts, -(-end // width), "left")
-        for row, behind, place in self._each[low:high]:
-            if row >= first and behind <= last:
-                into[place] = whole[row - first : behind - first].copy()
-            elif behind * width > begin:
-                a, b = max(row * width, begin), min(behind * width, end)
-                self._raw(place, behind - row)[a - row * width : b - row * width] = some[a - begin : b - begin]
+        self._targets.take(start, data)
 
-    def _raw(self, place: int, rows: int) -> npt.NDArray[np.uint8]:
-        """The bytes of rows that come in several parts."""
-        if place not in self._begun:
-            self._into[place] = made = np.empty((rows, self._tensor.shape[1]), self._tensor.dtype)
-            self._begun[place] = made.reshape(-1).view(np.uint8)
-        return self._begun[place]
+
+def _runs(values: Ints, first: int) -> Iterator[slice]:
+    """Neighbours that are equal, as slices, of which the first begins at `first`."""
+    for a, b in pairwise([0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]):
+        yield slice(first + a, first + b)
 
 
 @dataclass

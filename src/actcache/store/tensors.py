@@ -56,6 +56,16 @@ def to_tensor(array: npt.NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(array.view(bits)).view(getattr(torch, name))
 
 
+def own_tensors(arrays: Sequence[npt.NDArray[Any]]) -> list[torch.Tensor]:
+    """Tensors that share the memory of `arrays`, which are writable and contiguous."""
+    import torch
+
+    # Of many: what `to_tensor` looks at takes as long for each as making the tensor.
+    if {array.dtype for array in arrays}.isdisjoint(_OF_BITS):
+        return [*map(torch.from_numpy, arrays)]
+    return [to_tensor(array) for array in arrays]
+
+
 def prompt_table(prompts: Any, context: str, lengths: Sequence[int]) -> PromptTable:
     """Prompts from outside: token ids, texts or chats; `lengths` are the rows of each.
 
