@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.capture.positions import pool_numpy
+from actcache.config import user_cache
 from actcache.errors import OptionError, did_you_mean
 from actcache.model.sites import POOLINGS
 from actcache.progress import progress
@@ -22,6 +23,7 @@ from actcache.share.prompts import find_prompts, label_values
 from actcache.share.rows import Ints, Runs, every_row, one_row
 from actcache.share.shards import ShardReader
 from actcache.share.source import open_source
+from actcache.store.spill import Spill
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +82,7 @@ def load_activations(
         NotCachedError: a prompt that it does not have.
         OptionError: a pooling that cannot be had from what is stored, and other wrong arguments.
     """
-    index = Index(open_source(dataset, token=token, revision=revision))
+    index = Index(open_source(dataset, token=token, revision=revision), Spill(user_cache()))
     group = _site(index, site)
     chosen = _layers(group, layers, index.source.name)
     _check_pooling(pooling, group, index.source.name)
@@ -127,7 +129,7 @@ def load_activation_dataset(
     """
     from actcache.store.tensors import to_tensor
 
-    index = Index(open_source(repo_id, token=token, revision=revision))
+    index = Index(open_source(repo_id, token=token, revision=revision), Spill(user_cache()))
     groups = index.description.tensors
     known = [*groups, *([PERPLEXITY] if set(_PERPLEXITIES) <= set(index.columns) else [])]
     wanted = known if tensors is None else [tensors] if isinstance(tensors, str) else list(tensors)
@@ -194,7 +196,7 @@ def _width(reader: ShardReader, layers: Layers, runs: Runs) -> int:
     if width is None:
         width = 1 if first is None else reader.placed(first, layers[0], group.key(layers[0])).width
     if rows * len(layers) * width * 4 > _LARGE:
-        reader.verify(np.unique(runs.shard), [(layer, group.key(layer)) for layer in layers])
+        reader.verify(runs.shards(), [(layer, group.key(layer)) for layer in layers])
     return width
 
 

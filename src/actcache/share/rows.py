@@ -59,6 +59,11 @@ class Runs:
             found[first : first + _AT_ONCE] = np.diff(ends)
         return found
 
+    def shards(self) -> list[int]:
+        """The shards that any of them is in."""
+        pieces = (self.shard[first : first + _AT_ONCE] for first in range(0, len(self.shard), _AT_ONCE))
+        return sorted({number for piece in pieces for number in np.unique(piece).tolist()})
+
     def rows(self) -> tuple[Ints, Ints]:
         """Shard, and row in it, of every row."""
         if self.length.strides == (0,) and len(self.shard) and self.length[0] == 1:

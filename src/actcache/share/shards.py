@@ -32,6 +32,7 @@ _AT_ONCE = 64 << 20
 """Files up to this size are read by one request, where most of them is wanted."""
 _RANGE = 32 << 20
 _NEARLY_ALL = 0.9
+_LOOKED_AT = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Wanted:
 
     key: str
     rows: Ints
-    targets: Ints
+    targets: Ints | range
     into: Array
 
 
@@ -124,11 +125,12 @@ class ShardReader:
     def _jobs(self, runs: Runs, into: Sequence[tuple[int | None, str, Array]]) -> list[_Job]:
         """What is wanted of each file."""
         shard, row = runs.rows()
-        order = np.lexsort((row, shard))
-        shard, row = shard[order], row[order]
-        bounds = np.flatnonzero(np.diff(shard, prepend=-1, append=-1))
+        order: Ints | range = range(len(shard))
+        if not _in_order(shard, row):
+            order = np.lexsort((row, shard))
+            shard, row = shard[order], row[order]
         jobs = []
-        for begin, end in itertools.pairwise(bounds):
+        for begin, end in itertools.pairwise(_bounds(shard)):
             number = int(shard[begin])
             files: dict[str, list[Wanted]] = {}
             for layer, key, array in into:
@@ -344,8 +346,27 @@ def _skip(stream: Stream, count: int) -> None:
         count -= len(stream.read(min(count, PIECE)))
 
 
-def _slice(targets: Ints) -> slice | Ints:
+def _in_order(shard: Ints, row: Ints) -> bool:
+    """Whether rows come in the order of their shards, and of their places there."""
+    for first in range(0, len(shard), _LOOKED_AT):
+        step = np.diff(shard[first : first + _LOOKED_AT + 1])
+        if (step < 0).any() or ((step == 0) & (np.diff(row[first : first + _LOOKED_AT + 1]) < 0)).any():
+            return False
+    return True
+
+
+def _bounds(shard: Ints) -> list[int]:
+    """Where each shard begins, and the end."""
+    found = [0] if len(shard) else []
+    for first in range(0, len(shard), _LOOKED_AT):
+        found += (np.flatnonzero(np.diff(shard[first : first + _LOOKED_AT + 1])) + first + 1).tolist()
+    return [*found, len(shard)]
+
+
+def _slice(targets: Ints | range) -> slice | Ints:
     """Targets as a slice where they follow one another."""
+    if isinstance(targets, range):
+        return slice(targets.start, targets.stop)
     first, last = int(targets[0]), int(targets[-1])
     if last - first == len(targets) - 1 and (np.diff(targets) == 1).all():
         return slice(first, last + 1)
