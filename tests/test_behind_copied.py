@@ -248,6 +248,19 @@ def test_rows_out_of_runs_of_any_length(seed: int) -> None:
             np.testing.assert_array_equal(out[places], matrix[wanted])
 
 
+def test_a_long_array_keeps_no_others_and_is_kept_by_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiving, "_TOGETHER", 40)
+    matrix = np.arange(100, dtype=np.float32)[:, None]
+    starts, stops = np.array([0, 2, 5, 60, 62, 75]), np.array([2, 5, 60, 62, 75, 77])
+    into: list[npt.NDArray[Any]] = [np.empty((0, 1), np.float32)] * len(starts)
+    rows = Rows(Tensor("a", np.dtype(np.float32), matrix.shape, 0, matrix.nbytes), starts, stops, np.arange(6), into)
+    rows.take(0, memoryview(matrix.tobytes()))
+    for array, a, b in zip(into, starts.tolist(), stops.tolist(), strict=True):
+        np.testing.assert_array_equal(array, matrix[a:b])
+    kept = [(array if array.base is None else array.base).nbytes for array in into]
+    assert kept == [20, 20, 220, 8, 52, 8]
+
+
 @pytest.mark.parametrize("together", [1, 50, 1 << 20])
 @pytest.mark.parametrize("seed", range(10))
 def test_rows_are_copied_whatever_the_pieces_that_come(

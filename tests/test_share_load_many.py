@@ -53,6 +53,21 @@ def _index(folder):
     return pq.read_table(folder / "index").to_pylist()
 
 
+def test_who_has_no_home_can_load(tmp_path, monkeypatch):
+    def none():
+        raise RuntimeError("could not determine the home directory")
+
+    store, space = filled(tmp_path, False)
+    with store:
+        ac.push_dataset(tmp_path / "set", MODEL, None, store=store)
+        wanted = store.read(space, [text(3)], "resid_post.0", pooling="last_token")[0].numpy()
+    monkeypatch.setattr("actcache.share.load.user_cache", none)
+    monkeypatch.setattr("actcache.store.spill._SMALL", 0)
+    found = ac.load_activations(tmp_path / "set", prompts=[text(3)], layers=0)
+    np.testing.assert_array_equal(found[0][0], wanted)
+    assert len(ac.load_activation_dataset(tmp_path / "set")[0]["hidden.layer_0"]) == 35
+
+
 _LOAD = """
 import sys
 import actcache as ac

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actcache.store import segment
+from actcache.errors import FormatError
+from actcache.store import adoption, segment
 from actcache.store.records import Records
 from actcache.store.store import SegmentWriter, Store
 from store_helpers import check_pooled, every_token, make_store, pooled, segment_files
@@ -92,6 +93,28 @@ def test_what_is_durable_is_not_held_until_more_comes(tmp_path: Path) -> None:
                 assert time.monotonic() < deadline, "records that are stored are still in memory"
                 time.sleep(0.01)
     assert check_pooled(store, space, range(3)).all()
+
+
+def test_the_thread_ends_where_finishing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, space = make_store(tmp_path)
+    finish = adoption.finish
+
+    def fail(*given: Any) -> None:
+        finish(*given)
+        raise FormatError("what was finished is damaged")
+
+    monkeypatch.setattr(adoption, "finish", fail)
+    before = threading.enumerate()
+    writer = store.writer(space)
+    for start in (0, 3, 6):
+        writer.put(pooled(range(start, start + 3)))
+        writer.flush()
+    with pytest.raises(FormatError, match="what was finished"):
+        writer.close()
+    deadline = time.monotonic() + 30
+    while set(threading.enumerate()) - set(before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - set(before)
 
 
 def test_all_files_that_grow_wait_for_the_disk_in_one_thread(tmp_path: Path) -> None:

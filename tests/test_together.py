@@ -42,6 +42,18 @@ def test_what_only_one_of_them_has_keeps_none_of_the_others_away() -> None:
     assert sorted(done) == [n for n in range(20) if n != 3]
 
 
+def test_one_after_the_other_what_the_others_gave_is_undone() -> None:
+    def give(n: int) -> int:
+        if n == 3:
+            raise BackendError("cannot be had")
+        return n
+
+    undone: list[int] = []
+    with pytest.raises(BackendError):
+        together([partial(give, n) for n in range(5)], 1, undo=undone.append)
+    assert undone == [0, 1, 2]
+
+
 def test_what_the_others_gave_is_undone() -> None:
     """Two have begun when the second fails; the first ends behind it."""
     failed = threading.Event()

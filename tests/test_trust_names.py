@@ -11,6 +11,7 @@ import actcache as ac
 from actcache.errors import OptionError
 from actcache.extract import questions
 from actcache.testing.tiny import tiny_model, tiny_tokenizer
+from elsewhere import Wrapped
 
 TEXTS = ["the cat sat", "a dog"]
 CLAIMED = "org/base"
@@ -123,6 +124,19 @@ def test_a_name_that_is_given_where_nothing_was_brought_in(place, tmp_path, monk
         cached(path, store, "org/bsae")
         (said,) = [record.getMessage() for record in caplog.records]
         assert "under the name 'org/bsae'" in said and str(tmp_path / "store") in said
+
+
+def test_nothing_is_said_of_an_import_that_is_elsewhere(place, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(questions, "_said", set())
+    there = ac.LocalBackend(tmp_path / "objects")
+    values = np.ones((len(TEXTS), 32), np.float32)
+    with ac.Store(Wrapped(there), index_dir=tmp_path / "one") as store:
+        ac.import_arrays({"resid_post.0": values}, CLAIMED, TEXTS, store=store, pooling="last_token")
+        store.flush()
+    with ac.Store(Wrapped(there), index_dir=tmp_path / "other") as store, caplog.at_level(logging.WARNING, "actcache"):
+        cache = ac.UnifiedCache(str(place / CLAIMED), store=store, trust_names=CLAIMED, **OPTIONS)
+        assert cache.get_activations(TEXTS)[0].float().mean() == 1
+    assert not caplog.records
 
 
 def test_nothing_is_said_where_the_very_model_answers(place, store, caplog):

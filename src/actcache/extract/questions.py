@@ -74,8 +74,9 @@ def with_imports(question: Question, extractor: ActivationExtractor) -> Question
     """`question`, which imports answer, too, where their names are trusted; they are of a model without edits."""
     if not question.trusts:
         return question
-    _say_other_names(question, extractor)
     found = [one for name in question.trusts for one in question.store.imports_of(name)]
+    # By now what is stored elsewhere is known here.
+    _say_other_names(question, extractor)
     return replace(question, trusted=found)
 
 

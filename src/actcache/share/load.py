@@ -82,7 +82,7 @@ def load_activations(
         NotCachedError: a prompt that it does not have.
         OptionError: a pooling that cannot be had from what is stored, and other wrong arguments.
     """
-    index = Index(open_source(dataset, token=token, revision=revision), Spill(user_cache()))
+    index = Index(open_source(dataset, token=token, revision=revision), _spill())
     group = _site(index, site)
     chosen = _layers(group, layers, index.source.name)
     _check_pooling(pooling, group, index.source.name)
@@ -129,7 +129,7 @@ def load_activation_dataset(
     """
     from actcache.store.tensors import to_tensor
 
-    index = Index(open_source(repo_id, token=token, revision=revision), Spill(user_cache()))
+    index = Index(open_source(repo_id, token=token, revision=revision), _spill())
     groups = index.description.tensors
     known = [*groups, *([PERPLEXITY] if set(_PERPLEXITIES) <= set(index.columns) else [])]
     wanted = known if tensors is None else [tensors] if isinstance(tensors, str) else list(tensors)
@@ -146,6 +146,14 @@ def load_activation_dataset(
         chosen = _layers(group, layers if group.layers else None, index.source.name)
         found.update({key: to_tensor(array) for key, array in _all_rows(index, group, chosen).items()})
     return found, dict(index.description.metadata)
+
+
+def _spill() -> Spill:
+    """Where what is known of each prompt lies: in the folder of what may be deleted, in memory without one."""
+    try:
+        return Spill(user_cache())
+    except RuntimeError:
+        return Spill(None)
 
 
 def _check_pooling(pooling: Any, group: TensorGroup, where: str) -> None:

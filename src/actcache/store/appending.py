@@ -151,9 +151,11 @@ class Appender:
     def seal(self) -> None:
         """Make segments of the files that grew."""
         with self._lock:
-            while self._files:
-                self._finish(self._files.popitem()[1])
-            self._disk.stop()
+            try:
+                while self._files:
+                    self._finish(self._files.popitem()[1])
+            finally:
+                self._disk.stop()
 
     def _finish(self, file: GrowingFile) -> None:
         try:

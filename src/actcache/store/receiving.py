@@ -53,8 +53,8 @@ class Targets:
 class Rows:
     """Rows ``starts[i]:stops[i]`` of a matrix, wanted as ``into[places[i]]``, arrays ``[T, D]`` that may be written to.
 
-    They are there from the beginning, and filled as something comes. Neighbours lie together in memory, about a MB of
-    them: they are copied together, and whoever keeps one array keeps little else.
+    They are there from the beginning, and filled as something comes. Neighbours lie together in memory, a MB or two of
+    them: they are copied together, and whoever keeps one array keeps little else. One that is as large lies alone.
     """
 
     def __init__(self, tensor: Tensor, starts: Ints, stops: Ints, places: Ints, into: list[npt.NDArray[Any]]) -> None:
@@ -66,7 +66,7 @@ class Rows:
         begins = ends - (stops - starts)
         sources: list[int] = []
         outs: list[npt.NDArray[np.uint8]] = []
-        for some in _runs(begins // max(1, _TOGETHER // max(1, width)), 0):
+        for some in _runs(_together(begins, ends, max(1, _TOGETHER // max(1, width))), 0):
             first = int(begins[some.start])
             made = np.empty((int(ends[some.stop - 1]) - first, dim), tensor.dtype)
             flat = made.reshape(-1).view(np.uint8)
@@ -85,6 +85,16 @@ class Rows:
     def take(self, start: int, data: memoryview) -> None:
         """Copy what is wanted of `data`, which begins at `start` of the object."""
         self._targets.take(start, data)
+
+
+def _together(begins: Ints, ends: Ints, rows: int) -> Ints:
+    """A number for each array ``begins[i]:ends[i]``, the same for neighbours that lie together: less than twice so many
+    `rows`, or one array that has as many by itself."""
+    blocks, long = begins // rows, ends - begins >= rows
+    apart = np.diff(blocks, prepend=blocks[:1]) != 0
+    apart |= long
+    apart[1:] |= long[:-1]
+    return np.cumsum(apart)
 
 
 def _runs(values: Ints, first: int) -> Iterator[slice]:

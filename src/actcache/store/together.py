@@ -25,7 +25,7 @@ def together(
     have ended, the first error is raised, and what the others gave is handed to `undo`.
     """
     if len(jobs) < 2 or threads < 2 or is_ending():
-        return [job() for job in jobs]
+        return _one_by_one(jobs, undo)
     over = threading.Event()
 
     def result(job: Callable[[], T]) -> list[T]:
@@ -51,3 +51,15 @@ def together(
                     for given in future.result():
                         undo(given)
             raise
+
+
+def _one_by_one(jobs: Sequence[Callable[[], T]], undo: Callable[[T], object] | None) -> list[T]:
+    given: list[T] = []
+    try:
+        given.extend(job() for job in jobs)
+    except BaseException:
+        if undo is not None:
+            for one in given:
+                undo(one)
+        raise
+    return given
