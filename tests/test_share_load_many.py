@@ -32,7 +32,7 @@ def test_rows_are_those_of_the_prompts_however_many_are_looked_at(tmp_path, monk
             ac.push_dataset(tmp_path / name, MODEL, prompts, store=store, shuffle=shuffle, shard_max_bytes=150)
         wanted = store.read(space, [text(i) for i in N], "resid_post.1", **({} if whole else {"pooling": "last_token"}))
     listed = ac.load_activation_dataset(tmp_path / "some")[0]["hidden.layer_1"].numpy()
-    assert len(listed) == sum(len(rows) for rows in wanted) if whole else len(wanted)
+    assert len(listed) == (sum(len(rows) for rows in wanted) if whole else len(wanted))
     for name in ("all", "some"):
         for order in (list(N), [*N[5:], 7, *N[:5]], [22, 0, 0, 3]):
             prompts = [text(i) for i in order]
