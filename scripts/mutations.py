@@ -14,7 +14,7 @@ _EXTRACTOR = ("tests/test_extractor.py",)
 _IDENTITY = ("tests/test_identity.py",)
 _OPTIONS = ("tests/test_loading_options.py",)
 _SEGMENT = ("tests/test_segment_keys.py", "tests/test_segment.py", "tests/test_segment_damage.py")
-_READING = ("tests/test_store_reading.py",)
+_CONTENTS = ("tests/test_contents.py",)
 
 BATCHING = (
     Mutation(
@@ -248,10 +248,17 @@ KEYS = (
     ),
     Mutation(
         "equal keys are enough: ids and texts are not compared",
-        "store/mapping.py",
-        "return np.fromiter(map(eq, pieces, content), bool, len(prompts))",
-        "return np.ones(len(prompts), bool)",
-        _READING,
+        "store/contents.py",
+        "return _mask([chars[a:b] == asked[i] for i, a, b in where])",
+        "return None",
+        _CONTENTS,
+    ),
+    Mutation(
+        "equal keys are enough: kinds are not compared",
+        "store/queries.py",
+        "if isinstance(kinds, int) and kinds == segment.kind_of_all:",
+        "if True:",
+        _CONTENTS,
     ),
 )
 

@@ -13,6 +13,13 @@ _QUANTIZE = ("tests/test_quantize.py",)
 SEGMENTS = (
     Mutation("blocks are not checked", "store/checks.py", "_GOOD if right else _DAMAGED", "_GOOD", _SEGMENT),
     Mutation(
+        "a block that is good stands for others",
+        "store/block_groups.py",
+        "nonzero()[0]) == len(rows)",
+        "nonzero()[0]) > 0",
+        ("tests/test_block_groups.py",),
+    ),
+    Mutation(
         "damage spoils no row",
         "store/checks.py",
         "before[high] == before[low]",

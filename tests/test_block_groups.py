@@ -78,6 +78,8 @@ def test_rows_are_good_once_all_of_their_blocks_are(
         blocks = touched(sites, starts.tolist(), stops.tolist())
         answers.append(checks.good(list(sites), starts, stops))
         assert answers[-1] == (blocks <= right)
+        alone = touched(sites, starts.tolist(), (starts + 1).tolist())
+        assert checks.good(list(sites), starts) == (alone <= right)
         if rng.random() < 0.3:
             intact = checks.verify(list(sites), starts, stops)
             right |= blocks - wrong

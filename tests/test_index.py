@@ -56,6 +56,37 @@ def test_key_table_agrees_with_a_dictionary(segments: list[list[tuple[int, int]]
         assert number[i] == max(holders, key=lambda n: rank[n])
         assert segments[number[i]][row[i]] == key
     assert [table.find_one(*key, rank) for key in asked] == list(zip(number.tolist(), row.tolist(), strict=True))
+    for found, again in zip((number, row), table.find(as_keys(asked * 20), rank), strict=True):
+        np.testing.assert_array_equal(again, np.tile(found, 20))
+
+
+@pytest.mark.parametrize("count", [40, 400, 2000])
+def test_keys_that_agree_lie_among_many_that_do_not(count: int) -> None:
+    """Copies of a prompt in one segment and in others, and first words that agree by chance, at the very end too."""
+    rng = np.random.default_rng(count)
+    words = rng.integers(1, 2**63, (4000, 2), np.uint64)
+    words[7], words[2500], words[900] = words[3], words[3], words[2000]
+    words[3001, 0], words[11, 0] = words[12, 0], words[3002, 0]
+    words[50, 0] = words[51, 0] = 2**64 - 1
+    table, parts = KeyTable(), np.split(words, [1000, 1100, 3000])
+    rank = np.array([2, 0, 3, 1])
+    right: dict[tuple[int, int], tuple[int, int]] = {}
+    for number in np.argsort(rank).tolist():
+        right.update({(high, low): (number, row) for row, (high, low) in enumerate(parts[number].tolist())})
+    table.add(0, parts[0].view(np.uint8))
+    for number, part in enumerate(parts[1:], 1):
+        table.add(number, part.view(np.uint8))
+        assert table.find(words[:1].view(np.uint8), rank)[0].tolist() == [0]
+    assert len(table._runs) > 1
+    special = [3, 7, 2500, 900, 2000, 3001, 12, 11, 3002, 50, 51, 1050]
+    asked = words[np.concatenate([special, rng.choice(4000, count)])]
+    asked[20:30, 1] += np.uint64(1)
+    asked[30:35, 0] = [0, 2**64 - 1, 2**64 - 2, 1, 5]
+    expected = [right.get((high, low), (-1, -1)) for high, low in asked.tolist()]
+    assert len({number for number, _ in expected}) == 5
+    number, row = table.find(asked.view(np.uint8), rank)
+    assert list(zip(number.tolist(), row.tolist(), strict=True)) == expected
+    assert [table.find_one(high, low, rank) for high, low in asked.tolist()] == expected
 
 
 @settings(deadline=None)

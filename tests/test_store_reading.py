@@ -97,39 +97,6 @@ def test_rows_one_by_one_are_those_of_all_together(tmp_path: Path) -> None:
         place.rows(6)
 
 
-@pytest.mark.parametrize("what", ["token", "text"])
-@pytest.mark.parametrize("some", ["few", "all in order", "all in disorder", "half", "here and there", "one again"])
-def test_what_is_compared_is_each_prompts_own(tmp_path: Path, what: str, some: str) -> None:
-    """One comparison for many prompts, or one for each: none of them may stand for another."""
-    store, space = make_store(tmp_path)
-    store.append(space, pooled(range(400)))
-    index = store._index(space)
-    ((number, _),) = index.segments()
-    segment = index.open(number)
-    assert segment is not None
-    rng = np.random.default_rng(0)
-    chosen = {
-        "few": np.array([5, 300, 7]),
-        "all in order": np.arange(400),
-        "all in disorder": rng.permutation(400),
-        "half": rng.permutation(400)[:200],
-        "here and there": rng.permutation(400)[:30],
-        "one again": np.full(40, 17),
-    }[some]
-    table = make_table(range(400))
-    content = [
-        text(i).encode() if what == "text" else np.array(table.tokens(i), "<i4").tobytes() for i in chosen.tolist()
-    ]
-    assert segment.holds(what, chosen, content).all()
-    for k in (0, len(chosen) // 2, len(chosen) - 1):
-        for other in (content[k][:-1] + b"?", content[k][:-1], b"", content[k] + content[k]):
-            changed = [*content[:k], other, *content[k + 1 :]]
-            assert np.flatnonzero(~segment.holds(what, chosen, changed)).tolist() == [k]
-    swapped = [content[1], content[0], *content[2:]]
-    expected = [] if some == "one again" else [0, 1]
-    assert np.flatnonzero(~segment.holds(what, chosen, swapped)).tolist() == expected
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 def test_every_dtype_comes_back_as_it_was(tmp_path: Path, dtype: Any) -> None:
     store, space = make_store(tmp_path)

@@ -15,15 +15,22 @@ Ranges = list[tuple[Ints, Ints]]
 
 
 class BlockGroup:
-    """Sites of one shape; `first`: the number of each one's first block.
+    """Sites of one shape; `first`: the number of each one's first block, `size`: the bytes of a block.
 
     `known` bool ``[blocks]``: which blocks are known to be good at all of them.
     """
 
-    def __init__(self, shape: Shape, sites: Sequence[str], first: Sequence[int]) -> None:
+    def __init__(self, shape: Shape, sites: Sequence[str], first: Sequence[int], size: int) -> None:
         self.shape, self.sites, self.first = shape, list(sites), np.array(first, np.int64)
         self.known = np.zeros(sum(count for _, count in shape), bool)
         self._unknown_before = np.arange(len(self.known) + 1)
+        (width, _), *scales = shape
+        self._rows = 0 if scales or not width or size % width else size // width
+        """How many rows are in a block, if each of them lies in one block only."""
+
+    def knows_rows(self, rows: Ints) -> bool:
+        """Whether all blocks of these rows are known to be good; False, too, where they are many for a row."""
+        return self._rows > 0 and len(self.known.take(rows // self._rows).nonzero()[0]) == len(rows)
 
     def knows(self, ranges: Ranges) -> bool:
         """Whether all blocks in `ranges` are known to be good."""

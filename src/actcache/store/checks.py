@@ -69,10 +69,15 @@ class BlockChecks:
         """Whether every block of all `sites` has been checked and is good."""
         return self._clean.issuperset(sites)
 
-    def good(self, sites: Sequence[str], starts: Ints, stops: Ints) -> bool:
-        """Whether the rows ``starts[i]:stops[i]`` of all `sites` have been checked and are good; reads nothing."""
+    def good(self, sites: Sequence[str], starts: Ints, stops: Ints | None = None) -> bool:
+        """Whether the rows ``starts[i]:stops[i]`` of all `sites` have been checked and are good; reads nothing.
+
+        `stops`: None for one row each.
+        """
         for group in self._groups(tuple(sites)):
-            ranges = self._touched(group.shape, starts, stops)
+            if stops is None and group.knows_rows(starts):
+                continue
+            ranges = self._touched(group.shape, starts, starts + 1 if stops is None else stops)
             if group.knows(ranges):
                 continue
             blocks = group.marked(ranges)
@@ -255,7 +260,7 @@ class BlockChecks:
         found = self._grouped.get(sites)
         if found is None:
             by_shape = self._by_shape(sites).items()
-            found = [BlockGroup(shape, alike, [self._first[s] for s in alike]) for shape, alike in by_shape]
+            found = [BlockGroup(shape, alike, [self._first[s] for s in alike], BLOCK) for shape, alike in by_shape]
             if len(self._grouped) < _MOST_KEPT:
                 self._grouped[sites] = found
         return found

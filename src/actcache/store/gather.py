@@ -184,11 +184,13 @@ def _on_grid(
 def _one_by_one(region: npt.NDArray[Any], index: Ints, out: npt.NDArray[Any], at: Ints) -> None:
     """``out[at[i]] = region[index[i]]``: few of them are neighbours there, and to look for these costs more."""
     together, take = max(1, _TOUCHED_ROWS // index.shape[1]), region.take
-    for start in range(0, len(at), together):
-        some = index[start : start + together]
-        _touch(region, some.reshape(-1))
-        for rows, place in zip(some, at[start : start + together].tolist(), strict=True):
-            take(rows, 0, out[place], "clip")
+    begins, flat, places = index * region.shape[1], region.reshape(-1), at.tolist()
+    for start in range(0, len(places), together):
+        stop = min(start + together, len(places))
+        if region.shape[1] * region.itemsize >= _TOUCHED_BYTES:
+            flat.take(begins[start:stop], mode="clip")
+        for k in range(start, stop):
+            take(index[k], 0, out[places[k]], "clip")
 
 
 def _by_runs(matrix: npt.NDArray[Any], rows: Ints, out: npt.NDArray[Any], at: Ints) -> bool:

@@ -28,6 +28,7 @@ Mask = npt.NDArray[np.bool_]
 AT_ONCE = 1 << 15
 """Keys that are sorted at a time; more of them than that lie in a file, where there is one."""
 _MANY = 200_000
+_FEW = 512
 
 KEY_BYTES = 24
 """Of a key in a run, with where it is."""
@@ -160,20 +161,19 @@ class KeyTable:
         self._settle()
         words = np.ascontiguousarray(keys).view(np.uint64)
         high, low = words[:, 0], words[:, 1]
-        segment = np.full(len(high), -1, np.int32)
-        row = np.full(len(high), -1, np.int64)
-        if len(high) > 64:
+        # `np.full` takes twice as long where little of it is in the processor's caches.
+        segment, row = np.empty(len(high), np.int32), np.empty(len(high), np.int32)
+        segment.fill(-1)
+        row.fill(-1)
+        order = None
+        if len(high) > _FEW:
             # Looking up in sorted order walks the run once, which the processor's cache likes.
-            order = np.argsort(high)
+            order = high.argsort()
             high, low = high[order], low[order]
         for run in self._runs:
             if len(run):
-                _search(run, high, low, rank, segment, row)
-        if len(high) > 64:
-            back_segment, back_row = np.empty_like(segment), np.empty_like(row)
-            back_segment[order], back_row[order] = segment, row
-            return back_segment, back_row
-        return segment, row
+                _search(run, high, low, order, rank, segment, row)
+        return segment, row.astype(np.int64)
 
     def find_one(self, high: int, low: int, rank: npt.NDArray[Any]) -> tuple[int, int]:
         """`find` for one key, given as two words."""
@@ -318,27 +318,41 @@ def _sorted(high: Words, low: Words, segment: npt.NDArray[np.int32], row: npt.ND
 
 
 def _search(
-    run: Run, high: Words, low: Words, rank: npt.NDArray[Any], segment: npt.NDArray[np.int32], row: Ints
+    run: Run,
+    high: Words,
+    low: Words,
+    places: Ints | None,
+    rank: npt.NDArray[Any],
+    segment: npt.NDArray[np.int32],
+    row: npt.NDArray[np.int32],
 ) -> None:
-    at = np.searchsorted(run.high, high)
-    last = len(run) - 1
-    active = np.flatnonzero(run.high[np.minimum(at, last)] == high)
-    active = active[at[active] <= last]
-    at = at[active]
+    """Take what `run` has of these keys into `segment` and `row`, at `places` (None: one after the other)."""
+    at = run.high.searchsorted(high)
+    # Behind the last there is nothing that could be equal: it is smaller than what would lie there.
+    hits = (run.high.take(at, mode="clip") == high).nonzero()[0]
+    if len(hits) < len(high):
+        at, high, low = at[hits], high[hits], low[hits]
+    places = hits if places is None else places[hits]
     # Duplicates of a prompt, and first words that agree by chance, lie side by side.
-    while len(active):
-        found = run.low[at] == low[active]
-        new = run.segment[at]
+    while len(at):
+        right = run.low.take(at) == low
+        new, new_row = run.segment.take(at), run.row.take(at)
         if run.numbers is not None:
-            new = run.numbers[new]
-            found &= new >= 0
-        old = segment[active]
-        # Rows of one segment lie in the order in which they were written.
-        later = (new == old) & (run.row[at] > row[active])
-        better = found & ((old < 0) | (rank[new] > rank[old]) | later)
-        segment[active[better]] = new[better]
-        row[active[better]] = run.row[at[better]]
+            new = run.numbers.take(new)
+            right &= new >= 0
+        old = segment.take(places)
+        if len((old >= 0).nonzero()[0]):
+            # Rows of one segment lie in the order in which they were written.
+            later = (new == old) & (new_row > row.take(places))
+            right &= (old < 0) | (rank.take(new) > rank.take(old)) | later
+        better = right.nonzero()[0]
+        if len(better) < len(places):
+            segment[places[better]], row[places[better]] = new[better], new_row[better]
+        else:
+            segment[places], row[places] = new, new_row
         at = at + 1
-        more = at <= last
-        more[more] = run.high[at[more]] == high[active[more]]
-        active, at = active[more], at[more]
+        more = (run.high.take(at, mode="clip") == high).nonzero()[0]
+        if not len(more):
+            return
+        more = more[at[more] < len(run)]
+        at, high, low, places = at[more], high[more], low[more], places[more]

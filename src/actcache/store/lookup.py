@@ -16,7 +16,7 @@ from actcache.store.fetching import Vanished
 from actcache.store.files import log
 from actcache.store.gather import THREAD_BYTES, allowed_threads
 from actcache.store.index import SpaceIndex
-from actcache.store.keys import KEY_WORDS, Ints
+from actcache.store.keys import KEY_WORDS, Group, Ints
 from actcache.store.mapping import Segment
 from actcache.store.opening import look_again
 from actcache.store.placement import Part, Placement
@@ -170,15 +170,13 @@ def _check_together(
     left = _AHEAD_BYTES
     jobs, good = [], []
     for segment, sites, prompts in wanted:
-        good.append(segment.checks in received or segment.checks.all_good(sites))
+        good.append(segment.checks in received or segment.checks.all_good(sites) or segment.knows(sites, prompts))
         if left <= 0 or good[-1]:
             continue
         starts, stops = segment.row_offset[prompts], segment.row_offset[prompts + 1]
-        good[-1] = segment.checks.good(sites, starts, stops)
-        if not good[-1]:
-            left -= segment.checks.ask(sites, starts, stops, left)
-            jobs.append((segment.checks, sites, starts, stops))
-    threads = min(allowed_threads(), (_AHEAD_BYTES - left) // THREAD_BYTES, len(jobs))
+        left -= segment.checks.ask(sites, starts, stops, left)
+        jobs.append((segment.checks, sites, starts, stops))
+    threads = min(allowed_threads(), (_AHEAD_BYTES - left) // THREAD_BYTES, len(jobs)) if jobs else 0
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:
             for job in [pool.submit(checks.verify, sites, starts, stops) for checks, sites, starts, stops in jobs]:
@@ -210,8 +208,7 @@ def locate_one(index: SpaceIndex, query: Query, sites: Sequence[str], layout: st
     if segment is None or not query.matches_one(segment, row):
         return None
     if check:
-        start, stop = segment.row_offset[row : row + 1], segment.row_offset[row + 1 : row + 2]
-        if not segment.checks.all_good(sites) and not segment.checks.good(sites, start, stop):
+        if not segment.checks.all_good(sites) and not segment.knows(sites, np.array([row])):
             return None
         index.note_read(number, row)
     return Placement.of_one(sites, layout, segment, row)
@@ -220,12 +217,12 @@ def locate_one(index: SpaceIndex, query: Query, sites: Sequence[str], layout: st
 @dataclass
 class _Sites:
     """Sites that lie together: their numbers and names, which prompt of its segment each query is, and the segments,
-    each with its number and the queries that it may hold."""
+    each with its number, the queries that it may hold, and as which of its prompts."""
 
     columns: list[int]
     names: list[str]
     prompt: Ints
-    opened: list[tuple[int, Segment, Ints]]
+    opened: list[tuple[int, Segment, Ints, Ints]]
 
 
 @dataclass
@@ -237,7 +234,7 @@ class _Holders:
     changed: bool
 
     def wanted(self) -> list[tuple[Segment, Sequence[str], Ints]]:
-        return [(s, group.names, group.prompt[members]) for group in self.groups for _, s, members in group.opened]
+        return [(s, group.names, prompts) for group in self.groups for _, s, _, prompts in group.opened]
 
 
 def _locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, check: bool) -> tuple[Placement, bool]:
@@ -247,26 +244,35 @@ def _locate(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, 
 
 def _find(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str) -> _Holders:
     """Where each prompt may be, as its key says."""
-    groups = index.groups(layout)
-    together: dict[tuple[int, ...], list[int]] = {}
-    for j, site in enumerate(sites):
-        holders = tuple(g for g, group in enumerate(groups) if site in group.sites)
-        together.setdefault(holders, []).append(j)
-    answers = {g: index.find(groups[g], query.kind, query.keys) for holders in together for g in holders}
+    answers: dict[Group, tuple[npt.NDArray[np.int32], Ints]] = {}
     chosen = _Holders(list(sites), [], False)
-    for holders, columns in together.items():
-        number = np.full(len(query), -1, np.int32)
-        prompt = np.full(len(query), -1, np.int64)
-        for g in holders:
-            new, row = answers[g]
+    for holders, columns in _together(index, sites, layout):
+        answers.update((g, index.find(g, query.kind, query.keys)) for g in holders if g not in answers)
+        if len(holders) == 1:
+            number, prompt = answers[holders[0]]
+        else:
+            number, prompt = np.full(len(query), -1, np.int32), np.full(len(query), -1, np.int64)
+        for new, row in (answers[g] for g in holders if len(holders) > 1):
             better = (new >= 0) & ((number < 0) | (index.rank[new] > index.rank[number]))
             number[better], prompt[better] = new[better], row[better]
-        found = by_segment(number, np.flatnonzero(number >= 0))
+        found = by_segment(number)
         index.ask_for([n for n, _ in found])
-        opened = [(n, segment, members) for n, members in found if (segment := index.open(n)) is not None]
+        opened = [(n, s, members, prompt[members]) for n, members in found if (s := index.open(n)) is not None]
         chosen.changed |= len(opened) < len(found)
         chosen.groups.append(_Sites(columns, [sites[j] for j in columns], prompt, opened))
     return chosen
+
+
+def _together(index: SpaceIndex, sites: Sequence[str], layout: str) -> list[tuple[list[Group], list[int]]]:
+    """The numbers of sites that the same groups have, with these groups."""
+    whole = index.holders(layout, tuple(sites))
+    if whole is not None:
+        return [(whole, list(range(len(sites))))]
+    groups = index.groups(layout)
+    found: dict[tuple[int, ...], list[int]] = {}
+    for j, site in enumerate(sites):
+        found.setdefault(tuple(g for g, group in enumerate(groups) if site in group.sites), []).append(j)
+    return [([groups[g] for g in holders], columns) for holders, columns in found.items()]
 
 
 def _placed(
@@ -284,24 +290,25 @@ def _placed(
     changed = holders.changed
     for group in holders.groups:
         prompt, opened = group.prompt, group.opened
-        slot = np.full(len(query), -1, np.int32)
+        slot = np.empty(len(query), np.int32)
+        slot.fill(-1)
         good = [False] * len(opened)
         if check and len(opened) > 1:
-            good = _check_together(
-                [(segment, group.names, prompt[members]) for _, segment, members in opened], received
-            )
-        for (n, segment, members), known in zip(opened, good, strict=True):
-            right = query.matches(segment, members, prompt[members])
+            good = _check_together([(segment, group.names, prompts) for _, segment, _, prompts in opened], received)
+        for (n, segment, members, prompts), known in zip(opened, good, strict=True):
+            right = query.matches(segment, members, prompts)
             if check and not known:
-                intact = _intact(index, n, segment, group.names, prompt[members], received)
+                intact = _intact(index, n, segment, group.names, prompts, received)
                 changed = changed or not intact.all()
-                right &= intact
+                right = intact if right is None else right & intact
+            if right is not None:
+                members, prompts = members[right], prompts[right]
             if n not in slots:
                 slots[n] = len(segments)
                 segments.append(segment)
-            slot[members[right]] = slots[n]
+            slot[members] = slots[n]
             if check:
-                index.note_read(n, prompt[members[right]])
+                index.note_read(n, prompts)
         parts.append(Part(tuple(group.columns), slot, prompt))
     return Placement(len(query), holders.sites, layout, parts, segments, received), changed
 
@@ -314,11 +321,9 @@ def _intact(
     prompts: Ints,
     received: Mapping[BlockChecks, Received],
 ) -> npt.NDArray[np.bool_]:
-    if segment.checks in received or segment.checks.all_good(sites):
+    if segment.checks in received or segment.checks.all_good(sites) or segment.knows(sites, prompts):
         return np.ones(len(prompts), bool)
     starts, stops = segment.row_offset[prompts], segment.row_offset[prompts + 1]
-    if segment.checks.good(sites, starts, stops):
-        return np.ones(len(prompts), bool)
     intact = segment.checks.verify(sites, starts, stops)
     good: npt.NDArray[np.bool_] = np.logical_and.reduce(intact)
     if not good.all():

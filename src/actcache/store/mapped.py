@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
-Copies = list[bytes]
 
 _POPULATE_READ = 22
 # Behind the index tensors a segment may have holes, which would only fill memory.
@@ -93,12 +92,12 @@ class MappedFile:
         """A copy of a range; bytes compare many times faster than memoryviews."""
         return self.raw[start:stop].tobytes()
 
-    def pieces(self, starts: Ints, stops: Ints) -> Copies:
-        """Copies of many short ranges."""
-        # Looked at first all at once, since each copy would wait for its own.
+    def touched(self, starts: Ints, stops: Ints) -> Any:
+        """Something of which slices are copies of the bytes, where many short ranges are copied next."""
+        # Looked at all at once, since each copy would wait for its own.
         self.array.take(starts, mode="clip")
-        chars: Any = self._chars
-        return [chars[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+        self.array.take(stops, mode="clip")
+        return self._chars
 
     def will_need(self, start: int, stop: int) -> None:
         """Ask the disk for a range, without waiting for it."""

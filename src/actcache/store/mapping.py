@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from operator import eq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ from actcache.errors import FormatError, NotCachedError
 from actcache.store import container
 from actcache.store.casting import CastError
 from actcache.store.checks import BlockChecks, blocks_of
+from actcache.store.contents import Contents
 from actcache.store.dtypes import SCALED, is_quantised, value_dtype
 from actcache.store.fetching import Fetcher
 from actcache.store.files import open_plain
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
 Ints = npt.NDArray[np.int64]
 Reader = Callable[[int, int], npt.NDArray[Any]]
 
-_FEW, _SPREAD = 16, 8
 _MOST_KEPT = 64
 
 
@@ -178,6 +176,8 @@ class Segment:
             raise FormatError("errors do not match the data")
         self.checks = BlockChecks(self._file, parts, checksum, self.block_offset, self.source)
         self.row_offset: Ints = offsets["row_offset"]
+        self.kind_of_all = int(kind[0]) if (kind == kind[0]).all() else None
+        """The kind of its prompts, where all have the same."""
         self.prompts = PromptTable(
             token_ids, offsets["token_offset"], kind, text, offsets["text_offset"],
             self.metadata.get("text_context", ""), token_key, text_key,
@@ -313,6 +313,12 @@ class Segment:
             site = sites[int(np.flatnonzero(~intact.all(axis=1))[0])]
             raise NotCachedError(f"{self.path}: {site} is damaged (checksum), and not read")
 
+    def knows(self, sites: Sequence[str], prompts: Ints) -> bool:
+        """Whether the rows of `prompts` at all `sites` have been checked and are good; reads nothing."""
+        if self.layout in (TOKENS, SPARSE):
+            return self.checks.good(sites, self.row_offset[prompts], self.row_offset[prompts + 1])
+        return self.checks.good(sites, prompts)
+
     def column(self, site: str) -> tuple[np.dtype[Any], int]:
         """Dtype of the values and width of `site`."""
         return value_dtype(self._code(site)), self._data[site].shape[1]
@@ -340,56 +346,14 @@ class Segment:
         mean, m2 = self._moments[first : first + 2 * dim].reshape(2, dim).copy()
         return Moments(self.info.rows, mean, m2, float(self._moments[first + 2 * dim]))
 
-    def content(self, what: str, prompt: int) -> bytes:
-        """The "token" ids (as stored) or the "text" of one prompt."""
-        offset, name = (
-            (self.prompts.token_offset, "token_ids") if what == "token" else (self.prompts.text_offset, "text")
-        )
-        tensor = self._tensors[name]
-        width = tensor.dtype.itemsize
-        return self._file.bytes(
-            tensor.start + width * int(offset[prompt]), tensor.start + width * int(offset[prompt + 1])
-        )
-
-    def holds(self, what: str, prompts: Ints, content: list[bytes]) -> npt.NDArray[np.bool_]:
-        """Whether the "token" ids or the "text" of `prompts` are exactly `content`, bool ``[len(prompts)]``."""
-        offset, name = (
-            (self.prompts.token_offset, "token_ids") if what == "token" else (self.prompts.text_offset, "text")
-        )
-        tensor = self._tensors[name]
-        width = tensor.dtype.itemsize
-        starts = offset[prompts] * width + tensor.start
-        stops = offset[prompts + 1] * width + tensor.start
-        data = self._file.bytes
-        # Runs, and what lies between, are looked at only where most of it is asked for.
-        if len(prompts) > _FEW and int(prompts.max()) - int(prompts.min()) < _SPREAD * len(prompts):
-            if self._holds_runs(prompts, starts, stops, content):
-                return np.ones(len(prompts), bool)
-            low, high = int(starts.min()), int(stops.max())
-            if high - low <= 2 * _SPREAD * int((stops - starts).sum()):
-                # One copy of all, which is cut much faster than the mapping.
-                whole = data(low, high)
-                starts, stops = starts - low, stops - low
-                return np.array(
-                    [whole[a:b] == c for a, b, c in zip(starts.tolist(), stops.tolist(), content, strict=True)]
-                )
-        pieces = self._file.pieces(starts, stops)
-        if pieces == content:
-            return np.ones(len(prompts), bool)
-        return np.fromiter(map(eq, pieces, content), bool, len(prompts))
-
-    def _holds_runs(self, prompts: Ints, starts: Ints, stops: Ints, content: list[bytes]) -> bool:
-        """Whether all is equal, with one comparison for each run of neighbours, the usual case; False: look closer."""
-        order = np.argsort(prompts, kind="stable")
-        cuts = np.flatnonzero(np.diff(prompts[order]) != 1) + 1
-        lengths = np.fromiter(map(len, content), np.int64, len(content))
-        if len(cuts) * 8 >= len(prompts) or not np.array_equal(stops - starts, lengths):
-            return False
-        joined = [content[i] for i in order.tolist()]
-        first, last = starts[order].tolist(), stops[order].tolist()
-        edges = [0, *cuts.tolist(), len(prompts)]
-        data = self._file.bytes
-        return all(data(first[a], last[b - 1]) == b"".join(joined[a:b]) for a, b in pairwise(edges))
+    @lazy
+    def contents(self) -> dict[str, Contents]:
+        """The "token" ids and the "text" of its prompts, to compare."""
+        tensors, prompts = self._tensors, self.prompts
+        return {
+            "token": Contents(self._file, tensors["token_ids"], prompts.token_offset),
+            "text": Contents(self._file, tensors["text"], prompts.text_offset),
+        }
 
 
 def _read(fd: int, size: int) -> bytes:

@@ -140,7 +140,8 @@ class Placement:
         every = np.arange(self._n)
         pieces = []
         for part in self._parts:
-            cuts = np.flatnonzero((np.diff(part.segment) != 0) | (np.diff(part.prompt) != 1)) + 1
+            number, prompt = part.segment, part.prompt
+            cuts = ((number[1:] != number[:-1]) | (prompt[1:] != prompt[:-1] + 1)).nonzero()[0] + 1
             if _LONG_RUN * (len(cuts) + 1) <= self._n:
                 pieces += [
                     Piece(self._segments[part.segment[run[0]]], part.sites, part.prompt[run], run, straight=True)
@@ -149,7 +150,7 @@ class Placement:
             else:
                 pieces += [
                     Piece(self._segments[number], part.sites, part.prompt[members], members)
-                    for number, members in by_segment(part.segment, every)
+                    for number, members in by_segment(part.segment)
                 ]
         return pieces
 

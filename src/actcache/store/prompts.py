@@ -56,9 +56,9 @@ def text_digests(data: Sequence[bytes], kinds: Sequence[int] | npt.NDArray[Any] 
     """`text_keys` of texts that are encoded already."""
     digest = xxhash.xxh3_128_digest
     prefixes = _prefixes(context)
+    if isinstance(kinds, int):
+        return _pack(list(map(digest, map(prefixes[kinds].__add__, data))))
     each = np.broadcast_to(np.asarray(kinds), (len(data),))
-    if len(data) and (each == each[0]).all():
-        return _pack(list(map(digest, map(prefixes[int(each[0])].__add__, data))))
     return _pack([digest(prefixes[k] + t) for k, t in zip(each.tolist(), data, strict=True)])
 
 

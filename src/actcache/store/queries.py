@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from actcache.store.keys import Ints
+from actcache.store.keys import Ints, Mask
 from actcache.store.lazy import lazy
 from actcache.store.mapping import Segment
 from actcache.store.prompts import PromptTable, encode_texts, text_digest, text_digests
@@ -54,11 +54,15 @@ class Query:
     def keys(self) -> npt.NDArray[np.uint8]:
         if self._table is not None:
             return self._table.token_key
-        return text_digests(self.content, self._kinds, self.context)
+        return text_digests(self.content, self.kinds, self.context)
 
     @lazy
-    def kinds(self) -> npt.NDArray[np.uint8]:
-        return np.broadcast_to(np.asarray(self._kinds, np.uint8), (len(self),))
+    def kinds(self) -> npt.NDArray[np.uint8] | int:
+        """The kind of each text, or of all."""
+        if isinstance(self._kinds, int):
+            return self._kinds
+        kinds = np.broadcast_to(np.asarray(self._kinds, np.uint8), (len(self),))
+        return int(kinds[0]) if len(kinds) and (kinds == kinds[0]).all() else kinds
 
     def key_of_one(self) -> bytes:
         """The key of the only prompt."""
@@ -70,19 +74,22 @@ class Query:
         """The kind of the only text."""
         return self._kinds if isinstance(self._kinds, int) else int(self._kinds[0])
 
-    def matches(self, segment: Segment, members: Ints, prompts: Ints) -> npt.NDArray[np.bool_]:
-        """Which of the queries `members` are exactly what `segment` holds as `prompts`."""
-        content = self.content if len(members) == len(self) else [self.content[i] for i in members.tolist()]
+    def matches(self, segment: Segment, members: Ints, prompts: Ints) -> Mask | None:
+        """Which of the queries `members` (going up) are exactly what `segment` holds as `prompts`; None for all."""
         if self.kind == "token":
-            return segment.holds("token", prompts, content)
+            return segment.contents["token"].equal(prompts, self.content, members)
         if segment.prompts.text_context != self.context:
             return np.zeros(len(members), bool)
-        same = segment.holds("text", prompts, content)
-        return np.asarray(same & (segment.prompts.kind[prompts] == self.kinds[members]))
+        same = segment.contents["text"].equal(prompts, self.content, members)
+        kinds = self.kinds
+        if isinstance(kinds, int) and kinds == segment.kind_of_all:
+            return same
+        alike: Mask = segment.prompts.kind[prompts] == (kinds if isinstance(kinds, int) else kinds[members])
+        return alike if same is None else same & alike
 
     def matches_one(self, segment: Segment, prompt: int) -> bool:
         """Whether the only query is exactly what `segment` holds as `prompt`."""
-        if segment.content(self.kind, prompt) != self.content[0]:
+        if segment.contents[self.kind].of(prompt) != self.content[0]:
             return False
         return self.kind == "token" or (
             segment.prompts.text_context == self.context and segment.prompts.kind[prompt] == self.kind_of_one()
