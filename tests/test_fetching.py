@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from actcache.errors import BackendError
-from actcache.store import copied
+from actcache.store import copied, fetching, placement
 from actcache.store.backend import Bytes, MemoryBackend
 from actcache.store.records import Records
 from bucket_helpers import opened
@@ -127,3 +130,51 @@ def test_where_no_room_can_be_made_for_an_answer_nobody_waits_for_it(
                 pool.submit(other.read, space, None, "a").result(timeout=60)
         found = pool.submit(other.read, space, None, "a").result(timeout=60)
         np.testing.assert_array_equal(np.concatenate(found), values)
+
+
+class Noting(Counting):
+    """Notes how many reads of rows have begun; each takes a while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = 0
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
+        if start and name.endswith(".safetensors"):
+            self.begun += 1
+            time.sleep(0.02)
+        return super().read(name, start, stop)
+
+
+def test_what_is_prepared_meanwhile_waits_until_all_connections_are_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an answer goes is worked out in Python, beside which no other thread could begin."""
+    backend = Noting()
+    rows = 16 * MB // (4 * WIDTH)
+    values = np.random.default_rng(0).standard_normal((rows, WIDTH), np.float32)
+    store, space = opened(backend, tmp_path / "writer")
+    with store:
+        store.append(space, Records.pooled(make_table(range(rows)), "mean", {"a": -values, "b": values}))
+    seen = []
+    original = placement.deliveries
+
+    def noting(*arguments: Any) -> Any:
+        seen.append(backend.begun)
+        return original(*arguments)
+
+    monkeypatch.setattr(placement, "deliveries", noting)
+    monkeypatch.setattr(fetching, "_BEGIN_S", 10)
+    other, _ = opened(backend, tmp_path / "reader")
+    interval = sys.getswitchinterval()
+    with other:
+        # Threads that are there already wait for the interpreter, which nobody takes from whoever has it.
+        other.read(space, None, "a", pooling="mean")
+        backend.begun = 0
+        sys.setswitchinterval(10)
+        try:
+            answer = other.read(space, None, "b", pooling="mean")
+        finally:
+            sys.setswitchinterval(interval)
+    assert seen[1:] == [backend.concurrency]
+    assert sorted(answer[:, 0].tolist()) == sorted(values[:, 0].tolist())

@@ -31,7 +31,7 @@ from actcache.share.unchanged import check_unchanged, files_of
 from actcache.store.dtypes import FLOATING, common_dtype
 from actcache.store.files import log
 from actcache.store.locks import exclusive
-from actcache.store.mapped import return_free_memory
+from actcache.store.memory import return_free_memory
 from actcache.store.prompts import IDS, PromptTable
 from actcache.store.pulled import PROMPT
 from actcache.store.records import PULLED, TOKENS, Records, is_result

@@ -16,7 +16,7 @@ from actcache.errors import MissingExtraError, PromptError
 from actcache.share import ours, seal
 from actcache.share.format import PREFIX
 from actcache.share.stored_rows import Rows
-from actcache.store.mapped import return_free_memory
+from actcache.store.memory import return_free_memory
 from actcache.store.prompts import IDS
 
 if TYPE_CHECKING:

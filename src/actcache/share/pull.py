@@ -26,7 +26,7 @@ from actcache.share.unchanged import check_unchanged, fingerprint, state_of_inde
 from actcache.store.default import store_at
 from actcache.store.files import log
 from actcache.store.locks import exclusive
-from actcache.store.mapped import return_free_memory
+from actcache.store.memory import return_free_memory
 from actcache.store.pulled import CONTEXT, PROMPT, TRUSTED
 from actcache.store.records import PULLED, Records
 from actcache.store.spaces import SpaceInfo, space_id

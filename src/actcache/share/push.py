@@ -27,7 +27,7 @@ from actcache.share.target import Folder, Target
 from actcache.store import given
 from actcache.store.default import store_at
 from actcache.store.files import log
-from actcache.store.mapped import return_free_memory
+from actcache.store.memory import return_free_memory
 from actcache.store.records import LABEL, METADATA
 from actcache.store.spaces import SpaceInfo
 

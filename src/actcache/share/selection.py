@@ -18,7 +18,7 @@ from actcache.share.stored_prompts import StoredPrompts, StoredTable, of_other_t
 from actcache.store.asking import Located
 from actcache.store.default import model_label, one_variant
 from actcache.store.files import log
-from actcache.store.mapped import return_free_memory
+from actcache.store.memory import return_free_memory
 from actcache.store.prompts import IDS
 from actcache.store.records import COMPLETION, DERIVED, TOKENS
 from actcache.store.site_names import LAST, logits_of

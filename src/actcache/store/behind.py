@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from actcache.store.files import log
@@ -42,19 +44,29 @@ def has_room(size: int) -> bool:
     return _state.nbytes + size <= MOST and not is_ending()
 
 
-def write(path: Path, size: int, job: Callable[[], object]) -> None:
-    """Let `job` write `size` bytes to the file at `path` soon. What it raises is logged."""
-    state = _state
+@dataclass(frozen=True)
+class Job:
+    """What writes `size` bytes to the file at `path`."""
+
+    path: Path
+    size: int
+    write: Callable[[], object]
+
+
+def write(jobs: Sequence[Job]) -> None:
+    """Do `jobs` soon, one after the other. What they raise is logged."""
+    state, left = _state, deque(jobs)
     with state.changed:
-        state.waiting[path] = state.waiting.get(path, 0) + 1
-        state.nbytes += size
+        for job in jobs:
+            state.waiting[job.path] = state.waiting.get(job.path, 0) + 1
+            state.nbytes += job.size
         if state.pool is None:
             state.pool = ThreadPoolExecutor(1, thread_name_prefix="actcache-behind")
     try:
-        state.pool.submit(_do, state, path, size, job, time.monotonic() + _LINGER_S)
+        state.pool.submit(_do, state, left, time.monotonic() + _LINGER_S)
     except RuntimeError:
         # No thread can be started any more, as at the end of a process.
-        _do(state, path, size, job, 0.0)
+        _do(state, left, 0.0)
 
 
 def settle(path: Path | None = None) -> None:
@@ -67,21 +79,24 @@ def settle(path: Path | None = None) -> None:
             state.changed.wait_for(lambda: not state.waiting if path is None else path not in state.waiting)
 
 
-def _do(state: _Writing, path: Path, size: int, job: Callable[[], object], begin: float) -> None:
-    try:
-        state.awaited.wait(max(0.0, begin - time.monotonic()))
-        job()
-    except Exception as error:
-        log.warning("what was read is not kept in %s, and is read again: %s", path, error)
-    finally:
-        with state.changed:
-            state.nbytes -= size
-            state.waiting[path] -= 1
-            if not state.waiting[path]:
-                del state.waiting[path]
-            if not state.waiting:
-                state.awaited.clear()
-            state.changed.notify_all()
+def _do(state: _Writing, jobs: deque[Job], begin: float) -> None:
+    state.awaited.wait(max(0.0, begin - time.monotonic()))
+    while jobs:
+        # What is written is let go of before the next one is.
+        job = jobs.popleft()
+        try:
+            job.write()
+        except Exception as error:
+            log.warning("what was read is not kept in %s, and is read again: %s", job.path, error)
+        finally:
+            with state.changed:
+                state.nbytes -= job.size
+                state.waiting[job.path] -= 1
+                if not state.waiting[job.path]:
+                    del state.waiting[job.path]
+                if not state.waiting:
+                    state.awaited.clear()
+                state.changed.notify_all()
 
 
 def _after_fork() -> None:

@@ -182,11 +182,14 @@ class BlockChecks:
 
     def _numbers(self, sites: Sequence[str], starts: Ints, stops: Ints) -> Ints:
         """The blocks of all `sites` that hold these rows, among those of the whole segment."""
+        # Neighbours, as the prompts of a layer usually are, touch what the first and the last touch.
+        if len(starts) > 1 and (starts[1:] == stops[:-1]).all():
+            starts, stops = starts[:1], stops[-1:]
         found = [np.empty(0, np.int64)]
         for shape, alike in self._by_shape(sites).items():
             blocks = marked(self._touched(shape, starts, stops), sum(count for _, count in shape))
             found += [self._first[site] + blocks for site in alike]
-        return np.concatenate(found)
+        return found[1] if len(found) == 2 else np.concatenate(found)
 
     def _absent(self, numbers: Ints) -> Wanted | None:
         assert self.source is not None

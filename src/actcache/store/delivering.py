@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,26 +10,12 @@ import numpy.typing as npt
 
 from actcache.store.checks import BlockChecks
 from actcache.store.gather import Piece
-from actcache.store.keys import Ints
 from actcache.store.receiving import Taker, Targets
 
 Deliveries = Mapping[BlockChecks, Taker]
 
 
-def wanted_by(pieces: Sequence[Piece], names: Sequence[str]) -> Iterator[tuple[BlockChecks, list[str], Ints, Ints]]:
-    """What of objects that lie elsewhere is wanted: of each its checks, the sites, and rows ``starts[i]:stops[i]``."""
-    found: dict[tuple[BlockChecks, tuple[int, ...]], list[tuple[Ints, Ints]]] = {}
-    for piece in pieces:
-        if piece.segment.source is not None and _is_within(piece):
-            ends = (piece.rows[:1], piece.rows[-1:] + 1) if piece.straight else (piece.rows, piece.rows + 1)
-            found.setdefault((piece.segment.checks, tuple(piece.columns)), []).append(ends)
-    # What lies together is asked for at once: neighbours may share blocks.
-    for (checks, columns), every in found.items():
-        starts, stops = (np.concatenate(some) for some in zip(*every, strict=True))
-        yield checks, [names[j] for j in columns], starts, stops
-
-
-def deliveries(pieces: Sequence[Piece], names: Sequence[str], out: npt.NDArray[Any]) -> Deliveries:
+def deliveries(names: Sequence[str], pieces: Sequence[Piece], out: npt.NDArray[Any]) -> Deliveries:
     """Where in `out`, ``[n, 1, D]``, the bytes of objects that lie elsewhere go as they are.
 
     Nothing of an object of which some has to be put together in another way.

@@ -6,6 +6,7 @@ import contextlib
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from actcache.store.receiving import Received
 _GAP = 64 << 10
 # No read is longer, and none is cut into shorter ones, which keep all connections busy where little is wanted.
 _READ, _SHORT_READ = 8 << 20, 2 << 20
+# Whoever has asked for something waits no longer than that for the requests to be under way.
+_BEGIN_S = 0.01
 
 
 class Vanished(FileNotFoundError):
@@ -88,13 +91,14 @@ class Fetcher:
         self, threads: Threads, name: str, path: Path, status: os.stat_result, note: Callable[[int], None]
     ) -> None:
         self.threads, self.backend, self.name, self.path = threads, threads.backend, name, path
+        self._sidecar = mirror.sidecar_of(path)
         self.note = note
         """Told how many bytes were written here."""
         self._file = status.st_dev, status.st_ino
 
     def present(self, blocks: int) -> Marks:
         """Which of its `blocks` are said to be there."""
-        return mirror.read_marks(self.path, blocks)
+        return mirror.marks_in(self._sidecar, blocks)
 
     def mark(self, blocks: Ints, *, there: bool) -> None:
         mirror.mark(self.path, blocks, there=there)
@@ -164,7 +168,9 @@ class Wanted:
 
     def runs(self, most: int) -> Iterator[Wanted]:
         """In parts that are one read each, of at most so many bytes, or one block; neighbours in parts about equal."""
-        mine = self.select(np.argsort(self.starts, kind="stable"))
+        mine = self
+        if (self.starts[1:] < self.starts[:-1]).any():
+            mine = self.select(np.argsort(self.starts, kind="stable"))
         apart = np.flatnonzero(mine.starts[1:] - mine.stops[:-1] > _GAP) + 1
         starts, stops = mine.starts.tolist(), mine.stops.tolist()
         block = max(1, int((self.stops - self.starts).max()))
@@ -174,7 +180,7 @@ class Wanted:
             longest = min(most, -(-even // block) * block)
             for i in range(first + 1, last + 1):
                 if i == last or stops[i] - starts[first] > longest:
-                    yield mine.select(slice(first, i))
+                    yield mine if i - first == len(starts) else mine.select(slice(first, i))
                     first = i
 
 
@@ -226,14 +232,16 @@ class _Fetch:
     def run(self, wanted: Sequence[Wanted]) -> None:
         try:
             for last in (False, True):
+                if not wanted:
+                    break
                 size = sum(one.nbytes for one in wanted)
                 most = min(_READ, max(_SHORT_READ, -(-size // self._threads.number)))
                 runs = [run for one in wanted if one.fetcher.path not in self._replaced for run in one.runs(most)]
                 wanted = self._all(runs, last)
         finally:
             # Not before all has come, which it would slow down.
-            for right in self._behind:
-                right.write_behind()
+            if self._behind:
+                behind.write([right.late() for right in self._behind])
         if self._gone or self._replaced:
             raise Vanished(list(self._gone), list(self._replaced))
 
@@ -245,11 +253,12 @@ class _Fetch:
             return [wrong for wrong in found if wrong is not None]
         pool = self._threads.pool()
         arrived: SimpleQueue[tuple[Wanted, memoryview] | Wanted | BaseException | None] = SimpleQueue()
-        over = threading.Event()
+        over, begun = threading.Event(), threading.Semaphore(0)
 
         def bring(run: Wanted) -> None:
             # What goes into an answer is looked at by whoever waits for that, one after the other: threads that did
             # would take the interpreter from one another at each block.
+            begun.release()
             try:
                 if over.is_set():
                     arrived.put(None)
@@ -268,6 +277,7 @@ class _Fetch:
         failed: BaseException | None = None
         left = len(jobs)
         try:
+            _await(begun, min(len(runs), self._threads.number))
             self._prepare()
             while left:
                 come = arrived.get()
@@ -320,8 +330,9 @@ class _Fetch:
         ):
             part = data[start - begin : stop - begin]
             good[i] = len(part) == stop - start and xxhash.xxh3_64_intdigest(part) == checksum
-        if good.any():
-            right = _Right(run.select(np.flatnonzero(good)), data, begin)
+        whole = bool(good.all())
+        if whole or good.any():
+            right = _Right(run if whole else run.select(np.flatnonzero(good)), data, begin)
             if run.into is not None:
                 for start, part in right.parts():
                     run.into.add(start, part)
@@ -334,12 +345,22 @@ class _Fetch:
                     self._replaced[run.fetcher.path] = None
                     return None
                 run.done(right.blocks.numbers, True)
-        wrong = np.flatnonzero(~good)
-        if not len(wrong):
+        if whole:
             return None
+        wrong = np.flatnonzero(~good)
         if last:
             run.done(run.numbers[wrong], False)
         return run.select(wrong)
+
+
+def _await(begun: threading.Semaphore, number: int) -> None:
+    """Return when so many have begun, or something else keeps them from it.
+
+    Whoever went on at once would hold the interpreter for milliseconds, without which no thread can ask for anything.
+    """
+    end = time.monotonic() + _BEGIN_S
+    while number and begun.acquire(timeout=max(0.0, end - time.monotonic())):
+        number -= 1
 
 
 @dataclass
@@ -353,8 +374,9 @@ class _Right:
     def parts(self) -> Iterator[tuple[int, memoryview]]:
         """Where neighbours begin in the object, and their bytes; what lies between was not asked for."""
         starts, stops = self.blocks.starts, self.blocks.stops
-        for some in np.split(np.arange(len(starts)), np.flatnonzero(starts[1:] != stops[:-1]) + 1):
-            start, stop = int(starts[some[0]]), int(stops[some[-1]])
+        apart = (np.flatnonzero(starts[1:] != stops[:-1]) + 1).tolist()
+        for first, last in pairwise([0, *apart, len(starts)]):
+            start, stop = int(starts[first]), int(stops[last - 1])
             yield start, self.data[start - self.begin : stop - self.begin]
 
     def write(self) -> None:
@@ -362,12 +384,12 @@ class _Right:
         self._write()
         self.blocks.fetcher.note(self.blocks.nbytes)
 
-    def write_behind(self) -> None:
-        """Write them to the mirror in the background, and tell then that they are there."""
+    def late(self) -> behind.Job:
+        """What writes them to the mirror in the background, and tells then that they are there."""
         size = self.blocks.nbytes
         # Counted now: whoever keeps mirrors to their size waits for what is under way.
         self.blocks.fetcher.note(size)
-        behind.write(self.blocks.fetcher.path, size, self._write_late)
+        return behind.Job(self.blocks.fetcher.path, size, self._write_late)
 
     def _write(self) -> None:
         fd = self.blocks.fetcher.open()

@@ -248,7 +248,7 @@ class Inspection(ABC):
         placement = self._keeping_room(lambda: locate(index, query, list(columns), layout, check))
         rows = numbered(placement, sites)
         with index.lock:
-            for segment, prompts in placement.held():
+            for segment, prompts in placement.held:
                 index.reads.note(segment.info, prompts)
         if sparse is None:
             return rows

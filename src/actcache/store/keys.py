@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.store.lazy import lazy
-from actcache.store.mapped import return_free_memory
+from actcache.store.memory import return_free_memory
 from actcache.store.spill import Spill
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import mmap
 import os
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -40,18 +39,6 @@ def start_writing(fd: int, start: int, size: int) -> None:
     if _start_writing is not None:
         # Advice only: an error shows when the file is synced.
         _start_writing(fd, start, size, _RANGE_WRITE)
-
-
-def return_free_memory() -> None:
-    """Let the C library give back what large arrays have left free: it keeps up to 32 MB of each otherwise. Likewise
-    pyarrow, where that is in use, which keeps as much as an index has ever needed."""
-    # Another thread may be about to import it.
-    pool = getattr(sys.modules.get("pyarrow"), "default_memory_pool", None)
-    if pool is not None:
-        pool().release_unused()
-    trim = getattr(_libc, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def ask_for(path: Path, size: int) -> None:

@@ -17,7 +17,7 @@ from actcache.store.files import log, remove, sweep, sync_folder
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import Mask
 from actcache.store.locks import exclusive
-from actcache.store.mapped import return_free_memory
+from actcache.store.memory import return_free_memory
 from actcache.store.opening import look_again
 from actcache.store.prompts import PromptTable, offsets
 from actcache.store.records import LABEL, METADATA, SegmentInfo

@@ -88,9 +88,14 @@ def put_lately(path: Path, seconds: float) -> bool:
 
 def read_marks(path: Path, blocks: int) -> Marks:
     """Which of its `blocks` the sidecar of the mirror at `path` says to be there."""
+    return marks_in(sidecar_of(path), blocks)
+
+
+def marks_in(sidecar: Path, blocks: int) -> Marks:
+    """`read_marks` of the mirror that has this `sidecar`."""
     marks = np.zeros(blocks, bool)
     with contextlib.suppress(OSError, ValueError):
-        fd = open_plain(sidecar_of(path))
+        fd = open_plain(sidecar)
         try:
             said = np.frombuffer(os.pread(fd, blocks, _HEAD), np.uint8)
         finally:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import NotCachedError
+from actcache.store import memory
 from actcache.store.by_segment import Ints, by_segment, used_in
 from actcache.store.checks import BlockChecks, receive_together
-from actcache.store.delivering import Deliveries, deliveries, wanted_by
+from actcache.store.delivering import Deliveries, deliveries
 from actcache.store.dtypes import common_dtype, name_of
 from actcache.store.gather import Piece, gather_pieces
 from actcache.store.lazy import lazy
@@ -116,23 +118,28 @@ class Placement:
             raise ValueError("take() reads pooled layouts; use rows() or take_padded() for every token")
         chosen = self._require(index)
         shape = (len(chosen), len(self.sites), self._dim())
-        if out is None:
-            out = np.empty(shape, self.dtype)
-        elif out.shape[1:] != shape[1:] or (at is None and len(out) != len(chosen)):
+        if out is not None and (out.shape[1:] != shape[1:] or (at is None and len(out) != len(chosen))):
             raise ValueError(f"out has shape {out.shape}, expected {shape}")
-        if index is None and at is None:
-            pieces = self._everything
-        else:
-            pieces = [
+
+        @cache
+        def prepared() -> tuple[list[Piece], npt.NDArray[Any]]:
+            """From where all comes and where it goes: looked for while what lies elsewhere is on its way."""
+            target = memory.empty(shape, self.dtype) if out is None else out
+            if index is None and at is None:
+                return self._everything, target
+            return [
                 Piece(segment, part.sites, part.prompt[chosen[members]], members if at is None else at[members])
                 for part, segment, members in self._by_segment(chosen)
-            ]
-        if received := self._bring(wanted_by(pieces, self.sites), lambda: deliveries(pieces, self.sites, out)):
+            ], target
+
+        received = self._bring(self._wanted_vectors(chosen), lambda: deliveries(self.sites, *prepared()))
+        pieces, target = prepared()
+        if received:
             found = [(piece, received.get(piece.segment.checks)) for piece in pieces]
             # Some is where it is wanted since it came.
             pieces = [replace(piece, received=here) for piece, here in found if here is None or here.targets is None]
-        gather_pieces(pieces, self.sites, out)
-        return out
+        gather_pieces(pieces, self.sites, target)
+        return target
 
     @lazy
     def _everything(self) -> list[Piece]:
@@ -197,6 +204,13 @@ class Placement:
         if here is None:
             return segment.readers(self._names(part), starts, stops)
         return [here.rows(segment.parts(site)[0]).between for site in self._names(part)]
+
+    def _wanted_vectors(self, chosen: Ints) -> Iterator[tuple[BlockChecks, list[str], Ints, Ints]]:
+        """`_wanted` of a pooled layout, without what no segment has: whoever gathers that says so."""
+        for part, segment, members in self._by_segment(chosen):
+            prompts = part.prompt[chosen[members]]
+            if segment.source is not None and prompts.min() >= 0 and prompts.max() < segment.info.rows:
+                yield segment.checks, self._names(part), prompts, prompts + 1
 
     def _wanted(self, chosen: Ints) -> Iterator[tuple[BlockChecks, list[str], Ints, Ints]]:
         """The rows of the prompts `chosen`, where they lie elsewhere."""
@@ -263,11 +277,14 @@ class Placement:
         part = next(part for part in self._parts if j in part.sites)
         return part.segment, part.prompt
 
-    def held(self) -> Iterator[tuple[Segment, Ints]]:
+    @lazy
+    def held(self) -> list[tuple[Segment, Ints]]:
         """Every segment in which something was found, with the prompts of it that were."""
-        for part in self._parts:
-            for number, members in by_segment(part.segment, np.flatnonzero(part.segment >= 0)):
-                yield self._segments[number], part.prompt[members]
+        return [
+            (self._segments[number], part.prompt[members])
+            for part in self._parts
+            for number, members in by_segment(part.segment, np.flatnonzero(part.segment >= 0))
+        ]
 
     def fingerprint(self) -> bytes:
         """Digest of where everything is. Segments never change, so that what has the same is the same."""
@@ -289,7 +306,7 @@ class Placement:
         longest = int(counts.max(initial=0))
         shape = (len(chosen), longest, width * dim)
         if out is None:
-            out = np.empty(shape, self.dtype)
+            out = memory.empty(shape, self.dtype)
         elif out.shape != shape:
             raise ValueError(f"out has shape {out.shape}, expected {shape}")
         split = out.reshape(len(chosen), longest, width, dim)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import NotCachedError, OptionError, ValueOverflowError, did_you_mean
-from actcache.store import sparse_reading, tensors
+from actcache.store import memory, sparse_reading, tensors
 from actcache.store.asking import locate_any, why_absent
 from actcache.store.copied import copied_rows
 from actcache.store.dtypes import common_dtype, reaches
@@ -164,12 +164,14 @@ def _as_it_comes(
                 local = np.flatnonzero(placement.found)
                 copied = copied_rows(placement, local, tensors.own_tensors)
                 for i, tensor in zip(members[local].tolist(), copied, strict=True):
-                    answer[i] = _as_asked(tensor, i, site, dtype, allow_inf)
+                    answer[i] = tensor
+            if dtype is not None:
+                answer = [_as_asked(tensor, i, site, dtype, allow_inf) for i, tensor in enumerate(answer)]
     except NotCachedError:
         return None
     with index.lock:
         for placement, _ in located:
-            for segment, prompts in placement.held():
+            for segment, prompts in placement.held:
                 index.note_read(segment.info.name, prompts)
     return answer
 
@@ -208,6 +210,10 @@ def _stacked(located: _Located, n: int, site: str, out: Any, dtype: torch.dtype 
         return f"prompt {at[0]}, {site}"
 
     parts = [(p, members[local], local) for p, members in located if len(local := np.flatnonzero(p.found))]
+    if out is None and len(parts) == 1 and len(parts[0][2]) == n:
+        # All that was asked for, in its order, of which the placement knows where runs of neighbours lie.
+        tensor = tensors.to_tensor(parts[0][0].take()[:, 0])
+        return tensor if dtype is None else converted(tensor, dtype, allow_inf=allow_inf, name=name)
     stored = common_dtype(p.dtype for p, _, _ in parts)
     widths = {width for p, _, _ in parts for width in p.widths}
     if len(widths) > 1:
@@ -221,7 +227,7 @@ def _stacked(located: _Located, n: int, site: str, out: Any, dtype: torch.dtype 
         if not _takes(out, stored):
             raise OptionError(f"out is of {out.dtype}, in which the stored {stored} would be other numbers.")
     direct = given is not None and (reaches(given.dtype, stored) or given.dtype.kind in "iu")
-    array = given if given is not None and direct else np.empty(shape, stored)
+    array = given if given is not None and direct else memory.empty(shape, stored)
     for placement, members, local in parts:
         if len(local) == n and len(parts) == 1:
             # All that was asked for, in its order, of which the placement knows where runs of neighbours lie.

@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import NotCachedError
+from actcache.store import memory
 from actcache.store.container import Tensor
 from actcache.store.keys import Ints
 from actcache.store.statistics import as_float, is_float
 
-# Arrays of so many bytes lie together in memory: one by one they take more than twice as long to fill.
-_TOGETHER = 1 << 20
+# Arrays of so many bytes lie together in memory: one by one they take several times as long to fill.
+_TOGETHER = memory.HUGE
 
 
 class Taker(Protocol):
@@ -53,8 +54,8 @@ class Targets:
 class Rows:
     """Rows ``starts[i]:stops[i]`` of a matrix, wanted as ``into[places[i]]``, arrays ``[T, D]`` that may be written to.
 
-    They are there from the beginning, and filled as something comes. Neighbours lie together in memory, a MB or two of
-    them: they are copied together, and whoever keeps one array keeps little else. One that is as large lies alone.
+    They are there from the beginning, and filled as something comes. Neighbours lie together in memory, 2 MB of them or
+    so: they are copied together, and whoever keeps one array keeps little else. One that is as large lies alone.
     """
 
     def __init__(self, tensor: Tensor, starts: Ints, stops: Ints, places: Ints, into: list[npt.NDArray[Any]]) -> None:
@@ -68,7 +69,7 @@ class Rows:
         outs: list[npt.NDArray[np.uint8]] = []
         for some in _runs(_together(begins, ends, max(1, _TOGETHER // max(1, width))), 0):
             first = int(begins[some.start])
-            made = np.empty((int(ends[some.stop - 1]) - first, dim), tensor.dtype)
+            made = memory.empty((int(ends[some.stop - 1]) - first, dim), tensor.dtype)
             flat = made.reshape(-1).view(np.uint8)
             each = zip(
                 (begins[some] - first).tolist(), (ends[some] - first).tolist(), places[some].tolist(), strict=True

@@ -161,7 +161,7 @@ class SegmentInfo:
     prompt_key: npt.NDArray[np.uint8] = field(repr=False)
     text_key: npt.NDArray[np.uint8] = field(repr=False)
 
-    @property
+    @lazy
     def sites(self) -> tuple[str, ...]:
         return tuple(c[0] for c in self.columns)
 

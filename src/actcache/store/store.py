@@ -273,7 +273,7 @@ class Store(Maintenance):
         `dtype`: the floating dtype to return them in (default: as stored; float32 for int8 and float8_e4m3). `out`: a
         tensor ``[B, D]`` to write into, with `pooling`, and to return; of a floating dtype, or of integers where such
         are stored. What is too large for either is refused, or becomes inf with `allow_inf`.
-        Tensors of a list may lie together in memory, a MB or two of them: clone() what is kept without the others.
+        Tensors of a list may lie together in memory, 2 to 4 MB of them: clone() what is kept without the others.
 
         Raises:
             OptionError: a dtype that is not floating, an `out` that does not fit; nothing was read.
