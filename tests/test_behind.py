@@ -232,3 +232,28 @@ def test_a_reader_waits_for_what_another_one_has_received(reader: tuple[Store, s
     with ThreadPoolExecutor(1) as pool:
         rows = pool.submit(lambda: place(reader, check=True).take(index=[5, 6])).result(10)
     assert np.array_equal(rows[:, 0], VALUES["b"][5:7]) and backend.reads == 1
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_whatever_one_ends_with_the_others_are_written_and_nobody_waits(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also where the error cannot even be told, as with a filter that fails."""
+
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(behind.log, "warning", fails)
+    written: list[str] = []
+    jobs = [
+        behind.Job(tmp_path / "a", 5, fails),
+        behind.Job(tmp_path / "b", 7, lambda: written.append("b")),
+        behind.Job(tmp_path / "a", 9, lambda: written.append("a")),
+    ]
+    before = behind._state.nbytes
+    behind.write(jobs)
+    waiting = threading.Thread(target=behind.settle, daemon=True)
+    waiting.start()
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert written == ["b", "a"] and behind._state.nbytes == before

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from actcache.errors import NotCachedError
+from actcache.store.backend import MemoryBackend
+from actcache.store.records import Records
 from actcache.store.spaces import new_space
-from store_helpers import make_store
+from bucket_helpers import opened
+from store_helpers import make_store, make_table
 
 
 def test_sites_of_different_lengths_are_not_stretched(tmp_path: Path) -> None:
@@ -20,6 +23,20 @@ def test_sites_of_different_lengths_are_not_stretched(tmp_path: Path) -> None:
     place = store.locate(space, texts=["a"], text_context="external", sites=["x", "y"], layout="tokens")
     with pytest.raises(ValueError, match="'y' has 1 rows and 'x' has 3"):
         place.take_padded()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_vectors_of_different_widths_do_not_share_a_tensor(tmp_path: Path, elsewhere: bool, given: bool) -> None:
+    torch = pytest.importorskip("torch")
+    store, space = opened(MemoryBackend() if elsewhere else tmp_path / "store", tmp_path / "index")
+    with store:
+        for prompts, width in ((range(40), 8), (range(40, 80), 16)):
+            table = make_table(prompts)
+            store.append(space, Records.pooled(table, "mean", {"a": np.ones((len(table), width), np.float32)}))
+        out = torch.empty(80, 8) if given else None
+        with pytest.raises(ValueError, match=r"different widths \[8, 16\] cannot share one tensor: read them apart"):
+            store.read(space, make_table(range(80)), "a", pooling="mean", out=out)
 
 
 def test_write_and_read_tensors(tmp_path: Path) -> None:

@@ -80,23 +80,35 @@ def settle(path: Path | None = None) -> None:
 
 
 def _do(state: _Writing, jobs: deque[Job], begin: float) -> None:
-    state.awaited.wait(max(0.0, begin - time.monotonic()))
+    failed: BaseException | None = None
     while jobs:
-        # What is written is let go of before the next one is.
-        job = jobs.popleft()
         try:
-            job.write()
-        except Exception as error:
-            log.warning("what was read is not kept in %s, and is read again: %s", job.path, error)
-        finally:
-            with state.changed:
-                state.nbytes -= job.size
-                state.waiting[job.path] -= 1
-                if not state.waiting[job.path]:
-                    del state.waiting[job.path]
-                if not state.waiting:
-                    state.awaited.clear()
-                state.changed.notify_all()
+            state.awaited.wait(max(0.0, begin - time.monotonic()))
+        except BaseException as error:
+            failed = error
+        # What is written is let go of before the next one is; whatever one ends with, the others are waited for.
+        try:
+            _write(state, jobs.popleft())
+        except BaseException as error:
+            failed = error
+    if failed is not None:
+        raise failed
+
+
+def _write(state: _Writing, job: Job) -> None:
+    try:
+        job.write()
+    except Exception as error:
+        log.warning("what was read is not kept in %s, and is read again: %s", job.path, error)
+    finally:
+        with state.changed:
+            state.nbytes -= job.size
+            state.waiting[job.path] -= 1
+            if not state.waiting[job.path]:
+                del state.waiting[job.path]
+            if not state.waiting:
+                state.awaited.clear()
+            state.changed.notify_all()
 
 
 def _after_fork() -> None:

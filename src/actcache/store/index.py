@@ -29,6 +29,7 @@ from actcache.store.tombs import Keys
 from actcache.store.working_copy import WorkingCopy
 
 _KEEP_OPEN = 4096
+_MOST_HOLDERS = 256
 _ATTEMPTS = 16
 
 
@@ -289,6 +290,8 @@ class SpaceIndex:
         if key not in self._holders:
             wanted = set(sites)
             some = [g for g in self._groups.values() if g.layout == layout and not g.sites.isdisjoint(wanted)]
+            if len(self._holders) >= _MOST_HOLDERS:
+                self._holders.clear()
             self._holders[key] = some if sites and all(g.sites >= wanted for g in some) else None
         return self._holders[key]
 

@@ -22,8 +22,8 @@ import numpy.typing as npt
 HUGE = 2 << 20
 """The size of a huge page."""
 
-# Less than that would leave most of a huge page unused.
-_LEAST = HUGE // 2
+# Less than that would leave much of a huge page unused.
+_LEAST = HUGE * 3 // 4
 # So much of what is let go of is kept: whoever reads one layer after the other touches nothing anew.
 _KEPT = 128 << 20
 # Each may be a mapping of its own, of which a process has 65,530 where nobody has said otherwise.
@@ -48,7 +48,8 @@ class _Mapped:
 
     def kept(self) -> int:
         """How many bytes nobody uses."""
-        return sum(length * len(free) for length, free in list(self.free.items()))
+        # Nothing is made here that might start a collection, whose finalizers would put something else meanwhile.
+        return sum(length * len(self.free[length]) for length in list(self.free))
 
 
 _mapped = _Mapped()
@@ -61,6 +62,7 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     buffer = _huge(size) if size >= _LEAST else None
     if buffer is None:
         return np.empty(shape, kind)
+    # Nothing but arrays refers to the buffer: of objects in a cycle finalizers come before their own `__del__`.
     data: npt.NDArray[Any] = np.frombuffer(memoryview(buffer).cast("B"), np.uint8, size)
     return data.view(kind).reshape(shape)
 
@@ -71,11 +73,8 @@ def return_free_memory() -> None:
     It keeps up to 32 MB of each otherwise; likewise pyarrow, where that is in use, as much as an index has ever needed.
     """
     for free in list(_mapped.free.values()):
-        while free:
-            try:
-                _forget(free.pop())
-            except IndexError:  # another thread has taken it
-                break
+        while (address := _taken(free)) is not None:
+            _forget(address)
     # Another thread may be about to import it.
     pool = getattr(sys.modules.get("pyarrow"), "default_memory_pool", None)
     if pool is not None:
@@ -87,25 +86,28 @@ def return_free_memory() -> None:
 
 def _huge(size: int) -> ctypes.Array[ctypes.c_char] | None:
     """At least `size` bytes that begin with a huge page; None where the system has none, or no room."""
-    # A last part that would leave most of a huge page unused has small ones.
-    whole = (size + HUGE - _LEAST) // HUGE * HUGE
-    length = max(whole, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is None:
+        return None
+    # Few lengths, so that what is kept fits what is asked for; what nobody touches takes no memory.
+    length = -(-size // HUGE) * HUGE
     try:
         address: int | None = _mapped.free[length].pop()
     except LookupError:
-        address = _new(length, whole)
+        address = _new(length)
     if address is None:
         return None
+    # A last part that would leave most of a huge page unused has small ones.
+    _advise(address, (size + HUGE // 2) // HUGE * HUGE, advice)
     buffer = (ctypes.c_char * length).from_address(address)
     # Not at exit: threads that still read then would fault.
     weakref.finalize(buffer, _let_go, address).atexit = False
     return buffer
 
 
-def _new(length: int, whole: int) -> int | None:
-    """The address of a new mapping, of which the first `whole` bytes may be huge pages."""
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is None or len(_mapped.length) >= _MOST_MAPPED:
+def _new(length: int) -> int | None:
+    """The address of a new mapping; None where there is no room."""
+    if len(_mapped.length) >= _MOST_MAPPED:
         return None
     # Huge pages lie at multiples of their size: what is too much on either side goes back at once.
     allowed = mmap.PROT_READ | mmap.PROT_WRITE
@@ -116,7 +118,6 @@ def _new(length: int, whole: int) -> int | None:
     for begin, end in ((start, address), (address + length, start + length + HUGE)):
         if end > begin:
             _unmap(begin, end - begin)
-    _advise(address, whole, advice)
     _mapped.length[address] = length
     return address
 
@@ -124,10 +125,22 @@ def _new(length: int, whole: int) -> int | None:
 def _let_go(address: int) -> None:
     """Nobody uses it any more."""
     length = _mapped.length[address]
+    # What is asked for now is asked for again sooner than what was asked for once.
+    for other in list(_mapped.free):
+        while other != length and _mapped.kept() + length > _KEPT and (old := _taken(_mapped.free[other])) is not None:
+            _forget(old)
     if _mapped.kept() + length <= _KEPT:
         _mapped.free.setdefault(length, deque()).append(address)
     else:
         _forget(address)
+
+
+def _taken(free: deque[int]) -> int | None:
+    """One of `free`, which is nobody else's from now on."""
+    try:
+        return free.popleft()
+    except IndexError:
+        return None
 
 
 def _forget(address: int) -> None:

@@ -210,14 +210,14 @@ def _stacked(located: _Located, n: int, site: str, out: Any, dtype: torch.dtype 
         return f"prompt {at[0]}, {site}"
 
     parts = [(p, members[local], local) for p, members in located if len(local := np.flatnonzero(p.found))]
+    widths = {width for p, _, _ in parts for width in p.widths}
+    if len(widths) > 1:
+        raise ValueError(f"vectors of different widths {sorted(widths)} cannot share one tensor: read them apart")
     if out is None and len(parts) == 1 and len(parts[0][2]) == n:
         # All that was asked for, in its order, of which the placement knows where runs of neighbours lie.
         tensor = tensors.to_tensor(parts[0][0].take()[:, 0])
         return tensor if dtype is None else converted(tensor, dtype, allow_inf=allow_inf, name=name)
     stored = common_dtype(p.dtype for p, _, _ in parts)
-    widths = {width for p, _, _ in parts for width in p.widths}
-    if len(widths) > 1:
-        raise ValueError(f"vectors of different widths {sorted(widths)} cannot share one tensor: read them apart")
     shape = (n, *widths)
     given = None
     if out is not None:

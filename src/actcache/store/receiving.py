@@ -67,7 +67,7 @@ class Rows:
         begins = ends - (stops - starts)
         sources: list[int] = []
         outs: list[npt.NDArray[np.uint8]] = []
-        for some in _runs(_together(begins, ends, max(1, _TOGETHER // max(1, width))), 0):
+        for some in _runs(_together(begins, ends, _rows_together(int(ends[-1]), width)), 0):
             first = int(begins[some.start])
             made = memory.empty((int(ends[some.stop - 1]) - first, dim), tensor.dtype)
             flat = made.reshape(-1).view(np.uint8)
@@ -86,6 +86,11 @@ class Rows:
     def take(self, start: int, data: memoryview) -> None:
         """Copy what is wanted of `data`, which begins at `start` of the object."""
         self._targets.take(start, data)
+
+
+def _rows_together(rows: int, width: int) -> int:
+    """How many of so many `rows` of `width` bytes lie together: as many in each part, of about `_TOGETHER` bytes."""
+    return max(1, -(-rows // max(1, round(rows * width / _TOGETHER))))
 
 
 def _together(begins: Ints, ends: Ints, rows: int) -> Ints:
