@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from actcache.errors import DiskFullError
-from actcache.store import fetching
+from actcache.store import behind, checks, fetching
 from actcache.store import segment as segments
 from actcache.store.store import Store
 from mirrors_helpers import (
@@ -25,6 +25,7 @@ from mirrors_helpers import (
     WIDTH,
     Strange,
     check,
+    mirrors,
     on_disk,
     other_host,
     prompts,
@@ -63,6 +64,32 @@ def test_what_was_read_longest_ago_goes_when_there_is_too_much(backend: Strange,
     assert backend.reads == [], "what was read last is still here"
     check(reader, range(300), SITES[0])
     assert backend.reads != []
+
+
+@pytest.mark.parametrize("length", [1 << 18, 1 << 24])
+def test_a_mirror_that_another_process_has_replaced_is_mapped_anew(
+    reader: Store, backend: Strange, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """Otherwise what is read would be written nowhere, and read again each time."""
+    monkeypatch.setattr(checks, "_LEAST_BEHIND", 1)
+    monkeypatch.setattr(fetching, "_SHORT_READ", length)
+
+    def read(site: str) -> int:
+        """How many bytes it takes."""
+        backend.reads.clear()
+        assert torch.equal(reader.read(SPACE, None, site, pooling="last_token"), VALUES[site])
+        behind.settle()
+        return sum(size for _, _, size in backend.reads)
+
+    each = read(SITES[0])
+    assert each >= VALUES[SITES[0]].nbytes
+    before = [path.stat().st_ino for path in mirrors(reader)]
+    check(Store(backend, index_dir=tmp_path / "reader", local_gb=1e-6), site=SITES[2])
+    behind.settle()
+    assert [path.stat().st_ino for path in mirrors(reader)] != before
+    # What comes before that is noticed comes twice, with the head.
+    assert read(SITES[1]) < 3 * each
+    assert read(SITES[1]) == 0
 
 
 def test_a_host_that_only_writes_keeps_to_its_size_too(backend: Strange, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from actcache.errors import NotCachedError, ValueOverflowError
-from actcache.store import lookup, placement
+from actcache.store import lookup, places
 from actcache.store.records import Records
 from actcache.store.store import Store
 from store_helpers import SITES, every_token, make_store, make_table, pooled, segment_files, text, vector
@@ -46,7 +46,7 @@ def test_rows_are_those_of_the_listed_prompts(tmp_path_factory: pytest.TempPathF
                 with pytest.raises(NotCachedError, match=site):
                     store.read(space, None, site, pooling=LAYOUT)
                 continue
-            with mock.patch.object(placement, "_LONG_RUN", data.draw(st.sampled_from([1, 2, placement._LONG_RUN]))):
+            with mock.patch.object(places, "_LONG_RUN", data.draw(st.sampled_from([1, 2, places._LONG_RUN]))):
                 found = store.read(space, None, site, pooling=LAYOUT)
             listed = numbers_of(store, space, site)
             assert sorted(listed) == sorted(newest)

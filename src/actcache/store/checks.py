@@ -180,30 +180,39 @@ class BlockChecks:
                 stops.append(np.minimum(first + BLOCK, tensor.stop))
         return np.concatenate(starts), np.concatenate(stops)
 
-    def _numbers(self, sites: Sequence[str], starts: Ints, stops: Ints) -> Ints:
+    def _numbers(self, sites: Sequence[str], starts: Ints, stops: Ints) -> Ints | slice:
         """The blocks of all `sites` that hold these rows, among those of the whole segment."""
         # Neighbours, as the prompts of a layer usually are, touch what the first and the last touch.
         if len(starts) > 1 and (starts[1:] == stops[:-1]).all():
             starts, stops = starts[:1], stops[-1:]
+        if len(starts) == len(sites) == len(self._shape[sites[0]]) == 1:
+            width, first = self._shape[sites[0]][0][0], self._first[sites[0]]
+            low = int(starts[0]) * width // BLOCK
+            return slice(first + low, first + max(low, -(-int(stops[0]) * width // BLOCK)))
         found = [np.empty(0, np.int64)]
         for shape, alike in self._by_shape(sites).items():
             blocks = marked(self._touched(shape, starts, stops), sum(count for _, count in shape))
             found += [self._first[site] + blocks for site in alike]
         return found[1] if len(found) == 2 else np.concatenate(found)
 
-    def _absent(self, numbers: Ints) -> Wanted | None:
+    def _absent(self, which: Ints | slice) -> Wanted | None:
         assert self.source is not None
         self.source.settle()
-        unknown = numbers[self._state[numbers] == _UNKNOWN]
-        if not len(unknown):
+        missing = self._state[which] == _UNKNOWN
+        if not missing.any():
             return None
-        missing = unknown[~self.source.present(len(self._state))[unknown]]
-        return self._wanted(missing) if len(missing) else None
+        missing &= ~self.source.present(len(self._state))[which]
+        if missing.all():
+            return self._wanted(which)
+        some = _numbers_of(which)[missing]
+        return self._wanted(some) if len(some) else None
 
-    def _wanted(self, numbers: Ints) -> Wanted:
+    def _wanted(self, which: Ints | slice) -> Wanted:
         assert self.source is not None
         starts, stops = self.spans
-        return Wanted(self.source, numbers, starts[numbers], stops[numbers], self._checksum[numbers], self._done)
+        return Wanted(
+            self.source, _numbers_of(which), starts[which], stops[which], self._checksum[which], self._done
+        )  # fmt: skip
 
     def _done(self, numbers: Ints, good: bool) -> None:
         # What somebody else has read rightly in the meantime stays right.
@@ -212,7 +221,7 @@ class BlockChecks:
     def _see_to(self, sites: Sequence[str], starts: Ints, stops: Ints) -> None:
         wanted = [site for site in sites if site not in self._clean]
         if wanted:
-            self._fetch_unknown(self._numbers(wanted, starts, stops))
+            self._fetch_unknown(_numbers_of(self._numbers(wanted, starts, stops)))
 
     def _fetch_unknown(self, numbers: Ints) -> None:
         """See to it that all is known of these blocks of a mirror.
@@ -250,9 +259,10 @@ class BlockChecks:
         """`absent`, and whether an answer can be made of that alone: nothing is here, and little more is read."""
         if self.source is None or self.all_good(sites):
             return None, False
-        numbers = self._numbers(sites, starts, stops)
-        found = self._absent(numbers)
-        if found is None or len(found.numbers) < len(numbers) or any(len(self._shape[site]) > 1 for site in sites):
+        which = self._numbers(sites, starts, stops)
+        found = self._absent(which)
+        count = which.stop - which.start if isinstance(which, slice) else len(which)
+        if found is None or len(found.numbers) < count or any(len(self._shape[site]) > 1 for site in sites):
             return found, False
         # Rows that somebody keeps keep all that came with them.
         asked = int((stops - starts).sum()) * sum(self._shape[site][0][0] for site in sites)
@@ -319,6 +329,11 @@ class BlockChecks:
             state[block] = _GOOD if right else _DAMAGED
 
 
+def _numbers_of(which: Ints | slice) -> Ints:
+    """Blocks by their numbers, of neighbours that may be given as a slice."""
+    return np.arange(which.start, which.stop) if isinstance(which, slice) else which
+
+
 def blocks_of(tensor: Tensor) -> int:
     """How many blocks a tensor has."""
     return -(-tensor.nbytes // BLOCK)
@@ -359,7 +374,7 @@ def receive_together(
         absent = [one for _, one, _ in found if one is not None]
         if not absent:
             return {}
-        flights, blocks = absent[0].fetcher.threads.flights, [(one.fetcher.path, one.numbers) for one in absent]
+        flights, blocks = absent[0].fetcher.threads.flights, [(one.fetcher.name, one.numbers) for one in absent]
         if flights.begin(blocks):
             break
     try:

@@ -6,13 +6,12 @@ import contextlib
 import os
 import stat
 import threading
-import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +19,12 @@ import xxhash
 
 from actcache.errors import BackendError, DiskFullError, StoreAccessError
 from actcache.store import behind, mirror
+from actcache.store.arrivals import Arrivals
 from actcache.store.backend import CacheBackend
 from actcache.store.files import FULL, log, write_all
 from actcache.store.flights import Flights
 from actcache.store.keys import Ints
+from actcache.store.lazy import lazy
 from actcache.store.locks import is_ending
 from actcache.store.mirror import Marks
 from actcache.store.receiving import Received
@@ -156,7 +157,7 @@ class Wanted:
     done: Callable[[Ints, bool], None]
     into: Received | None = None
 
-    @property
+    @lazy
     def nbytes(self) -> int:
         return int((self.stops - self.starts).sum())
 
@@ -171,17 +172,17 @@ class Wanted:
         mine = self
         if (self.starts[1:] < self.starts[:-1]).any():
             mine = self.select(np.argsort(self.starts, kind="stable"))
-        apart = np.flatnonzero(mine.starts[1:] - mine.stops[:-1] > _GAP) + 1
+        apart = ((mine.starts[1:] - mine.stops[:-1] > _GAP).nonzero()[0] + 1).tolist()
         starts, stops = mine.starts.tolist(), mine.stops.tolist()
         block = max(1, int((self.stops - self.starts).max()))
-        for first, last in pairwise([0, *apart.tolist(), len(starts)]):
+        for first, last in pairwise([0, *apart, len(starts)]):
             size = stops[last - 1] - starts[first]
             even = -(-size // max(1, -(-size // most)))
             longest = min(most, -(-even // block) * block)
-            for i in range(first + 1, last + 1):
-                if i == last or stops[i] - starts[first] > longest:
-                    yield mine if i - first == len(starts) else mine.select(slice(first, i))
-                    first = i
+            while first < last:
+                end = max(first + 1, bisect_right(stops, starts[first] + longest, first, last))
+                yield mine if end - first == len(starts) else mine.select(slice(first, end))
+                first = end
 
 
 def fetch(wanted: Sequence[Wanted], *, keep: bool = True, meanwhile: Callable[[], object] = lambda: None) -> None:
@@ -248,58 +249,58 @@ class _Fetch:
     def _all(self, runs: Sequence[Wanted], last: bool) -> list[Wanted]:
         """Read all `runs`; what of them was wrong."""
         if len(runs) < 2 or self._threads.number < 2 or is_ending():
-            self._prepare()
+            self._prepare(runs)
             found = [self._one(run, last) for run in runs]
             return [wrong for wrong in found if wrong is not None]
-        pool = self._threads.pool()
-        arrived: SimpleQueue[tuple[Wanted, memoryview] | Wanted | BaseException | None] = SimpleQueue()
-        over, begun = threading.Event(), threading.Semaphore(0)
+        arrivals = Arrivals[tuple[Wanted, memoryview], Wanted | None](
+            len(runs), lambda come: self._looked_at(*come, last)
+        )
+        begun = _Begun(min(len(runs), self._threads.number))
 
         def bring(run: Wanted) -> None:
-            # What goes into an answer is looked at by whoever waits for that, one after the other: threads that did
-            # would take the interpreter from one another at each block.
-            begun.release()
+            begun.another()
             try:
-                if over.is_set():
-                    arrived.put(None)
+                if arrivals.are_over:
+                    arrivals.end(None)
                 elif run.into is None:
-                    arrived.put(self._one(run, last))
+                    arrivals.end(self._one(run, last))
+                elif (data := self._come(run)) is None:
+                    arrivals.end(None)
                 else:
-                    data = self._come(run)
-                    arrived.put(None if data is None else (run, data))
+                    arrivals.come((run, data))
             except BaseException as error:
                 # Before this thread takes the next one, which might fail as long again.
-                over.set()
-                arrived.put(error)
+                arrivals.end(error)
 
+        pool = self._threads.pool()
         jobs = [pool.submit(bring, run) for run in runs]
-        wrongs: list[Wanted] = []
-        failed: BaseException | None = None
-        left = len(jobs)
+        right = False
         try:
-            _await(begun, min(len(runs), self._threads.number))
-            self._prepare()
-            while left:
-                come = arrived.get()
-                left -= 1
-                if isinstance(come, tuple):
-                    come = self._looked_at(*come, last)
-                if isinstance(come, Wanted):
-                    wrongs.append(come)
-                elif come is not None and failed is None:
-                    failed = come
-                    # What has begun by now is waited for, and kept.
-                    left -= sum(job.cancel() for job in jobs)
+            # Whoever went on at once would hold the interpreter, without which no thread can ask for anything.
+            begun.all.wait(_BEGIN_S)
+            self._prepare(runs)
+            arrivals.begin()
+            right = arrivals.wait()
         finally:
-            wait([job for job in jobs if not job.cancel()])
-        if failed is not None:
-            raise failed
-        return wrongs
+            if not right:
+                # What has begun by now is waited for, and kept.
+                arrivals.are_over = True
+                wait([job for job in jobs if not job.cancel()])
+        if arrivals.failure is not None:
+            raise arrivals.failure
+        return [wrong for wrong in arrivals.found if wrong is not None]
 
-    def _prepare(self) -> None:
+    def _prepare(self, runs: Sequence[Wanted]) -> None:
+        """What is done once, while `runs` are on their way."""
         meanwhile, self._meanwhile = self._meanwhile, None
-        if meanwhile is not None:
-            meanwhile()
+        if meanwhile is None:
+            return
+        meanwhile()
+        for path, fetcher in {run.fetcher.path: run.fetcher for run in runs if run.into is not None}.items():
+            try:
+                fetcher.check_place()
+            except _Replaced:
+                self._replaced[path] = None
 
     def _one(self, run: Wanted, last: bool) -> Wanted | None:
         """Read a run and keep what is right of it; what is wrong."""
@@ -309,14 +310,10 @@ class _Fetch:
     def _come(self, run: Wanted) -> memoryview | None:
         """The bytes of a run, or as many as there are; None where its object, or its mirror, is gone."""
         path = run.fetcher.path
-        if path in self._gone or path in self._replaced:
+        if (self._gone and path in self._gone) or (self._replaced and path in self._replaced):
             return None
         try:
-            if run.into is not None:
-                run.fetcher.check_place()
             return run.fetcher.read(int(run.starts[0]), int(run.stops[-1]))
-        except _Replaced:
-            self._replaced[path] = None
         except FileNotFoundError:
             self._gone[path] = None
         return None
@@ -353,14 +350,18 @@ class _Fetch:
         return run.select(wrong)
 
 
-def _await(begun: threading.Semaphore, number: int) -> None:
-    """Return when so many have begun, or something else keeps them from it.
+class _Begun:
+    """Whether so many threads have begun."""
 
-    Whoever went on at once would hold the interpreter for milliseconds, without which no thread can ask for anything.
-    """
-    end = time.monotonic() + _BEGIN_S
-    while number and begun.acquire(timeout=max(0.0, end - time.monotonic())):
-        number -= 1
+    def __init__(self, number: int) -> None:
+        self.all = threading.Event()
+        self._left = [None] * (number - 1)
+
+    def another(self) -> None:
+        try:
+            self._left.pop()
+        except IndexError:
+            self.all.set()
 
 
 @dataclass

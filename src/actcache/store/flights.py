@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from actcache.store.keys import Ints
 
-Blocks = Sequence[tuple[Path, Ints]]
-"""Mirrors, and numbers of blocks of each."""
+Blocks = Sequence[tuple[str, Ints]]
+"""Objects, and numbers of blocks of each."""
 
 
 class Flights:
@@ -19,7 +18,7 @@ class Flights:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._coming: dict[Path, list[Ints]] = {}
+        self._coming: dict[str, list[Ints]] = {}
 
     def begin(self, blocks: Blocks) -> bool:
         """Whether none of `blocks` was on its way; now all of them are, until `end`.
@@ -30,17 +29,17 @@ class Flights:
             if self._overlap(blocks):
                 self._changed.wait_for(lambda: not self._overlap(blocks))
                 return False
-            for path, numbers in blocks:
-                self._coming.setdefault(path, []).append(numbers)
+            for name, numbers in blocks:
+                self._coming.setdefault(name, []).append(numbers)
             return True
 
     def end(self, blocks: Blocks) -> None:
         """They have come, or will not."""
         with self._changed:
-            for path, numbers in blocks:
-                if left := [other for other in self._coming.pop(path, ()) if other is not numbers]:
-                    self._coming[path] = left
+            for name, numbers in blocks:
+                if left := [other for other in self._coming.pop(name, ()) if other is not numbers]:
+                    self._coming[name] = left
             self._changed.notify_all()
 
     def _overlap(self, blocks: Blocks) -> bool:
-        return any(np.isin(numbers, other).any() for path, numbers in blocks for other in self._coming.get(path, ()))
+        return any(np.isin(numbers, other).any() for name, numbers in blocks for other in self._coming.get(name, ()))

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,9 @@ from actcache.store.saved_keys import KeysHere
 from actcache.store.tombs import Keys
 from actcache.store.working_copy import WorkingCopy
 
+if TYPE_CHECKING:
+    from actcache.store.everything import Everything
+
 _KEEP_OPEN = 4096
 _MOST_HOLDERS = 256
 _ATTEMPTS = 16
@@ -37,7 +41,7 @@ class SpaceIndex:
     """The index of one space folder (of a working copy: `copy`). Thread-safe; others' changes show after `refresh`."""
 
     def __init__(self, folder: Path, catalog: Catalog, copy: WorkingCopy | None = None) -> None:
-        self.folder = folder
+        self.folder, self._name = folder, folder.name
         self.copy = copy
         self.lock = threading.RLock()
         self._catalog = catalog
@@ -59,8 +63,8 @@ class SpaceIndex:
         self.opened = OpenFiles(folder)
         """The files that are being written; each batch in them counts as a segment."""
         self._loaded = False
-        self.distinct: tuple[int, ...] | None = None
-        """Segments, by number, that were last found to hold no prompt twice."""
+        self.everything: Everything | None = None
+        """What was last asked for as a whole, for as long as nothing comes or goes."""
 
     # -- keeping in step with the folder ---------------------------------------------------------------
 
@@ -68,7 +72,7 @@ class SpaceIndex:
         """Take notice of segments, batches and tombs that came or went; one `stat` when nothing did."""
         with self.lock:
             if self.copy is not None:
-                self.copy.begin(self.folder.name)
+                self.copy.begin(self._name)
             for _ in range(_ATTEMPTS):
                 names = self.listing.look(force=force)
                 if names is None and self.opened.poll():  # a file that grows leaves the folder as it is
@@ -144,7 +148,7 @@ class SpaceIndex:
         """Find from now on what is live of a segment, or of a remnant, under the next number."""
         number = len(self._infos)
         self._infos.append(info)
-        self._rank = None
+        self._rank = self.everything = None
         self._contexts = None
         key = (info.layout, tuple(sorted(info.sites)))
         if key not in self._groups:
@@ -167,7 +171,7 @@ class SpaceIndex:
     def _delist(self, number: int) -> None:
         info, self._infos[number] = self._infos[number], None
         assert info is not None
-        self._contexts = None
+        self._contexts = self.everything = None
         group = self._groups[info.layout, tuple(sorted(info.sites))]
         del group.members[number]
         for table in group.tables.values():
@@ -253,7 +257,7 @@ class SpaceIndex:
         return dict(self._refused)
 
     def _rekey(self, number: int) -> None:
-        info = self._infos[number]
+        info, self.everything = self._infos[number], None
         assert info is not None
         for kind, table in self._groups[info.layout, tuple(sorted(info.sites))].tables.items():
             table.drop(number)
@@ -389,6 +393,7 @@ class SpaceIndex:
     def unmap(self, name: str) -> None:
         """Open a segment anew at its next use: its file has gone, or is another one by now."""
         self._open.pop(name, None)
+        self.everything = None
         self.listing.forget()
 
     def note_read(self, segment: int | str, prompts: Ints | int) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.store.mapping import Segment
-from actcache.store.placement import Part, Placement
+from actcache.store.placement import Placement
+from actcache.store.places import Part
 from actcache.store.spill import Spill
 
 

@@ -1,4 +1,4 @@
-"""Properties that are computed once.
+"""Properties, and results, that are computed once.
 
 `functools.cached_property` has a lock in Python 3.11: a child that is forked while another thread computes such a
 property, of whatever object, would wait for that lock forever.
@@ -33,3 +33,15 @@ class lazy(Generic[T]):
         # Found there from now on, before anybody asks here.
         instance.__dict__[self._name] = value
         return value
+
+
+def once(compute: Callable[[], T]) -> Callable[[], T]:
+    """What gives each time what `compute` has given the first time; for one thread."""
+    kept: list[T] = []
+
+    def get() -> T:
+        if not kept:
+            kept.append(compute())
+        return kept[0]
+
+    return get

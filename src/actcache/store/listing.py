@@ -19,6 +19,7 @@ class Listing:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._path = str(folder)
         self._seen: tuple[int, int] | None = None
         """When it was listed, and the folder's time stamp of then, as far as what was listed has been taken in."""
         self._last: tuple[int, int] | None = None
@@ -50,7 +51,7 @@ class Listing:
 
     def _stamp(self) -> int:
         try:
-            return os.stat(self.folder).st_mtime_ns
+            return os.stat(self._path).st_mtime_ns
         except (FileNotFoundError, NotADirectoryError):
             return -1
 

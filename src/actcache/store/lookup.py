@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from actcache.store.by_segment import by_segment
 from actcache.store.checks import BlockChecks, receive_together
+from actcache.store.everything import everything
 from actcache.store.fetching import Vanished
 from actcache.store.files import log
 from actcache.store.gather import THREAD_BYTES, allowed_threads
@@ -19,7 +20,8 @@ from actcache.store.index import SpaceIndex
 from actcache.store.keys import KEY_WORDS, Group, Ints
 from actcache.store.mapping import Segment
 from actcache.store.opening import look_again
-from actcache.store.placement import Part, Placement
+from actcache.store.placement import Placement
+from actcache.store.places import Part
 from actcache.store.queries import Query
 from actcache.store.receiving import Received
 
@@ -102,37 +104,31 @@ def locate_all(index: SpaceIndex, site: str, layout: str, check: bool = True) ->
 def _locate_all(index: SpaceIndex, site: str, layout: str, check: bool) -> Placement | None:
     with index.lock:
         index.refresh()
-        _ask_together(index, site, layout)
-        held = index.open_all(lambda _, info: info.layout == layout and site in info.sites)
-        held.sort(key=lambda held: (held[1].created_ns, held[1].name))
-        live = [index.live(number) for number, _, _ in held]
-        numbers = None if any(mask is not None for mask in live) else tuple(number for number, _, _ in held)
-        if numbers is None or numbers != index.distinct:
-            if not _distinct(
-                [i.prompt_key if m is None else i.prompt_key[m] for (_, i, _), m in zip(held, live, strict=True)]
-            ):
-                return None
-            index.distinct = numbers
-        rows = [
-            np.arange(i.prompts) if m is None else np.flatnonzero(m) for (_, i, _), m in zip(held, live, strict=True)
-        ]
-    segments = [segment for _, _, segment in held]
-    wanted = list(zip(segments, [[site]] * len(held), rows, strict=True))
+        if index.copy is None:
+            _ask_together(index, site, layout)
+        every = everything(index, site, layout)
+    if every is None:
+        return None
+    found, numbers = every.placement.beside(site), every.numbers
+    if not check:
+        return found
+    segment, prompt = found.where(site)
+    wanted = [(held, [site], prompts) for held, prompts in found.held]
     # Others may use the index while it comes.
-    received = _received_together(wanted) if check and index.copy is not None else {}
+    received = _received_together(wanted) if index.copy is not None else {}
     with index.lock:
-        if check:
-            _check_together(wanted, received)
-        slots = [np.empty(0, np.int32)]
-        for slot, ((number, _, segment), prompts) in enumerate(zip(held, rows, strict=True)):
-            if not check:
-                slots.append(np.full(len(prompts), slot, np.int32))
-                continue
-            intact = _intact(index, number, segment, [site], prompts, received)
-            slots.append(np.where(intact, np.int32(slot), np.int32(-1)))
-            index.note_read(number, prompts if intact.all() else prompts[intact])
-        part = Part((0,), np.concatenate(slots), np.concatenate([np.empty(0, np.int64), *rows]))
-        return Placement(len(part.segment), [site], layout, [part], segments, received)
+        _check_together(wanted, received)
+        right = np.ones(len(segment), bool)
+        for slot, members in by_segment(segment):
+            held, prompts = found.segments[slot], prompt[members]
+            intact = _intact(index, numbers[slot], held, [site], prompts, received)
+            if not intact.all():
+                right[members], prompts = intact, prompts[intact]
+            index.note_read(numbers[slot], prompts)
+        if right.all():
+            return every.placement.beside(site, received)
+        part = Part((0,), np.where(right, segment, np.int32(-1)), prompt)
+        return Placement(len(segment), [site], layout, [part], found.segments, received)
 
 
 def _ask_together(index: SpaceIndex, site: str, layout: str) -> None:
@@ -182,13 +178,6 @@ def _check_together(
             for job in [pool.submit(checks.verify, sites, starts, stops) for checks, sites, starts, stops in jobs]:
                 job.result()
     return good
-
-
-def _distinct(keys: Sequence[npt.NDArray[np.uint8]]) -> bool:
-    """Whether the first words of all keys differ."""
-    words = [np.ascontiguousarray(k).view(np.uint64)[:, 0] for k in keys]
-    ordered = np.sort(np.concatenate(words)) if words else np.empty(0, np.uint64)
-    return not (ordered[1:] == ordered[:-1]).any()
 
 
 def locate_one(index: SpaceIndex, query: Query, sites: Sequence[str], layout: str, check: bool) -> Placement | None:

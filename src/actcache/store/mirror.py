@@ -93,14 +93,15 @@ def read_marks(path: Path, blocks: int) -> Marks:
 
 def marks_in(sidecar: Path, blocks: int) -> Marks:
     """`read_marks` of the mirror that has this `sidecar`."""
-    marks = np.zeros(blocks, bool)
-    with contextlib.suppress(OSError, ValueError):
+    try:
         fd = open_plain(sidecar)
         try:
-            said = np.frombuffer(os.pread(fd, blocks, _HEAD), np.uint8)
+            said = os.pread(fd, blocks, _HEAD)
         finally:
             os.close(fd)
-        marks[: len(said)] = said == 1
+    except (OSError, ValueError):
+        said = b""
+    marks: Marks = np.frombuffer(said.ljust(blocks, b"\0"), np.uint8) == 1
     return marks
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,31 +12,20 @@ import numpy.typing as npt
 
 from actcache.errors import NotCachedError
 from actcache.store import memory
-from actcache.store.by_segment import Ints, by_segment, used_in
+from actcache.store.by_segment import Ints, by_segment
 from actcache.store.checks import BlockChecks, receive_together
 from actcache.store.delivering import Deliveries, deliveries
 from actcache.store.dtypes import common_dtype, name_of
 from actcache.store.gather import Piece, gather_pieces
-from actcache.store.lazy import lazy
+from actcache.store.lazy import lazy, once
 from actcache.store.mapping import Reader, Segment
 from actcache.store.moving import move
+from actcache.store.places import Part, Places
 from actcache.store.prompts import PromptTable
 from actcache.store.receiving import Received
 from actcache.store.records import SPARSE, TOKENS
 
-# So many neighbours are copied faster on their own than rows are looked at.
-_LONG_RUN = 64
-
 _Received = Mapping[BlockChecks, Received]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Sites that lie together: for each prompt the segment (-1: absent) and its number in it."""
-
-    sites: tuple[int, ...]
-    segment: npt.NDArray[np.int32]
-    prompt: Ints
 
 
 class Placement:
@@ -63,6 +51,7 @@ class Placement:
         self.layout = layout
         self._parts = list(parts)
         self._segments = list(segments)
+        self._places = Places(n, self._parts, self._segments)
         self._received = received or {}
         self._read: dict[tuple[int, int], Reader] = {}
         self._n = n
@@ -100,19 +89,25 @@ class Placement:
     @lazy
     def dtype(self) -> np.dtype[Any]:
         """The dtype of what was found; one that holds them all where segments differ."""
-        return common_dtype(segment.column(s)[0] for part, segment in self._used for s in self._names(part))
+        return common_dtype(segment.column(s)[0] for part, segment in self._places.used for s in self._names(part))
 
     def __len__(self) -> int:
         return len(self.found)
 
     def take(
-        self, out: npt.NDArray[Any] | None = None, *, index: npt.ArrayLike | None = None, at: Ints | None = None
+        self,
+        out: npt.NDArray[Any] | None = None,
+        *,
+        index: npt.ArrayLike | None = None,
+        at: Ints | None = None,
+        meanwhile: Callable[[npt.NDArray[Any]], object] = lambda out: None,
     ) -> npt.NDArray[Any]:
         """The vectors ``[n, sites, D]`` of a pooled layout, of prompts `index` (default all) in that order.
 
         Written straight into `out` where one is given (any floating dtype, converted on the way), each of them at its
-        place `at` in there (default: from the first on). NotCachedError when one of the prompts was not found. Where
-        reading fails otherwise, what is in `out` may be anything.
+        place `at` in there (default: from the first on). `meanwhile` is given what will be returned, in which the
+        numbers may be still to come. NotCachedError when one of the prompts was not found. Where reading fails
+        otherwise, what is in `out` may be anything.
         """
         if self.layout in (TOKENS, SPARSE):
             raise ValueError("take() reads pooled layouts; use rows() or take_padded() for every token")
@@ -121,49 +116,31 @@ class Placement:
         if out is not None and (out.shape[1:] != shape[1:] or (at is None and len(out) != len(chosen))):
             raise ValueError(f"out has shape {out.shape}, expected {shape}")
 
-        @cache
+        @once
         def prepared() -> tuple[list[Piece], npt.NDArray[Any]]:
             """From where all comes and where it goes: looked for while what lies elsewhere is on its way."""
             target = memory.empty(shape, self.dtype) if out is None else out
+            meanwhile(target)
             if index is None and at is None:
-                return self._everything, target
+                return self._places.pieces, target
             return [
                 Piece(segment, part.sites, part.prompt[chosen[members]], members if at is None else at[members])
-                for part, segment, members in self._by_segment(chosen)
+                for part, segment, members in self._places.by_segment(chosen)
             ], target
 
-        received = self._bring(self._wanted_vectors(chosen), lambda: deliveries(self.sites, *prepared()))
+        received = self._bring(self._wanted(chosen), lambda: deliveries(self.sites, *prepared()))
         pieces, target = prepared()
         if received:
             found = [(piece, received.get(piece.segment.checks)) for piece in pieces]
             # Some is where it is wanted since it came.
             pieces = [replace(piece, received=here) for piece, here in found if here is None or here.targets is None]
-        gather_pieces(pieces, self.sites, target)
+        if pieces:
+            gather_pieces(pieces, self.sites, target)
         return target
-
-    @lazy
-    def _everything(self) -> list[Piece]:
-        """Where all prompts are and go, looked at once: neighbours that stay neighbours lie in pieces of their own."""
-        every = np.arange(self._n)
-        pieces = []
-        for part in self._parts:
-            number, prompt = part.segment, part.prompt
-            cuts = ((number[1:] != number[:-1]) | (prompt[1:] != prompt[:-1] + 1)).nonzero()[0] + 1
-            if _LONG_RUN * (len(cuts) + 1) <= self._n:
-                pieces += [
-                    Piece(self._segments[part.segment[run[0]]], part.sites, part.prompt[run], run, straight=True)
-                    for run in np.split(every, cuts)
-                ]
-            else:
-                pieces += [
-                    Piece(self._segments[number], part.sites, part.prompt[members], members)
-                    for number, members in by_segment(part.segment)
-                ]
-        return pieces
 
     def rows(self, i: int) -> list[npt.NDArray[Any]]:
         """The rows of prompt `i`: one array ``[T, D]`` per site, a read-only view of the mapping where it can be."""
-        if not self.found[i] or any(segment.source is not None for segment in self._segments):
+        if not self.found[i] or self._places.are_elsewhere:
             return self.all_rows([i])[0]
         found: list[npt.NDArray[Any]] = [np.empty(0)] * len(self.sites)
         for part in self._parts:
@@ -180,7 +157,7 @@ class Placement:
         chosen = self._require(index)
         received = self._bring(self._wanted(chosen))
         found: list[list[npt.NDArray[Any]]] = [[np.empty(0)] * len(self.sites) for _ in range(len(chosen))]
-        for part, segment, members in self._by_segment(chosen):
+        for part, segment, members in self._places.by_segment(chosen):
             prompts = part.prompt[chosen[members]]
             starts, stops = segment.row_offset[prompts], segment.row_offset[prompts + 1]
             readers = list(zip(part.sites, self._readers(part, segment, starts, stops, received), strict=True))
@@ -188,13 +165,6 @@ class Placement:
                 for j, read in readers:
                     found[at][j] = read(start, stop)
         return found
-
-    def _by_segment(self, chosen: Ints) -> Iterator[tuple[Part, Segment, Ints]]:
-        """For every part the segments in which prompts `chosen` lie, and which of these do."""
-        everything = np.arange(len(chosen))
-        for part in self._parts:
-            for number, members in by_segment(part.segment[chosen], everything):
-                yield part, self._segments[number], members
 
     def _readers(
         self, part: Part, segment: Segment, starts: Ints, stops: Ints, received: _Received
@@ -205,19 +175,15 @@ class Placement:
             return segment.readers(self._names(part), starts, stops)
         return [here.rows(segment.parts(site)[0]).between for site in self._names(part)]
 
-    def _wanted_vectors(self, chosen: Ints) -> Iterator[tuple[BlockChecks, list[str], Ints, Ints]]:
-        """`_wanted` of a pooled layout, without what no segment has: whoever gathers that says so."""
-        for part, segment, members in self._by_segment(chosen):
-            prompts = part.prompt[chosen[members]]
-            if segment.source is not None and prompts.min() >= 0 and prompts.max() < segment.info.rows:
-                yield segment.checks, self._names(part), prompts, prompts + 1
-
     def _wanted(self, chosen: Ints) -> Iterator[tuple[BlockChecks, list[str], Ints, Ints]]:
-        """The rows of the prompts `chosen`, where they lie elsewhere."""
-        for part, segment, members in self._by_segment(chosen):
-            if segment.source is not None:
-                prompts = part.prompt[chosen[members]]
-                yield segment.checks, self._names(part), segment.row_offset[prompts], segment.row_offset[prompts + 1]
+        """The rows of the prompts `chosen`, where they lie elsewhere; without what no segment has: whoever takes that
+        says so."""
+        if self._places.are_elsewhere:
+            every = chosen is self._places.every
+            for part, segment, starts, stops in (
+                self._places.elsewhere if every else self._places.ranges_elsewhere(chosen)
+            ):
+                yield segment.checks, self._names(part), starts, stops
 
     def _bring(
         self, wanted: Iterable[tuple[BlockChecks, list[str], Ints, Ints]], targets: Callable[[], Deliveries] = dict
@@ -226,7 +192,7 @@ class Placement:
 
         Of the segments that are given back all that is wanted was received, and may not be in their files yet.
         """
-        if not any(segment.source is not None for segment in self._segments):
+        if not self._places.are_elsewhere:
             return {}
         # Let go of now: by the next time it is in the files.
         received, self._received = self._received, {}
@@ -260,10 +226,19 @@ class Placement:
     def of_columns(self, columns: Sequence[int] | npt.NDArray[np.intp]) -> Placement:
         """The same prompts at some of the sites, by their numbers."""
         chosen = [(tuple(k for k, j in enumerate(columns) if j in part.sites), part) for part in self._parts]
-        parts = [Part(mine, part.segment, part.prompt) for mine, part in chosen if mine]
+        parts = [p if mine == p.sites else Part(mine, p.segment, p.prompt) for mine, p in chosen if mine]
         # Sites that lie together are found together, and there may be many of them.
         found = self.found if len(self._parts) == 1 else None
         return Placement(self._n, [self.sites[j] for j in columns], self.layout, parts, self._segments, found=found)
+
+    def beside(self, site: str, received: _Received | None = None) -> Placement:
+        """The same prompts at a site that lies beside the only one of this, in the same segments; `received` as ever.
+
+        What is found out of where they are, by whichever of them, need not be found again.
+        """
+        other = Placement(self._n, [site], self.layout, self._parts, self._segments, received, found=self.found)
+        other._places = self._places
+        return other
 
     @property
     def segments(self) -> list[Segment]:
@@ -277,14 +252,10 @@ class Placement:
         part = next(part for part in self._parts if j in part.sites)
         return part.segment, part.prompt
 
-    @lazy
+    @property
     def held(self) -> list[tuple[Segment, Ints]]:
         """Every segment in which something was found, with the prompts of it that were."""
-        return [
-            (self._segments[number], part.prompt[members])
-            for part in self._parts
-            for number, members in by_segment(part.segment, np.flatnonzero(part.segment >= 0))
-        ]
+        return self._places.held
 
     def fingerprint(self) -> bytes:
         """Digest of where everything is. Segments never change, so that what has the same is the same."""
@@ -312,7 +283,7 @@ class Placement:
         split = out.reshape(len(chosen), longest, width, dim)
         if split.size and not np.shares_memory(split, out):
             raise ValueError("out must be contiguous")
-        for part, segment, members in self._by_segment(chosen):
+        for part, segment, members in self._places.by_segment(chosen):
             self._fill(split, part, segment, part.prompt[chosen[members]], members, counts, received)
         real = np.arange(longest) < counts[:, None]
         for at, length in enumerate(counts.tolist()):
@@ -366,7 +337,7 @@ class Placement:
         return PromptTable.concatenate(tables, mixed=True).select(np.argsort(np.concatenate(order), kind="stable"))
 
     def _require(self, index: npt.ArrayLike | None) -> Ints:
-        chosen = np.arange(len(self) if index is None else 0, dtype=np.int64)
+        chosen = self._places.every
         if index is not None:
             chosen = np.asarray(index)
             if chosen.dtype == bool or not chosen.size or chosen.min() < 0:
@@ -383,9 +354,9 @@ class Placement:
     @lazy
     def widths(self) -> frozenset[int]:
         """The widths of the sites that were found."""
-        every = frozenset(dim for _, segment in self._used for dim in segment.widths)
+        every = frozenset(dim for _, segment in self._places.used for dim in segment.widths)
         if len(every) > 1:
-            every = frozenset(segment.column(s)[1] for part, segment in self._used for s in self._names(part))
+            every = frozenset(segment.column(s)[1] for part, segment in self._places.used for s in self._names(part))
         return every
 
     def _dim(self) -> int:
@@ -395,11 +366,6 @@ class Placement:
                 f"sites of different widths {sorted(dims)} cannot share one array: ask for them one by one"
             )
         return next(iter(dims), 0)
-
-    @lazy
-    def _used(self) -> list[tuple[Part, Segment]]:
-        numbers = [used_in(part.segment) for part in self._parts]
-        return [(p, self._segments[s]) for p, used in zip(self._parts, numbers, strict=True) for s in used]
 
     def _names(self, part: Part) -> list[str]:
         return [self.sites[j] for j in part.sites]

@@ -162,7 +162,8 @@ def _as_it_comes(
             answer = [None] * n
             for placement, members in located:
                 local = np.flatnonzero(placement.found)
-                copied = copied_rows(placement, local, tensors.own_tensors)
+                every = len(local) == len(placement)
+                copied = copied_rows(placement, None if every else local, tensors.own_tensors)
                 for i, tensor in zip(members[local].tolist(), copied, strict=True):
                     answer[i] = tensor
             if dtype is not None:
@@ -209,14 +210,16 @@ def _stacked(located: _Located, n: int, site: str, out: Any, dtype: torch.dtype 
     def name(at: list[int]) -> str:
         return f"prompt {at[0]}, {site}"
 
+    if out is None and len(located) == 1 and len(located[0][0].widths) == 1 and len(located[0][0]) == n:
+        # All that was asked for, in its order, of which the placement knows where runs of neighbours lie.
+        whole: list[torch.Tensor] = []
+        located[0][0].take(meanwhile=lambda target: whole.append(tensors.to_tensor(target[:, 0])))
+        (tensor,) = whole
+        return tensor if dtype is None else converted(tensor, dtype, allow_inf=allow_inf, name=name)
     parts = [(p, members[local], local) for p, members in located if len(local := np.flatnonzero(p.found))]
     widths = {width for p, _, _ in parts for width in p.widths}
     if len(widths) > 1:
         raise ValueError(f"vectors of different widths {sorted(widths)} cannot share one tensor: read them apart")
-    if out is None and len(parts) == 1 and len(parts[0][2]) == n:
-        # All that was asked for, in its order, of which the placement knows where runs of neighbours lie.
-        tensor = tensors.to_tensor(parts[0][0].take()[:, 0])
-        return tensor if dtype is None else converted(tensor, dtype, allow_inf=allow_inf, name=name)
     stored = common_dtype(p.dtype for p, _, _ in parts)
     shape = (n, *widths)
     given = None

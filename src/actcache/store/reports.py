@@ -16,7 +16,8 @@ from actcache.store.dtypes import name_of
 from actcache.store.index import SpaceIndex
 from actcache.store.keys import Mask
 from actcache.store.mapping import Segment
-from actcache.store.placement import Part, Placement
+from actcache.store.placement import Placement
+from actcache.store.places import Part
 from actcache.store.prompts import PromptTable, text_keys
 from actcache.store.pulled import expanded
 from actcache.store.records import COMPLETION, DERIVED, SPARSE, TOKENS, SegmentInfo, is_result
