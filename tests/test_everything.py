@@ -10,8 +10,12 @@ import pytest
 import torch
 
 from actcache.errors import NotCachedError
+from actcache.store import everything
+from actcache.store.backend import MemoryBackend
+from actcache.store.index import SpaceIndex
 from actcache.store.records import Records
 from actcache.store.store import Store
+from bucket_helpers import opened
 from store_helpers import make_store, make_table, segment_files
 
 LAYOUT = "last_token"
@@ -95,3 +99,43 @@ def test_what_is_gone_keeps_no_room_on_the_disk(tmp_path: Path) -> None:
     gc.collect()
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     assert not [line for line in mapped if ".safetensors" in line or ".open" in line], "removed, and still mapped"
+
+
+def test_what_takes_the_place_of_what_vanishes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a process opens its segments, another one of the same host takes notice of a merge and of what is new."""
+    backend = MemoryBackend()
+    writer, space = opened(backend, tmp_path / "writer")
+    for numbers in ([0, 1], [2, 3]):
+        writer.append(space, values(numbers, "ab"))
+        writer.flush()
+    reader, _ = opened(backend, tmp_path / "host")
+    other, _ = opened(backend, tmp_path / "host")
+    assert reader.contains(space, make_table([1]), "a", pooling=LAYOUT).all()
+    index, real, left = reader._index(space), SpaceIndex.open, [1]
+
+    def open_late(self: SpaceIndex, number: int) -> object:
+        if self is index and left:
+            left.pop()
+            writer.merge(space)
+            writer.append(space, values([4], "a"))
+            writer.flush()
+            other.refresh()
+            assert sorted(read(other, space, "a")) == [0, 1, 2, 3, 4]
+        return real(self, number)
+
+    monkeypatch.setattr(SpaceIndex, "open", open_late)
+    index._open.clear()
+    assert sorted(read(reader, space, "a")) == [0, 1, 2, 3, 4]
+    assert not left
+    assert sorted(read(reader, space, "b")) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("limit", ["KEEP_OPEN", "_MOST_KEPT"])
+def test_much_is_looked_for_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    store, space = make_store(tmp_path)
+    for n in range(3):
+        store.append(space, values([n], "ab"))
+    for most, kept in ((2, False), (3, True)):
+        monkeypatch.setattr(everything, limit, most)
+        assert read(store, space, "a") == read(store, space, "b") == [0, 1, 2]
+        assert (store._index(space).everything is not None) == kept

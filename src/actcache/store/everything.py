@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from actcache.store.index import SpaceIndex
+from actcache.store.index import KEEP_OPEN, SpaceIndex
 from actcache.store.keys import Group
 from actcache.store.placement import Placement
 from actcache.store.places import Part
+
+# Prompts of which it is kept where they lie: some 45 bytes for each.
+_MOST_KEPT = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,8 @@ def everything(index: SpaceIndex, site: str, layout: str) -> Everything | None:
 
     A segment that has vanished is forgotten, and what held the same then is looked for.
     """
-    groups = tuple(group for group in index.groups(layout) if site in group.sites)
     known = index.everything
-    if known is not None and known.groups == groups:
+    if known is not None and known.groups == _groups(index, site, layout):
         return known
     held = index.open_all(lambda _, info: info.layout == layout and site in info.sites)
     held.sort(key=lambda held: (held[1].created_ns, held[1].name))
@@ -41,8 +43,17 @@ def everything(index: SpaceIndex, site: str, layout: str) -> Everything | None:
     slots = np.repeat(np.arange(len(held), dtype=np.int32), [len(prompts) for prompts in rows])
     part = Part((0,), slots, np.concatenate([np.empty(0, np.int64), *rows]))
     placement = Placement(len(slots), [site], layout, [part], [segment for _, _, segment in held])
-    index.everything = Everything(groups, [number for number, _, _ in held], placement)
-    return index.everything
+    placement.found.flags.writeable = False
+    # Looked for now: opening one that has vanished takes notice of what came in its place.
+    found = Everything(_groups(index, site, layout), [number for number, _, _ in held], placement)
+    # To look for more takes little beside reading it, and what is kept keeps memory, and files mapped.
+    if len(held) <= KEEP_OPEN and len(slots) <= _MOST_KEPT:
+        index.everything = found
+    return found
+
+
+def _groups(index: SpaceIndex, site: str, layout: str) -> tuple[Group, ...]:
+    return tuple(group for group in index.groups(layout) if site in group.sites)
 
 
 def _distinct(keys: Sequence[npt.NDArray[np.uint8]]) -> bool:

@@ -32,7 +32,8 @@ from actcache.store.working_copy import WorkingCopy
 if TYPE_CHECKING:
     from actcache.store.everything import Everything
 
-_KEEP_OPEN = 4096
+KEEP_OPEN = 4096
+"""So many segments stay mapped."""
 _MOST_HOLDERS = 256
 _ATTEMPTS = 16
 
@@ -373,7 +374,7 @@ class SpaceIndex:
                 self._refuse(info.name, error)
                 self._forget(info.name)
                 return None
-            if len(self._open) > _KEEP_OPEN:
+            if len(self._open) > KEEP_OPEN:
                 self._open.popitem(last=False)
         if info.name in self._open:
             self._open.move_to_end(info.name)
