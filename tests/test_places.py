@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actcache.store import places
+from actcache.store.placement import Placement
 from actcache.store.places import Part, Places
 
 PROMPTS = 12
@@ -77,3 +79,19 @@ def test_what_is_absent_lies_nowhere() -> None:
     ((_, _, members),) = found.members
     assert members.tolist() == [1] and found.held[0][1].tolist() == [3]
     assert not found.are_elsewhere
+
+
+def test_a_few_of_very_many_take_no_memory_for_all() -> None:
+    """As many as there may be lie in files, of which a part is looked at a time."""
+    n = 2_000_000
+    part = Part((0,), np.zeros(n, np.int32), np.zeros(n, np.int64))
+    placement = Placement(n, ["a"], "mean", [part], [segment(0, 1, source=False)], found=np.broadcast_to(True, n))
+    tracemalloc.start()
+    try:
+        for chosen in (np.arange(5), np.array([n - 1])):
+            assert placement._require(chosen).tolist() == chosen.tolist()
+            ((_, _, members),) = placement._places.by_segment(chosen)
+            assert members.tolist() == list(range(len(chosen)))
+        assert tracemalloc.get_traced_memory()[1] < n
+    finally:
+        tracemalloc.stop()

@@ -179,7 +179,7 @@ class Placement:
         """The rows of the prompts `chosen`, where they lie elsewhere; without what no segment has: whoever takes that
         says so."""
         if self._places.are_elsewhere:
-            every = chosen is self._places.every
+            every = self._places.is_every(chosen)
             for part, segment, starts, stops in (
                 self._places.elsewhere if every else self._places.ranges_elsewhere(chosen)
             ):
@@ -337,8 +337,9 @@ class Placement:
         return PromptTable.concatenate(tables, mixed=True).select(np.argsort(np.concatenate(order), kind="stable"))
 
     def _require(self, index: npt.ArrayLike | None) -> Ints:
-        chosen = self._places.every
-        if index is not None:
+        if index is None:
+            chosen = self._places.every
+        else:
             chosen = np.asarray(index)
             if chosen.dtype == bool or not chosen.size or chosen.min() < 0:
                 chosen = np.arange(len(self), dtype=np.int64)[chosen]

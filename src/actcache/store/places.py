@@ -37,6 +37,10 @@ class Places:
         """The number of each prompt."""
         return np.arange(self._n)
 
+    def is_every(self, chosen: Ints) -> bool:
+        """Whether that is `every`, which is not made for whoever asks for a few of very many."""
+        return chosen is self.__dict__.get("every")
+
     @lazy
     def used(self) -> list[tuple[Part, Segment]]:
         """For every part the segments in which something is."""
@@ -88,7 +92,7 @@ class Places:
 
     def by_segment(self, chosen: Ints) -> Iterator[tuple[Part, Segment, Ints]]:
         """For every part the segments in which prompts `chosen` lie, all found, and which of these do."""
-        if chosen is self.every:
+        if self.is_every(chosen):
             yield from self.members
             return
         everything = np.arange(len(chosen))
