@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,12 +185,14 @@ def test_a_bucket_that_does_not_exist_is_named(moto: S3Server, bucket: str) -> N
         assert not isinstance(caught.value, FileNotFoundError)
 
 
+@pytest.mark.parametrize("start", [0, 1000])
 @pytest.mark.parametrize(
     "wrong",
     [
-        Answer(206, DATA[:60], {"Content-Range": "bytes 0-99/300000"}),
-        Answer(206, DATA[:60], {"Content-Range": "bytes 0-59/300000"}),
-        Answer(206, DATA[:60], {"Content-Range": "bytes 0-99/300000"}, length=100),
+        # Of a hundred bytes, all of them said to come, or some; FROM and TO stand for the range.
+        Answer(206, DATA[:60], {"Content-Range": "bytes FROM-TO/300000"}),
+        Answer(206, DATA[:60], {"Content-Range": "bytes FROM-59/300000"}),
+        Answer(206, DATA[:60], {"Content-Range": "bytes FROM-TO/300000"}, length=100),
         Answer(206, DATA[:100], {"Content-Range": "bytes 100-199/300000"}),
         Answer(206, DATA[:100]),
         refusal(429, "TooManyRequests"), refusal(400, "RequestTimeout"), refusal(400, "BadDigest"),
@@ -197,18 +200,33 @@ def test_a_bucket_that_does_not_exist_is_named(moto: S3Server, bucket: str) -> N
     ],
     ids=["short", "less", "ends early", "elsewhere", "no range", "429", "400 late", "400 spoilt", "409", "502"],
 )  # fmt: skip
-def test_a_wrong_answer_is_never_given_out(nowhere: None, wrong: Answer) -> None:
-    wrongs = [wrong, wrong]
+def test_a_wrong_answer_is_never_given_out(nowhere: None, wrong: Answer, start: int) -> None:
+    said = {
+        name: value.replace("FROM", str(start)).replace("TO", str(start + 99)).replace("-59/", f"-{start + 59}/")
+        for name, value in wrong.headers.items()
+    }
+    wrongs = [replace(wrong, headers=said)] * 2
     with ScriptedServer(lambda asked: wrongs.pop() if wrongs else ranged(asked, DATA)) as server:
-        assert backend_at(server).read("a", 0, 100) == DATA[:100]
+        assert backend_at(server).read("a", start, start + 100) == DATA[start : start + 100]
         assert len(server.asked) == 3
+
+
+def test_rows_come_with_one_request_and_what_ends_before_is_looked_at_once_more(nowhere: None) -> None:
+    with ScriptedServer(lambda asked: ranged(asked, DATA)) as server:
+        backend = backend_at(server)
+        assert backend.read("a", 1000, 200_000) == DATA[1000:200_000]
+        assert len(server.asked) == 1
+        assert backend.read("a", 299_000, 300_500) == DATA[299_000:]
+        assert len(server.asked) == 3
+        assert backend.read("a", 300_000, 300_500) == b"" == backend.read("a", 400_000, 400_001)
 
 
 def test_a_server_that_knows_no_ranges_is_refused(nowhere: None) -> None:
     with ScriptedServer(lambda asked: Answer(200, DATA, {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"})) as server:
-        with pytest.raises(BackendError, match="whole objects"):
-            backend_at(server).read("a", 0, 100)
-        assert len(server.asked) == 2
+        for start in (0, 7):
+            with pytest.raises(BackendError, match="whole objects"):
+                backend_at(server).read("a", start, 100)
+        assert len(server.asked) == 2 + 3
 
 
 def test_an_empty_object_may_be_answered_without_a_range(nowhere: None) -> None:

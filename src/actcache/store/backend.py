@@ -13,6 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ class CacheBackend(ABC):
         """Remove an object; where there is none nothing happens."""
 
 
+@lru_cache(maxsize=4096)
 def is_name(name: str) -> bool:
     """Whether `name` is one that a backend takes; a temporary file of `LocalBackend` has none."""
     parts = name.split("/")
