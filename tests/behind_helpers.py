@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from actcache.store import behind, checks
+from actcache.store import behind, bringing
 from actcache.store.backend import Bytes, MemoryBackend
 from actcache.store.placement import Placement
 from actcache.store.records import Records
@@ -60,7 +60,7 @@ def waits() -> bool:
 @contextmanager
 def held_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever the size, and not before a test waits for it."""
-    monkeypatch.setattr(checks, "_LEAST_BEHIND", 0)
+    monkeypatch.setattr(bringing, "_LEAST_BEHIND", 0)
     monkeypatch.setattr(behind, "_LINGER_S", 30.0)
     yield
     behind.settle()

@@ -1,23 +1,26 @@
-"""Things that several threads bring: each is looked at once, one at a time, and the first failure ends it."""
+"""Things that several threads bring: each is looked at once, by few at a time, and the first failure ends it."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import pytest
 
 from actcache.store.arrivals import Arrivals
 
 
-def test_each_is_looked_at_once_and_by_one_thread_at_a_time() -> None:
-    number, inside, most, seen = 400, 0, 0, []
+def test_each_is_looked_at_once_and_by_one_thread_at_a_time_while_more_is_to_come() -> None:
+    number, inside, most, seen = 400, 0, {True: 0, False: 0}, []
 
     def look(one: int) -> int:
-        nonlocal inside, most
+        nonlocal inside
+        more = bool(arrivals._coming)
         inside += 1
-        most = max(most, inside)
+        most[more] = max(most[more], inside)
         # Lets the others run, as a copy does.
         time.sleep(0)
         seen.append(one)
@@ -30,7 +33,7 @@ def test_each_is_looked_at_once_and_by_one_thread_at_a_time() -> None:
             pool.submit(arrivals.come, one)
         arrivals.begin()
         assert arrivals.wait()
-    assert most == 1
+    assert most[True] <= 1 and most[False] <= 2
     assert sorted(seen) == list(range(number))
     assert sorted(arrivals.found) == sorted(-one for one in range(number)) and arrivals.failure is None
 
@@ -57,7 +60,7 @@ def test_what_comes_while_somebody_looks_is_left_to_them() -> None:
         looking.set()
         assert go_on.wait(10)
 
-    arrivals = Arrivals[int, None](2, look)
+    arrivals = Arrivals[int, None](3, look)
     arrivals.begin()
     thread = threading.Thread(target=arrivals.come, args=(0,), name="first")
     thread.start()
@@ -65,8 +68,9 @@ def test_what_comes_while_somebody_looks_is_left_to_them() -> None:
     arrivals.come(1)
     assert by == {0: "first"}, "it does not wait for its turn"
     go_on.set()
-    assert arrivals.wait()
     thread.join()
+    arrivals.end(None)
+    assert arrivals.wait()
     assert by == {0: "first", 1: "first"}
 
 
@@ -91,22 +95,59 @@ def test_one_that_fails_ends_the_waiting(where: str) -> None:
     assert arrivals.found == [0]
 
 
-def test_what_comes_just_before_somebody_stops_looking_is_looked_at() -> None:
+def test_two_look_at_what_is_left_when_nothing_more_is_to_come() -> None:
+    go_on = threading.Event()
+    by: dict[int, str] = {}
+
+    def look(one: int) -> None:
+        by[one] = threading.current_thread().name
+        assert not one or go_on.wait(30)
+
+    arrivals = Arrivals[int, None](4, look)
+    arrivals.begin()
+    first = threading.Thread(target=arrivals.come, args=(1,), name="first")
+    first.start()
+    while 1 not in by:
+        time.sleep(0.001)
+    arrivals.come(0)
+    assert by == {1: "first"}, "one looks while others are to come"
+    arrivals.end(None)
+    last = threading.Thread(target=arrivals.come, args=(2,), name="last")
+    last.start()
+    while 2 not in by:
+        time.sleep(0.001)
+    assert by == {1: "first", 0: "last", 2: "last"}
+    go_on.set()
+    assert arrivals.wait()
+    first.join()
+    last.join()
+
+
+def test_all_may_be_here_before_it_begins() -> None:
     seen: list[int] = []
     arrivals = Arrivals[int, None](2, seen.append)
+    arrivals.come(0)
+    arrivals.come(1)
+    assert not seen
+    arrivals.begin()
+    assert arrivals.wait() and arrivals.wait() and seen == [0, 1]
 
-    class Late:
-        """A lock before whose release something comes, which finds it taken."""
 
-        def __init__(self, lock: threading.Lock) -> None:
-            self.acquire, self._release, self.late = lock.acquire, lock.release, [1]
+def test_what_comes_just_before_somebody_stops_looking_is_looked_at() -> None:
+    seen: list[int] = []
+    arrivals = Arrivals[int, None](3, seen.append)
 
-        def release(self) -> None:
+    class Late(deque[None]):
+        """Turns, before one of which is given back something comes, which finds none."""
+
+        late: ClassVar = [1]
+
+        def append(self, turn: None) -> None:
             while self.late:
                 arrivals.come(self.late.pop())
-            self._release()
+            super().append(turn)
 
     arrivals.begin()
-    arrivals._looking = Late(arrivals._looking)  # type: ignore[assignment]
+    arrivals._turns = Late(arrivals._turns)
     arrivals.come(0)
     assert seen == [0, 1]

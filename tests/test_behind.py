@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -257,3 +258,43 @@ def test_whatever_one_ends_with_the_others_are_written_and_nobody_waits(
     waiting.join(30)
     assert not waiting.is_alive()
     assert written == ["b", "a"] and behind._state.nbytes == before
+
+
+def test_who_is_expected_keeps_nobody_waiting_and_the_thread_no_longer_than_that(tmp_path: Path) -> None:
+    """What others hand over meanwhile is written; once all have handed over what they had, the thread sleeps."""
+    state, written = behind._state, []
+    behind.settle()
+    behind.expect()
+    behind.expect()
+    assert state.works
+    behind.write([behind.Job(tmp_path / "a", 5, lambda: written.append("a"))])
+    behind.settle(tmp_path / "a")
+    assert written == ["a"] and state.works
+    behind.write([behind.Job(tmp_path / "b", 5, lambda: written.append("b"))], expected=True)
+    behind.settle()
+    assert written == ["a", "b"] and state.works and state.expected == 1
+    behind.write([], expected=True)
+    until = time.monotonic() + 30
+    while state.works and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not state.works and not state.expected and not state.jobs
+    behind.write([behind.Job(tmp_path / "c", 5, lambda: written.append("c"))])
+    behind.settle()
+    assert written == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_read_that_ends_is_expected_no_longer(reader: tuple[Store, str], backend: Counting, fails: bool) -> None:
+    before = behind._state.expected
+    found = place(reader)
+
+    def answer(data: bytearray, start: int) -> None:
+        raise BackendError("told to fail")
+
+    if fails:
+        backend.on_read = answer
+        with pytest.raises(BackendError, match="told to fail"):
+            found.take()
+    else:
+        assert equal(found.take())
+    assert behind._state.expected == before

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from actcache.errors import NotCachedError
-from actcache.store import behind, fetching
+from actcache.store import behind, wanted
 from actcache.store.backend import Bytes, LocalBackend
 from actcache.store.records import BLOCK, Records
 from actcache.store.store import Store
@@ -68,19 +68,19 @@ def test_damage_is_found_before_an_answer(
 def test_a_full_disk_keeps_nobody_from_reading(
     reader: tuple[Store, str], backend: Counting, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = fetching.write_all
+    real = wanted.write_all
 
     def write_all(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(fetching, "write_all", write_all)
+    monkeypatch.setattr(wanted, "write_all", write_all)
     for _ in range(2):
         assert equal(place(reader).take())
         behind.settle()
     assert backend.reads == 2 and reader[0].spaces()
     assert sum("no room" in record.message for record in caplog.records) == 2
     assert all(record.levelno <= logging.WARNING for record in caplog.records)
-    monkeypatch.setattr(fetching, "write_all", real)
+    monkeypatch.setattr(wanted, "write_all", real)
     for _ in range(2):
         assert equal(place(reader).take())
     assert backend.reads == 3
@@ -90,12 +90,12 @@ def test_a_full_disk_makes_room_for_what_comes_next(reader: tuple[Store, str], m
     assert equal(place(reader, ["a"]).take(), "a")
     behind.settle()
     (path,) = reader[0].root.glob("*/*.safetensors")
-    real = fetching.write_all
+    real = wanted.write_all
     before = path.stat().st_blocks
-    monkeypatch.setattr(fetching, "write_all", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr(wanted, "write_all", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     assert equal(place(reader).take())
     behind.settle()
-    monkeypatch.setattr(fetching, "write_all", real)
+    monkeypatch.setattr(wanted, "write_all", real)
     assert equal(place(reader, check=True).take())
     behind.settle()
     assert path.stat().st_blocks < 1.5 * before, "what was read first has gone"
@@ -106,17 +106,17 @@ def test_a_write_that_fails_is_told_and_nothing_else(
     reader: tuple[Store, str], backend: Counting, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     part: float,
 ) -> None:  # fmt: skip
-    real = fetching.write_all
+    real = wanted.write_all
 
     def write_all(fd: int, buffers: list[memoryview], offset: int) -> int:
         real(fd, [b[: int(part * len(b))] for b in buffers], offset)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(fetching, "write_all", write_all)
+    monkeypatch.setattr(wanted, "write_all", write_all)
     assert equal(place(reader).take())
     behind.settle()
     assert any("read again" in record.message for record in caplog.records)
-    monkeypatch.setattr(fetching, "write_all", real)
+    monkeypatch.setattr(wanted, "write_all", real)
     assert equal(place(reader).take()) and backend.reads == 2
 
 
@@ -158,7 +158,7 @@ _READER = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from actcache.store import behind, checks
+from actcache.store import behind, bringing
 from actcache.store.backend import LocalBackend
 from bucket_helpers import opened
 from store_helpers import make_table
@@ -166,7 +166,7 @@ from store_helpers import make_table
 class Elsewhere(LocalBackend):
     pass
 
-checks._LEAST_BEHIND, behind._LINGER_S = 0, float(sys.argv[3])
+bringing._LEAST_BEHIND, behind._LINGER_S = 0, float(sys.argv[3])
 store, space = opened(Elsewhere(sys.argv[1]), Path(sys.argv[2]))
 place = store.locate(space, table=make_table(range(int(sys.argv[4]))), sites=["b"], layout="mean", check=False)
 print(float(place.take().sum(dtype=np.float64)), len(behind._state.waiting), flush=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from actcache.errors import DiskFullError
-from actcache.store import behind, checks, fetching
+from actcache.store import behind, bringing, fetching, wanted
 from actcache.store import segment as segments
 from actcache.store.store import Store
 from mirrors_helpers import (
@@ -71,7 +71,7 @@ def test_a_mirror_that_another_process_has_replaced_is_mapped_anew(
     reader: Store, backend: Strange, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
     """Otherwise what is read would be written nowhere, and read again each time."""
-    monkeypatch.setattr(checks, "_LEAST_BEHIND", 1)
+    monkeypatch.setattr(bringing, "_LEAST_BEHIND", 1)
     monkeypatch.setattr(fetching, "_SHORT_READ", length)
 
     def read(site: str) -> int:
@@ -128,7 +128,7 @@ def test_a_full_disk_makes_room_first_and_is_told_then(
     reader: Store, backend: Strange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(reader, site=SITES[0])
-    real, full = fetching.write_all, [1]
+    real, full = wanted.write_all, [1]
 
     def write_all(*args: object) -> int:
         if full[0] > 0:
@@ -136,7 +136,7 @@ def test_a_full_disk_makes_room_first_and_is_told_then(
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(fetching, "write_all", write_all)
+    monkeypatch.setattr(wanted, "write_all", write_all)
     check(reader, site=SITES[1])
     assert on_disk(reader) < 2 * ROWS * WIDTH * 4, "the rows of the first site have gone"
     full[0] = 1 << 30

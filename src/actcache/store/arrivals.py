@@ -1,10 +1,11 @@
-"""What several threads bring, looked at by one of them at a time: mostly by the one that brought it."""
+"""What several threads bring, looked at by few of them at a time: mostly by the one that brought it."""
 
 from __future__ import annotations
 
-import threading
+import contextlib
 from collections import deque
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -15,41 +16,46 @@ class Arrivals(Generic[T, R]):
     """Things that come, `number` of them, and what `look` finds of each.
 
     To hand each to a thread that waits for it takes longer than to look at it; and threads that looked at the same time
-    would take the interpreter from one another. So whoever brings something looks at it, and at what others bring
-    meanwhile, unless somebody is at it.
+    would take the interpreter, and memory, from those that bring. So whoever brings something looks at it, and at what
+    others bring meanwhile, unless somebody is at it. Once nothing more is to come, two of them look at what is left.
     """
 
     def __init__(self, number: int, look: Callable[[T], R]) -> None:
         self._number, self._look = number, look
+        self._coming = [None] * number
         self._come: deque[T] = deque()
-        self._looking = threading.Lock()
-        self._looking.acquire()
-        self._ended = threading.Event()
+        self._begun = False
+        self._turns: deque[None] = deque()
+        """Whoever looks takes one, and puts it back."""
+        self._last_turn: deque[None] = deque([None])
+        self._ended: SimpleQueue[None] = SimpleQueue()
         self._found: list[R | BaseException] = []
         self.are_over = False
         """Set when one has failed: what has not begun need not."""
 
     def begin(self) -> None:
         """Nothing is looked at before this."""
-        self._looking.release()
+        self._begun = True
+        self._turns.append(None)
         self._see()
 
     def come(self, one: T) -> None:
         """One of them is here."""
         self._come.append(one)
+        del self._coming[-1:]
         self._see()
 
     def end(self, found: R | BaseException) -> None:
-        """What was found of one of them, or why it does not come."""
-        self._found.append(found)
-        if isinstance(found, BaseException):
-            self.are_over = True
-        if self.are_over or len(self._found) >= self._number:
-            self._ended.set()
+        """What was found of one of them that does not come, or why it does not."""
+        del self._coming[-1:]
+        self._note(found)
+        self._see()
 
     def wait(self) -> bool:
         """Return when all have ended, or one has failed; whether none has."""
-        self._ended.wait()
+        # Of the standard library what wakes somebody in the fewest steps.
+        self._ended.get()
+        self._ended.put(None)
         return not self.are_over
 
     @property
@@ -63,17 +69,36 @@ class Arrivals(Generic[T, R]):
         return next((found for found in self._found if isinstance(found, BaseException)), None)
 
     def _see(self) -> None:
-        # Looked for once more behind the release: what came just before it was left to whoever was at it.
-        while self._come and self._looking.acquire(blocking=False):
+        if not self._coming and self._begun:
+            # By whoever is first.
+            with contextlib.suppress(IndexError):
+                self._turns.append(self._last_turn.pop())
+        # Looked for once more behind the end of a turn: what came just before it was left to whoever had it.
+        while self._come:
             try:
-                while self._come:
-                    self._see_one(self._come.popleft())
+                turn = self._turns.pop()
+            except IndexError:
+                return
+            try:
+                self._see_all()
             finally:
-                self._looking.release()
+                self._turns.append(turn)
 
-    def _see_one(self, one: T) -> None:
-        try:
-            found: R | BaseException = self._look(one)
-        except BaseException as error:
-            found = error
-        self.end(found)
+    def _see_all(self) -> None:
+        while True:
+            try:
+                one = self._come.popleft()
+            except IndexError:
+                return
+            try:
+                found: R | BaseException = self._look(one)
+            except BaseException as error:
+                found = error
+            self._note(found)
+
+    def _note(self, found: R | BaseException) -> None:
+        self._found.append(found)
+        if isinstance(found, BaseException):
+            self.are_over = True
+        if self.are_over or len(self._found) >= self._number:
+            self._ended.put(None)

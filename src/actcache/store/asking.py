@@ -43,9 +43,17 @@ def locate_any(
     """
     began = time.monotonic()
     located, found = locate_here(index, prompts, site, layout, check=check)
-    if not (len(found) and found.all()) and pulled(index, began):
+    if not is_complete(located, found) and pulled(index, began):
         return locate_here(index, prompts, site, layout, check=check)
     return located, found
+
+
+def is_complete(located: Sequence[tuple[Placement, Ints]], found: npt.NDArray[np.bool_]) -> bool:
+    """Whether something was asked for, and all of it found; as `locate_any` gives it."""
+    if len(located) == 1 and found is located[0][0].found:
+        # Of what is kept that was looked at before.
+        return len(found) > 0 and located[0][0].all_found
+    return len(found) > 0 and bool(found.all())
 
 
 def locate_here(
@@ -55,7 +63,7 @@ def locate_here(
     if prompts is None:
         everything = locate_all(index, site, layout, check)
         if everything is not None:
-            return [(everything, np.arange(len(everything)))], everything.found
+            return [(everything, everything.every)], everything.found
         prompts = stored_prompts(index, site, layout)
     if isinstance(prompts, PromptTable):
         placement = locate(index, Query.by_tokens(prompts), [site], layout, check, pull=False)

@@ -22,6 +22,8 @@ MOST = 128 << 20
 
 # For as long an answer is left alone with the processors.
 _LINGER_S = 0.01
+# So often the thread that writes looks whether what it expects has come.
+_LOOK_S = 0.01
 
 
 class _Writing:
@@ -31,9 +33,15 @@ class _Writing:
         self.changed = threading.Condition()
         self.waiting: dict[Path, int] = {}
         self.nbytes = 0
+        self.jobs: deque[tuple[float, Job]] = deque()
+        """What is to be written, and when at the earliest."""
+        self.expected = 0
+        """How many will hand over something soon."""
         self.awaited = threading.Event()
         """Set when somebody has waited for it to be written."""
         self.pool: ThreadPoolExecutor | None = None
+        self.works = False
+        """Whether the thread is awake, and looks for jobs before it sleeps."""
 
 
 _state = _Writing()
@@ -53,20 +61,30 @@ class Job:
     write: Callable[[], object]
 
 
-def write(jobs: Sequence[Job]) -> None:
-    """Do `jobs` soon, one after the other. What they raise is logged."""
-    state, left = _state, deque(jobs)
+def expect() -> None:
+    """Have the thread awake when something is handed over, which takes longer than to hand it over.
+
+    Once for each `write` that is told so.
+    """
+    state = _state
+    with state.changed:
+        state.expected += 1
+        _wake(state)
+
+
+def write(jobs: Sequence[Job], *, expected: bool = False) -> None:
+    """Do `jobs` soon, one after the other. What they raise is logged. `expected`: `expect` was called for them."""
+    state, begin = _state, time.monotonic() + _LINGER_S
     with state.changed:
         for job in jobs:
             state.waiting[job.path] = state.waiting.get(job.path, 0) + 1
             state.nbytes += job.size
-        if state.pool is None:
-            state.pool = ThreadPoolExecutor(1, thread_name_prefix="actcache-behind")
-    try:
-        state.pool.submit(_do, state, left, time.monotonic() + _LINGER_S)
-    except RuntimeError:
-        # No thread can be started any more, as at the end of a process.
-        _do(state, left, 0.0)
+            state.jobs.append((begin, job))
+        state.expected -= expected
+        awake = not jobs or _wake(state)
+    if not awake:
+        # As at the end of a process.
+        _work(state)
 
 
 def settle(path: Path | None = None) -> None:
@@ -79,18 +97,43 @@ def settle(path: Path | None = None) -> None:
             state.changed.wait_for(lambda: not state.waiting if path is None else path not in state.waiting)
 
 
-def _do(state: _Writing, jobs: deque[Job], begin: float) -> None:
+def _wake(state: _Writing) -> bool:
+    """See to it that the thread is awake; False where none can be started any more. With the lock."""
+    if not state.works:
+        if state.pool is None:
+            state.pool = ThreadPoolExecutor(1, thread_name_prefix="actcache-behind")
+        try:
+            state.pool.submit(_work, state)
+            state.works = True
+        except RuntimeError:
+            return False
+    return True
+
+
+def _work(state: _Writing) -> None:
+    """Write until nothing is left, and nothing expected."""
     failed: BaseException | None = None
-    while jobs:
+    while True:
+        with state.changed:
+            if not state.jobs and (not state.expected or is_ending()):
+                state.works = False
+                break
+            begin, job = state.jobs.popleft() if state.jobs else (0.0, None)
+        if job is None:
+            time.sleep(_LOOK_S)
+            continue
+        # Whatever one ends with, the others are waited for.
         try:
-            state.awaited.wait(max(0.0, begin - time.monotonic()))
+            if not is_ending():
+                state.awaited.wait(max(0.0, begin - time.monotonic()))
         except BaseException as error:
             failed = error
-        # What is written is let go of before the next one is; whatever one ends with, the others are waited for.
         try:
-            _write(state, jobs.popleft())
+            _write(state, job)
         except BaseException as error:
             failed = error
+        # What is written is let go of before the next one is.
+        del job
     if failed is not None:
         raise failed
 

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from actcache.store import behind
+from actcache.store import mirror
 from actcache.store.block_groups import BlockGroup, Ranges, Shape, marked
 from actcache.store.container import Tensor
-from actcache.store.fetching import Fetcher, Wanted, fetch
+from actcache.store.fetcher import Fetcher
+from actcache.store.fetching import fetch
 from actcache.store.lazy import lazy
 from actcache.store.mapped import MappedFile
-from actcache.store.receiving import Received, Taker
 from actcache.store.records import BLOCK
+from actcache.store.wanted import Blocks, Wanted
 
 Ints = npt.NDArray[np.int64]
 
 _UNKNOWN, _GOOD, _DAMAGED = 0, 1, 2
 # Blocks that are mapped and hashed in one go, and for how many such pieces the disk is asked ahead of that.
 _PIECE, _AHEAD = 8, 32
-# Less than that is written to its mirror before a thread has begun to.
-_LEAST_BEHIND = 1 << 20
 _MOST_KEPT = 64
 
 
@@ -55,7 +54,9 @@ class BlockChecks:
             self._shape[site] = tuple((t.shape[1] * t.dtype.itemsize, blocks_of(t)) for t in tensors)
             self._first[site] = first
             first += sum(map(blocks_of, tensors))
-        self._state: npt.NDArray[np.uint8] = np.zeros(first, np.uint8)
+        self._known = bytearray(first)
+        self._state: npt.NDArray[np.uint8] = np.frombuffer(self._known, np.uint8)
+        """The same memory: of neighbours bytes are counted faster than an array is looked at."""
         self._clean: set[str] = set()
         self._grouped: dict[tuple[str, ...], list[BlockGroup]] = {}
         self._asked: set[tuple[int, int]] = set()
@@ -182,13 +183,11 @@ class BlockChecks:
 
     def _numbers(self, sites: Sequence[str], starts: Ints, stops: Ints) -> Ints | slice:
         """The blocks of all `sites` that hold these rows, among those of the whole segment."""
-        # Neighbours, as the prompts of a layer usually are, touch what the first and the last touch.
-        if len(starts) > 1 and (starts[1:] == stops[:-1]).all():
-            starts, stops = starts[:1], stops[-1:]
+        starts, stops = _joined(starts, stops)
         if len(starts) == len(sites) == len(self._shape[sites[0]]) == 1:
             width, first = self._shape[sites[0]][0][0], self._first[sites[0]]
-            low = int(starts[0]) * width // BLOCK
-            return slice(first + low, first + max(low, -(-int(stops[0]) * width // BLOCK)))
+            low = starts.item() * width // BLOCK
+            return slice(first + low, first + max(low, -(-stops.item() * width // BLOCK)))
         found = [np.empty(0, np.int64)]
         for shape, alike in self._by_shape(sites).items():
             blocks = marked(self._touched(shape, starts, stops), sum(count for _, count in shape))
@@ -198,21 +197,31 @@ class BlockChecks:
     def _absent(self, which: Ints | slice) -> Wanted | None:
         assert self.source is not None
         self.source.settle()
-        missing = self._state[which] == _UNKNOWN
-        if not missing.any():
+        if isinstance(which, slice):
+            first, end = which.start, which.stop
+            unknown = self._known.count(_UNKNOWN, first, end)
+            if not unknown:
+                return None
+            marks = self.source.marks(first, end)
+            if unknown == end - first and mirror.THERE not in marks:
+                return self._wanted(which)
+            missing = np.frombuffer(marks, np.uint8) != mirror.THERE
+        elif (self._state[which] != _UNKNOWN).all():
             return None
-        missing &= ~self.source.present(len(self._state))[which]
-        if missing.all():
-            return self._wanted(which)
-        some = _numbers_of(which)[missing]
+        else:
+            marks = self.source.marks(0, len(self._known))
+            missing = np.frombuffer(marks, np.uint8)[which] != mirror.THERE
+        some = _numbers_of(which)[missing & (self._state[which] == _UNKNOWN)]
         return self._wanted(some) if len(some) else None
 
     def _wanted(self, which: Ints | slice) -> Wanted:
+        """`which`: as a slice blocks of one tensor."""
         assert self.source is not None
-        starts, stops = self.spans
-        return Wanted(
-            self.source, _numbers_of(which), starts[which], stops[which], self._checksum[which], self._done
-        )  # fmt: skip
+        return Wanted(self.source, self._all_blocks, which, self._done)
+
+    @lazy
+    def _all_blocks(self) -> Blocks:
+        return Blocks(*self.spans, self._checksum)
 
     def _done(self, numbers: Ints, good: bool) -> None:
         # What somebody else has read rightly in the meantime stays right.
@@ -259,14 +268,21 @@ class BlockChecks:
         """`absent`, and whether an answer can be made of that alone: nothing is here, and little more is read."""
         if self.source is None or self.all_good(sites):
             return None, False
+        starts, stops = _joined(starts, stops)
         which = self._numbers(sites, starts, stops)
         found = self._absent(which)
         count = which.stop - which.start if isinstance(which, slice) else len(which)
-        if found is None or len(found.numbers) < count or any(len(self._shape[site]) > 1 for site in sites):
+        if found is None or found.count < count:
             return found, False
+        width = 0
+        for site in sites:
+            (first, *others) = self._shape[site]
+            if others:
+                return found, False
+            width += first[0]
         # Rows that somebody keeps keep all that came with them.
-        asked = int((stops - starts).sum()) * sum(self._shape[site][0][0] for site in sites)
-        return found, 2 * asked >= found.nbytes
+        rows = stops.item() - starts.item() if len(starts) == 1 else int((stops - starts).sum())
+        return found, 2 * rows * width >= found.nbytes
 
     def _groups(self, sites: tuple[str, ...]) -> list[BlockGroup]:
         """`_by_shape`, and what is known of each; kept for whoever asks for the same sites again."""
@@ -334,6 +350,14 @@ def _numbers_of(which: Ints | slice) -> Ints:
     return np.arange(which.start, which.stop) if isinstance(which, slice) else which
 
 
+def _joined(starts: Ints, stops: Ints) -> tuple[Ints, Ints]:
+    """Rows ``starts[i]:stops[i]``; as one range where each begins at the end of the one before it."""
+    # As the prompts of a layer usually do: they touch what the first and the last touch.
+    if len(starts) > 1 and (starts[1:] == stops[:-1]).all():
+        return starts[:1], stops[-1:]
+    return starts, stops
+
+
 def blocks_of(tensor: Tensor) -> int:
     """How many blocks a tensor has."""
     return -(-tensor.nbytes // BLOCK)
@@ -348,64 +372,3 @@ def _pieces(blocks: Ints) -> list[Ints]:
 def _span(tensor: Tensor, blocks: Ints) -> tuple[int, int]:
     """Where in the file neighbouring blocks of `tensor` begin and end."""
     return tensor.start + int(blocks[0]) * BLOCK, min(tensor.start + (int(blocks[-1]) + 1) * BLOCK, tensor.stop)
-
-
-def fetch_together(wanted: Iterable[tuple[BlockChecks, Sequence[str], Ints, Ints]]) -> None:
-    """Fetch what of these rows of several segments is not here yet, all at the same time.
-
-    Each is given by its checks, sites, and the rows ``starts[i]:stops[i]``. Raises as `fetch`.
-    """
-    absent = [checks.absent(sites, starts, stops) for checks, sites, starts, stops in wanted]
-    fetch([one for one in absent if one is not None])
-
-
-def receive_together(
-    wanted: Iterable[tuple[BlockChecks, Sequence[str], Ints, Ints]],
-    targets: Callable[[], Mapping[BlockChecks, Taker]] = dict,
-) -> dict[BlockChecks, Received]:
-    """`fetch_together` for whoever reads these rows now: of some segments all of them, which may be in no file yet.
-
-    They are written to the mirrors behind it. Of segments that are not named all is in the file. `targets`: of
-    some, where all that is wanted goes as soon as it has come.
-    """
-    wanted = list(wanted)
-    while True:
-        found = [(checks, *checks.missing(sites, starts, stops)) for checks, sites, starts, stops in wanted]
-        absent = [one for _, one, _ in found if one is not None]
-        if not absent:
-            return {}
-        flights, blocks = absent[0].fetcher.threads.flights, [(one.fetcher.name, one.numbers) for one in absent]
-        if flights.begin(blocks):
-            break
-    try:
-        return _received(found, absent, targets)
-    finally:
-        flights.end(blocks)
-
-
-def _received(
-    found: Sequence[tuple[BlockChecks, Wanted | None, bool]],
-    absent: Sequence[Wanted],
-    targets: Callable[[], Mapping[BlockChecks, Taker]],
-) -> dict[BlockChecks, Received]:
-    # Of each segment all that is wanted or nothing: some of it may be wanted apart from the rest.
-    partly = {checks for checks, _, alone in found if not alone}
-    whole = [checks for checks, one, _ in found if one is not None and checks not in partly]
-    received: dict[BlockChecks, Received] = {}
-    size = sum(one.nbytes for one in absent)
-    if whole and size >= _LEAST_BEHIND and behind.has_room(size):
-        received = {checks: Received() for checks in whole}
-    expected = dict.fromkeys(received, 0)
-    for checks, one, _ in found:
-        if one is not None and checks in received:
-            one.into = received[checks]
-            expected[checks] += one.nbytes
-
-    def meanwhile() -> None:
-        wanted = targets() if received else {}
-        for checks, mine in received.items():
-            mine.targets = wanted.get(checks)
-
-    fetch(absent, meanwhile=meanwhile)
-    # What is wrong in the object is not there: whoever asks the file for it is told so.
-    return {checks: mine for checks, mine in received.items() if mine.nbytes == expected[checks]}

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from actcache.store.bringing import receive_together
 from actcache.store.by_segment import by_segment
-from actcache.store.checks import BlockChecks, receive_together
+from actcache.store.checks import BlockChecks
 from actcache.store.everything import everything
 from actcache.store.fetching import Vanished
 from actcache.store.files import log

@@ -18,7 +18,7 @@ from actcache.store.casting import CastError
 from actcache.store.checks import BlockChecks, blocks_of
 from actcache.store.contents import Contents
 from actcache.store.dtypes import SCALED, is_quantised, value_dtype
-from actcache.store.fetching import Fetcher
+from actcache.store.fetcher import Fetcher
 from actcache.store.files import open_plain
 from actcache.store.lazy import lazy
 from actcache.store.mapped import MappedFile

@@ -24,6 +24,9 @@ FORMAT = "actcache-have"
 _HEAD = 256
 _MOST_BLOCKS = 1 << 30
 
+THERE = 1
+"""How a sidecar marks a block that is there."""
+
 Marks = npt.NDArray[np.bool_]
 
 
@@ -60,7 +63,7 @@ def write_sidecar(path: Path, said: Sidecar, *, whole: bool = False) -> None:
         separators=(",", ":"),
     )
     # Bytes, not holes: marking a block later must not need room on the disk.
-    data = text.encode().ljust(_HEAD) + bytes([whole]) * said.blocks
+    data = text.encode().ljust(_HEAD) + bytes([THERE if whole else 0]) * said.blocks
     target = sidecar_of(path)
     with atomic_file(target.parent, target.name, needed=len(data)) as fd:
         write_all(fd, [data], 0)
@@ -88,21 +91,21 @@ def put_lately(path: Path, seconds: float) -> bool:
 
 def read_marks(path: Path, blocks: int) -> Marks:
     """Which of its `blocks` the sidecar of the mirror at `path` says to be there."""
-    return marks_in(sidecar_of(path), blocks)
+    marks: Marks = np.frombuffer(marks_in(sidecar_of(path), 0, blocks), np.uint8) == THERE
+    return marks
 
 
-def marks_in(sidecar: Path, blocks: int) -> Marks:
-    """`read_marks` of the mirror that has this `sidecar`."""
+def marks_in(sidecar: Path, start: int, stop: int) -> bytes:
+    """What a `sidecar` says of blocks `start` to `stop`: a byte for each, `THERE` where the mirror has it."""
     try:
         fd = open_plain(sidecar)
         try:
-            said = os.pread(fd, blocks, _HEAD)
+            said = os.pread(fd, stop - start, _HEAD + start)
         finally:
             os.close(fd)
     except (OSError, ValueError):
         said = b""
-    marks: Marks = np.frombuffer(said.ljust(blocks, b"\0"), np.uint8) == 1
-    return marks
+    return said.ljust(stop - start, b"\0")
 
 
 def mark(path: Path, blocks: Ints, *, there: bool) -> None:
@@ -113,7 +116,7 @@ def mark(path: Path, blocks: Ints, *, there: bool) -> None:
         try:
             runs = np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1)
             for run in runs if len(blocks) else ():
-                os.pwrite(fd, bytes([there]) * len(run), _HEAD + int(run[0]))
+                os.pwrite(fd, bytes([THERE if there else 0]) * len(run), _HEAD + int(run[0]))
         finally:
             os.close(fd)
 

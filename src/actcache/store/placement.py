@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from actcache.errors import NotCachedError
 from actcache.store import memory
+from actcache.store.bringing import receive_together
 from actcache.store.by_segment import Ints, by_segment
-from actcache.store.checks import BlockChecks, receive_together
+from actcache.store.checks import BlockChecks
 from actcache.store.delivering import Deliveries, deliveries
 from actcache.store.dtypes import common_dtype, name_of
 from actcache.store.gather import Piece, gather_pieces
@@ -45,20 +46,23 @@ class Placement:
         received: _Received | None = None,
         *,
         found: npt.NDArray[np.bool_] | None = None,
+        places: Places | None = None,
     ) -> None:
-        """`received`: of some segments all that the prompts have, where it was fetched just now; used once."""
+        """`received`: of some segments all that the prompts have, where it was fetched just now; used once. `found`,
+        `places`: where they are known."""
         self.sites = tuple(sites)
         self.layout = layout
         self._parts = list(parts)
         self._segments = list(segments)
-        self._places = Places(n, self._parts, self._segments)
+        self._places = Places(n, self._parts, self._segments) if places is None else places
         self._received = received or {}
         self._read: dict[tuple[int, int], Reader] = {}
         self._n = n
-        self.found: npt.NDArray[np.bool_] = np.zeros(n, bool) if sites else np.ones(n, bool)
+        self.found: npt.NDArray[np.bool_]
         if found is not None:
             self.found = found
             return
+        self.found = np.zeros(n, bool) if sites else np.ones(n, bool)
         for k, part in enumerate(parts):
             self.found = (part.segment >= 0) if not k else self.found & (part.segment >= 0)
 
@@ -68,6 +72,16 @@ class Placement:
         slot = _ABSENT if segment is None else _FIRST
         part = Part(tuple(range(len(sites))), slot, np.array([prompt], np.int64))
         return cls(1, sites, layout, [part], [] if segment is None else [segment])
+
+    @lazy
+    def all_found(self) -> bool:
+        """Whether every prompt was found at every site."""
+        return bool(self.found.all())
+
+    @property
+    def every(self) -> Ints:
+        """The number of each prompt."""
+        return self._places.every
 
     @lazy
     def found_each(self) -> npt.NDArray[np.bool_]:
@@ -236,8 +250,10 @@ class Placement:
 
         What is found out of where they are, by whichever of them, need not be found again.
         """
-        other = Placement(self._n, [site], self.layout, self._parts, self._segments, received, found=self.found)
-        other._places = self._places
+        other = Placement(
+            self._n, [site], self.layout, self._parts, self._segments, received, found=self.found, places=self._places
+        )
+        other.all_found = self.all_found
         return other
 
     @property
@@ -338,7 +354,9 @@ class Placement:
 
     def _require(self, index: npt.ArrayLike | None) -> Ints:
         if index is None:
-            chosen = self._places.every
+            chosen = self.every
+            if self.all_found:
+                return chosen
         else:
             chosen = np.asarray(index)
             if chosen.dtype == bool or not chosen.size or chosen.min() < 0:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from actcache.errors import NotCachedError, OptionError, ValueOverflowError, did_you_mean
 from actcache.store import memory, sparse_reading, tensors
-from actcache.store.asking import locate_any, why_absent
+from actcache.store.asking import is_complete, locate_any, why_absent
 from actcache.store.copied import copied_rows
 from actcache.store.dtypes import common_dtype, reaches
 from actcache.store.index import SpaceIndex
@@ -112,7 +112,7 @@ def read(
     # Into a tensor of the caller's nothing is copied before all of it is here.
     quick = index.copy is not None and out is None and positions is None
     located, found = locate_any(index, prompts, site, layout, check=not quick)
-    if quick and len(found) and found.all():
+    if quick and is_complete(located, found):
         answer = _as_it_comes(index, located, len(found), site, pooling, wanted, allow_inf)
         if answer is not None:
             return answer

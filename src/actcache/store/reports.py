@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from actcache.errors import NotCachedError
-from actcache.store.checks import fetch_together
+from actcache.store.bringing import fetch_together
 from actcache.store.distinct import Distinct, count_keys
 from actcache.store.dtypes import name_of
 from actcache.store.index import SpaceIndex

@@ -22,7 +22,7 @@ from pathlib import Path
 from actcache.errors import BackendError, StoreAccessError
 from actcache.store import behind, mirror
 from actcache.store.backend import CacheBackend
-from actcache.store.fetching import Fetcher, Threads
+from actcache.store.fetcher import Fetcher, Threads
 from actcache.store.files import log, remove
 from actcache.store.pulling import MOST_SMALL, Pull, begin_mirror, bring, same_head
 from actcache.store.spaces import ROOT
