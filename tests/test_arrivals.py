@@ -18,8 +18,8 @@ def test_each_is_looked_at_once_and_by_one_thread_at_a_time_while_more_is_to_com
 
     def look(one: int) -> int:
         nonlocal inside
-        more = bool(arrivals._coming)
         inside += 1
+        more = bool(arrivals._coming)
         most[more] = max(most[more], inside)
         # Lets the others run, as a copy does.
         time.sleep(0)

@@ -260,41 +260,57 @@ def test_whatever_one_ends_with_the_others_are_written_and_nobody_waits(
     assert written == ["b", "a"] and behind._state.nbytes == before
 
 
-def test_who_is_expected_keeps_nobody_waiting_and_the_thread_no_longer_than_that(tmp_path: Path) -> None:
-    """What others hand over meanwhile is written; once all have handed over what they had, the thread sleeps."""
+def test_the_thread_stays_awake_for_what_is_expected_and_not_for_ever(tmp_path: Path) -> None:
+    """Who is expected keeps nobody waiting, and may never come."""
     state, written = behind._state, []
     behind.settle()
-    behind.expect()
+
+    def write(name: str) -> None:
+        behind.write([behind.Job(tmp_path / name, 5, lambda: written.append(name))])
+
+    def asleep() -> bool:
+        until = time.monotonic() + 30
+        while state.works and time.monotonic() < until:
+            time.sleep(0.01)
+        return not state.works and not state.jobs
+
     behind.expect()
     assert state.works
-    behind.write([behind.Job(tmp_path / "a", 5, lambda: written.append("a"))])
+    write("a")
     behind.settle(tmp_path / "a")
-    assert written == ["a"] and state.works
-    behind.write([behind.Job(tmp_path / "b", 5, lambda: written.append("b"))], expected=True)
+    assert written == ["a"] and asleep()
+    behind.expect()
+    behind.expect()
+    assert asleep()
+    write("b")
     behind.settle()
-    assert written == ["a", "b"] and state.works and state.expected == 1
-    behind.write([], expected=True)
-    until = time.monotonic() + 30
-    while state.works and time.monotonic() < until:
-        time.sleep(0.01)
-    assert not state.works and not state.expected and not state.jobs
-    behind.write([behind.Job(tmp_path / "c", 5, lambda: written.append("c"))])
-    behind.settle()
-    assert written == ["a", "b", "c"]
+    assert written == ["a", "b"] and asleep()
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_read_that_ends_is_expected_no_longer(reader: tuple[Store, str], backend: Counting, fails: bool) -> None:
-    before = behind._state.expected
-    found = place(reader)
+def test_where_no_thread_can_be_started_nobody_waits_for_what_is_expected(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Ended:
+        def submit(self, *_: object) -> None:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
-    def answer(data: bytearray, start: int) -> None:
-        raise BackendError("told to fail")
+    written: list[str] = []
+    state = behind._Writing()
+    state.pool = Ended()  # type: ignore[assignment]
+    monkeypatch.setattr(behind, "_state", state)
+    monkeypatch.setattr(behind, "_LINGER_S", 0.0)
+    monkeypatch.setattr(behind, "_AWAKE_S", 1e6)
+    behind.expect()
+    behind.write([behind.Job(tmp_path / name, 5, lambda name=name: written.append(name)) for name in "ab"])  # type: ignore[misc]
+    assert written == ["a", "b"] and not state.waiting and not state.nbytes
 
-    if fails:
-        backend.on_read = answer
-        with pytest.raises(BackendError, match="told to fail"):
-            found.take()
-    else:
-        assert equal(found.take())
-    assert behind._state.expected == before
+
+def test_whoever_reads_wakes_the_thread_before_it_has_something_to_write(
+    reader: tuple[Store, str], backend: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    expect, write = behind.expect, behind.write
+    monkeypatch.setattr(behind, "expect", lambda: (order.append("expect"), expect()))
+    monkeypatch.setattr(behind, "write", lambda jobs: (order.append("write"), write(jobs)))
+    assert equal(place(reader).take())
+    assert order == ["expect", "write"]

@@ -206,3 +206,41 @@ def test_a_process_that_goes_before_it_has_written(tmp_path: Path, end: str) -> 
     behind.settle()
     assert equal(place(opened(bucket, tmp_path / "reader")).take())
     assert bucket.reads == (1 if end == "killed" else 0)
+
+
+_STUCK = """
+import sys, threading, time
+from pathlib import Path
+from actcache.store import bringing
+from actcache.store.backend import LocalBackend
+from bucket_helpers import opened
+from store_helpers import make_table
+
+class Stuck(LocalBackend):
+    concurrency = 1
+
+    def read(self, name, start=0, stop=None):
+        if start and name.endswith(".safetensors"):
+            print("reads", flush=True)
+            reads.set()
+            time.sleep(600)
+        return super().read(name, start, stop)
+
+reads = threading.Event()
+bringing._LEAST_BEHIND = 0
+store, space = opened(Stuck(sys.argv[1]), Path(sys.argv[2]))
+place = store.locate(space, table=make_table(range(int(sys.argv[3]))), sites=["b"], layout="mean", check=False)
+threading.Thread(target=place.take, daemon=True).start()
+assert reads.wait(60)
+"""
+
+
+def test_a_process_ends_while_a_daemon_of_it_waits_for_a_server(tmp_path: Path) -> None:
+    store, space = opened(LocalBackend(tmp_path / "bucket"), tmp_path / "writer")
+    with store:
+        store.append(space, Records.pooled(TABLE, "mean", VALUES))
+    done = subprocess.run(
+        [sys.executable, "-c", _STUCK, str(tmp_path / "bucket"), str(tmp_path / "reader"), str(ROWS)],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout == "reads\n", done.stderr

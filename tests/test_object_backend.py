@@ -185,11 +185,11 @@ def test_a_bucket_that_does_not_exist_is_named(moto: S3Server, bucket: str) -> N
         assert not isinstance(caught.value, FileNotFoundError)
 
 
-@pytest.mark.parametrize("start", [0, 1000])
+@pytest.mark.parametrize(("start", "size"), [(0, 100), (1000, 100_000)], ids=["head", "rows"])
 @pytest.mark.parametrize(
     "wrong",
     [
-        # Of a hundred bytes, all of them said to come, or some; FROM and TO stand for the range.
+        # All said to come, or some; FROM and TO stand for the range.
         Answer(206, DATA[:60], {"Content-Range": "bytes FROM-TO/300000"}),
         Answer(206, DATA[:60], {"Content-Range": "bytes FROM-59/300000"}),
         Answer(206, DATA[:60], {"Content-Range": "bytes FROM-TO/300000"}, length=100),
@@ -200,14 +200,14 @@ def test_a_bucket_that_does_not_exist_is_named(moto: S3Server, bucket: str) -> N
     ],
     ids=["short", "less", "ends early", "elsewhere", "no range", "429", "400 late", "400 spoilt", "409", "502"],
 )  # fmt: skip
-def test_a_wrong_answer_is_never_given_out(nowhere: None, wrong: Answer, start: int) -> None:
+def test_a_wrong_answer_is_never_given_out(nowhere: None, wrong: Answer, start: int, size: int) -> None:
     said = {
-        name: value.replace("FROM", str(start)).replace("TO", str(start + 99)).replace("-59/", f"-{start + 59}/")
+        name: value.replace("FROM", str(start)).replace("TO", str(start + size - 1)).replace("-59/", f"-{start + 59}/")
         for name, value in wrong.headers.items()
     }
     wrongs = [replace(wrong, headers=said)] * 2
     with ScriptedServer(lambda asked: wrongs.pop() if wrongs else ranged(asked, DATA)) as server:
-        assert backend_at(server).read("a", start, start + 100) == DATA[start : start + 100]
+        assert backend_at(server).read("a", start, start + size) == DATA[start : start + size]
         assert len(server.asked) == 3
 
 
@@ -216,16 +216,25 @@ def test_rows_come_with_one_request_and_what_ends_before_is_looked_at_once_more(
         backend = backend_at(server)
         assert backend.read("a", 1000, 200_000) == DATA[1000:200_000]
         assert len(server.asked) == 1
-        assert backend.read("a", 299_000, 300_500) == DATA[299_000:]
+        assert backend.read("a", 230_000, 300_500) == DATA[230_000:]
         assert len(server.asked) == 3
+        assert backend.read("a", 300_000, 400_000) == b""
+        assert len(server.asked) == 5
+
+
+def test_whether_an_object_ends_where_it_should_takes_one_request(nowhere: None) -> None:
+    with ScriptedServer(lambda asked: ranged(asked, DATA)) as server:
+        backend = backend_at(server)
+        assert backend.read("a", 299_999, 300_001) == DATA[-1:]
         assert backend.read("a", 300_000, 300_500) == b"" == backend.read("a", 400_000, 400_001)
+        assert len(server.asked) == 3
 
 
 def test_a_server_that_knows_no_ranges_is_refused(nowhere: None) -> None:
     with ScriptedServer(lambda asked: Answer(200, DATA, {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"})) as server:
         for start in (0, 7):
             with pytest.raises(BackendError, match="whole objects"):
-                backend_at(server).read("a", start, 100)
+                backend_at(server).read("a", start, 100_000)
         assert len(server.asked) == 2 + 3
 
 

@@ -17,7 +17,7 @@ class Arrivals(Generic[T, R]):
 
     To hand each to a thread that waits for it takes longer than to look at it; and threads that looked at the same time
     would take the interpreter, and memory, from those that bring. So whoever brings something looks at it, and at what
-    others bring meanwhile, unless somebody is at it. Once nothing more is to come, two of them look at what is left.
+    others bring meanwhile, unless somebody is at it; whoever brings the last of them helps with what is left.
     """
 
     def __init__(self, number: int, look: Callable[[T], R]) -> None:

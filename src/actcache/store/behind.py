@@ -22,8 +22,9 @@ MOST = 128 << 20
 
 # For as long an answer is left alone with the processors.
 _LINGER_S = 0.01
-# So often the thread that writes looks whether what it expects has come.
-_LOOK_S = 0.01
+# So long the thread that writes stays awake for what it expects, and so often it looks whether that has come. A process
+# that ends waits for it.
+_AWAKE_S, _LOOK_S = 0.25, 0.01
 
 
 class _Writing:
@@ -35,8 +36,8 @@ class _Writing:
         self.nbytes = 0
         self.jobs: deque[tuple[float, Job]] = deque()
         """What is to be written, and when at the earliest."""
-        self.expected = 0
-        """How many will hand over something soon."""
+        self.until = 0.0
+        """Till when the thread stays awake while it has nothing to write, as of `time.monotonic`."""
         self.awaited = threading.Event()
         """Set when somebody has waited for it to be written."""
         self.pool: ThreadPoolExecutor | None = None
@@ -62,28 +63,25 @@ class Job:
 
 
 def expect() -> None:
-    """Have the thread awake when something is handed over, which takes longer than to hand it over.
-
-    Once for each `write` that is told so.
-    """
+    """Have the thread awake when something is handed over soon: to wake it takes longer than to hand it over."""
     state = _state
     with state.changed:
-        state.expected += 1
+        state.until = time.monotonic() + _AWAKE_S
         _wake(state)
 
 
-def write(jobs: Sequence[Job], *, expected: bool = False) -> None:
-    """Do `jobs` soon, one after the other. What they raise is logged. `expected`: `expect` was called for them."""
+def write(jobs: Sequence[Job]) -> None:
+    """Do `jobs` soon, one after the other. What they raise is logged."""
     state, begin = _state, time.monotonic() + _LINGER_S
     with state.changed:
         for job in jobs:
             state.waiting[job.path] = state.waiting.get(job.path, 0) + 1
             state.nbytes += job.size
             state.jobs.append((begin, job))
-        state.expected -= expected
-        awake = not jobs or _wake(state)
+        awake = _wake(state)
     if not awake:
         # As at the end of a process.
+        state.until = 0.0
         _work(state)
 
 
@@ -111,21 +109,21 @@ def _wake(state: _Writing) -> bool:
 
 
 def _work(state: _Writing) -> None:
-    """Write until nothing is left, and nothing expected."""
+    """Write until nothing is left; first wait for what is expected."""
     failed: BaseException | None = None
     while True:
         with state.changed:
-            if not state.jobs and (not state.expected or is_ending()):
+            if not state.jobs and time.monotonic() >= state.until:
                 state.works = False
                 break
             begin, job = state.jobs.popleft() if state.jobs else (0.0, None)
         if job is None:
-            time.sleep(_LOOK_S)
+            state.awaited.wait(_LOOK_S)
             continue
+        state.until = 0.0
         # Whatever one ends with, the others are waited for.
         try:
-            if not is_ending():
-                state.awaited.wait(max(0.0, begin - time.monotonic()))
+            state.awaited.wait(max(0.0, begin - time.monotonic()))
         except BaseException as error:
             failed = error
         try:

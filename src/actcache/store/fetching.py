@@ -84,7 +84,6 @@ class _Fetch:
         self._gone: dict[Path, None] = {}
         self._replaced: dict[Path, None] = {}
         self._behind: list[Right] = []
-        self._writes_behind = False
 
     def run(self, wanted: Sequence[Wanted]) -> None:
         try:
@@ -99,8 +98,8 @@ class _Fetch:
                 wanted = self._all(runs, last)
         finally:
             # Not before all has come, which it would slow down.
-            if self._behind or self._writes_behind:
-                behind.write([right.late() for right in self._behind], expected=self._writes_behind)
+            if self._behind:
+                behind.write([right.late() for right in self._behind])
         if self._gone or self._replaced:
             raise Vanished(list(self._gone), list(self._replaced))
 
@@ -156,7 +155,6 @@ class _Fetch:
         meanwhile()
         if any(run.into is not None for run in runs):
             behind.expect()
-            self._writes_behind = True
         for fetcher in dict.fromkeys(run.fetcher for run in runs if run.into is not None):
             try:
                 fetcher.check_place()

@@ -29,6 +29,8 @@ log = logging.getLogger("actcache.store")
 T = TypeVar("T")
 
 _PIECE = 16 << 20
+# So much, and no object's end, is mostly rows.
+_ROWS = 64 << 10
 _ONE_REQUEST = 4 << 30
 _PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 8.0
@@ -163,8 +165,8 @@ class ObjectBackend(CacheBackend):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
         key = self._key(name)
-        # Whoever reads from the middle of an object mostly knows where it ends.
-        if stop is not None and 0 < start < stop <= start + _PIECE:
+        # Whoever reads much from the middle of an object knows where it ends.
+        if start > 0 and stop is not None and _ROWS <= stop - start <= _PIECE:
             rows = self._read_rows(key, name, start, stop)
             if rows is not None:
                 return rows
