@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
 import os
 import random
 import threading
@@ -18,8 +17,9 @@ from actcache.config import object_deadline_s
 from actcache.errors import BackendError, OptionError, StoreAccessError
 from actcache.store.aws import Aws, checked_endpoint
 from actcache.store.backend import Bytes, CacheBackend, ObjectInfo, check_name, check_prefix, is_name
+from actcache.store.object_bytes import buffer_of, nanoseconds, taken
 from actcache.store.object_clients import PART, SLOWEST, Clients, servers
-from actcache.store.object_errors import Failure, Meaning, ShortBodyError, understand
+from actcache.store.object_errors import Failure, Meaning, understand
 from actcache.store.object_library import library
 from actcache.store.object_urls import parse_url
 from actcache.wording import count
@@ -142,7 +142,7 @@ class ObjectBackend(CacheBackend):
                         last = item["path"]
                         name = last.removeprefix(top)
                         if last.startswith(top) and name.startswith(prefix) and is_name(name):
-                            seen[name] = ObjectInfo(name, item["size"], _nanoseconds(item["last_modified"]))
+                            seen[name] = ObjectInfo(name, item["size"], nanoseconds(item["last_modified"]))
             except Exception as error:
                 if ordered and len(seen) > got:
                     raise _ProgressError(understand(error)) from None
@@ -213,7 +213,7 @@ class ObjectBackend(CacheBackend):
         def get(_: int) -> tuple[Bytes, int]:
             clients = self._ready()
             try:
-                return _taken(clients.library.get(clients.reading(), key, options={"range": (start, end)}))
+                return taken(clients.library.get(clients.reading(), key, options={"range": (start, end)}))
             except Exception as error:
                 meaning = understand(error).meaning
                 if meaning is Meaning.PAST_END:
@@ -233,7 +233,7 @@ class ObjectBackend(CacheBackend):
 
     def put(self, name: str, source: Bytes | Path) -> None:
         key = self._key(name)
-        data = _buffer(source)
+        data = buffer_of(source)
         size = data.nbytes
 
         def send(slower: int) -> None:
@@ -384,29 +384,6 @@ class _ProgressError(Exception):
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.reason)
         self.failure = failure
-
-
-def _taken(answer: Any) -> tuple[Bytes, int]:
-    start, stop = answer.range
-    data = memoryview(answer.bytes())
-    if len(data) != stop - start:
-        raise ShortBodyError(f"{len(data)} bytes came where {stop - start} were announced")
-    return data, answer.meta["size"]
-
-
-def _buffer(source: Bytes | Path) -> memoryview:
-    """The bytes of `source`; a file is mapped, not read into memory."""
-    if not isinstance(source, Path):
-        return memoryview(source).cast("B")
-    with source.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return memoryview(b"")
-        # Not closed here: a request that was given up may hold it for another moment.
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-def _nanoseconds(moment: Any) -> int:
-    return 0 if moment is None else int(moment.timestamp() * 10**9)
 
 
 def _again(url: str, options: dict[str, Any]) -> ObjectBackend:
