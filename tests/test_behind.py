@@ -314,3 +314,35 @@ def test_whoever_reads_wakes_the_thread_before_it_has_something_to_write(
     monkeypatch.setattr(behind, "write", lambda jobs: (order.append("write"), write(jobs)))
     assert equal(place(reader).take())
     assert order == ["expect", "write"]
+
+
+def test_blocks_that_were_looked_at_are_not_asked_for_though_their_marks_are_lost(
+    reader: tuple[Store, str], backend: Counting
+) -> None:
+    """Beside others that are not here: the last read wants some of both."""
+    place(reader).take(index=[0])
+    behind.settle()
+    (path,) = reader[0].root.glob("*/*.safetensors")
+    said = mirror.read_sidecar(path)
+    assert said is not None
+    mirror.mark(path, np.arange(said.blocks), there=False)
+    lengths: list[int] = []
+    backend.on_read = lambda data, start: lengths.append(len(data) - 1)
+    assert equal(place(reader).take())
+    assert sum(lengths) == ROWS * WIDTH * 4 - BLOCK
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_table_of_which_others_have_put_some_since_is_read_whole(
+    reader: tuple[Store, str], backend: Counting, tmp_path: Path, listed: bool
+) -> None:
+    table = make_table(range(ROWS + 9))
+    assert equal(reader[0].read(reader[1], TABLE, "b", pooling="mean").numpy()[:, None])
+    writer, space = opened(backend, tmp_path / "writer")
+    with writer:
+        more = Records.pooled(table.select(np.arange(ROWS, ROWS + 9)), "mean", {"b": VALUES["a"][:9]})
+        writer.append(space, more)
+    prompts = table if listed else table.select(np.arange(ROWS - 1, ROWS + 9))
+    got = reader[0].read(reader[1], prompts, "b", pooling="mean").numpy()
+    expected = np.concatenate([VALUES["b"], VALUES["a"][:9]])
+    np.testing.assert_array_equal(got, expected[-len(got) :])
